@@ -1,0 +1,1 @@
+"""The cloud half: frame to answer, batching, sessions, gRPC and HTTP."""

@@ -1,0 +1,1 @@
+"""Backbones, bottleneck units, rate estimators, training, evaluation and export. The only component with torch."""

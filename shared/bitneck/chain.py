@@ -1,0 +1,176 @@
+"""The numerics of both halves: the chain of segments, and an operating point's encoder and decoder.
+
+    x -> segments[0..k] -> f -> PointEncoder -> payload
+    payload -> PointDecoder -> f_hat -> segments[k+1..] -> output
+
+Edge and cloud put I/O around these classes, and evaluation calls them back to back, so a photograph gives the same
+symbols whichever way it goes. Each segment is loaded once, however many split points and operating points there are.
+
+Dimensions: N batch, C x Hf x Wf feature, Cr x h x w latent.
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitneck.bundle import Bundle
+from bitneck.codec import FactorizedCodec
+from bitneck.errors import ModelFailure
+from bitneck.ladder import OperatingPoint
+from bitneck.runtime import OnnxModule
+from bitneck.symbols import dequantize, quantize
+
+__all__ = ["Encoded", "PointDecoder", "PointEncoder", "SegmentChain", "segments_of"]
+
+
+class SegmentChain:
+    """The backbone of a bundle as its segments, each loaded when first run and kept.
+
+    Args:
+        bundle: where the files are.
+        threads: see `OnnxModule`.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+        self._bundle = bundle
+        self._threads = threads
+        self._modules: dict[int, OnnxModule] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._bundle.manifest.segments)
+
+    def load(self, start: int, stop: int) -> None:
+        """Load segments ``start .. stop-1`` now, so that no frame waits for it."""
+        for index in range(start, stop):
+            self._module(index)
+
+    @property
+    def loaded(self) -> tuple[int, ...]:
+        """Indices of the segments that are in memory."""
+        return tuple(sorted(self._modules))
+
+    def run(self, x: NDArray[np.float32], start: int, stop: int) -> NDArray[np.float32]:
+        """Run segments ``start .. stop-1``.
+
+        Args:
+            x: the input of segment `start`, (N, ...) float32.
+            start: first segment.
+            stop: one past the last.
+
+        Raises:
+            ModelFailure: ONNX Runtime failed.
+        """
+        for index in range(start, stop):
+            x = self._module(index).run(x)
+        return x
+
+    def head_length(self, split: str) -> int:
+        """How many segments stand before a split point: the head is ``0 .. n-1``, the tail ``n ..``."""
+        return self._bundle.manifest.split(split).after_segment + 1
+
+    def _module(self, index: int) -> OnnxModule:
+        module = self._modules.get(index)
+        if module is None:
+            with self._lock:
+                module = self._modules.get(index)
+                if module is None:
+                    module = OnnxModule(self._bundle.segment_path(index), threads=self._threads)
+                    self._modules[index] = module
+        return module
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One encoded feature: symbols (Cr, h, w) int32, and their payload."""
+
+    symbols: NDArray[np.int32]
+    payload: bytes
+
+
+class PointEncoder:
+    """The edge half of an operating point: feature to payload.
+
+    Args:
+        bundle: where the files are.
+        point: the operating point.
+        threads: see `OnnxModule`; the unit is tiny, one thread is fastest.
+    """
+
+    def __init__(self, bundle: Bundle, point: OperatingPoint, *, threads: int = 1) -> None:
+        self.point = point
+        self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
+        self._lo, self._hi = self.codec.tables.lo, self.codec.tables.hi
+        self._module = OnnxModule(bundle.encoder_path(point.id), threads=threads)
+
+    def symbols(self, f: NDArray[np.float32]) -> NDArray[np.int32]:
+        """Feature to symbols.
+
+        Args:
+            f: the head's output, (1, C, Hf, Wf) float32.
+
+        Returns:
+            (Cr, h, w) int32.
+
+        Raises:
+            ModelFailure: the encoder failed, or gave another shape than the operating point's.
+        """
+        y = self._module.run(f)  # (1, Cr, h, w) float32
+        if y.shape != (1, *self.point.latent_shape):
+            raise ModelFailure(f"encoder of {self.point.id} gave {y.shape}, expected {(1, *self.point.latent_shape)}")
+        return quantize(y[0], self.point.step, self._lo, self._hi)
+
+    def encode(self, f: NDArray[np.float32]) -> Encoded:
+        """Feature to symbols and payload; see `symbols` for arguments and errors."""
+        s = self.symbols(f)
+        return Encoded(symbols=s, payload=self.codec.encode(s))
+
+
+class PointDecoder:
+    """The cloud half of an operating point: payload to feature.
+
+    Args:
+        bundle: where the files are.
+        point: the operating point.
+        threads: see `OnnxModule`.
+    """
+
+    def __init__(self, bundle: Bundle, point: OperatingPoint, *, threads: int = 1) -> None:
+        self.point = point
+        self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
+        self.feature_shape = bundle.manifest.split(point.split).feature_shape
+        self._module = OnnxModule(bundle.decoder_path(point.id), threads=threads)
+
+    def dequantize(self, payload: bytes) -> NDArray[np.float32]:
+        """Payload to the latent that the decoder gets, (Cr, h, w) float32.
+
+        Raises:
+            MalformedFrame: a payload of impossible length.
+        """
+        return dequantize(self.codec.decode(payload), self.point.step)
+
+    def decode(self, y_hat: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Latents to features.
+
+        Args:
+            y_hat: (N, Cr, h, w) float32.
+
+        Returns:
+            f_hat, (N, C, Hf, Wf) float32.
+
+        Raises:
+            ModelFailure: the decoder failed, or gave another shape than the split point's.
+        """
+        f_hat = self._module.run(y_hat)
+        if f_hat.shape[1:] != self.feature_shape:
+            raise ModelFailure(f"decoder of {self.point.id} gave {f_hat.shape[1:]}, expected {self.feature_shape}")
+        return f_hat
+
+
+def segments_of(bundle: Bundle, side: Literal["edge", "cloud"]) -> range:
+    """The segments that one side may have to run: all heads, or all tails."""
+    after = [split.after_segment for split in bundle.manifest.split_points]
+    return range(max(after) + 1) if side == "edge" else range(min(after) + 1, len(bundle.manifest.segments))

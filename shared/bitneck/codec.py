@@ -1,0 +1,139 @@
+"""Symbols to payload bytes and back: a range coder over the factorized model.
+
+    s (Cr, h, w) int32  --encode-->  payload (bytes)  --decode-->  s
+
+The range coder is `constriction`'s. It writes 32-bit words; what is sent is shorter. Any number in the coder's last
+interval ``[low, low + range)`` decodes to the same symbols, so the payload is the one with the most trailing zero
+bytes, and those are left out (measured: 3 bytes less a frame than whole words). Shapes and tables come from the
+operating point, never from the payload, and a payload carries nothing that tells damage: the frame's CRC does.
+"""
+
+from typing import Any
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from bitneck.errors import InvalidConfig, MalformedFrame, ModelFailure
+from bitneck.tables import TOTAL, FactorizedModel
+
+__all__ = ["FactorizedCodec"]
+
+_WORD_BYTES = 4
+# constriction keeps two words of state behind the words it has written.
+_STATE_WORDS = 2
+
+
+class FactorizedCodec:
+    """Codes the symbols of one operating point.
+
+    Immutable after construction; safe to share between threads.
+
+    Args:
+        tables: the operating point's factorized model.
+        latent_shape: (Cr, h, w).
+
+    Raises:
+        InvalidConfig: the shape does not match the tables.
+    """
+
+    def __init__(self, tables: FactorizedModel, latent_shape: tuple[int, int, int]) -> None:
+        if len(latent_shape) != 3 or min(latent_shape) < 1 or latent_shape[0] != tables.channels:
+            raise InvalidConfig(f"latent shape {latent_shape} does not match tables of {tables.channels} channels")
+        self.tables = tables
+        self.latent_shape = latent_shape
+        self.max_payload_bytes = tables.max_payload_bytes(latent_shape[1] * latent_shape[2])
+        # A channel with one symbol needs no bits, and a Categorical needs two symbols.
+        self._models: list[tuple[int, Any]] = [
+            (c, constriction.stream.model.Categorical(row / TOTAL, perfect=False))
+            for c, row in enumerate(tables.counts)
+            if row.shape[0] > 1
+        ]
+        self._lo = tables.lo
+        self._hi = tables.hi
+
+    def encode(self, s: NDArray[np.int32]) -> bytes:
+        """The payload of one latent's symbols.
+
+        Args:
+            s: symbols, `latent_shape` int32, inside the tables.
+
+        Raises:
+            InvalidConfig: wrong shape or type, or a symbol outside its table.
+        """
+        if s.shape != self.latent_shape or s.dtype != np.int32:
+            raise InvalidConfig(f"symbols are {s.shape} {s.dtype}, expected {self.latent_shape} int32")
+        flat = s.reshape(self.latent_shape[0], -1)
+        if (flat.min(axis=1) < self._lo).any() or (flat.max(axis=1) > self._hi).any():
+            raise InvalidConfig("a symbol is outside its table; quantize() clips to the tables")
+        index = flat - self._lo[:, None]
+        encoder = constriction.stream.queue.RangeEncoder()  # a fresh one: clear() does not fully reset
+        try:  # its PanicException is a BaseException
+            for c, model in self._models:
+                encoder.encode(index[c], model)
+        except BaseException as exc:
+            if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise ModelFailure(f"the range coder failed on checked symbols ({exc}); please report this") from exc
+        return _shortest(encoder)
+
+    def decode(self, payload: bytes) -> NDArray[np.int32]:
+        """The symbols of a payload.
+
+        Most random bytes decode to random symbols; refused is only what `encode` cannot have written.
+
+        Args:
+            payload: what `encode` gave.
+
+        Returns:
+            Symbols, `latent_shape` int32, each inside its table.
+
+        Raises:
+            MalformedFrame: longer than any payload of this operating point, no range code, or with bytes that no symbol
+                accounts for.
+        """
+        if len(payload) > self.max_payload_bytes:
+            raise MalformedFrame(
+                f"payload of {len(payload)} bytes, this operating point gives at most {self.max_payload_bytes}"
+            )
+        # Zeros stand for the bytes that were left out, up to whole words and the decoder's state.
+        padding = -len(payload) % _WORD_BYTES + _STATE_WORDS * _WORD_BYTES
+        words = np.frombuffer(payload + bytes(padding), dtype=">u4").astype(np.uint32)
+        positions = self.latent_shape[1] * self.latent_shape[2]
+        s = np.empty((self.latent_shape[0], positions), dtype=np.int32)
+        s[:] = self._lo[:, None]
+        try:
+            decoder = constriction.stream.queue.RangeDecoder(words)
+            for c, model in self._models:
+                s[c] += decoder.decode(model, positions)
+        except BaseException as exc:
+            if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise MalformedFrame(f"payload of {len(payload)} bytes is no range code ({exc})") from exc
+        s = s.reshape(self.latent_shape)
+        if len(self.encode(s)) < len(payload):
+            raise MalformedFrame(
+                f"payload of {len(payload)} bytes is longer than its symbols need; it was not made by this codec"
+            )
+        return s
+
+
+def _shortest(encoder: Any) -> bytes:
+    """The shortest byte string that, followed by zeros, lies in the encoder's last interval."""
+    words_written, (low_state, interval) = encoder.pos()
+    words = encoder.get_compressed()
+    bits = 32 * (words_written + _STATE_WORDS)
+    # `words`, read as one number, is some point of [low, low + interval); low is known modulo 2**64.
+    point = int.from_bytes(words.astype(">u4").tobytes(), "big") << (bits - 32 * len(words))
+    low = point - ((point - low_state) & 0xFFFF_FFFF_FFFF_FFFF)
+    end = low + interval
+    value: int = point
+    shift = 0
+    while shift < bits:
+        rounded = -(-low >> (shift + 8)) << (shift + 8)  # low, rounded up to 8 more zero bits
+        if rounded >= end:
+            break
+        value, shift = rounded, shift + 8
+        if rounded == 0:
+            return b""
+    return (value >> shift).to_bytes((bits - shift) // 8, "big")

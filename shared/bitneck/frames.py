@@ -1,0 +1,78 @@
+"""Frames: sealed at the edge, checked in the cloud before anything is decoded. Pure: bytes in, values out.
+
+The messages are those of ``proto/bitneck/v1/inference.proto``.
+"""
+
+import google_crc32c
+from google.protobuf.message import DecodeError
+
+from bitneck.errors import CorruptPayload, MalformedFrame
+from bitneck.v1 import inference_pb2 as pb
+
+__all__ = ["MAX_MESSAGE_BYTES", "check_frame", "frame_crc32c", "parse_frame", "seal_frame"]
+
+MAX_MESSAGE_BYTES = 1 << 18
+"""gRPC's receive limit for what a client sends. The largest frame of a 64x14x14 latent at 16 bits a symbol is 25 KB."""
+
+
+def frame_crc32c(point: str, payload: bytes) -> int:
+    """CRC-32C of the operating point's id, one zero byte and the payload."""
+    crc: int = google_crc32c.value(point.encode() + b"\0" + payload)
+    return crc
+
+
+def seal_frame(*, seq: int, point: str, payload: bytes, deadline_ms: int = 0, captured_unix_us: int = 0) -> pb.Frame:
+    """A frame with its CRC.
+
+    Args:
+        seq: 1 and up, strictly increasing in a session.
+        point: id of the operating point that coded the payload.
+        payload: the coded bytes.
+        deadline_ms: from receipt in the cloud; 0 for none.
+        captured_unix_us: when the picture was taken; 0 if unknown.
+    """
+    return pb.Frame(
+        seq=seq,
+        point=point,
+        payload=payload,
+        crc32c=frame_crc32c(point, payload),
+        deadline_ms=deadline_ms,
+        captured_unix_us=captured_unix_us,
+    )
+
+
+def check_frame(frame: pb.Frame) -> None:
+    """Check a frame's number and CRC; its operating point and length are checked where they are known.
+
+    Raises:
+        MalformedFrame: no seq.
+        CorruptPayload: the CRC does not match.
+    """
+    if frame.seq == 0:
+        raise MalformedFrame("a frame needs a seq of 1 or more")
+    crc = frame_crc32c(frame.point, frame.payload)
+    if crc != frame.crc32c:
+        raise CorruptPayload(
+            f"CRC-32C {crc:#010x}, the frame says {frame.crc32c:#010x} "
+            f"(frame {frame.seq}, {len(frame.payload)} bytes, point {frame.point[:80]!r}); frame dropped, send it again"
+        )
+
+
+def parse_frame(data: bytes, where: str) -> pb.Frame:
+    """A frame from a file that `bitneck-edge encode` wrote: one serialized ``Frame``.
+
+    Args:
+        data: the file's bytes.
+        where: for the message.
+
+    Raises:
+        MalformedFrame: not a frame.
+        CorruptPayload: the CRC does not match.
+    """
+    frame = pb.Frame()
+    try:
+        frame.ParseFromString(data)
+    except DecodeError as exc:
+        raise MalformedFrame(f"{where}: not a frame; `bitneck-edge encode` writes frames") from exc
+    check_frame(frame)
+    return frame

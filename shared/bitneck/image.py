@@ -1,0 +1,141 @@
+"""Photographs to the backbone's input, without torch.
+
+Equal to torchvision's ``Resize(resize, interpolation)``, ``CenterCrop(size)``, ``ToTensor`` and ``Normalize`` on PIL
+images (a test holds 1e-6), so a network sees at the edge what it saw in training.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from bitneck.errors import ImageError
+from bitneck.manifest import InputSpec
+
+__all__ = ["MAX_PIXELS", "PHOTO_SUFFIXES", "crop", "find_photos", "load_photo", "normalize", "preprocess"]
+
+MAX_PIXELS = 100_000_000
+"""Larger photographs are refused before they are decoded: a few kilobytes can claim gigapixels."""
+
+PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
+"""What `find_photos` takes from a folder."""
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def find_photos(source: Path) -> list[Path]:
+    """The photographs that a path stands for: itself, or those in the folder and below, sorted.
+
+    Raises:
+        ImageError: no such path, or a folder without photographs.
+    """
+    if source.is_dir():
+        photos = sorted(p for p in source.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file())
+        if not photos:
+            raise ImageError(f"{source}: no photographs in this folder; looked for {', '.join(sorted(PHOTO_SUFFIXES))}")
+        return photos
+    if not source.exists():
+        raise ImageError(f"{source}: no such file or folder")
+    return [source]
+
+
+def load_photo(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a photograph as upright RGB.
+
+    The EXIF orientation is applied. Any mode becomes RGB: 16-bit and float grey are scaled to 8 bits, CMYK, palette
+    and YCbCr are converted, transparency is dropped. Of an animation the first picture counts.
+
+    Args:
+        source: a file, or a file's bytes.
+        max_pixels: the decompression-bomb limit, width * height.
+
+    Raises:
+        ImageError: no such file, not an image, cut short, or more pixels than `max_pixels`.
+    """
+    where = str(source) if isinstance(source, Path) else f"<{len(source)} bytes>"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own bomb and metadata warnings; the limit below is ours
+            with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ImageError(
+                        f"{where}: {width}x{height} pixels, more than the limit of {max_pixels}; shrink the photograph"
+                    )
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+                return _to_rgb(upright if upright is not None else image)
+    except ImageError:
+        raise
+    except FileNotFoundError as exc:
+        raise ImageError(f"{where}: no such file") from exc
+    except UnidentifiedImageError as exc:
+        raise ImageError(f"{where}: not an image, or of a format that Pillow does not read") from exc
+    except Image.DecompressionBombError as exc:
+        raise ImageError(f"{where}: {exc}") from exc
+    except Exception as exc:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise ImageError(f"{where}: damaged or cut short ({exc})") from exc
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; unlike Pillow's own conversion, deep grey is scaled and not clipped."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        grey = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode.startswith("I") else max(1.0, float(np.nan_to_num(grey).max(initial=0.0)))
+        grey = np.clip(np.nan_to_num(grey) * (255.0 / top), 0, 255)
+        return Image.fromarray(np.rint(grey).astype(np.uint8), mode=None).convert("RGB")
+    return image.convert("RGB")
+
+
+def crop(image: Image.Image, spec: InputSpec) -> Image.Image:
+    """Resize the short side to ``spec.resize`` and cut ``spec.size`` squared from the centre.
+
+    Args:
+        image: RGB, any size.
+        spec: the backbone's input.
+
+    Returns:
+        RGB, ``spec.size`` squared.
+
+    Raises:
+        ImageError: the picture is so long and narrow that resizing it would exceed the pixel limit.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    resized_long = int(spec.resize * long / short)
+    if resized_long * spec.resize > MAX_PIXELS:
+        raise ImageError(f"a picture of {width}x{height} pixels is too long and narrow; crop it first")
+    if short != spec.resize:
+        new = (spec.resize, resized_long) if width <= height else (resized_long, spec.resize)
+        image = image.resize(new, _RESAMPLING[spec.interpolation])
+    left = round((image.width - spec.size) / 2.0)
+    top = round((image.height - spec.size) / 2.0)
+    return image.crop((left, top, left + spec.size, top + spec.size))
+
+
+def normalize(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
+    """Scale to 0..1, subtract the mean, divide by the standard deviation.
+
+    Args:
+        image: RGB, H x W.
+        spec: the backbone's input.
+
+    Returns:
+        (1, 3, H, W) float32.
+    """
+    pixels = np.asarray(image, dtype=np.float32) / np.float32(255.0)  # (H, W, 3)
+    x = (pixels - np.array(spec.mean, dtype=np.float32)) / np.array(spec.std, dtype=np.float32)
+    return np.ascontiguousarray(x.transpose(2, 0, 1)[None])
+
+
+def preprocess(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
+    """`crop`, then `normalize`: (1, 3, size, size) float32."""
+    return normalize(crop(image, spec), spec)

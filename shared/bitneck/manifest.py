@@ -1,0 +1,222 @@
+"""The bundle's manifest: what it holds, checked when it is read. Unknown keys are refused."""
+
+import hashlib
+from datetime import date
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bitneck.errors import BitneckError, BundleCorrupt
+from bitneck.ids import ID_PATTERN, check_relative_path
+from bitneck.ladder import Ladder, OperatingPoint
+
+__all__ = [
+    "FORMAT_VERSION",
+    "FileEntry",
+    "FileRole",
+    "InputSpec",
+    "Manifest",
+    "PointEntry",
+    "Segment",
+    "SplitPoint",
+    "bundle_id_of",
+    "sha256_hex",
+]
+
+FORMAT_VERSION: Literal[1] = 1
+
+FileRole = Literal["edge", "cloud", "both"]
+"""Which machine needs a file."""
+
+Id = Annotated[str, Field(pattern=ID_PATTERN)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Dimension = Annotated[int, Field(ge=1, le=65536)]
+Shape3 = tuple[Dimension, Dimension, Dimension]
+Triple = tuple[float, float, float]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class InputSpec(_Strict):
+    """How a photograph becomes the backbone's input: resize, centre crop, normalize.
+
+    Attributes:
+        size: height and width of the crop, pixels.
+        resize: the short side after resizing, pixels; at least `size`.
+        interpolation: of the resize, always with antialiasing.
+        mean: per channel R, G, B, of values scaled to 0..1.
+        std: likewise.
+    """
+
+    size: Dimension
+    resize: Dimension
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
+    mean: Triple
+    std: Triple
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.resize < self.size:
+            raise ValueError(f"resize {self.resize} is smaller than the crop {self.size}")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+    @property
+    def pixels(self) -> int:
+        """Input pixels, what bpp is divided by."""
+        return self.size * self.size
+
+
+class Segment(_Strict):
+    """The stages between two neighbouring split points, as one ONNX file."""
+
+    name: Id
+    file: str
+
+
+class SplitPoint(_Strict):
+    """A cut through the chain of segments.
+
+    Attributes:
+        name: such as ``s1``.
+        after_segment: index of the last segment of the head.
+        feature_shape: (C, Hf, Wf) of the tensor that crosses.
+    """
+
+    name: Id
+    after_segment: Annotated[int, Field(ge=0)]
+    feature_shape: Shape3
+
+
+class PointEntry(_Strict):
+    """An operating point as the manifest records it, with what was measured, on what and when."""
+
+    id: Id
+    split: Id
+    stride: Annotated[int, Field(ge=1, le=64)]
+    channels: Dimension
+    step: Annotated[float, Field(gt=0)]
+    latent_shape: Shape3
+    payload_bytes: Annotated[float, Field(ge=0)]
+    bpp_payload: Annotated[float, Field(ge=0)]
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+    agreement: Annotated[float, Field(ge=0, le=1)]
+    dataset: str
+    images: Annotated[int, Field(ge=1)]
+    measured: date
+
+    def operating_point(self) -> OperatingPoint:
+        """The part that the ladder works with."""
+        return OperatingPoint(
+            id=self.id,
+            split=self.split,
+            step=self.step,
+            stride=self.stride,
+            latent_shape=self.latent_shape,
+            payload_bytes=self.payload_bytes,
+            bpp_payload=self.bpp_payload,
+            accuracy=self.accuracy,
+        )
+
+
+class FileEntry(_Strict):
+    """One file of the bundle."""
+
+    role: FileRole
+    size: Annotated[int, Field(ge=0, le=4 << 30)]
+    sha256: Digest
+
+
+class Manifest(_Strict):
+    """All that edge and cloud must agree on. Its digest is the bundle's id."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: Id
+    backbone: Id
+    task: Literal["classification"]
+    input: InputSpec
+    segments: Annotated[tuple[Segment, ...], Field(min_length=2, max_length=64)]
+    split_points: Annotated[tuple[SplitPoint, ...], Field(min_length=1, max_length=63)]
+    points: Annotated[tuple[PointEntry, ...], Field(min_length=1, max_length=1024)]
+    uncompressed_accuracy: Annotated[float, Field(ge=0, le=1)]
+    labels: str
+    files: dict[str, FileEntry]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            for path in self.files:
+                check_relative_path(path)
+            Ladder(entry.operating_point() for entry in self.points)
+        except BitneckError as exc:
+            raise ValueError(str(exc)) from exc
+        after = [split.after_segment for split in self.split_points]
+        if after != sorted(set(after)) or after[-1] > len(self.segments) - 2:
+            raise ValueError("split points must stand in the chain's order, each before the last segment")
+        splits = {split.name for split in self.split_points}
+        if len(splits) != len(self.split_points):
+            raise ValueError("two split points have the same name")
+        for entry in self.points:
+            if entry.split not in splits:
+                raise ValueError(f"operating point {entry.id} is at split {entry.split!r}, which is not listed")
+            if entry.channels != entry.latent_shape[0]:
+                raise ValueError(f"operating point {entry.id}: channels differ from the latent shape")
+        needed = {self.labels, *(segment.file for segment in self.segments)}
+        needed |= {
+            f"points/{p.id}/{name}" for p in self.points for name in ("encoder.onnx", "decoder.onnx", "tables.npz")
+        }
+        if needed != set(self.files):
+            missing, extra = sorted(needed - set(self.files)), sorted(set(self.files) - needed)
+            raise ValueError(f"files listed do not match: missing {missing}, not expected {extra}")
+        return self
+
+    @property
+    def ladder(self) -> Ladder:
+        """The operating points in order of rate."""
+        return Ladder(entry.operating_point() for entry in self.points)
+
+    def split(self, name: str) -> SplitPoint:
+        """The split point of this name, which an operating point of this manifest names."""
+        return next(split for split in self.split_points if split.name == name)
+
+    def files_for(self, side: Literal["edge", "cloud"]) -> dict[str, FileEntry]:
+        """The files that one side needs."""
+        return {path: entry for path, entry in self.files.items() if entry.role in (side, "both")}
+
+    def to_json(self) -> bytes:
+        """The exact bytes of ``manifest.json``."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Self:
+        """Read a manifest.
+
+        Args:
+            data: the file's bytes.
+            where: for the message.
+
+        Raises:
+            BundleCorrupt: not a manifest, or of another format version.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as exc:
+            first = exc.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "top level"
+            raise BundleCorrupt(
+                f"{where} is not a valid manifest of format version {FORMAT_VERSION}: {place}: {first['msg']} "
+                f"({exc.error_count()} problems); export the bundle again"
+            ) from exc
+
+
+def sha256_hex(data: bytes) -> str:
+    """SHA-256 as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def bundle_id_of(manifest_json: bytes) -> str:
+    """A bundle's id: ``sha256:`` and the digest of its manifest's exact bytes."""
+    return "sha256:" + sha256_hex(manifest_json)

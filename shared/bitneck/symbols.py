@@ -1,0 +1,56 @@
+"""The quantizer: latent to symbols at the edge, symbols to latent in the cloud.
+
+    s = clip(round(y / Q), lo, hi)        y_hat = Q * s
+
+Dimensions: Cr latent channels, h x w latent positions. Rounding is half to even, as in torch, so that training
+and deployment agree.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitneck.errors import InvalidConfig, ModelFailure
+
+__all__ = ["dequantize", "quantize"]
+
+
+def quantize(y: NDArray[np.float32], step: float, lo: NDArray[np.int32], hi: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Quantize a latent to the symbols that its tables cover.
+
+    Args:
+        y: latent, (Cr, h, w) float32.
+        step: the quantizer step Q, > 0, in the latent's unit.
+        lo: smallest symbol of each channel, (Cr,) int32.
+        hi: largest symbol of each channel, (Cr,) int32.
+
+    Returns:
+        Symbols, (Cr, h, w) int32, with ``lo[c] <= s[c] <= hi[c]``.
+
+    Raises:
+        InvalidConfig: the step is not positive and finite, or the channel counts differ.
+        ModelFailure: the latent is not finite.
+    """
+    if not (np.isfinite(step) and step > 0):
+        raise InvalidConfig(f"quantizer step {step} is not a positive number")
+    if y.ndim != 3 or lo.shape != (y.shape[0],) or hi.shape != lo.shape:
+        raise InvalidConfig(f"latent of shape {y.shape} does not match tables of {lo.shape[0]} channels")
+    if not np.isfinite(y).all():
+        raise ModelFailure(
+            "the bottleneck encoder gave a latent that is not finite; check the photograph and the bundle"
+        )
+    s = np.rint(y / np.float32(step))  # (Cr, h, w) float32
+    clipped: NDArray[np.int32] = np.clip(s, lo[:, None, None], hi[:, None, None]).astype(np.int32)
+    return clipped
+
+
+def dequantize(s: NDArray[np.int32], step: float) -> NDArray[np.float32]:
+    """The latent that the bottleneck decoder gets.
+
+    Args:
+        s: symbols, (Cr, h, w) int32.
+        step: the quantizer step Q.
+
+    Returns:
+        ``Q * s``, (Cr, h, w) float32.
+    """
+    return s.astype(np.float32) * np.float32(step)

@@ -1,0 +1,171 @@
+"""The factorized model: one table of integer frequencies per latent channel.
+
+Tables are fitted once, from a trained unit's own symbols on training photographs, and shipped as integers. They are
+never computed again from floats on another machine: the range decoder needs exactly the encoder's numbers.
+
+Dimensions: N photographs, Cr latent channels, h x w latent positions, K_c symbols of channel c.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitneck.errors import BundleCorrupt, InvalidConfig
+
+__all__ = ["TOTAL", "TOTAL_BITS", "FactorizedModel"]
+
+TOTAL_BITS = 16
+"""Every table's frequencies sum to 2**16: the rarest symbol costs 16 bits, and a sure one next to nothing."""
+TOTAL = 1 << TOTAL_BITS
+
+_MAX_CHANNELS = 4096
+_MAX_SYMBOLS = TOTAL // 4
+
+
+@dataclass(frozen=True, slots=True)
+class FactorizedModel:
+    """Frequency tables of a latent, channels independent and positions alike.
+
+    Channel c covers the symbols ``lo[c] .. hi[c]`` and no others; every one of them has a frequency of at least 1,
+    so every symbol that the quantizer can give costs finitely many bits.
+
+    Attributes:
+        lo: smallest symbol of each channel, (Cr,) int32.
+        counts: for each channel its frequencies, (K_c,) int64, each >= 1, summing to `TOTAL`.
+    """
+
+    lo: NDArray[np.int32]
+    counts: tuple[NDArray[np.int64], ...]
+
+    def __post_init__(self) -> None:
+        """Check the invariants; see the class."""
+        if self.lo.ndim != 1 or self.lo.shape[0] != len(self.counts) or not self.counts:
+            raise InvalidConfig(f"tables have {len(self.counts)} channels, lo has the shape {self.lo.shape}")
+        for c, row in enumerate(self.counts):
+            if row.ndim != 1 or not 1 <= row.shape[0] <= _MAX_SYMBOLS:
+                raise InvalidConfig(f"table of channel {c} has the shape {row.shape}")
+            if row.min() < 1 or row.sum() != TOTAL:
+                raise InvalidConfig(
+                    f"table of channel {c}: frequencies must be >= 1 and sum to {TOTAL}, "
+                    f"got a minimum of {row.min()} and a sum of {row.sum()}"
+                )
+
+    @property
+    def channels(self) -> int:
+        """Cr."""
+        return len(self.counts)
+
+    @property
+    def hi(self) -> NDArray[np.int32]:
+        """Largest symbol of each channel, (Cr,) int32."""
+        return (self.lo + np.array([len(row) - 1 for row in self.counts], dtype=np.int32)).astype(np.int32)
+
+    def ideal_bits(self, s: NDArray[np.int32]) -> float:
+        """Ideal code length of one latent's symbols: ``sum -log2(counts[c][s - lo[c]] / TOTAL)``.
+
+        Args:
+            s: symbols, (Cr, h, w) int32, within the tables.
+
+        Raises:
+            InvalidConfig: wrong number of channels, or a symbol outside its table.
+        """
+        if s.ndim != 3 or s.shape[0] != self.channels:
+            raise InvalidConfig(f"symbols of shape {s.shape} do not match tables of {self.channels} channels")
+        bits = 0.0
+        for c, row in enumerate(self.counts):
+            index = s[c].ravel() - self.lo[c]
+            if index.size and (index.min() < 0 or index.max() >= row.shape[0]):
+                raise InvalidConfig(f"a symbol of channel {c} is outside its table")
+            bits += float((TOTAL_BITS - np.log2(row[index])).sum())
+        return bits
+
+    def max_payload_bytes(self, positions: int) -> int:
+        """An upper bound of a payload: every symbol the rarest of its channel.
+
+        Args:
+            positions: h * w.
+        """
+        worst = sum(TOTAL_BITS - math.log2(int(row.min())) for row in self.counts) * positions
+        return math.ceil(worst * 1.01 / 8) + 4
+
+    @classmethod
+    def fit(cls, s: NDArray[np.int32], *, margin: int = 1, prior_weight: float = 8.0) -> Self:
+        """Fit tables to symbols.
+
+        Each table is the histogram plus a discrete two-sided geometric of the same centre and spread, worth
+        `prior_weight` observations; it spreads to symbols that the sample misses without costing the frequent ones.
+
+        Args:
+            s: symbols of training photographs, (N, Cr, h, w) int32.
+            margin: symbols beyond the smallest and largest seen that a table covers too, so that an outlier is not
+                clipped onto the edge at once.
+            prior_weight: observations that the smooth part is worth; > 0.
+
+        Raises:
+            InvalidConfig: no symbols, or a channel whose symbols span too wide a range (the step is too small).
+        """
+        if s.ndim != 4 or s.shape[0] == 0:
+            raise InvalidConfig(f"tables need symbols of shape (N, Cr, h, w) with N >= 1, got {s.shape}")
+        lo, tables = [], []
+        for c in range(s.shape[1]):
+            values = s[:, c].ravel()
+            low, high = int(values.min()) - margin, int(values.max()) + margin
+            if high - low + 1 > _MAX_SYMBOLS:
+                raise InvalidConfig(
+                    f"channel {c} spans {high - low + 1} symbols, more than {_MAX_SYMBOLS}; use a larger step"
+                )
+            histogram = np.bincount(values - low, minlength=high - low + 1).astype(np.float64)
+            centre = float(np.median(values))
+            spread = float(np.abs(values - centre).mean()) + 1e-3
+            decay = spread / (1.0 + spread)
+            prior = decay ** np.abs(np.arange(low, high + 1) - centre)
+            weights = histogram + prior_weight * prior / prior.sum()
+            lo.append(low)
+            tables.append(_to_counts(weights))
+        return cls(lo=np.array(lo, dtype=np.int32), counts=tuple(tables))
+
+    def to_npz(self) -> bytes:
+        """The tables as an ``.npz`` file: ``lo`` (Cr,), ``size`` (Cr,), ``counts`` (sum K_c,), all int32."""
+        buffer = io.BytesIO()
+        size = np.array([len(row) for row in self.counts], dtype=np.int32)
+        np.savez_compressed(
+            buffer, lo=self.lo.astype(np.int32), size=size, counts=np.concatenate(self.counts).astype(np.int32)
+        )
+        return buffer.getvalue()
+
+    @classmethod
+    def from_npz(cls, data: bytes) -> Self:
+        """Read `to_npz`'s file. Pickled contents are never loaded.
+
+        Raises:
+            BundleCorrupt: the file is unreadable or breaks an invariant.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                lo, size, counts = arrays["lo"], arrays["size"], arrays["counts"]
+            if lo.ndim != 1 or size.shape != lo.shape or counts.ndim != 1 or lo.shape[0] > _MAX_CHANNELS:
+                raise InvalidConfig("arrays lo, size and counts do not match")
+            if not all(np.issubdtype(a.dtype, np.integer) for a in (lo, size, counts)):
+                raise InvalidConfig("lo, size and counts must be integers")
+            if size.min(initial=1) < 1 or int(size.sum()) != counts.shape[0]:
+                raise InvalidConfig("sizes do not add up to the number of frequencies")
+            rows = np.split(counts.astype(np.int64), np.cumsum(size)[:-1])
+            return cls(lo=lo.astype(np.int32), counts=tuple(rows))
+        except Exception as exc:  # numpy raises many kinds for a broken file
+            raise BundleCorrupt(f"frequency tables are unreadable ({exc}); export or fetch the bundle again") from exc
+
+
+def _to_counts(weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Integers >= 1 that sum to `TOTAL`, in proportion to `weights` (largest remainders)."""
+    free = TOTAL - weights.shape[0]
+    exact = weights / weights.sum() * free
+    counts: NDArray[np.int64] = np.floor(exact).astype(np.int64)
+    short = free - int(counts.sum())
+    order = np.argsort(-(exact - counts), kind="stable")
+    counts[order[:short]] += 1
+    counts += 1
+    return counts

@@ -1,0 +1,1 @@
+"""Generated from proto/bitneck/v1; see `make stubs`."""

@@ -1,0 +1,185 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetManifestRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class GetManifestResponse(_message.Message):
+    __slots__ = ("model", "bundle_id", "manifest_json")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    bundle_id: str
+    manifest_json: bytes
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_json: _Optional[bytes] = ...) -> None: ...
+
+class FetchFileRequest(_message.Message):
+    __slots__ = ("model", "bundle_id", "path")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    bundle_id: str
+    path: str
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
+
+class FileChunk(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class ClientMessage(_message.Message):
+    __slots__ = ("open", "frame")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    frame: Frame
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+
+class ServerMessage(_message.Message):
+    __slots__ = ("opened", "result", "set_point", "fault", "go_away")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    SET_POINT_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    GO_AWAY_FIELD_NUMBER: _ClassVar[int]
+    opened: Opened
+    result: Result
+    set_point: SetPoint
+    fault: Fault
+    go_away: GoAway
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., set_point: _Optional[_Union[SetPoint, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("model", "bundle_id", "client", "resume_token")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    bundle_id: str
+    client: str
+    resume_token: str
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ...) -> None: ...
+
+class Opened(_message.Message):
+    __slots__ = ("session_id", "resume_token", "window")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    resume_token: str
+    window: int
+    def __init__(self, session_id: _Optional[str] = ..., resume_token: _Optional[str] = ..., window: _Optional[int] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("seq", "point", "payload", "crc32c", "deadline_ms", "captured_unix_us")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    CAPTURED_UNIX_US_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    point: str
+    payload: bytes
+    crc32c: int
+    deadline_ms: int
+    captured_unix_us: int
+    def __init__(self, seq: _Optional[int] = ..., point: _Optional[str] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., captured_unix_us: _Optional[int] = ...) -> None: ...
+
+class Result(_message.Message):
+    __slots__ = ("seq", "output", "timings")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    output: Output
+    timings: Timings
+    def __init__(self, seq: _Optional[int] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+
+class Output(_message.Message):
+    __slots__ = ("classification",)
+    CLASSIFICATION_FIELD_NUMBER: _ClassVar[int]
+    classification: Classification
+    def __init__(self, classification: _Optional[_Union[Classification, _Mapping]] = ...) -> None: ...
+
+class Classification(_message.Message):
+    __slots__ = ("labels",)
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.RepeatedCompositeFieldContainer[Label]
+    def __init__(self, labels: _Optional[_Iterable[_Union[Label, _Mapping]]] = ...) -> None: ...
+
+class Label(_message.Message):
+    __slots__ = ("index", "name", "score")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    name: str
+    score: float
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., score: _Optional[float] = ...) -> None: ...
+
+class Timings(_message.Message):
+    __slots__ = ("received_unix_us", "queued_us", "decode_us", "compute_us")
+    RECEIVED_UNIX_US_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_US_FIELD_NUMBER: _ClassVar[int]
+    DECODE_US_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    received_unix_us: int
+    queued_us: int
+    decode_us: int
+    compute_us: int
+    def __init__(self, received_unix_us: _Optional[int] = ..., queued_us: _Optional[int] = ..., decode_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+
+class SetPoint(_message.Message):
+    __slots__ = ("point", "reason")
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    point: str
+    reason: str
+    def __init__(self, point: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Fault(_message.Message):
+    __slots__ = ("seq", "code", "message")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    code: int
+    message: str
+    def __init__(self, seq: _Optional[int] = ..., code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class GoAway(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class InferRequest(_message.Message):
+    __slots__ = ("model", "bundle_id", "frame")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    bundle_id: str
+    frame: Frame
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+
+class InferResponse(_message.Message):
+    __slots__ = ("bundle_id", "result")
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    bundle_id: str
+    result: Result
+    def __init__(self, bundle_id: _Optional[str] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...

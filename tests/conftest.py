@@ -1,0 +1,18 @@
+from pathlib import Path
+
+import pytest
+from tiny import make_tiny_bundle
+
+from bitneck.bundle import Bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A small real bundle, shared: do not change its files."""
+    return make_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture
+def own_tiny_bundle(tmp_path: Path) -> Bundle:
+    """A small real bundle of the test's own, to break."""
+    return make_tiny_bundle(tmp_path / "bundle")
