@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-from tiny import make_tiny_bundle
 
 from bitneck.bundle import Bundle
+from tiny import make_tiny_bundle
 
 
 @pytest.fixture(scope="session")

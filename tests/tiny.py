@@ -98,7 +98,8 @@ def make_tiny_bundle(root: Path, *, seed: int = 0, name: str = "tiny", drop_poin
     entries = [
         PointEntry(
             id=p[0], split=p[1], stride=p[4], channels=p[3], step=p[5], latent_shape=p[6], payload_bytes=p[7],
-            bpp_payload=p[7] * 8 / 1024, accuracy=p[8], agreement=p[8], dataset="random", images=10, measured=date(2026, 1, 1),
+            bpp_payload=p[7] * 8 / 1024, accuracy=p[8], agreement=p[8], dataset="random", images=10,
+            measured=date(2026, 1, 1),
         )
         for p in points
     ]  # fmt: skip
@@ -127,7 +128,7 @@ def make_tiny_bundle(root: Path, *, seed: int = 0, name: str = "tiny", drop_poin
                     ),
                     points=tuple(entries),
                     files=writer.files,
-                )  # fmt: skip
+                )
             )
 
     wide = {
