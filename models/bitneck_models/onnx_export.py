@@ -1,0 +1,66 @@
+"""torch modules to ONNX bytes: float32, one input ``x``, one output ``y``, dynamic batch axis."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+
+import onnx
+import torch
+from torch import nn
+
+from bitneck.errors import ModelFailure
+
+__all__ = ["to_onnx"]
+
+OPSET = 18
+
+
+def to_onnx(module: nn.Module, input_shape: Sequence[int]) -> bytes:
+    """Export a module.
+
+    Args:
+        module: in evaluation mode; its weights are written into the file.
+        input_shape: of one sample, without the batch axis.
+
+    Returns:
+        The serialized and checked ONNX model.
+
+    Raises:
+        ModelFailure: torch cannot export it.
+    """
+    if module.training:
+        raise ModelFailure("a module is exported in evaluation mode; call eval() first")
+    example = torch.zeros(2, *input_shape)  # a batch of 1 would be taken for a constant
+    batch = torch.export.Dim("n", min=1, max=4096)
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations are not the user's
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                input_names=["x"],
+                output_names=["y"],
+                dynamic_shapes=({0: batch},),
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except Exception as exc:  # the exporter raises many kinds
+        raise ModelFailure(f"torch cannot export {type(module).__name__} to ONNX ({exc})") from exc
+    finally:
+        quiet.setLevel(level)
+    if program is None:
+        raise ModelFailure(f"torch exported nothing for {type(module).__name__}")
+    model = program.model_proto
+    for node in model.graph.node:  # stack traces and paths of the exporting machine have no place in a bundle
+        node.doc_string = ""
+        del node.metadata_props[:]
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.graph.value_info[:]
+    model.graph.doc_string = ""
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString(deterministic=True)

@@ -1,0 +1,206 @@
+"""From a recipe to trained points: features, initialization, training, tables, validation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import bitneck
+from bitneck.errors import InvalidConfig
+from bitneck.symbols import dequantize, quantize
+from bitneck.tables import FactorizedModel
+from bitneck_models.backbones import Backbone
+from bitneck_models.features import FeatureSpec, cached_features
+from bitneck_models.klt import init_linear
+from bitneck_models.photos import split_off_validation, unlabelled_photos
+from bitneck_models.recipe import PointRecipe, Recipe
+from bitneck_models.training import StepReport, train_unit
+from bitneck_models.units import BottleneckUnit
+from bitneck_models.zoo import PointRecord, ZooEntry, new_unit
+
+__all__ = ["PhotoSets", "Validation", "fit_tables", "photo_sets", "symbols_of", "train_point", "validate"]
+
+_INIT_FEATURES = 4000
+_TABLE_FEATURES = 12000
+_CHUNK = 100
+
+
+@dataclass(frozen=True, slots=True)
+class PhotoSets:
+    """What a recipe trains on: files with their number of views, and the files put aside."""
+
+    train: tuple[tuple[Path, int], ...]
+    validation: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """A unit on the photographs put aside: ideal code length of its tables, and agreement with the teacher."""
+
+    payload_bytes: float
+    agreement: float
+
+
+def photo_sets(recipe: Recipe, data: Path) -> PhotoSets:
+    """Find a recipe's photographs.
+
+    Args:
+        recipe: names folders.
+        data: the folder that they lie in.
+
+    Raises:
+        ImageError: a folder that does not exist or is empty.
+        InvalidConfig: no photograph is put aside for validation.
+    """
+    train: list[tuple[Path, int]] = []
+    validation: list[Path] = []
+    for source in recipe.data:
+        photos = unlabelled_photos([data / source.folder])
+        if source.validate_every:
+            photos, held = split_off_validation(photos, source.validate_every)
+            validation += held
+        train += [(photo, source.views) for photo in photos]
+    if not validation:
+        raise InvalidConfig("the recipe puts no photograph aside: give one of its sources validate_every")
+    return PhotoSets(tuple(train), tuple(validation))
+
+
+def train_point(
+    entry: ZooEntry,
+    point: PointRecipe,
+    backbone: Backbone,
+    sets: PhotoSets,
+    runs: Path,
+    *,
+    on_features: Callable[[int, int], None] = lambda _done, _all: None,
+    on_step: Callable[[StepReport], None] = lambda _report: None,
+) -> PointRecord:
+    """Train one point and save it in the zoo entry; cut off and started again, it goes on where it stopped.
+
+    Args:
+        entry: where the result goes, and where a point to start from is.
+        point: what to train.
+        backbone: the frozen network.
+        sets: see `photo_sets`.
+        runs: for feature caches and checkpoints; large.
+        on_features: progress of the features, (done, all).
+        on_step: progress of the training.
+    """
+    training = entry.recipe.training
+    seed = training.seed
+    train_spec = FeatureSpec(split=point.split, photos=sets.train, augmented=True, seed=seed)
+    held_spec = FeatureSpec(
+        split=point.split, photos=tuple((p, 1) for p in sets.validation), augmented=False, seed=seed
+    )
+    features = cached_features(backbone, train_spec, runs / "cache", on_features)
+    held = cached_features(backbone, held_spec, runs / "cache", on_features)
+    tail = backbone.tail(point.split)
+    unit = _initialized(entry, point, backbone, tail, features)
+    last: list[StepReport] = []
+
+    def report(step: StepReport) -> None:
+        last.append(step)
+        del last[:-200]
+        on_step(step)
+
+    checkpoint = runs / entry.recipe.name / f"{point.id}.pt"
+    train_unit(unit, tail, features, point, training, checkpoint=checkpoint, report=report)
+    tables = fit_tables(unit, point, features)
+    result = validate(unit, tail, point, tables, held)
+    record = PointRecord(
+        recipe=point.model_dump(by_alias=True),
+        training=training.model_dump(),
+        code_version=bitneck.__version__,
+        torch_version=torch.__version__,
+        train_features=len(features),
+        validation_photos=len(held),
+        lambda_final=last[-1].lambda_ if last else point.lambda_,
+        estimated_bytes=float(np.mean([step.bits for step in last])) / 8 if last else 0.0,
+        validation_bytes=result.payload_bytes,
+        validation_agreement=result.agreement,
+        trained=datetime.now(tz=UTC).date(),
+    )
+    entry.save(point, unit, tables, record)
+    return record
+
+
+def _initialized(
+    entry: ZooEntry, point: PointRecipe, backbone: Backbone, tail: nn.Module, features: NDArray[np.float16]
+) -> BottleneckUnit:
+    """A unit where the recipe's `init` says that training begins."""
+    unit = new_unit(backbone, point)
+    if point.init in ("task", "principal"):
+        rows = _sample(len(features), _INIT_FEATURES, seed=1)
+        f = torch.from_numpy(features[rows].astype(np.float32))
+        init_linear(unit, tail, f, task_metric=point.init == "task")
+    elif point.init != "random":
+        source = entry.recipe.point(point.init)
+        try:
+            unit.load_state_dict(entry.unit(backbone, source).state_dict())
+        except RuntimeError as exc:
+            raise InvalidConfig(f"{point.id} cannot start from {source.id}: their shapes differ ({exc})") from exc
+    return unit
+
+
+def symbols_of(
+    unit: BottleneckUnit, features: NDArray[np.float16], step: float, tables: FactorizedModel | None = None
+) -> NDArray[np.int32]:
+    """Symbols of features.
+
+    Args:
+        unit: in evaluation mode.
+        features: (M, C, Hf, Wf) float16.
+        step: Q.
+        tables: clip to these; None to round only.
+
+    Returns:
+        (M, Cr, h, w) int32.
+    """
+    parts = []
+    for start in range(0, len(features), _CHUNK):
+        f = torch.from_numpy(features[start : start + _CHUNK].astype(np.float32))
+        with torch.no_grad():
+            y = unit.encoder(f).numpy()
+        if tables is None:
+            parts.append(np.rint(y / np.float32(step)).astype(np.int32))
+        else:
+            parts.append(np.stack([quantize(one, step, tables.lo, tables.hi) for one in y]))
+    return np.concatenate(parts)
+
+
+def fit_tables(unit: BottleneckUnit, point: PointRecipe, features: NDArray[np.float16]) -> FactorizedModel:
+    """The factorized model of a unit, from its own symbols on training photographs."""
+    rows = _sample(len(features), _TABLE_FEATURES, seed=2)
+    return FactorizedModel.fit(symbols_of(unit, features[rows], point.step))
+
+
+def validate(
+    unit: BottleneckUnit, tail: nn.Module, point: PointRecipe, tables: FactorizedModel, features: NDArray[np.float16]
+) -> Validation:
+    """Rate and agreement on features that were not trained on.
+
+    Args:
+        unit: in evaluation mode.
+        tail: the network after the split point.
+        point: gives the step.
+        tables: of the unit.
+        features: (M, C, Hf, Wf) float16.
+    """
+    symbols = symbols_of(unit, features, point.step, tables)
+    bits = [tables.ideal_bits(s) for s in symbols]
+    agree = 0
+    for start in range(0, len(features), _CHUNK):
+        f = torch.from_numpy(features[start : start + _CHUNK].astype(np.float32))
+        y_hat = torch.from_numpy(dequantize(symbols[start : start + _CHUNK], point.step))
+        with torch.no_grad():
+            agree += int((tail(unit.decoder(y_hat)).argmax(1) == tail(f).argmax(1)).sum())
+    return Validation(payload_bytes=float(np.mean(bits)) / 8, agreement=agree / len(features))
+
+
+def _sample(count: int, size: int, seed: int) -> NDArray[np.intp]:
+    return np.sort(np.random.default_rng(seed).choice(count, min(count, size), replace=False))

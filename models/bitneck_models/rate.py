@@ -1,0 +1,219 @@
+"""Rate terms: differentiable bits of a latent, used in training only.
+
+    hyperprior   R = E[-log2 p(z) - log2 p(y|z)], z = h_a(y)     eq. (3) of the paper; Balle et al. 2018
+    factorized   R = E[-log2 p(y)], channels independent          the model that codes the symbols in deployment
+
+Both see the latent in units of the step, ``y / Q``, with additive uniform noise in place of rounding, and integrate
+each density over the quantization bin. Dimensions: N batch, Cr latent channels, Cz hyper-latent channels.
+"""
+
+import itertools
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["FactorizedDensity", "FactorizedRate", "HyperpriorRate", "RateKind", "build_rate", "gaussian_bin_bits"]
+
+RateKind = Literal["hyperprior", "factorized"]
+
+_MIN_LIKELIHOOD = 1e-9
+_LN2 = math.log(2.0)
+
+
+class _LowerBound(torch.autograd.Function):
+    """``max(x, bound)`` whose gradient still pushes values below the bound upwards."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bound = bound  # type: ignore[attr-defined]
+        return x.clamp(min=bound)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        passes = (x >= ctx.bound) | (grad < 0)  # type: ignore[attr-defined]
+        return grad * passes, None
+
+
+def _bits(likelihood: Tensor) -> Tensor:
+    bounded: Tensor = _LowerBound.apply(likelihood, _MIN_LIKELIHOOD)  # type: ignore[no-untyped-call]
+    return -torch.log(bounded) / _LN2
+
+
+def gaussian_bin_bits(v: Tensor, sigma: Tensor) -> Tensor:
+    """Bits of values under a zero-mean Gaussian integrated over bins of width 1.
+
+    ``-log2(Phi((v + 1/2) / sigma) - Phi((v - 1/2) / sigma))``, taken in the left tail, where the difference of the two
+    is exact.
+
+    Args:
+        v: values in units of the step.
+        sigma: standard deviations in units of the step, > 0, same shape.
+    """
+    magnitude = v.abs()
+    scale = 1.0 / (sigma * math.sqrt(2.0))
+    upper = torch.erfc((magnitude - 0.5) * scale)
+    lower = torch.erfc((magnitude + 0.5) * scale)
+    return _bits(0.5 * (upper - lower))
+
+
+class FactorizedDensity(nn.Module):
+    """A learned density per channel: four cumulative layers with parameters h, b, a (Balle et al. 2018, appendix 6.1).
+
+    The cumulative is ``c(v) = sigmoid(f4(f3(f2(f1(v)))))`` with ``f(v) = g(softplus(h) v + b)`` and
+    ``g(v) = v + tanh(a) tanh(v)``, which is increasing.
+
+    Args:
+        channels: number of densities.
+        width: hidden units of a layer.
+    """
+
+    scale: Tensor
+
+    def __init__(self, channels: int, width: int = 3) -> None:
+        super().__init__()
+        sizes = (1, width, width, width, 1)
+        self.register_buffer("scale", torch.ones(channels))
+        self.h = nn.ParameterList()
+        self.b = nn.ParameterList()
+        self.a = nn.ParameterList()
+        for before, after in itertools.pairwise(sizes):
+            start = math.log(math.expm1(1 / after))
+            self.h.append(nn.Parameter(torch.full((channels, after, before), start)))
+            self.b.append(nn.Parameter(torch.empty(channels, after, 1).uniform_(-0.5, 0.5)))
+            if after != 1:
+                self.a.append(nn.Parameter(torch.zeros(channels, after, 1)))
+
+    @torch.no_grad()
+    def fit_scale(self, std: Tensor) -> None:
+        """Start as wide as the values are.
+
+        Args:
+            std: of each channel, (C,), in units of the step.
+        """
+        self.scale.copy_(std.clamp(min=0.1))
+
+    def logits(self, v: Tensor) -> Tensor:
+        """Logits of the cumulative.
+
+        Args:
+            v: (C, 1, M).
+        """
+        v = v / self.scale[:, None, None]
+        for k, (h, b) in enumerate(zip(self.h, self.b, strict=True)):
+            v = F.softplus(h) @ v + b
+            if k < len(self.a):
+                v = v + torch.tanh(self.a[k]) * torch.tanh(v)
+        return v
+
+    def bits(self, v: Tensor) -> Tensor:
+        """Bits of values integrated over bins of width 1.
+
+        Args:
+            v: (N, C, h, w), in units of the step.
+
+        Returns:
+            (N, C, h, w).
+        """
+        n, c, h, w = v.shape
+        flat = v.transpose(0, 1).reshape(c, 1, -1)  # (C, 1, N*h*w)
+        lower, upper = self.logits(flat - 0.5), self.logits(flat + 0.5)
+        sign = -torch.sign(lower + upper).detach()  # the side where the difference of sigmoids is exact
+        likelihood = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
+        return _bits(likelihood).reshape(c, n, h, w).transpose(0, 1)
+
+
+def _noisy(v: Tensor) -> Tensor:
+    return v + torch.empty_like(v).uniform_(-0.5, 0.5)
+
+
+class FactorizedRate(nn.Module):
+    """Bits of a latent under one learned density per channel.
+
+    Args:
+        latent_channels: Cr.
+    """
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        self.density = FactorizedDensity(latent_channels)
+
+    def fit_scale(self, std: Tensor) -> None:
+        """Start as wide as the latent is: (Cr,), in units of the step."""
+        self.density.fit_scale(std)
+
+    def forward(self, y: Tensor, step: float) -> Tensor:
+        """Bits of each latent.
+
+        Args:
+            y: latent before rounding, (N, Cr, h, w).
+            step: quantizer step Q.
+
+        Returns:
+            (N,) bits.
+        """
+        return self.density.bits(_noisy(y / step)).sum(dim=(1, 2, 3))
+
+
+class HyperpriorRate(nn.Module):
+    """The neural rate estimator of the paper, eq. (3), in the architecture of the authors' checkpoints.
+
+    ``h_a``: depthwise 3x3 with bias, batch norm, ReLU, 1x1 to Cz, batch norm. ``h_s``: 1x1 transposed to Cr, batch
+    norm, ReLU, depthwise 3x3 transposed, batch norm; its output is the logarithm of the Gaussian's standard deviation.
+
+    Args:
+        latent_channels: Cr.
+        hyper_channels: Cz; 8 at every operating point of the authors.
+    """
+
+    def __init__(self, latent_channels: int, hyper_channels: int = 8) -> None:
+        super().__init__()
+        cr, cz = latent_channels, hyper_channels
+        self.h_a = nn.Sequential(
+            nn.Conv2d(cr, cr, 3, padding=1, groups=cr),
+            nn.BatchNorm2d(cr),
+            nn.ReLU(),
+            nn.Conv2d(cr, cz, 1),
+            nn.BatchNorm2d(cz),
+        )
+        self.h_s = nn.Sequential(
+            nn.ConvTranspose2d(cz, cr, 1),
+            nn.BatchNorm2d(cr),
+            nn.ReLU(),
+            nn.ConvTranspose2d(cr, cr, 3, padding=1, groups=cr),
+            nn.BatchNorm2d(cr),
+        )
+        self.density = FactorizedDensity(cz)
+
+    @torch.no_grad()
+    def fit_scale(self, std: Tensor) -> None:
+        """Start with Gaussians as wide as the latent is: (Cr,), in units of the step."""
+        norm = self.h_s[4]
+        assert isinstance(norm, nn.BatchNorm2d)
+        norm.weight.fill_(0.3)
+        norm.bias.copy_(std.clamp(min=0.1).log())
+
+    def forward(self, y: Tensor, step: float) -> Tensor:
+        """Bits of each latent, its hyper-latent included.
+
+        Args:
+            y: latent before rounding, (N, Cr, h, w).
+            step: quantizer step Q.
+
+        Returns:
+            (N,) bits.
+        """
+        v = y / step
+        z = _noisy(self.h_a(v))  # (N, Cz, h, w)
+        sigma = torch.exp(self.h_s(z).clamp(-7.0, 7.0))  # (N, Cr, h, w)
+        bits = gaussian_bin_bits(_noisy(v), sigma).sum(dim=(1, 2, 3))
+        return bits + self.density.bits(z).sum(dim=(1, 2, 3))
+
+
+def build_rate(kind: RateKind, latent_channels: int) -> FactorizedRate | HyperpriorRate:
+    """A rate term by name."""
+    return HyperpriorRate(latent_channels) if kind == "hyperprior" else FactorizedRate(latent_channels)

@@ -1,0 +1,148 @@
+"""Recipes: what to train, from a TOML file. Typed; unknown keys are refused."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bitneck.errors import InvalidConfig
+from bitneck.ids import ID_PATTERN
+
+__all__ = ["PointRecipe", "Recipe", "Source", "TrainingRecipe", "load_recipe"]
+
+Id = Annotated[str, Field(pattern=ID_PATTERN)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class Source(_Strict):
+    """A folder of photographs to learn from; labels are not used.
+
+    Attributes:
+        folder: below the data folder.
+        views: random views of each photograph.
+        validate_every: put every n-th photograph aside for validation; 0 for none.
+    """
+
+    folder: str
+    views: Annotated[int, Field(ge=1, le=1000)] = 1
+    validate_every: Annotated[int, Field(ge=0)] = 0
+
+
+class TrainingRecipe(_Strict):
+    """How a unit is trained.
+
+    Attributes:
+        steps: updates in the first stage, with the point's `rate` term.
+        finish_steps: updates in the last stage, whose rate term is the factorized model that will code the symbols.
+        batch: features in an update.
+        learning_rate: Adam's, at its height, for the unit.
+        rate_learning_rate: likewise for the rate term, which has to follow the unit.
+        warmup_steps: over which the rates rise; then they fall along a cosine.
+        mix: share of the features that are mixtures of two, for variety.
+        ema: decay of the running mean of the weights, which is what is kept.
+        tail_precision: of the frozen tail's arithmetic; bfloat16 is faster where the processor has it.
+        seed: of everything random.
+    """
+
+    steps: Annotated[int, Field(ge=0)] = 3000
+    finish_steps: Annotated[int, Field(ge=0)] = 1500
+    batch: Annotated[int, Field(ge=2)] = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    rate_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    mix: Annotated[float, Field(ge=0, le=1)] = 0.3
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
+    tail_precision: Literal["float32", "bfloat16"] = "bfloat16"
+    seed: int = 0
+
+
+class PointRecipe(_Strict):
+    """One operating point.
+
+    The loss is eq. (2) of the paper, ``bits + lambda * task``, with bits per image and the task term a mean. lambda
+    multiplies the TASK term.
+
+    Attributes:
+        id: of the operating point.
+        split: split point of the backbone.
+        stride: S.
+        channels: Cr.
+        step: quantizer step Q, in the latent's unit.
+        lambda_: weight of the task term, key ``lambda``.
+        target_bytes: where given, lambda is only where training begins; it is then moved until the estimated rate is
+            this many bytes per image.
+        kernel: K of the depthwise layers; None for the smallest that covers the stride.
+        rate: rate term of the first stage.
+        init: ``task`` or ``principal`` for a linear start (see `bitneck_models.klt`), ``random``, or the id of another
+            point of the recipe, trained before, to start from.
+    """
+
+    id: Id
+    split: Id
+    stride: Annotated[int, Field(ge=1, le=64)]
+    channels: Annotated[int, Field(ge=1, le=4096)]
+    step: Annotated[float, Field(gt=0)]
+    lambda_: Annotated[float, Field(gt=0, alias="lambda")]
+    target_bytes: Annotated[float, Field(gt=0)] | None = None
+    kernel: Annotated[int, Field(ge=1, le=65)] | None = None
+    rate: Literal["hyperprior", "factorized"] = "hyperprior"
+    init: str = "task"
+
+
+class Recipe(_Strict):
+    """A zoo entry: the backbone, the photographs, and the operating points to train."""
+
+    name: Id
+    backbone: Id
+    data: Annotated[tuple[Source, ...], Field(min_length=1)]
+    training: TrainingRecipe = TrainingRecipe()
+    points: Annotated[tuple[PointRecipe, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        ids: set[str] = set()
+        for point in self.points:
+            if point.id in ids:
+                raise ValueError(f"two points have the id {point.id}")
+            if point.init not in {"task", "principal", "random"} | ids:
+                raise ValueError(f"point {point.id}: init {point.init!r} is no method and no point listed before it")
+            ids.add(point.id)
+        return self
+
+    def point(self, point_id: str) -> PointRecipe:
+        """The recipe of one point.
+
+        Raises:
+            InvalidConfig: there is none; the message lists them.
+        """
+        for point in self.points:
+            if point.id == point_id:
+                return point
+        raise InvalidConfig(f"the recipe has no point {point_id!r}; it has: {', '.join(p.id for p in self.points)}")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a TOML file, or a folder with ``recipe.toml``.
+
+    Raises:
+        InvalidConfig: no such file, not TOML, an unknown key or a value out of range; the message names it.
+    """
+    path = path / "recipe.toml" if path.is_dir() else path
+    try:
+        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as exc:
+        raise InvalidConfig(f"{path}: no recipe there ({exc.strerror})") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise InvalidConfig(f"{path}: not TOML ({exc})") from exc
+    except ValidationError as exc:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in e['loc']) or 'recipe'}: {e['msg']}" for e in exc.errors(include_url=False)
+        )
+        raise InvalidConfig(f"{path}: {problems}") from exc

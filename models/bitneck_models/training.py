@@ -1,0 +1,269 @@
+"""Training one bottleneck unit by distillation: bits + lambda * |teacher - student| at the network's last layer.
+
+    f --unit--> f_hat --tail--> student        the teacher is the same network without the unit: tail(f)
+
+The features come from a cache, the backbone is frozen, and no labels are used (paper, section 3.3, the last layer).
+Every random number is drawn from the seed and the number of the step, so a run that was cut off and resumed gives
+exactly the weights of one that was not.
+
+Dimensions: M cached features, N batch, C x Hf x Wf feature.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bitneck.errors import InvalidConfig, ModelFailure
+from bitneck_models.rate import FactorizedRate, HyperpriorRate, build_rate
+from bitneck_models.recipe import PointRecipe, TrainingRecipe
+from bitneck_models.units import BottleneckUnit
+
+__all__ = ["StepReport", "train_unit"]
+
+_CHECKPOINT_EVERY = 250
+_FINISH_RATE = 0.3
+"""Learning rate of the last stage, as a share of the first's."""
+_LAMBDA_GAIN = 0.01
+"""How fast lambda follows a missed target rate: e-fold in 100 steps at an error of 100 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step cost: mean estimated bits per image, the task term, and its weight."""
+
+    step: int
+    steps: int
+    bits: float
+    task: float
+    lambda_: float
+
+
+def train_unit(
+    unit: BottleneckUnit,
+    tail: nn.Module,
+    features: NDArray[np.float16],
+    point: PointRecipe,
+    training: TrainingRecipe,
+    *,
+    checkpoint: Path | None = None,
+    report: Callable[[StepReport], None] = lambda _report: None,
+    stop_after: int | None = None,
+) -> bool:
+    """Train a unit in place.
+
+    Args:
+        unit: as it was initialized; its batch norms keep their statistics and learn scale and shift only.
+        tail: the frozen network after the split point.
+        features: (M, C, Hf, Wf) float16.
+        point: step, lambda and rate term.
+        training: the schedule.
+        checkpoint: a file to resume from, if it is there, and to save to.
+        report: called after every step.
+        stop_after: save and return after this many steps in all.
+
+    Returns:
+        Whether training is complete.
+
+    Raises:
+        InvalidConfig: fewer features than a batch, or a checkpoint of another recipe.
+        ModelFailure: the loss is not finite, or the latent has collapsed to zeros.
+    """
+    if len(features) < training.batch:
+        raise InvalidConfig(f"{len(features)} features are fewer than a batch of {training.batch}; add photographs")
+    run = _Run(unit, tail, features, point, training)
+    total = training.steps + training.finish_steps
+    if checkpoint is not None and checkpoint.is_file():
+        run.load(checkpoint)
+    while run.done < total:
+        if stop_after is not None and run.done >= stop_after:
+            break
+        bits, task = run.step()
+        report(StepReport(run.done, total, bits, task, run.lambda_))
+        if checkpoint is not None and run.done % _CHECKPOINT_EVERY == 0:
+            run.save(checkpoint)
+    if checkpoint is not None:
+        run.save(checkpoint)
+    if run.done < total:
+        return False
+    run.keep_mean()
+    return True
+
+
+class _Run:
+    """The state of one training run."""
+
+    def __init__(
+        self,
+        unit: BottleneckUnit,
+        tail: nn.Module,
+        features: NDArray[np.float16],
+        point: PointRecipe,
+        training: TrainingRecipe,
+    ) -> None:
+        self.unit, self.tail, self.features, self.point, self.training = unit, tail, features, point, training
+        self.done = 0
+        self.lambda_ = point.lambda_
+        self.device = next(unit.parameters()).device
+        self._begin_stage()
+        self.mean = {k: v.detach().clone() for k, v in unit.state_dict().items()}
+
+    def _begin_stage(self) -> None:
+        """A fresh rate term and optimizer."""
+        finishing = self.done >= self.training.steps
+        with _seeded(self.training.seed, self.done, 1):
+            kind = "factorized" if finishing else self.point.rate
+            self.rate: FactorizedRate | HyperpriorRate = build_rate(kind, self.unit.latent_shape[0]).to(self.device)
+        with torch.no_grad():
+            y = self.unit.eval().encoder(self._batch())
+            self.rate.fit_scale((y / self.point.step).std(dim=(0, 2, 3)))
+        peak = self.training.learning_rate * (_FINISH_RATE if finishing else 1.0)
+        self.optimizer = torch.optim.Adam(
+            [
+                {
+                    "params": list(self.unit.parameters()),
+                    "peak": peak,
+                },
+                {"params": list(self.rate.parameters()), "peak": self.training.rate_learning_rate},
+            ]
+        )
+
+    def step(self) -> tuple[float, float]:
+        """One update; mean bits per image and the task term."""
+        if self.done == self.training.steps and self.done > 0:
+            self._begin_stage()
+        self._schedule()
+        self.unit.eval()  # batch norms keep their statistics: the unit starts from a solution, not from noise
+        self.rate.train()
+        with _seeded(self.training.seed, self.done, 0):
+            f = self._batch()  # (N, C, Hf, Wf)
+            with torch.no_grad(), self._tail_precision():
+                teacher = self.tail(f).float()
+            y, f_hat = self.unit(f, self.point.step)
+            bits = self.rate(y, self.point.step).mean()
+            with self._tail_precision():
+                student = self.tail(f_hat).float()
+            task = F.l1_loss(student, teacher)
+        loss = bits + self.lambda_ * task
+        if not torch.isfinite(loss):
+            raise ModelFailure(
+                f"{self.point.id}: the loss is not finite at step {self.done} (bits {bits.item():.1f}, "
+                f"task {task.item():.4f}); lower the learning rate"
+            )
+        if self.done % 100 == 99 and not (y.detach().abs() > self.point.step / 2).any():
+            raise ModelFailure(
+                f"{self.point.id}: every symbol is zero at step {self.done}: raise lambda or lower the step"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.unit.parameters(), 10.0 * self.lambda_)
+        self.optimizer.step()
+        self.done += 1
+        self._follow_target(bits.item())
+        self._update_mean()
+        return bits.item(), task.item()
+
+    def _tail_precision(self) -> torch.autocast:
+        """The frozen tail takes most of the time; the unit and the rate term stay in float32."""
+        low = self.training.tail_precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low)
+
+    def _follow_target(self, bits: float) -> None:
+        """Move lambda towards the target rate, once the rate term has settled."""
+        if self.point.target_bytes is not None and self.done > self.training.warmup_steps:
+            error = 1 - bits / (8 * self.point.target_bytes)
+            self.lambda_ *= math.exp(_LAMBDA_GAIN * min(1.0, max(-1.0, error)))
+
+    def _schedule(self) -> None:
+        """Linear warm-up, then a cosine to a hundredth, in each stage."""
+        t = self.training
+        begin, length = (0, t.steps) if self.done < t.steps else (t.steps, t.finish_steps)
+        k = self.done - begin
+        warm = min(1.0, (k + 1) / max(1, t.warmup_steps))
+        fall = 0.5 * (1 + math.cos(math.pi * k / max(1, length)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * warm * (0.01 + 0.99 * fall)
+
+    def _batch(self) -> Tensor:
+        """Features of a batch, mirrored at random and partly mixed."""
+        rng = np.random.default_rng([self.training.seed, self.done])
+        rows = np.sort(rng.choice(len(self.features), self.training.batch, replace=False))
+        f = torch.from_numpy(self.features[rows].astype(np.float32)).to(self.device)
+        f = f[torch.from_numpy(rng.permutation(len(f)))]
+        if rng.random() < 0.5:
+            f = f.flip(3)
+        mixed = int(len(f) * self.training.mix) // 2 * 2
+        if mixed:
+            share = torch.from_numpy(rng.uniform(0.2, 0.8, (mixed, 1, 1, 1)).astype(np.float32)).to(self.device)
+            f[:mixed] = share * f[:mixed] + (1 - share) * f[:mixed].flip(0)
+        return f
+
+    def _update_mean(self) -> None:
+        decay = min(self.training.ema, (1 + self.done) / (10 + self.done))
+        for key, value in self.unit.state_dict().items():
+            if value.is_floating_point():
+                self.mean[key].lerp_(value.detach(), 1 - decay)
+
+    def keep_mean(self) -> None:
+        """Put the running mean of the weights into the unit."""
+        self.unit.load_state_dict(self.mean)
+        self.unit.eval()
+
+    def _identity(self) -> dict[str, Any]:
+        return {"point": self.point.model_dump(), "training": self.training.model_dump()}
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, all or nothing."""
+        state = {
+            "done": self.done,
+            "lambda": self.lambda_,
+            "identity": self._identity(),
+            "unit": self.unit.state_dict(),
+            "mean": self.mean,
+            "rate": self.rate.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        torch.save(state, temporary)
+        temporary.rename(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InvalidConfig: it belongs to another recipe.
+        """
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["identity"] != self._identity():
+            raise InvalidConfig(f"{path} belongs to another recipe; remove it to train {self.point.id} anew")
+        self.lambda_ = state["lambda"]
+        self.done = state["done"]
+        self.done -= self.done == self.training.steps  # at the border the saved rate term is the first stage's
+        self._begin_stage()
+        self.done = state["done"]
+        self.unit.load_state_dict(state["unit"])
+        self.mean = state["mean"]
+        self.rate.load_state_dict(state["rate"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class _seeded:  # noqa: N801  a context manager that reads as a word
+    """torch's random numbers from (seed, step, purpose), and the caller's own state afterwards."""
+
+    def __init__(self, seed: int, step: int, purpose: int) -> None:
+        self._seed = (seed * 2 + purpose) * 1_000_003 + step
+
+    def __enter__(self) -> None:
+        self._state = torch.get_rng_state()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *_exc: object) -> None:
+        torch.set_rng_state(self._state)

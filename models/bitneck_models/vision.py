@@ -1,0 +1,38 @@
+"""torchvision, and timm on top of it, next to a torch build that does not match it.
+
+PyPI has torchvision only as a CUDA build. Next to a CPU build of torch its native library does not load, and its
+import stops at two operators that it expects to be registered. Declaring them first is enough: bitneck never calls
+them. Where the library loads, nothing is declared.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["import_timm", "import_torchvision"]
+
+_OPERATORS = ("nms", "qnms")
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+_declared: list[Any] = []  # a Library's operators live as long as the object
+
+
+def import_torchvision() -> ModuleType:
+    """The module ``torchvision``, with its operators declared where its own library does not load."""
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as exc:
+        if "torchvision::nms" not in str(exc):
+            raise
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _declared.append(library)
+    for name in _OPERATORS:
+        library.define(name + _SCHEMA)  # type: ignore[no-untyped-call]
+    return importlib.import_module("torchvision")
+
+
+def import_timm() -> ModuleType:
+    """The module ``timm``, which imports torchvision."""
+    import_torchvision()
+    return importlib.import_module("timm")

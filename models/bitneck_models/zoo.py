@@ -1,0 +1,160 @@
+"""Zoo entries on disk: a recipe, its trained units and tables, and what was measured.
+
+recipe.toml                     what was trained, and how
+points/<id>/unit.safetensors    weights
+points/<id>/tables.npz          the factorized model
+points/<id>/record.json         resolved recipe, code version, validation metrics
+ladder.json                     rate and accuracy of every point on an evaluation set, by `evaluate --record`
+"""
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bitneck.errors import BundleCorrupt, InvalidConfig
+from bitneck.tables import FactorizedModel
+from bitneck_models.backbones import Backbone
+from bitneck_models.recipe import PointRecipe, Recipe, load_recipe
+from bitneck_models.units import BottleneckUnit
+
+__all__ = ["MeasuredLadder", "MeasuredPoint", "PointRecord", "ZooEntry"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PointRecord(_Strict):
+    """What stands beside a trained unit: how it came to be, and its validation metrics."""
+
+    recipe: dict[str, Any]
+    training: dict[str, Any]
+    code_version: str
+    torch_version: str
+    train_features: int
+    validation_photos: int
+    lambda_final: float
+    estimated_bytes: float
+    validation_bytes: float
+    validation_agreement: float
+    trained: date
+
+
+class MeasuredPoint(_Strict):
+    """One operating point on an evaluation set, through real bytes."""
+
+    payload_bytes: Annotated[float, Field(ge=0)]
+    bpp_payload: Annotated[float, Field(ge=0)]
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+    agreement: Annotated[float, Field(ge=0, le=1)]
+
+
+class MeasuredLadder(_Strict):
+    """Every operating point on one evaluation set."""
+
+    dataset: str
+    images: Annotated[int, Field(ge=1)]
+    measured: date
+    uncompressed_accuracy: Annotated[float, Field(ge=0, le=1)]
+    points: dict[str, MeasuredPoint]
+
+
+class ZooEntry:
+    """A folder of the zoo.
+
+    Args:
+        folder: with ``recipe.toml``.
+
+    Raises:
+        InvalidConfig: no such recipe, or a refused one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe: Recipe = load_recipe(folder)
+
+    def trained(self) -> list[PointRecipe]:
+        """The points of the recipe that have trained weights, in the recipe's order."""
+        return [point for point in self.recipe.points if (self.point_folder(point.id) / "unit.safetensors").is_file()]
+
+    def point_folder(self, point_id: str) -> Path:
+        """Where a point's files lie."""
+        return self.folder / "points" / point_id
+
+    def unit(self, backbone: Backbone, point: PointRecipe) -> BottleneckUnit:
+        """A point's trained unit, in evaluation mode.
+
+        Raises:
+            InvalidConfig: it is not trained yet.
+            BundleCorrupt: the file is unreadable, or does not fit the recipe.
+        """
+        path = self.point_folder(point.id) / "unit.safetensors"
+        if not path.is_file():
+            raise InvalidConfig(
+                f"{point.id} is not trained yet: {path} is missing; run `bitneck-models train {self.folder}`"
+            )
+        unit = new_unit(backbone, point)
+        try:
+            unit.load_state_dict(load_file(path))
+        except (RuntimeError, SafetensorError, OSError) as exc:
+            raise BundleCorrupt(f"{path} does not fit the recipe ({exc}); train {point.id} again") from exc
+        return unit.eval().requires_grad_(requires_grad=False)
+
+    def tables(self, point: PointRecipe) -> FactorizedModel:
+        """A point's tables.
+
+        Raises:
+            InvalidConfig: not there.
+            BundleCorrupt: unreadable.
+        """
+        path = self.point_folder(point.id) / "tables.npz"
+        if not path.is_file():
+            raise InvalidConfig(f"{path} is missing; run `bitneck-models train {self.folder}`")
+        return FactorizedModel.from_npz(path.read_bytes())
+
+    def save(self, point: PointRecipe, unit: BottleneckUnit, tables: FactorizedModel, record: PointRecord) -> None:
+        """Write a trained point; its weights last, since they mark it as trained."""
+        folder = self.point_folder(point.id)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tables.npz").write_bytes(tables.to_npz())
+        (folder / "record.json").write_text(record.model_dump_json(indent=1) + "\n")
+        temporary = folder / "unit.part"
+        save_file({k: v.contiguous() for k, v in unit.state_dict().items()}, temporary)
+        temporary.rename(folder / "unit.safetensors")
+
+    def ladder(self) -> MeasuredLadder | None:
+        """What was measured, or None before any measurement.
+
+        Raises:
+            InvalidConfig: the file is not a measured ladder.
+        """
+        path = self.folder / "ladder.json"
+        if not path.is_file():
+            return None
+        try:
+            return MeasuredLadder.model_validate_json(path.read_bytes())
+        except ValidationError as exc:
+            raise InvalidConfig(f"{path} is not a measured ladder ({exc.error_count()} problems)") from exc
+
+    def save_ladder(self, ladder: MeasuredLadder) -> None:
+        """Write what was measured."""
+        text = json.dumps(json.loads(ladder.model_dump_json()), indent=1, sort_keys=True)
+        (self.folder / "ladder.json").write_text(text + "\n")
+
+
+def new_unit(backbone: Backbone, point: PointRecipe) -> BottleneckUnit:
+    """A fresh unit of a point's geometry, its weights drawn from seed 0.
+
+    Raises:
+        InvalidConfig: a split point, stride or number of channels that does not fit the backbone.
+    """
+    feature_shape = backbone.feature_shape(point.split)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return BottleneckUnit(feature_shape, point.channels, point.stride, point.kernel).eval()
