@@ -1,0 +1,135 @@
+"""The command line ``bitneck-cloud``."""
+
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import google_crc32c
+import numpy as np
+import typer
+
+import bitneck
+from bitneck.bundle import Bundle
+from bitneck.errors import BitneckError, InvalidConfig
+from bitneck.frames import parse_frame
+from bitneck_cloud.settings import CloudSettings
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Serve split networks: decode what edges send, finish the computation, answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def serve(
+    bundle: Annotated[list[Path], typer.Option(help="A bundle's folder; repeatable, one for each model.")],
+    grpc: Annotated[str | None, typer.Option(help="HOST:PORT where edges connect.  [default: 127.0.0.1:50051]")] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of the control API.  [default: 127.0.0.1:8080]")] = None,
+    http_token: Annotated[str | None, typer.Option(help="Bearer token that the control API asks for.")] = None,
+    threads: Annotated[int | None, typer.Option(help="ONNX Runtime threads; 0 for every core.  [default: 0]")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Frames in one pass.  [default: 16]")] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Frames that may wait.  [default: 1024]")] = None,
+    window: Annotated[int | None, typer.Option(help="Unanswered frames of a session.  [default: 16]")] = None,
+    max_sessions: Annotated[int | None, typer.Option(help="Sessions kept.  [default: 1024]")] = None,
+    resume_s: Annotated[float | None, typer.Option(help="Seconds to resume a session.  [default: 60]")] = None,
+    drain_s: Annotated[float | None, typer.Option(help="Seconds to finish when stopped.  [default: 10]")] = None,
+    assumed_fps: Annotated[float | None, typer.Option(help="Frame rate before one is seen.  [default: 10]")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file of these settings.", envvar="BITNECK_CLOUD_CONFIG")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="When ready, print one JSON document on stdout.")] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve bundles until SIGTERM or Ctrl-C. Settings may also come from BITNECK_CLOUD_* or a file."""
+    from bitneck_cloud.server import Ready
+    from bitneck_cloud.server import serve as run
+
+    if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise InvalidConfig(f"--log-level {log_level!r}: use debug, info, warning or error")
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    flags: dict[str, Any] = {
+        "grpc": grpc, "http": http, "http_token": http_token, "threads": threads, "max_batch": max_batch,
+        "max_queue": max_queue, "window": window, "max_sessions": max_sessions, "resume_s": resume_s,
+        "drain_s": drain_s, "assumed_fps": assumed_fps,
+    }  # fmt: skip
+    settings = CloudSettings.load(flags, config)
+
+    def announce(ready: Ready) -> None:
+        if as_json:
+            models = [
+                {"name": m.name, "bundle_id": m.bundle.bundle_id, "points": [p.id for p in m.ladder]}
+                for m in ready.models.values()
+            ]
+            print(json.dumps({"grpc": ready.grpc, "http": ready.http, "models": models}), flush=True)  # noqa: T201
+        else:
+            names = ", ".join(f"{m.name} ({len(m.ladder)} points)" for m in ready.models.values())
+            print(f"serving {names}: gRPC {ready.grpc}, control API http://{ready.http}/docs", flush=True)  # noqa: T201
+
+    asyncio.run(run(settings, bundle, announce))
+
+
+@app.command()
+def decode(
+    frame: Annotated[Path, typer.Argument(help="A frame that `bitneck-edge encode` wrote.")],
+    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")],
+    symbols: Annotated[Path | None, typer.Option(help="Write the symbols here, as .npy.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Decode one frame from a file and answer it: the cloud's half, without a server."""
+    from bitneck_cloud.models import ServedModel
+
+    try:
+        data = frame.read_bytes()
+    except OSError as exc:
+        raise InvalidConfig(f"{frame}: cannot read it ({exc.strerror})") from exc
+    parsed = parse_frame(data, str(frame))
+    model = ServedModel(Bundle.open(bundle))
+    model.check(parsed)
+    codec = model.decoders[parsed.point].codec
+    s = codec.decode(parsed.payload)
+    (computed,) = model.run([(parsed.point, parsed.payload)])
+    if isinstance(computed.output, BitneckError):
+        raise computed.output
+    if symbols is not None:
+        np.save(symbols, s)
+    labels = [{"index": x.index, "name": x.name, "score": x.score} for x in computed.output.classification.labels]
+    document = {
+        "file": str(frame),
+        "bundle_id": model.bundle.bundle_id,
+        "point": parsed.point,
+        "payload_bytes": len(parsed.payload),
+        "ideal_bytes": codec.tables.ideal_bits(s) / 8,
+        "symbols_crc32c": f"{google_crc32c.value(s.astype('<i4').tobytes()):08x}",
+        "labels": labels,
+    }
+    if as_json:
+        print(json.dumps(document))  # noqa: T201
+    else:
+        print(f"{parsed.point}: {len(parsed.payload)} bytes, ideal {document['ideal_bytes']:.1f}")  # noqa: T201
+        for label in labels:
+            print(f"  {label['score']:.3f}  {label['name']}")  # noqa: T201
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(bitneck.__version__)  # noqa: T201
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a `BitneckError` becomes one line on stderr and its exit code."""
+    try:
+        app()
+    except BitneckError as exc:
+        print(f"error: {exc}", file=sys.stderr)  # noqa: T201
+        sys.exit(exc.exit_code)

@@ -1,0 +1,183 @@
+"""One open stream: reads frames, computes them side by side, writes answers as they are ready."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, MutableMapping
+from typing import Any
+
+import grpc
+
+from bitneck.errors import BitneckError, ProtocolError
+from bitneck.frames import check_frame
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_cloud.engine import Engine, Job
+from bitneck_cloud.messages import fault, go_away, set_point
+from bitneck_cloud.models import ServedModel
+from bitneck_cloud.outbox import Outbox
+from bitneck_cloud.session import Event, Session, StreamState, Verdict
+
+__all__ = ["Context", "Conversation", "job_of", "result_of"]
+
+_LOG = logging.getLogger(__name__)
+_SUPERSEDED_GRACE_S = 2.0
+"""How long the last words of a stream that was replaced may take; its link is probably dead."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Conversation:
+    """One open stream of a session.
+
+    Args:
+        engine: that computes.
+        model: the session's.
+        session: its state.
+        state: the stream's phase.
+        streams: every session's newest conversation, by session id; this one is put in, and answers go to whichever
+            is newest when they are ready.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        session: Session,
+        state: StreamState,
+        streams: MutableMapping[str, "Conversation"],
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._session = session
+        self._state = state
+        self._outbox = Outbox(limit=2 * session.window)
+        self._streams = streams
+        self._tasks: dict[asyncio.Task[None], Job] = {}
+        self._writer: asyncio.Task[None] | None = None
+
+    async def run(self, requests: AsyncIterator[pb.ClientMessage], context: Context) -> None:
+        """Until the client has finished, or is gone."""
+        older = self._streams.get(self._session.session_id)
+        self._streams[self._session.session_id] = self
+        if older is not None:
+            await older.supersede()
+        writer = self._writer = asyncio.create_task(self._write(context))
+        reader = asyncio.create_task(self._read(requests))
+        try:
+            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            if reader.done() and not writer.done():
+                if (exc := reader.exception()) is not None and not isinstance(exc, grpc.aio.UsageError):
+                    _LOG.error("session %s: reading failed: %r", self._session.session_id, exc)
+                while self._tasks:  # the client has sent everything: answer it
+                    await asyncio.wait(self._tasks)
+                await self._outbox.close()
+                await writer
+        finally:
+            self._state.on(Event.CLOSE)
+            reader.cancel()
+            writer.cancel()
+            if self._streams.get(self._session.session_id) is self:
+                del self._streams[self._session.session_id]
+                for job in self._tasks.values():
+                    if not job.started:
+                        job.result.cancel()  # nobody waits for it; what is being computed is kept for a resume
+            await asyncio.gather(reader, writer, return_exceptions=True)
+
+    async def supersede(self) -> None:
+        """A newer stream has taken the session over: end this one; its frames are answered on the newer."""
+        await self._outbox.control(go_away("the session was resumed on another stream"))
+        await self._outbox.close()
+        if self._writer is not None:
+            asyncio.get_running_loop().call_later(_SUPERSEDED_GRACE_S, self._writer.cancel)
+
+    async def push(self, message: pb.ServerMessage) -> None:
+        """Send a control message, ahead of the answers."""
+        await self._outbox.control(message)
+
+    async def _write(self, context: Context) -> None:
+        with contextlib.suppress(grpc.aio.UsageError, asyncio.InvalidStateError):
+            while (message := await self._outbox.get()) is not None:
+                await context.write(message)
+
+    async def _read(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
+        async for message in requests:
+            if message.HasField("frame"):
+                await self._frame(message.frame)
+            else:
+                kind = message.WhichOneof("message") or "an empty message"
+                await self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
+
+    async def _frame(self, frame: pb.Frame) -> None:
+        received = time.time()
+        try:
+            self._state.on(Event.FRAME)
+            check_frame(frame)
+            self._model.check(frame)
+            verdict = self._session.accept(frame.seq, frame.point, len(frame.payload), time.monotonic())
+        except BitneckError as exc:
+            await self._fault(frame.seq, exc)
+            return
+        if verdict is Verdict.ANSWERED:
+            await self._outbox.put(self._session.kept_answer(frame.seq))
+        elif verdict is Verdict.NEW:
+            job = job_of(self._model, frame)
+            try:
+                self._engine.submit(job)
+            except BitneckError as exc:
+                self._session.drop(frame.seq)
+                await self._fault(frame.seq, exc)
+                return
+            task = asyncio.create_task(self._answer(job, frame.seq, received))
+            self._tasks[task] = job
+            task.add_done_callback(self._tasks.pop)
+            if (point := self._session.weigh_again()) is not None:
+                reason = f"max_kbps at {self._session.frames_per_s:.1f} frames per second"
+                await self._outbox.control(set_point(point, reason))
+
+    async def _answer(self, job: Job, seq: int, received: float) -> None:
+        """Wait for a job and hand its answer to the session's newest stream."""
+        try:
+            message = pb.ServerMessage(result=await result_of(job, seq, received))
+            self._session.complete(seq, message)
+        except BitneckError as exc:
+            self._session.fail(seq, exc.grpc_code)
+            message = fault(seq, exc)
+        except asyncio.CancelledError:
+            self._session.drop(seq)
+            return
+        newest = self._streams.get(self._session.session_id)
+        if newest is not None:
+            await newest._outbox.put(message)
+
+    async def _fault(self, seq: int, exc: BitneckError) -> None:
+        self._session.faults[exc.grpc_code] += 1
+        await self._outbox.put(fault(seq, exc))
+
+
+def job_of(model: ServedModel, frame: pb.Frame) -> Job:
+    """A frame as the engine takes it; its deadline begins now."""
+    deadline = time.monotonic() + frame.deadline_ms / 1e3 if frame.deadline_ms else None
+    return Job(model, frame.point, frame.payload, deadline)
+
+
+async def result_of(job: Job, seq: int, received: float) -> pb.Result:
+    """The answer to a frame, once it is there.
+
+    Raises:
+        BitneckError: why there is none.
+    """
+    try:
+        computed = await job.result
+    except asyncio.CancelledError:
+        job.result.cancel()
+        raise
+    if isinstance(computed.output, BitneckError):
+        raise computed.output
+    timings = pb.Timings(
+        received_unix_us=round(received * 1e6),
+        queued_us=job.queued_us,
+        decode_us=computed.decode_us,
+        compute_us=computed.compute_us,
+    )
+    return pb.Result(seq=seq, output=computed.output, timings=timings)

@@ -1,0 +1,158 @@
+"""The gRPC service: manifests and files, single frames, and the bidirectional stream."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NoReturn
+
+import grpc
+
+from bitneck.errors import (
+    BitneckError,
+    BundleMismatch,
+    Unavailable,
+    UnknownFile,
+)
+from bitneck.frames import check_frame
+from bitneck.v1 import inference_pb2 as pb
+from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck_cloud.conversation import Context, Conversation, job_of, result_of
+from bitneck_cloud.engine import Engine
+from bitneck_cloud.messages import go_away, public_text, set_point
+from bitneck_cloud.registry import Registry
+from bitneck_cloud.session import Event, Session, StreamState
+
+__all__ = ["InferenceService"]
+
+_LOG = logging.getLogger(__name__)
+_CHUNK_BYTES = 64 * 1024
+
+
+class InferenceService(pb_grpc.SplitInferenceServicer):
+    """`bitneck.v1.SplitInference` on one event loop.
+
+    Args:
+        registry: models and sessions.
+        engine: that computes.
+    """
+
+    def __init__(self, registry: Registry, engine: Engine) -> None:
+        self._registry = registry
+        self._engine = engine
+        self._streams: dict[str, Conversation] = {}
+        self._draining = False
+
+    async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
+        """The manifest of a served model."""
+        try:
+            bundle = self._registry.model(request.model).bundle
+        except BitneckError as exc:
+            await _abort(context, exc)
+        return pb.GetManifestResponse(
+            model=bundle.manifest.name, bundle_id=bundle.bundle_id, manifest_json=bundle.manifest_json
+        )
+
+    async def FetchFile(self, request: pb.FetchFileRequest, context: Context) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
+        """One file of the edge's half, in chunks."""
+        try:
+            path = self._edge_file(request)
+        except BitneckError as exc:
+            await _abort(context, exc)
+        with path.open("rb") as file:
+            while data := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+                yield pb.FileChunk(data=data)
+
+    def _edge_file(self, request: pb.FetchFileRequest) -> Path:
+        bundle = self._registry.model(request.model).bundle
+        _check_bundle(bundle.bundle_id, request.bundle_id)
+        if request.path not in bundle.manifest.files_for("edge"):
+            raise UnknownFile(f"the bundle {bundle.manifest.name} hands out no file {request.path[:80]!r}")
+        return bundle.path(request.path)
+
+    async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802
+        """One frame, one answer."""
+        received = time.time()
+        try:
+            model = self._registry.model(request.model)
+            _check_bundle(model.bundle.bundle_id, request.bundle_id)
+            check_frame(request.frame)
+            model.check(request.frame)
+            job = job_of(model, request.frame)
+            self._engine.submit(job)
+            result = await result_of(job, request.frame.seq, received)
+        except BitneckError as exc:
+            await _abort(context, exc)
+        return pb.InferResponse(bundle_id=model.bundle.bundle_id, result=result)
+
+    async def Stream(  # type: ignore[override]  # noqa: N802  grpc.aio also takes a coroutine that writes
+        self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
+    ) -> None:
+        """The normal way: Open, then frames; see the .proto."""
+        state = StreamState()
+        try:
+            opened = await anext(aiter(request_iterator), None)
+            if opened is None:
+                return
+            state.on(Event.OPEN if opened.HasField("open") else Event.FRAME)
+            if self._draining:
+                raise Unavailable("the server is stopping; connect elsewhere")
+            model = self._registry.model(opened.open.model)
+            _check_bundle(model.bundle.bundle_id, opened.open.bundle_id)
+            session, token, resumed = self._registry.open(
+                model, opened.open.client, opened.open.resume_token, time.monotonic()
+            )
+        except BitneckError as exc:
+            await _abort(context, exc)
+        _LOG.info("session %s %s: client %r", session.session_id, "resumed" if resumed else "opened", session.client)
+        conversation = Conversation(self._engine, model, session, state, self._streams)
+        opened_message = pb.Opened(session_id=session.session_id, resume_token=token, window=session.window)
+        try:
+            await context.write(pb.ServerMessage(opened=opened_message))
+            if session.asked_point is not None:
+                await conversation.push(set_point(session.asked_point, "the rate asked for"))
+            await conversation.run(request_iterator, context)
+        finally:
+            if not self.connected(session):
+                self._registry.disconnect(session, time.monotonic())
+
+    async def push_point(self, session: Session, point: str, reason: str) -> bool:
+        """Ask a session's client for another operating point, now.
+
+        Returns:
+            Whether the session is connected; else it is told when it resumes.
+        """
+        stream = self._streams.get(session.session_id)
+        if stream is None:
+            return False
+        await stream.push(set_point(point, reason))
+        return True
+
+    def connected(self, session: Session) -> bool:
+        """Whether a session has a stream."""
+        return session.session_id in self._streams
+
+    async def drain(self, reason: str) -> None:
+        """Tell every client that the server is going away; new streams are refused from now on."""
+        self._draining = True
+        for stream in list(self._streams.values()):
+            await stream.push(go_away(reason))
+
+    @property
+    def streams(self) -> int:
+        """Open streams."""
+        return len(self._streams)
+
+
+def _check_bundle(served: str, asked: str) -> None:
+    if asked != served:
+        raise BundleMismatch(
+            f"the client has bundle {asked[:80] or '(none)'}, this server has {served}; "
+            "get its manifest and files again"
+        )
+
+
+async def _abort(context: Context, exc: BitneckError) -> NoReturn:
+    await context.abort(grpc.StatusCode[exc.grpc_status], public_text(exc))
+    raise AssertionError("abort raises")

@@ -1,0 +1,300 @@
+"""The HTTP control API: models, sessions and rates. Errors are RFC 9457 problem details."""
+
+import secrets
+import time
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+import bitneck
+from bitneck.errors import BitneckError, InvalidConfig
+from bitneck.ladder import FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, RatePolicy, choose
+from bitneck.manifest import Manifest
+from bitneck_cloud.grpc_service import InferenceService
+from bitneck_cloud.messages import public_text
+from bitneck_cloud.registry import Registry
+from bitneck_cloud.session import Session
+
+__all__ = ["RateRequest", "Readiness", "build_app"]
+
+PROBLEM_TYPE = "application/problem+json"
+
+
+class Readiness:
+    """Whether the server takes new work; the program sets it."""
+
+    def __init__(self) -> None:
+        self.ready = False
+
+
+class RateRequest(BaseModel):
+    """Exactly one of these."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    point: str | None = Field(None, description="id of an operating point")
+    max_bytes_per_frame: float | None = Field(None, gt=0, description="mean payload bytes of a frame, at most")
+    max_kbps: float | None = Field(None, gt=0, description="mean payload rate at the session's frame rate, kbit/s")
+    min_accuracy: float | None = Field(None, ge=0, le=1, description="measured accuracy, at least, a fraction")
+
+    def policy(self) -> RatePolicy:
+        """The one that is given.
+
+        Raises:
+            InvalidConfig: none, or more than one.
+        """
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise InvalidConfig(
+                f"give exactly one of point, max_bytes_per_frame, max_kbps and min_accuracy; got {len(given)}"
+            )
+        match given:
+            case {"point": str(point)}:
+                return FixedPoint(point)
+            case {"max_bytes_per_frame": float(limit)}:
+                return MaxBytesPerFrame(limit)
+            case {"max_kbps": float(limit)}:
+                return MaxKbps(limit)
+            case _:
+                return MinAccuracy(given["min_accuracy"])
+
+
+class RateAnswer(BaseModel):
+    """What was set."""
+
+    policy: dict[str, str | float]
+    point: str = Field(description="the operating point chosen")
+    pushed: bool = Field(description="whether a connected client was told at once")
+
+
+class NewSessionsRate(BaseModel):
+    """What new sessions begin with."""
+
+    policy: dict[str, str | float]
+    points: dict[str, str] = Field(description="the operating point chosen, by model")
+
+
+class PointInfo(BaseModel):
+    """An operating point, as measured."""
+
+    id: str
+    split: str
+    stride: int
+    channels: int
+    step: float
+    latent_shape: tuple[int, int, int]
+    payload_bytes: float
+    bpp_payload: float
+    accuracy: float
+    agreement: float
+    dataset: str
+    images: int
+
+
+class ModelInfo(BaseModel):
+    """A served model; its ladder is in order of rate."""
+
+    name: str
+    bundle_id: str
+    task: str
+    backbone: str
+    input_size: int
+    uncompressed_accuracy: float
+    points: list[PointInfo]
+
+
+class SessionInfo(BaseModel):
+    """A session, connected or waiting to be resumed."""
+
+    id: str
+    client: str
+    model: str
+    connected: bool
+    age_s: float
+    policy: dict[str, str | float] | None
+    point_asked: str | None = Field(description="the point that the policy chose")
+    point_last_used: str | None = Field(description="the point of the newest frame")
+    frames_answered: int
+    frames_resent: int
+    frames_dropped: int
+    frames_in_flight: int
+    faults: dict[str, int] = Field(description="by gRPC status number")
+    payload_bytes_mean: float | None
+    frames_per_s: float
+
+
+def build_app(registry: Registry, service: InferenceService, readiness: Readiness, token: str | None) -> FastAPI:
+    """The application.
+
+    Args:
+        registry: models and sessions.
+        service: through which a rate reaches a client.
+        readiness: for ``/readyz``.
+        token: the bearer token that ``/v1`` asks for, or None.
+    """
+    bearer = HTTPBearer(auto_error=False)
+
+    def authorized(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        given = credentials.credentials if credentials is not None else ""
+        if token is not None and not secrets.compare_digest(given.encode(), token.encode()):
+            raise HTTPException(401, "this server's control API needs its bearer token", {"WWW-Authenticate": "Bearer"})
+
+    app = FastAPI(
+        title="bitneck cloud", version=bitneck.__version__, description="Models, sessions, and the rates they run at."
+    )
+    guarded = [Depends(authorized)]
+    problems: dict[int | str, dict[str, Any]] = {
+        "4XX": {"description": "problem details", "content": {PROBLEM_TYPE: {}}}
+    }
+    _add_error_handlers(app)
+
+    @app.get("/healthz", tags=["health"])
+    def healthz() -> dict[str, str]:
+        """The process lives."""
+        return {"status": "alive"}
+
+    @app.get("/readyz", tags=["health"], responses={503: {"description": "not ready"}})
+    def readyz() -> JSONResponse:
+        """The models are loaded, and the server is not stopping."""
+        status = "ready" if readiness.ready else "not ready"
+        return JSONResponse({"status": status}, 200 if readiness.ready else 503)
+
+    @app.get("/v1/models", dependencies=guarded, responses=problems, tags=["models"])
+    async def models() -> list[ModelInfo]:
+        """Every served model with its ladder."""
+        return [_model_info(m.manifest, m.bundle.bundle_id) for m in registry.models.values()]
+
+    @app.get("/v1/models/{name}", dependencies=guarded, responses=problems, tags=["models"])
+    async def model(name: str) -> ModelInfo:
+        """One served model with its ladder."""
+        served = registry.model(name)
+        return _model_info(served.manifest, served.bundle.bundle_id)
+
+    @app.get("/v1/sessions", dependencies=guarded, responses=problems, tags=["sessions"])
+    async def sessions() -> list[SessionInfo]:
+        """Every session, oldest first."""
+        now = time.monotonic()
+        return [_session_info(s, connected=service.connected(s), now=now) for s in registry.sessions(now)]
+
+    @app.get("/v1/sessions/{session_id}", dependencies=guarded, responses=problems, tags=["sessions"])
+    async def session(session_id: str) -> SessionInfo:
+        """One session."""
+        now = time.monotonic()
+        found = registry.session(session_id, now)
+        return _session_info(found, connected=service.connected(found), now=now)
+
+    @app.put("/v1/sessions/{session_id}/rate", dependencies=guarded, responses=problems, tags=["rate"])
+    async def put_session_rate(session_id: str, request: RateRequest) -> RateAnswer:
+        """Change a session's rate: its client uses the new point from its next frame on."""
+        found = registry.session(session_id, time.monotonic())
+        policy = request.policy()
+        point = found.set_policy(policy)
+        text = ", ".join(f"{k}={v}" for k, v in _policy_dict(policy).items())
+        pushed = await service.push_point(found, point, f"control API: {text}")
+        return RateAnswer(policy=_policy_dict(policy), point=point, pushed=pushed)
+
+    @app.put("/v1/rate", dependencies=guarded, responses=problems, tags=["rate"])
+    async def put_rate(request: RateRequest) -> NewSessionsRate:
+        """The rate that new sessions begin with; open sessions keep theirs."""
+        policy = request.policy()
+        points: dict[str, str] = {}
+        refused: BitneckError | None = None
+        for name, served in registry.models.items():
+            try:
+                points[name] = choose(served.ladder, policy).id
+            except BitneckError as exc:
+                refused = exc
+        if not points and refused is not None:
+            raise refused
+        registry.new_session_policy = policy
+        return NewSessionsRate(policy=_policy_dict(policy), points=points)
+
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(BitneckError)
+    async def bitneck_error(request: Request, exc: Exception) -> JSONResponse:
+        assert isinstance(exc, BitneckError)
+        return _problem(request, exc.http_status, type(exc).__name__, public_text(exc))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, exc: Exception) -> JSONResponse:
+        assert isinstance(exc, HTTPException)
+        return _problem(request, exc.status_code, None, str(exc.detail), dict(exc.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, exc: Exception) -> JSONResponse:
+        assert isinstance(exc, RequestValidationError)
+        details = "; ".join(f"{'.'.join(str(p) for p in e['loc'][1:]) or 'body'}: {e['msg']}" for e in exc.errors())
+        return _problem(request, 422, "InvalidRequest", details)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, _exc: Exception) -> JSONResponse:
+        return _problem(request, 500, None, "an internal error; the server's log says why")
+
+
+def _problem(
+    request: Request, status: int, kind: str | None, detail: str, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """RFC 9457."""
+    body = {
+        "type": f"urn:bitneck:error:{kind}" if kind else "about:blank",
+        "title": kind or HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "instance": request.url.path,
+    }
+    return JSONResponse(body, status, headers, media_type=PROBLEM_TYPE)
+
+
+def _policy_dict(policy: RatePolicy) -> dict[str, str | float]:
+    match policy:
+        case FixedPoint(point):
+            return {"point": point}
+        case MaxBytesPerFrame(limit):
+            return {"max_bytes_per_frame": limit}
+        case MaxKbps(limit):
+            return {"max_kbps": limit}
+        case MinAccuracy(accuracy):
+            return {"min_accuracy": accuracy}
+
+
+def _model_info(manifest: Manifest, bundle_id: str) -> ModelInfo:
+    entries = {entry.id: entry for entry in manifest.points}
+    points = [PointInfo.model_validate(entries[p.id].model_dump(exclude={"measured"})) for p in manifest.ladder]
+    return ModelInfo(
+        name=manifest.name,
+        bundle_id=bundle_id,
+        task=manifest.task,
+        backbone=manifest.backbone,
+        input_size=manifest.input.size,
+        uncompressed_accuracy=manifest.uncompressed_accuracy,
+        points=points,
+    )
+
+
+def _session_info(session: Session, *, connected: bool, now: float) -> SessionInfo:
+    return SessionInfo(
+        id=session.session_id,
+        client=session.client,
+        model=session.model,
+        connected=connected,
+        age_s=now - session.created,
+        policy=None if session.policy is None else _policy_dict(session.policy),
+        point_asked=session.asked_point,
+        point_last_used=session.last_point,
+        frames_answered=session.answered,
+        frames_resent=session.resent,
+        frames_dropped=session.dropped,
+        frames_in_flight=session.in_flight,
+        faults={str(code): count for code, count in session.faults.items()},
+        payload_bytes_mean=session.payload_bytes / session.accepted if session.accepted else None,
+        frames_per_s=session.frames_per_s,
+    )
