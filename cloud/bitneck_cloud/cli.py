@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import google_crc32c
 import numpy as np
 import typer
 
 import bitneck
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
-from bitneck.frames import parse_frame
+from bitneck.frames import crc32c_hex, parse_frame
 from bitneck_cloud.settings import CloudSettings
 
 __all__ = ["app", "main"]
@@ -108,7 +107,7 @@ def decode(
         "point": parsed.point,
         "payload_bytes": len(parsed.payload),
         "ideal_bytes": codec.tables.ideal_bits(s) / 8,
-        "symbols_crc32c": f"{google_crc32c.value(s.astype('<i4').tobytes()):08x}",
+        "symbols_crc32c": crc32c_hex(s.astype("<i4").tobytes()),
         "labels": labels,
     }
     if as_json:

@@ -107,11 +107,14 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             await _abort(context, exc)
         _LOG.info("session %s %s: client %r", session.session_id, "resumed" if resumed else "opened", session.client)
         conversation = Conversation(self._engine, model, session, state, self._streams)
-        opened_message = pb.Opened(session_id=session.session_id, resume_token=token, window=session.window)
+        opened_message = pb.Opened(
+            session_id=session.session_id,
+            resume_token=token,
+            window=session.window,
+            point=session.asked_point or "",
+        )
         try:
             await context.write(pb.ServerMessage(opened=opened_message))
-            if session.asked_point is not None:
-                await conversation.push(set_point(session.asked_point, "the rate asked for"))
             await conversation.run(request_iterator, context)
         finally:
             if not self.connected(session):

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from bitneck.errors import CorruptPayload, MalformedFrame
 from bitneck.v1 import inference_pb2 as pb
 
-__all__ = ["MAX_MESSAGE_BYTES", "check_frame", "frame_crc32c", "parse_frame", "seal_frame"]
+__all__ = ["MAX_MESSAGE_BYTES", "check_frame", "crc32c_hex", "frame_crc32c", "parse_frame", "seal_frame", "wire_bytes"]
 
 MAX_MESSAGE_BYTES = 1 << 18
 """gRPC's receive limit for what a client sends. The largest frame of a 64x14x14 latent at 16 bits a symbol is 25 KB."""
@@ -39,6 +39,16 @@ def seal_frame(*, seq: int, point: str, payload: bytes, deadline_ms: int = 0, ca
         deadline_ms=deadline_ms,
         captured_unix_us=captured_unix_us,
     )
+
+
+def wire_bytes(frame: pb.Frame) -> int:
+    """Bytes of a frame on the stream: payload, protobuf header and the envelope; gRPC's and HTTP/2's own are not in."""
+    return pb.ClientMessage(frame=frame).ByteSize()
+
+
+def crc32c_hex(data: bytes) -> str:
+    """CRC-32C as 8 hexadecimal digits, to compare payloads and symbols by eye."""
+    return f"{google_crc32c.value(data):08x}"
 
 
 def check_frame(frame: pb.Frame) -> None:

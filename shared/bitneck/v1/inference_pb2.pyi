@@ -73,14 +73,16 @@ class Open(_message.Message):
     def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("session_id", "resume_token", "window")
+    __slots__ = ("session_id", "resume_token", "window", "point")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
+    POINT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     resume_token: str
     window: int
-    def __init__(self, session_id: _Optional[str] = ..., resume_token: _Optional[str] = ..., window: _Optional[int] = ...) -> None: ...
+    point: str
+    def __init__(self, session_id: _Optional[str] = ..., resume_token: _Optional[str] = ..., window: _Optional[int] = ..., point: _Optional[str] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("seq", "point", "payload", "crc32c", "deadline_ms", "captured_unix_us")

@@ -1,0 +1,122 @@
+"""Bundles that were fetched once, kept on the device: verified when written, and again when opened.
+
+    <cache>/bundles/<digest of the manifest>/manifest.json, segments/..., points/<id>/...
+
+A file gets its name only when its size and digest are right, so nothing half-written stays, and two processes may fill
+the same cache at once.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import platformdirs
+
+from bitneck.bundle import MANIFEST_NAME, Bundle, verify_file
+from bitneck.errors import BundleCorrupt, BundleMismatch, InvalidConfig
+from bitneck.manifest import FileEntry, Manifest, bundle_id_of
+
+__all__ = ["cached_bundle", "default_cache_dir"]
+
+Fetch = Callable[[str], AsyncIterator[bytes]]
+"""Gives a file of the bundle in chunks, by its path in the manifest."""
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for bitneck."""
+    return Path(platformdirs.user_cache_dir("bitneck"))
+
+
+async def cached_bundle(
+    cache_dir: Path,
+    manifest_json: bytes,
+    bundle_id: str,
+    fetch: Fetch,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> Bundle:
+    """The edge's half of a bundle; what is missing or damaged is fetched.
+
+    Args:
+        cache_dir: root of the cache.
+        manifest_json: the manifest's exact bytes, from the server.
+        bundle_id: what the server says the bundle's id is.
+        fetch: where files come from.
+        progress: called with (bytes fetched, bytes to fetch).
+
+    Raises:
+        BundleMismatch: the manifest does not hash to the id.
+        BundleCorrupt: not a manifest, or a file that arrived with another size or digest.
+        InvalidConfig: the cache cannot be written.
+    """
+    if bundle_id_of(manifest_json) != bundle_id:
+        raise BundleMismatch(
+            f"the server says its bundle is {bundle_id[:80]}, its manifest hashes to {bundle_id_of(manifest_json)}"
+        )
+    manifest = Manifest.from_json(manifest_json, "the server's manifest")
+    root = cache_dir / "bundles" / bundle_id.removeprefix("sha256:")
+    missing = {path: entry for path, entry in manifest.files_for("edge").items() if not _good(root / path, entry)}
+    total, done = sum(entry.size for entry in missing.values()), 0
+    try:
+        for path, entry in missing.items():
+            async for size in _receive(root / path, entry, fetch(path)):
+                done += size
+                progress(done, total)
+        if not (root / MANIFEST_NAME).is_file() or (root / MANIFEST_NAME).read_bytes() != manifest_json:
+            root.mkdir(parents=True, exist_ok=True)
+            with _new_file(root / MANIFEST_NAME) as descriptor:
+                os.write(descriptor, manifest_json)
+    except OSError as exc:
+        raise InvalidConfig(f"the cache {cache_dir} cannot be written ({exc.strerror}); choose another folder") from exc
+    return Bundle.open(root, side="edge")
+
+
+def _good(path: Path, entry: FileEntry) -> bool:
+    try:
+        verify_file(path, entry)
+    except BundleCorrupt:
+        return False
+    return True
+
+
+async def _receive(path: Path, entry: FileEntry, chunks: AsyncIterator[bytes]) -> AsyncIterator[int]:
+    """Write a file as it arrives; yields the size of each chunk. A wrong file leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest, received = hashlib.sha256(), 0
+    with _new_file(path) as descriptor:
+        async for data in chunks:
+            received += len(data)
+            if received > entry.size:
+                raise BundleCorrupt(
+                    f"{path.name} is longer than the {entry.size} bytes that the manifest says; refused"
+                )
+            digest.update(data)
+            os.write(descriptor, data)
+            yield len(data)
+        if received != entry.size:
+            raise BundleCorrupt(
+                f"{path.name} arrived with {received} bytes, the manifest says {entry.size}; refused, try again"
+            )
+        if digest.hexdigest() != entry.sha256:
+            raise BundleCorrupt(
+                f"{path.name} arrived with SHA-256 {digest.hexdigest()[:16]}…, the manifest says "
+                f"{entry.sha256[:16]}…; refused: it was damaged on the way, or the server's bundle is"
+            )
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[int]:
+    """A file descriptor whose file gets its name when the block ends well, and is removed when it does not."""
+    descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=path.parent)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,266 @@
+"""The command line ``bitneck-edge``."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+import bitneck
+from bitneck.bundle import Bundle
+from bitneck.errors import BitneckError, InvalidConfig
+from bitneck.frames import crc32c_hex, seal_frame
+from bitneck.image import find_photos
+from bitneck_edge.settings import EdgeSettings
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Run the first part of a split network here, send a few hundred bytes, get the answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Server = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.  [default: 127.0.0.1:50051]")]
+Model = Annotated[str | None, typer.Option(help="Which of the server's models; not needed if it has one.")]
+Point = Annotated[str | None, typer.Option(help="Operating point to begin with; else the cloud's wish or the best.")]
+Pin = Annotated[str | None, typer.Option(help="Refuse a server with any other bundle (sha256:...).")]
+Cache = Annotated[Path | None, typer.Option(help="Where bundles are kept; else the user's cache folder.")]
+Threads = Annotated[int | None, typer.Option(help="ONNX Runtime threads; 0 for every core.  [default: 0]")]
+Connect = Annotated[float | None, typer.Option(help="Seconds for one attempt to connect.  [default: 3]")]
+Retries = Annotated[int | None, typer.Option(help="Attempts after the first.  [default: 3]")]
+Overdue = Annotated[float | None, typer.Option(help="Seconds until an answer is overdue.  [default: 15]")]
+Config = Annotated[Path | None, typer.Option(help="TOML file of settings.", envvar="BITNECK_EDGE_CONFIG")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+BundleDir = Annotated[Path | None, typer.Option("--bundle", help="A bundle's folder, in place of a server.")]
+
+
+@app.command()
+def run(
+    photos: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="PHOTO|FOLDER ...")],
+    server: Server = None,
+    model: Model = None,
+    point: Point = None,
+    bundle_id: Pin = None,
+    client: Annotated[str | None, typer.Option(help="This device's name in the cloud's lists.")] = None,
+    deadline_ms: Annotated[int | None, typer.Option(help="Of a frame, from its receipt; 0 for none.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Send the photographs this many times.")] = 1,
+    fps: Annotated[float | None, typer.Option(min=0.001, help="Send at most this many frames a second.")] = None,
+    cache_dir: Cache = None,
+    threads: Threads = None,
+    connect_timeout_s: Connect = None,
+    answer_timeout_s: Overdue = None,
+    retries: Retries = None,
+    config: Config = None,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each answer as it comes.")] = False,
+) -> None:
+    """Send photographs through the split network and print the answers."""
+    logging.basicConfig(level="INFO" if verbose else "WARNING", stream=sys.stderr, format="%(levelname)s: %(message)s")
+    settings = EdgeSettings.load(
+        {
+            "server": server, "model": model, "point": point, "bundle_id": bundle_id, "client": client,
+            "deadline_ms": deadline_ms, "cache_dir": cache_dir, "threads": threads, "retries": retries,
+            "connect_timeout_s": connect_timeout_s, "answer_timeout_s": answer_timeout_s,
+        },
+        config,
+    )  # fmt: skip
+    paths = [path for source in photos for path in find_photos(source)]
+    sys.exit(asyncio.run(_run(settings, paths, repeat, fps, as_json=as_json, verbose=verbose)))
+
+
+async def _run(
+    settings: EdgeSettings, paths: Sequence[Path], repeat: int, fps: float | None, *, as_json: bool, verbose: bool
+) -> int:
+    from bitneck_edge.client import EdgeClient
+    from bitneck_edge.report import line, run_document, run_table
+    from bitneck_edge.results import Answer, Failure, Switch
+
+    stop = asyncio.Event()
+    received: list[int] = []
+    _stop_on_signals(stop, received)
+    errors = Console(stderr=True)
+    total = len(paths) * repeat
+    results: list[Answer | Failure] = []
+
+    def on_switch(switch: Switch) -> None:
+        if verbose and not as_json:
+            print(f"       {switch.old} -> {switch.new}: {switch.reason}", flush=True)  # noqa: T201
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        console=errors, transient=True, disable=not errors.is_terminal or verbose,
+    ) as progress:  # fmt: skip
+        fetching = progress.add_task("fetching the bundle (bytes)", total=None, visible=False)
+
+        def on_fetch(done: int, size: int) -> None:
+            progress.update(fetching, completed=done, total=size, visible=done < size)
+
+        async with EdgeClient(settings=settings, on_fetch=on_fetch, on_switch=on_switch) as client:
+            sending = progress.add_task("photographs", total=total, visible=total > 20)
+            async for result in client.stream(_paced(paths, repeat, fps, stop), stop=stop):
+                results.append(result)
+                progress.update(sending, completed=len(results))
+                if isinstance(result, Failure):
+                    errors.print(f"error: {result.error}", style="red", markup=False, highlight=False)
+                elif verbose and not as_json:
+                    print(line(result), flush=True)  # noqa: T201
+            document = run_document(client, results)
+    if as_json:
+        print(json.dumps(document, ensure_ascii=False))  # noqa: T201
+    elif not verbose and results:
+        Console().print(run_table(results))
+    if received:
+        return 128 + received[0]
+    failures = [r.error for r in results if isinstance(r, Failure)]
+    return max((error.exit_code for error in failures), default=0)
+
+
+def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
+    """The first signal ends sending; the second ends the program."""
+    loop = asyncio.get_running_loop()
+
+    def handle(signum: int) -> None:
+        if received:
+            os._exit(128 + signum)
+        received.append(signum)
+        stop.set()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, handle, signum)
+
+
+async def _paced(paths: Sequence[Path], repeat: int, fps: float | None, stop: asyncio.Event) -> AsyncIterator[Path]:
+    """The paths, over and over, not faster than `fps`."""
+    loop = asyncio.get_running_loop()
+    begin, count = loop.time(), 0
+    for _ in range(repeat):
+        for path in paths:
+            if fps is not None:
+                pause = begin + count / fps - loop.time()
+                if pause > 0:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(stop.wait(), pause)
+            if stop.is_set():
+                return
+            count += 1
+            yield path
+
+
+@app.command()
+def encode(
+    photo: Annotated[Path, typer.Argument(help="A photograph.")],
+    out: Annotated[Path, typer.Option(help="Write the frame here.")],
+    bundle: BundleDir = None,
+    server: Server = None,
+    model: Model = None,
+    point: Point = None,
+    symbols: Annotated[Path | None, typer.Option(help="Write the symbols here, as .npy.")] = None,
+    cache_dir: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Encode one photograph to a file: the edge's half, without a stream. `bitneck-cloud decode` reads it."""
+    from bitneck_edge.encoder import EdgeEncoder
+
+    opened = _bundle(bundle, server, model, cache_dir)
+    encoder = EdgeEncoder(opened)
+    chosen = point or encoder.ladder.best.id
+    result = encoder.encode(photo, chosen)
+    frame = seal_frame(seq=1, point=chosen, payload=result.encoded.payload)
+    try:
+        out.write_bytes(frame.SerializeToString())
+        if symbols is not None:
+            with symbols.open("wb") as file:
+                np.save(file, result.encoded.symbols)
+    except OSError as exc:
+        raise InvalidConfig(f"{exc.filename}: cannot write it ({exc.strerror})") from exc
+    document = {
+        "file": str(photo),
+        "out": str(out),
+        "bundle_id": opened.bundle_id,
+        "point": chosen,
+        "split": result.split,
+        "payload_bytes": len(result.encoded.payload),
+        "bpp_payload": len(result.encoded.payload) * 8 / opened.manifest.input.pixels,
+        "ideal_bytes": encoder.point_encoder(chosen).codec.tables.ideal_bits(result.encoded.symbols) / 8,
+        "payload_crc32c": crc32c_hex(result.encoded.payload),
+        "symbols_crc32c": crc32c_hex(result.encoded.symbols.astype("<i4").tobytes()),
+    }
+    if as_json:
+        print(json.dumps(document))  # noqa: T201
+    else:
+        print(f"{out}: {chosen}, {document['payload_bytes']} bytes, {document['bpp_payload']:.4f} bpp")  # noqa: T201
+
+
+@app.command()
+def points(
+    bundle: BundleDir = None,
+    server: Server = None,
+    model: Model = None,
+    cache_dir: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """List the operating points of a bundle or a server, lowest rate first."""
+    from bitneck_edge.report import points_table
+
+    opened = _bundle(bundle, server, model, cache_dir)
+    ladder = opened.manifest.ladder
+    if as_json:
+        entries: list[dict[str, Any]] = [
+            {
+                "id": p.id,
+                "split": p.split,
+                "payload_bytes": p.payload_bytes,
+                "bpp_payload": p.bpp_payload,
+                "accuracy": p.accuracy,
+            }
+            for p in ladder
+        ]
+        document = {"model": opened.manifest.name, "bundle_id": opened.bundle_id, "points": entries}
+        print(json.dumps(document))  # noqa: T201
+    else:
+        Console().print(points_table(ladder))
+
+
+def _bundle(bundle: Path | None, server: str | None, model: str | None, cache_dir: Path | None) -> Bundle:
+    """A bundle from a folder, or from a server."""
+    from bitneck_edge.client import fetch_bundle
+
+    if bundle is not None:
+        if server is not None:
+            raise InvalidConfig("give --bundle or --server, not both")
+        return Bundle.open(bundle, side="edge")
+    settings = EdgeSettings.load({"server": server, "model": model, "cache_dir": cache_dir})
+    with Progress(
+        TextColumn("fetching the bundle"), BarColumn(), DownloadColumn(),
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=None)
+        return asyncio.run(fetch_bundle(settings, lambda done, size: progress.update(task, completed=done, total=size)))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(bitneck.__version__)  # noqa: T201
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a `BitneckError` becomes one line on stderr and its exit code."""
+    try:
+        app()
+    except BitneckError as exc:
+        print(f"error: {exc}", file=sys.stderr)  # noqa: T201
+        sys.exit(exc.exit_code)

@@ -1,0 +1,90 @@
+"""Photograph to symbols and payload: the edge's half of the network, with the time that each stage took."""
+
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from bitneck.bundle import Bundle
+from bitneck.chain import Encoded, PointEncoder, SegmentChain
+from bitneck.image import load_photo, preprocess
+
+__all__ = ["EdgeEncoder", "EncodedPhoto", "Photo"]
+
+Photo = Path | bytes | Image.Image
+"""A file, a file's bytes, or a picture that is loaded already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPhoto:
+    """What goes on the link, and milliseconds per stage."""
+
+    point: str
+    split: str
+    encoded: Encoded
+    load_ms: float
+    preprocess_ms: float
+    head_ms: float
+    encode_ms: float
+
+
+class EdgeEncoder:
+    """Head segments, loaded once, and one bottleneck encoder per operating point, loaded when first used.
+
+    Switching the operating point reads no segment again. Use it from one thread at a time.
+
+    Args:
+        bundle: the edge's half.
+        threads: of ONNX Runtime inside one operator of the head; 0 for every core.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+        self.bundle = bundle
+        self.ladder = bundle.manifest.ladder
+        self.chain = SegmentChain(bundle, threads=threads)
+        self._encoders: dict[str, PointEncoder] = {}
+
+    def point_encoder(self, point_id: str) -> PointEncoder:
+        """The encoder of an operating point.
+
+        Raises:
+            UnknownPoint: the bundle has no such point; the message lists them.
+            BundleError, ModelFailure: its files cannot be used.
+        """
+        encoder = self._encoders.get(point_id)
+        if encoder is None:
+            point = self.ladder[point_id]
+            self.chain.load(0, self.chain.head_length(point.split))
+            encoder = self._encoders[point_id] = PointEncoder(self.bundle, point)
+        return encoder
+
+    def encode(self, photo: Photo, point_id: str) -> EncodedPhoto:
+        """Run one photograph through the edge's half.
+
+        Raises:
+            ImageError: it cannot be read.
+            UnknownPoint: no such operating point.
+            ModelFailure: ONNX Runtime failed.
+        """
+        encoder = self.point_encoder(point_id)
+        times = [time.perf_counter()]
+        image = photo if isinstance(photo, Image.Image) else load_photo(photo)
+        times.append(time.perf_counter())
+        x = preprocess(image.convert("RGB"), self.bundle.manifest.input)  # (1, 3, size, size)
+        times.append(time.perf_counter())
+        f = self.chain.run(x, 0, self.chain.head_length(encoder.point.split))  # (1, C, Hf, Wf)
+        times.append(time.perf_counter())
+        encoded = encoder.encode(f)
+        times.append(time.perf_counter())
+        load, prepare, head, encode = ((b - a) * 1e3 for a, b in itertools.pairwise(times))
+        return EncodedPhoto(
+            point=point_id,
+            split=encoder.point.split,
+            encoded=encoded,
+            load_ms=load,
+            preprocess_ms=prepare,
+            head_ms=head,
+            encode_ms=encode,
+        )

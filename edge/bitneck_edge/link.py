@@ -1,0 +1,325 @@
+"""The bidirectional stream: kept open, reopened and resumed, with a bounded window of unanswered frames.
+
+One task owns the connection. It opens the stream, resends what is unanswered, and reads answers; when the stream ends,
+or an answer is overdue, it connects again after a pause that doubles and varies. Frames are numbered once: the cloud
+answers each number once, whatever the number of reconnects.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from bitneck.errors import (
+    GRPC_CODES,
+    BitneckError,
+    DeadlineExceeded,
+    Overloaded,
+    ProtocolError,
+    Unavailable,
+    error_from_status,
+)
+from bitneck.frames import seal_frame, wire_bytes
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_edge.flow import Flow
+from bitneck_edge.remote import connect, from_rpc_error, stub_of
+
+__all__ = ["Link", "LinkSettings", "Received", "Sent"]
+
+_LOG = logging.getLogger(__name__)
+_FIRST_BACKOFF_S = 0.2
+_MAX_BACKOFF_S = 5.0
+_PASSING = frozenset(GRPC_CODES[name] for name in ("DATA_LOSS", "RESOURCE_EXHAUSTED", "UNAVAILABLE"))
+"""Faults that may not come again when the frame is sent again."""
+_MAX_WINDOW = 1024
+
+Call = grpc.aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessage]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSettings:
+    """See `bitneck_edge.settings.EdgeSettings`."""
+
+    address: str
+    model: str
+    bundle_id: str
+    client: str
+    connect_timeout_s: float
+    answer_timeout_s: float
+    retries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A result, and when it came on `time.perf_counter`'s clock."""
+
+    result: pb.Result
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A frame on its way: await ``answer``."""
+
+    seq: int
+    wire_bytes: int
+    at: float
+    answer: asyncio.Future[Received]
+
+
+class Link:
+    """The stream to the cloud.
+
+    Args:
+        settings: addresses and limits.
+        on_point: called with (point, reason) when the cloud asks for another operating point.
+    """
+
+    def __init__(self, settings: LinkSettings, on_point: Callable[[str, str], None]) -> None:
+        self._settings = settings
+        self._on_point = on_point
+        self._flow = Flow(window=1)
+        self._answers: dict[int, asyncio.Future[Received]] = {}
+        self._sent_at: dict[int, float] = {}
+        self._room = asyncio.Condition()
+        self._write_lock = asyncio.Lock()
+        self._call: Call | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._failure: BitneckError | None = None
+        self._leaving: set[int] | None = None
+        self._token = ""
+        self._asked_point = ""
+        self.session_id = ""
+        self.reconnects = 0
+        self.initial_point = ""
+
+    async def open(self) -> None:
+        """Connect and open the session.
+
+        Raises:
+            Unavailable: no server after the retries.
+            BundleMismatch: the server runs another bundle.
+            BitneckError: whatever else the server refuses.
+        """
+        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._run(opened), name="bitneck-link")
+        await opened
+        self.initial_point = self._asked_point
+
+    @property
+    def window(self) -> int:
+        """Frames that may be unanswered, as the server granted."""
+        return self._flow.window
+
+    async def close(self) -> None:
+        """End the session; unanswered frames fail with `Unavailable`."""
+        if self._call is not None:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(1.0):
+                    await self._call.done_writing()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._fail(Unavailable("the link was closed before the answer came"))
+
+    async def send(self, point: str, payload: bytes, *, deadline_ms: int = 0) -> Sent:
+        """Send a frame; waits while the window is full.
+
+        Raises:
+            BitneckError: the link has failed for good.
+        """
+        async with self._room:
+            await self._room.wait_for(lambda: self._flow.has_room or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+            frame = seal_frame(seq=self._flow.next_seq(), point=point, payload=payload, deadline_ms=deadline_ms)
+            self._flow.add(frame)
+        answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
+        self._answers[frame.seq] = answer
+        at = self._sent_at[frame.seq] = time.perf_counter()
+        await self._write(frame)
+        return Sent(frame.seq, wire_bytes(frame), at, answer)
+
+    async def _write(self, frame: pb.Frame) -> None:
+        """Write a frame, if there is a connection; else it goes out with the resends of the next one."""
+        async with self._write_lock:
+            if self._call is not None:
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+                    await self._call.write(pb.ClientMessage(frame=frame))
+
+    async def _run(self, opened: asyncio.Future[None]) -> None:
+        """Keep connected until that fails for good; then tell everyone who waits."""
+        try:
+            await self._connections(opened)
+        except BitneckError as exc:
+            await self._fail(exc, opened)
+        except Exception as exc:  # noqa: BLE001  whoever waits for an answer must not wait for ever
+            _LOG.exception("the link failed")
+            await self._fail(BitneckError(f"the link failed: {exc!r}"), opened)
+
+    async def _connections(self, opened: asyncio.Future[None]) -> None:
+        """Connections, one after another; raises what cannot be helped by another."""
+        failures = 0
+        backoff = _FIRST_BACKOFF_S
+        while True:
+            answered_before = self._flow.unanswered, self._flow.next_seq()
+            try:
+                await self._connection(opened)
+                error: BitneckError = Unavailable(f"{self._settings.address}: the server ended the stream")
+            except grpc.aio.AioRpcError as exc:
+                error = from_rpc_error(exc, self._settings.address)
+            except BitneckError as exc:
+                error = exc
+            if not isinstance(error, (Unavailable, DeadlineExceeded, Overloaded)):
+                raise error  # trying again would be refused again
+            if answered_before != (self._flow.unanswered, self._flow.next_seq()):
+                failures, backoff = 0, _FIRST_BACKOFF_S  # this connection was of use
+            failures += 1
+            if failures > self._settings.retries:
+                raise Unavailable(f"{error}; gave up after {failures} attempts") from error
+            _LOG.warning("%s; connecting again in about %.1f s", error, backoff)
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311  jitter is no secret
+            backoff = min(_MAX_BACKOFF_S, backoff * 2)
+            self.reconnects += 1
+
+    async def _connection(self, opened: asyncio.Future[None]) -> None:
+        """One connection, from connecting to its end."""
+        async with connect(self._settings.address) as channel:
+            try:
+                async with asyncio.timeout(self._settings.connect_timeout_s):
+                    await channel.channel_ready()
+            except TimeoutError as exc:
+                raise Unavailable(
+                    f"{self._settings.address}: no server answered within {self._settings.connect_timeout_s:.1f} s"
+                ) from exc
+            call = stub_of(channel).Stream()
+            try:
+                await self._handshake(call)
+                if not opened.done():
+                    opened.set_result(None)
+                await self._serve(call)
+            finally:
+                self._call = None
+                call.cancel()
+
+    async def _handshake(self, call: Call) -> None:
+        """Open the session, or resume it; then resend what is unanswered."""
+        s = self._settings
+        request = pb.Open(model=s.model, bundle_id=s.bundle_id, client=s.client, resume_token=self._token)
+        try:
+            async with asyncio.timeout(s.answer_timeout_s):
+                await call.write(pb.ClientMessage(open=request))
+                message = await call.read()
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"{s.address}: no answer to Open within {s.answer_timeout_s:.1f} s") from exc
+        if not isinstance(message, pb.ServerMessage):
+            raise Unavailable(f"{s.address}: the server ended the stream before it was open")
+        if not message.HasField("opened"):
+            raise ProtocolError(f"{s.address}: the first message was {message.WhichOneof('message')}, expected Opened")
+        reply = message.opened
+        if self.session_id and reply.session_id != self.session_id:
+            _LOG.warning("the session is not known any more; going on in a new one")
+            self._flow.restart()
+        self.session_id, self._token = reply.session_id, reply.resume_token
+        self._flow.window = min(max(1, reply.window), _MAX_WINDOW)
+        if reply.point != self._asked_point:
+            self._asked_point = reply.point
+            if self.reconnects and reply.point:
+                self._on_point(reply.point, "asked for while the link was down")
+        async with self._write_lock:
+            for frame in self._flow.to_resend():
+                self._sent_at[frame.seq] = time.perf_counter()
+                await call.write(pb.ClientMessage(frame=frame))
+            self._call = call
+        async with self._room:
+            self._room.notify_all()
+
+    async def _serve(self, call: Call) -> None:
+        """Read until the stream ends, or is to be left; raises the status it ended with."""
+        self._leaving = None
+        watchdog = asyncio.create_task(self._watch(call))
+        try:
+            while isinstance(message := await call.read(), pb.ServerMessage):
+                if not await self._take(message):
+                    return
+        except asyncio.CancelledError:  # ours, or the watchdog's way of ending a read
+            if watchdog.done() and not watchdog.cancelled():
+                watchdog.result()
+            raise
+        finally:
+            watchdog.cancel()
+            await asyncio.gather(watchdog, return_exceptions=True)
+
+    async def _watch(self, call: Call) -> None:
+        """Cancel a call on which an answer is overdue: the other side may be gone without a word."""
+        limit = self._settings.answer_timeout_s
+        while True:
+            await asyncio.sleep(limit / 10)
+            oldest = min(self._sent_at.values(), default=None)
+            if oldest is not None and time.perf_counter() - oldest > limit:
+                call.cancel()
+                raise DeadlineExceeded(
+                    f"{self._settings.address}: a frame waited {limit:.1f} s for its answer; the link counts as dead"
+                )
+
+    async def _take(self, message: pb.ServerMessage) -> bool:
+        """One message of the server; False where the stream is to be left."""
+        kind = message.WhichOneof("message")
+        if kind == "result":
+            await self._settle(message.result.seq, Received(message.result, time.perf_counter()))
+        elif kind == "fault":
+            await self._fault(message.fault)
+        elif kind == "set_point":
+            self._asked_point = message.set_point.point
+            self._on_point(message.set_point.point, message.set_point.reason)
+        elif kind == "go_away":
+            _LOG.info("the server is going away: %s", message.go_away.reason)
+            async with self._write_lock:
+                self._call = None  # new frames go to the next connection
+            self._leaving = {frame.seq for frame in self._flow.to_resend()}
+        return self._leaving is None or any(seq in self._answers for seq in self._leaving)
+
+    async def _fault(self, fault: pb.Fault) -> None:
+        error = error_from_status(fault.code, fault.message)
+        frame = self._flow.retry(fault.seq) if fault.code in _PASSING else None
+        if frame is not None:
+            _LOG.warning("frame %d is sent again: %s", fault.seq, error)
+            self._sent_at[fault.seq] = time.perf_counter()
+            await self._write(frame)
+        elif fault.seq:
+            await self._settle(fault.seq, error)
+        else:
+            _LOG.warning("the server refused a message: %s", error)
+
+    async def _settle(self, seq: int, outcome: Received | BitneckError) -> None:
+        """A frame's end; a second answer to one frame is ignored."""
+        if not self._flow.answered(seq):
+            return
+        self._sent_at.pop(seq, None)
+        answer = self._answers.pop(seq)
+        if not answer.done():
+            if isinstance(outcome, BitneckError):
+                answer.set_exception(outcome)
+            else:
+                answer.set_result(outcome)
+        async with self._room:
+            self._room.notify_all()
+
+    async def _fail(self, error: BitneckError, opened: asyncio.Future[None] | None = None) -> None:
+        """The link is of no more use: everyone who waits learns why."""
+        self._failure = self._failure or error
+        if opened is not None and not opened.done():
+            opened.set_exception(error)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(error)
+                answer.exception()  # a future nobody awaits any more is no news
+        self._answers.clear()
+        self._sent_at.clear()
+        async with self._room:
+            self._room.notify_all()
