@@ -113,7 +113,7 @@ async def _run(
                 results.append(result)
                 progress.update(sending, completed=len(results))
                 if isinstance(result, Failure):
-                    errors.print(f"error: {result.error}", style="red", markup=False, highlight=False)
+                    errors.print(f"error: {result.error}", style="red", markup=False, highlight=False, soft_wrap=True)
                 elif verbose and not as_json:
                     print(line(result), flush=True)  # noqa: T201
             document = run_document(client, results)

@@ -1,6 +1,7 @@
 """What `bitneck-edge run` prints: one JSON document, or lines and a table for people."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -57,12 +58,14 @@ def run_table(results: Sequence[Answer | Failure]) -> Table:
         column.justify = "right"
     for result in results:
         if isinstance(result, Failure):
-            table.add_row(result.file, "", "", "", f"[red]{type(result.error).__name__}[/red]", "", "", "", "")
+            table.add_row(
+                Path(result.file).name, "", "", "", f"[red]{type(result.error).__name__}[/red]", "", "", "", ""
+            )
             continue
         ms, best = result.ms, result.labels[0]
         edge, cloud = ms.load + ms.preprocess + ms.head + ms.encode, ms.queued + ms.decode + ms.compute
         table.add_row(
-            result.file,
+            Path(result.file).name,
             result.point,
             str(result.payload_bytes),
             f"{result.bpp_payload:.4f}",

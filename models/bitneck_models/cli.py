@@ -1,5 +1,6 @@
 """The command line ``bitneck-models``."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 import bitneck
 from bitneck.errors import BitneckError, InvalidConfig
@@ -26,6 +28,7 @@ app = typer.Typer(
 Zoo = Annotated[Path, typer.Argument(help="A folder of the zoo, with recipe.toml.", metavar="ZOO")]
 Data = Annotated[Path | None, typer.Option(help="The folder of photographs.", envvar="BITNECK_DATA")]
 Runs = Annotated[Path, typer.Option(help="For feature caches and checkpoints; several gigabytes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Weights = Annotated[Path | None, typer.Option(help="A file of the backbone's weights; else its own.")]
 
 
@@ -76,6 +79,82 @@ def train(
             f"{item.id}: {record.validation_bytes:.1f} bytes, agreement {record.validation_agreement:.3f} "
             f"on {record.validation_photos} validation photographs"
         )
+
+
+@app.command()
+def export(
+    zoo: Zoo,
+    out: Annotated[Path, typer.Option(help="The bundle's folder.")],
+    images: Annotated[Path | None, typer.Option(help="Photographs for the proof; else generated pictures.")] = None,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Export a zoo entry's trained points as a bundle, and prove that it equals the network."""
+    from bitneck_models.backbones import build_backbone
+    from bitneck_models.export import export_bundle
+    from bitneck_models.photos import proof_images
+    from bitneck_models.zoo import ZooEntry
+
+    entry = ZooEntry(zoo)
+    backbone = build_backbone(entry.recipe.backbone, weights)
+    console = Console(stderr=True)
+    with console.status("exporting") as status:
+        x = proof_images(backbone.input, images)
+        bundle, proof = export_bundle(entry, backbone, out, x, lambda what: status.update(f"exporting: {what}"))
+    points = [point.id for point in bundle.manifest.ladder]
+    document = {
+        "out": str(out),
+        "bundle_id": bundle.bundle_id,
+        "points": points,
+        "bytes": sum(file.size for file in bundle.manifest.files.values()),
+        "proof": {"images": len(x), "chain": proof.chain, "encoders": proof.encoders, "decoders": proof.decoders},
+    }
+    if as_json:
+        print(json.dumps(document))  # noqa: T201
+    else:
+        print(f"{out}: {', '.join(points)}; differs from torch by at most {proof.worst:.1e}")  # noqa: T201
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")],
+    data: Data = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Write the result into this zoo entry's ladder.json.", metavar="ZOO")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a bundle on labelled photographs, through real bytes.
+
+    --data is a folder with labels.csv (file, index) or with one folder for each class (WordNet id, index or label).
+    """
+    from bitneck.bundle import Bundle
+    from bitneck_models.backbones import build_backbone
+    from bitneck_models.evaluation import evaluate as measure
+    from bitneck_models.photos import labelled_photos
+    from bitneck_models.zoo import ZooEntry
+
+    opened = Bundle.open(bundle)
+    folder = _data_folder(data)
+    wnids = build_backbone(opened.manifest.backbone).wnids
+    photos = labelled_photos(folder, wnids, opened.labels())
+    console = Console(stderr=True)
+    with _progress(console) as progress:
+        task = progress.add_task("evaluating", total=len(photos))
+        result = measure(opened, photos, progress=lambda done, _all: progress.update(task, completed=done))
+    if record is not None:
+        ZooEntry(record).save_ladder(result.ladder(folder.resolve().name))
+    if as_json:
+        print(json.dumps(result.to_dict()))  # noqa: T201
+        return
+    table = Table("point", "split", "top-1", "agreement", "payload bytes", "bpp", "bpp on the wire")
+    for p in result.points:
+        table.add_row(
+            p.id, p.split, f"{p.top1:.4f}", f"{p.agreement:.4f}", f"{p.payload_bytes_mean:.1f}",
+            f"{p.bpp_payload:.4f}", f"{p.bpp_wire:.4f}",
+        )  # fmt: skip
+    Console().print(table)
+    print(f"uncompressed: {result.top1:.4f} on {result.images} photographs")  # noqa: T201
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def train_point(
         on_features: progress of the features, (done, all).
         on_step: progress of the training.
     """
-    training = entry.recipe.training
+    training = entry.recipe.training_of(point)
     seed = training.seed
     train_spec = FeatureSpec(split=point.split, photos=sets.train, augmented=True, seed=seed)
     held_spec = FeatureSpec(

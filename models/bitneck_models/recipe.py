@@ -77,6 +77,8 @@ class PointRecipe(_Strict):
             this many bytes per image.
         kernel: K of the depthwise layers; None for the smallest that covers the stride.
         rate: rate term of the first stage.
+        steps: in place of the recipe's own.
+        finish_steps: likewise.
         init: ``task`` or ``principal`` for a linear start (see `bitneck_models.klt`), ``random``, or the id of another
             point of the recipe, trained before, to start from.
     """
@@ -90,6 +92,8 @@ class PointRecipe(_Strict):
     target_bytes: Annotated[float, Field(gt=0)] | None = None
     kernel: Annotated[int, Field(ge=1, le=65)] | None = None
     rate: Literal["hyperprior", "factorized"] = "hyperprior"
+    steps: Annotated[int, Field(ge=0)] | None = None
+    finish_steps: Annotated[int, Field(ge=0)] | None = None
     init: str = "task"
 
 
@@ -112,6 +116,11 @@ class Recipe(_Strict):
                 raise ValueError(f"point {point.id}: init {point.init!r} is no method and no point listed before it")
             ids.add(point.id)
         return self
+
+    def training_of(self, point: PointRecipe) -> TrainingRecipe:
+        """How one point is trained: the recipe's schedule with the point's own lengths."""
+        own = {"steps": point.steps, "finish_steps": point.finish_steps}
+        return self.training.model_copy(update={key: value for key, value in own.items() if value is not None})
 
     def point(self, point_id: str) -> PointRecipe:
         """The recipe of one point.

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -203,8 +203,12 @@ class BundleWriter:
         """What was added, for the manifest."""
         return dict(sorted(self._files.items()))
 
-    def finish(self, manifest: Manifest) -> Bundle:
+    def finish(self, manifest: Manifest, check: Callable[[Bundle], None] = lambda _bundle: None) -> Bundle:
         """Write the manifest and move the bundle to its destination.
+
+        Args:
+            manifest: of the files that were added.
+            check: called with the complete bundle before it is moved; where it raises, nothing is moved.
 
         Returns:
             The bundle, opened and verified at its destination.
@@ -212,6 +216,7 @@ class BundleWriter:
         if self._staging is None:
             raise InvalidConfig("a bundle writer is used inside its `with` block")
         (self._staging / MANIFEST_NAME).write_bytes(manifest.to_json())
+        check(Bundle.open(self._staging))
         with _moved_aside(self.destination):
             self._staging.rename(self.destination)
         self._staging = None

@@ -106,22 +106,26 @@ class PointEncoder:
         self._lo, self._hi = self.codec.tables.lo, self.codec.tables.hi
         self._module = OnnxModule(bundle.encoder_path(point.id), threads=threads)
 
-    def symbols(self, f: NDArray[np.float32]) -> NDArray[np.int32]:
-        """Feature to symbols.
+    def latent(self, f: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Feature to latent, before the quantizer.
 
         Args:
             f: the head's output, (1, C, Hf, Wf) float32.
 
         Returns:
-            (Cr, h, w) int32.
+            (1, Cr, h, w) float32.
 
         Raises:
             ModelFailure: the encoder failed, or gave another shape than the operating point's.
         """
-        y = self._module.run(f)  # (1, Cr, h, w) float32
+        y = self._module.run(f)
         if y.shape != (1, *self.point.latent_shape):
             raise ModelFailure(f"encoder of {self.point.id} gave {y.shape}, expected {(1, *self.point.latent_shape)}")
-        return quantize(y[0], self.point.step, self._lo, self._hi)
+        return y
+
+    def symbols(self, f: NDArray[np.float32]) -> NDArray[np.int32]:
+        """Feature to symbols, (Cr, h, w) int32; see `latent` for arguments and errors."""
+        return quantize(self.latent(f)[0], self.point.step, self._lo, self._hi)
 
     def encode(self, f: NDArray[np.float32]) -> Encoded:
         """Feature to symbols and payload; see `symbols` for arguments and errors."""

@@ -1,0 +1,191 @@
+"""From a zoo entry to a bundle, proven equal to the network it was made from.
+
+What is proven, on the images given, before the bundle is written:
+- every prefix and suffix of the chain, composed, gives the backbone's output (so each split is a true cut);
+- each exported encoder and decoder gives torch's latent and feature.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitneck.bundle import Bundle, BundleWriter
+from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
+from bitneck.errors import InvalidConfig, ModelFailure
+from bitneck.manifest import Manifest, PointEntry, Segment, SplitPoint
+from bitneck_models.backbones import Backbone
+from bitneck_models.onnx_export import to_onnx
+from bitneck_models.recipe import PointRecipe
+from bitneck_models.units import BottleneckUnit
+from bitneck_models.zoo import MeasuredLadder, MeasuredPoint, ZooEntry
+
+__all__ = ["Proof", "export_bundle", "prove"]
+
+TOLERANCE = 1e-4
+"""Largest difference, relative to the largest value of the reference."""
+
+_UNMEASURED = date(1970, 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Largest relative differences between the bundle and torch."""
+
+    chain: dict[str, float]
+    encoders: dict[str, float]
+    decoders: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest of all."""
+        return max([*self.chain.values(), *self.encoders.values(), *self.decoders.values()])
+
+
+def export_bundle(
+    entry: ZooEntry,
+    backbone: Backbone,
+    out: Path,
+    images: NDArray[np.float32],
+    progress: Callable[[str], None] = lambda _what: None,
+) -> tuple[Bundle, Proof]:
+    """Export every trained point of a zoo entry, and prove the result.
+
+    Args:
+        entry: its trained points are exported; points without weights are left out.
+        backbone: the network of the recipe.
+        out: the bundle's folder.
+        images: for the proof, (N, 3, size, size) float32, normalized.
+        progress: called with what is being done.
+
+    Raises:
+        InvalidConfig: no trained point, or a destination that is no bundle.
+        ModelFailure: the export failed, or the proof did.
+    """
+    points = entry.trained()
+    if not points:
+        raise InvalidConfig(f"{entry.folder} has no trained points; run `bitneck-models train {entry.folder}`")
+    splits = sorted({point.split for point in points}, key=backbone.split_index)
+    cuts = [backbone.split_index(split) for split in splits]
+    bounds = [0, *cuts, len(backbone.stages)]
+    units = {point.id: entry.unit(backbone, point) for point in points}
+    tables = {point.id: entry.tables(point) for point in points}
+    measured = entry.ladder()
+    with BundleWriter(out) as writer:
+        segments = []
+        for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            name = f"to-{splits[index]}" if index < len(splits) else "to-output"
+            progress(f"segment {name}")
+            path = f"segments/{index:02d}-{name}.onnx"
+            shape = _input_shape(backbone, splits, index)
+            role = "edge" if index == 0 else "cloud" if index == len(splits) else "both"
+            writer.add(path, to_onnx(backbone.segment(start, stop), shape), role)  # type: ignore[arg-type]
+            segments.append(Segment(name=name, file=path))
+        for point in points:
+            progress(f"point {point.id}")
+            unit = units[point.id]
+            writer.add(f"points/{point.id}/encoder.onnx", to_onnx(unit.encoder, unit.feature_shape), "edge")
+            writer.add(f"points/{point.id}/decoder.onnx", to_onnx(unit.decoder, unit.latent_shape), "cloud")
+            writer.add(f"points/{point.id}/tables.npz", tables[point.id].to_npz(), "both")
+        writer.add("labels.json", (json.dumps(backbone.labels, indent=0) + "\n").encode(), "cloud")
+        manifest = Manifest(
+            name=entry.recipe.name,
+            backbone=backbone.name,
+            task="classification",
+            input=backbone.input,
+            segments=tuple(segments),
+            split_points=tuple(
+                SplitPoint(name=split, after_segment=k, feature_shape=backbone.feature_shape(split))
+                for k, split in enumerate(splits)
+            ),
+            points=tuple(_entry(point, units[point.id], measured) for point in points),
+            uncompressed_accuracy=measured.uncompressed_accuracy if measured is not None else 0.0,
+            labels="labels.json",
+            files=writer.files,
+        )
+        progress("proof")
+        proofs: list[Proof] = []
+        bundle = writer.finish(manifest, lambda staged: proofs.append(prove(staged, backbone, units, images)))
+    return bundle, proofs[0]
+
+
+def _input_shape(backbone: Backbone, splits: Sequence[str], index: int) -> tuple[int, int, int]:
+    size = backbone.input.size
+    return (3, size, size) if index == 0 else backbone.feature_shape(splits[index - 1])
+
+
+def _entry(point: PointRecipe, unit: BottleneckUnit, measured: MeasuredLadder | None) -> PointEntry:
+    """The manifest's entry of a point; one that was not measured yet says so by zero accuracy."""
+    result = measured.points.get(point.id) if measured is not None else None
+    known = measured if result is not None else None
+    result = result or MeasuredPoint(payload_bytes=0.0, bpp_payload=0.0, accuracy=0.0, agreement=0.0)
+    return PointEntry(
+        id=point.id,
+        split=point.split,
+        stride=point.stride,
+        channels=point.channels,
+        step=point.step,
+        latent_shape=unit.latent_shape,
+        payload_bytes=result.payload_bytes,
+        bpp_payload=result.bpp_payload,
+        accuracy=result.accuracy,
+        agreement=result.agreement,
+        dataset=known.dataset if known is not None else "not measured",
+        images=known.images if known is not None else 1,
+        measured=known.measured if known is not None else _UNMEASURED,
+    )
+
+
+@torch.no_grad()
+def prove(bundle: Bundle, backbone: Backbone, units: dict[str, BottleneckUnit], images: NDArray[np.float32]) -> Proof:
+    """Compare a bundle with torch.
+
+    Args:
+        bundle: what was exported.
+        backbone: what the chain must equal.
+        units: by operating point.
+        images: (N, 3, size, size) float32, normalized.
+
+    Raises:
+        ModelFailure: a difference of more than `TOLERANCE`.
+    """
+    x = torch.from_numpy(images)
+    output = backbone(x).numpy()
+    chain = SegmentChain(bundle)
+    whole: dict[str, float] = {}
+    encoders: dict[str, float] = {}
+    decoders: dict[str, float] = {}
+    for split in bundle.manifest.split_points:
+        head = chain.head_length(split.name)
+        f = chain.run(images, 0, head)  # (N, C, Hf, Wf)
+        reference = backbone.head(split.name)(x)
+        whole[f"head {split.name}"] = _difference(f, reference.numpy())
+        whole[f"head {split.name} + tail"] = _difference(chain.run(f, head, len(chain)), output)
+        whole[f"torch head {split.name} + tail"] = _difference(backbone.tail(split.name)(reference).numpy(), output)
+        for point in bundle.manifest.ladder:
+            if point.split == split.name:
+                unit = units[point.id]
+                y = unit.encoder(reference)
+                encoders[point.id] = _difference(_onnx_latent(bundle, point.id, f), y.numpy())
+                y_hat = torch.round(y / point.step) * point.step
+                decoded = PointDecoder(bundle, point).decode(y_hat.numpy())
+                decoders[point.id] = _difference(decoded, unit.decoder(y_hat).numpy())
+    proof = Proof(whole, encoders, decoders)
+    if not proof.worst <= TOLERANCE:
+        raise ModelFailure(f"the exported bundle differs from torch by {proof.worst:.2e} relative: {proof}")
+    return proof
+
+
+def _onnx_latent(bundle: Bundle, point_id: str, f: NDArray[np.float32]) -> NDArray[np.float32]:
+    encoder = PointEncoder(bundle, bundle.manifest.ladder[point_id])
+    return np.concatenate([encoder.latent(one[None]) for one in f])
+
+
+def _difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
