@@ -129,7 +129,7 @@ def _entry(point: PointRecipe, unit: BottleneckUnit, measured: MeasuredLadder | 
         id=point.id,
         split=point.split,
         stride=point.stride,
-        channels=point.channels,
+        channels=unit.latent_shape[0],
         step=point.step,
         latent_shape=unit.latent_shape,
         payload_bytes=result.payload_bytes,

@@ -130,7 +130,7 @@ def _batches(
 
     starts = iter(range(0, len(rows), _BATCH))
     with ThreadPoolExecutor(2) as pool:
-        ahead = [pool.submit(batch, start) for start, _ in zip(starts, range(4), strict=False)]
+        ahead = [pool.submit(batch, start) for _, start in zip(range(4), starts, strict=False)]
         while ahead:
             current = ahead.pop(0).result()
             if (start := next(starts, None)) is not None:

@@ -20,10 +20,10 @@ from bitneck_models.klt import init_linear
 from bitneck_models.photos import split_off_validation, unlabelled_photos
 from bitneck_models.recipe import PointRecipe, Recipe
 from bitneck_models.training import StepReport, train_unit
-from bitneck_models.units import BottleneckUnit
+from bitneck_models.units import BottleneckUnit, prune_channels
 from bitneck_models.zoo import PointRecord, ZooEntry, new_unit
 
-__all__ = ["PhotoSets", "Validation", "fit_tables", "photo_sets", "symbols_of", "train_point", "validate"]
+__all__ = ["PhotoSets", "Validation", "photo_sets", "prune_and_fit", "symbols_of", "train_point", "validate"]
 
 _INIT_FEATURES = 4000
 _TABLE_FEATURES = 12000
@@ -32,10 +32,17 @@ _CHUNK = 100
 
 @dataclass(frozen=True, slots=True)
 class PhotoSets:
-    """What a recipe trains on: files with their number of views, and the files put aside."""
+    """What a recipe trains on.
+
+    Attributes:
+        train: files with their number of views.
+        validation: the files put aside.
+        weights: probability of each view to be drawn, (M,).
+    """
 
     train: tuple[tuple[Path, int], ...]
     validation: tuple[Path, ...]
+    weights: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +66,19 @@ def photo_sets(recipe: Recipe, data: Path) -> PhotoSets:
     """
     train: list[tuple[Path, int]] = []
     validation: list[Path] = []
+    weights: list[NDArray[np.float64]] = []
     for source in recipe.data:
         photos = unlabelled_photos([data / source.folder])
         if source.validate_every:
             photos, held = split_off_validation(photos, source.validate_every)
             validation += held
         train += [(photo, source.views) for photo in photos]
+        count = len(photos) * source.views
+        weights.append(np.full(count, source.share / count))
     if not validation:
         raise InvalidConfig("the recipe puts no photograph aside: give one of its sources validate_every")
-    return PhotoSets(tuple(train), tuple(validation))
+    together = np.concatenate(weights)
+    return PhotoSets(tuple(train), tuple(validation), together / together.sum())
 
 
 def train_point(
@@ -100,7 +111,7 @@ def train_point(
     features = cached_features(backbone, train_spec, runs / "cache", on_features)
     held = cached_features(backbone, held_spec, runs / "cache", on_features)
     tail = backbone.tail(point.split)
-    unit = _initialized(entry, point, backbone, tail, features)
+    unit = _initialized(entry, point, backbone, tail, features, sets.weights)
     last: list[StepReport] = []
 
     def report(step: StepReport) -> None:
@@ -109,8 +120,9 @@ def train_point(
         on_step(step)
 
     checkpoint = runs / entry.recipe.name / f"{point.id}.pt"
-    train_unit(unit, tail, features, point, training, checkpoint=checkpoint, report=report)
-    tables = fit_tables(unit, point, features)
+    train_unit(unit, tail, features, point, training, weights=sets.weights, checkpoint=checkpoint, report=report)
+    rows = _sample(sets.weights, _TABLE_FEATURES, seed=2)
+    unit, tables = prune_and_fit(unit, point, features[rows])
     result = validate(unit, tail, point, tables, held)
     record = PointRecord(
         recipe=point.model_dump(by_alias=True),
@@ -130,20 +142,24 @@ def train_point(
 
 
 def _initialized(
-    entry: ZooEntry, point: PointRecipe, backbone: Backbone, tail: nn.Module, features: NDArray[np.float16]
+    entry: ZooEntry,
+    point: PointRecipe,
+    backbone: Backbone,
+    tail: nn.Module,
+    features: NDArray[np.float16],
+    weights: NDArray[np.float64],
 ) -> BottleneckUnit:
     """A unit where the recipe's `init` says that training begins."""
     unit = new_unit(backbone, point)
     if point.init in ("task", "principal"):
-        rows = _sample(len(features), _INIT_FEATURES, seed=1)
+        rows = _sample(weights, _INIT_FEATURES, seed=1)
         f = torch.from_numpy(features[rows].astype(np.float32))
         init_linear(unit, tail, f, task_metric=point.init == "task")
     elif point.init != "random":
         source = entry.recipe.point(point.init)
-        try:
-            unit.load_state_dict(entry.unit(backbone, source).state_dict())
-        except RuntimeError as exc:
-            raise InvalidConfig(f"{point.id} cannot start from {source.id}: their shapes differ ({exc})") from exc
+        if (source.split, source.stride, source.kernel) != (point.split, point.stride, point.kernel):
+            raise InvalidConfig(f"{point.id} cannot start from {source.id}: split, stride or kernel differ")
+        unit = entry.unit(backbone, source).requires_grad_()
     return unit
 
 
@@ -173,10 +189,23 @@ def symbols_of(
     return np.concatenate(parts)
 
 
-def fit_tables(unit: BottleneckUnit, point: PointRecipe, features: NDArray[np.float16]) -> FactorizedModel:
-    """The factorized model of a unit, from its own symbols on training photographs."""
-    rows = _sample(len(features), _TABLE_FEATURES, seed=2)
-    return FactorizedModel.fit(symbols_of(unit, features[rows], point.step))
+def prune_and_fit(
+    unit: BottleneckUnit, point: PointRecipe, features: NDArray[np.float16]
+) -> tuple[BottleneckUnit, FactorizedModel]:
+    """Remove the channels whose symbols are all zero, and fit the factorized model to the rest.
+
+    Args:
+        unit: trained.
+        point: gives the step.
+        features: training photographs', (M, C, Hf, Wf) float16.
+
+    Raises:
+        InvalidConfig: every symbol is zero.
+    """
+    symbols = symbols_of(unit, features, point.step)
+    alive = np.flatnonzero((symbols != 0).any(axis=(0, 2, 3)))
+    small = prune_channels(unit, torch.from_numpy(alive))
+    return small, FactorizedModel.fit(symbols[:, alive])
 
 
 def validate(
@@ -202,5 +231,6 @@ def validate(
     return Validation(payload_bytes=float(np.mean(bits)) / 8, agreement=agree / len(features))
 
 
-def _sample(count: int, size: int, seed: int) -> NDArray[np.intp]:
-    return np.sort(np.random.default_rng(seed).choice(count, min(count, size), replace=False))
+def _sample(weights: NDArray[np.float64], size: int, seed: int) -> NDArray[np.intp]:
+    count = len(weights)
+    return np.sort(np.random.default_rng(seed).choice(count, min(count, size), replace=False, p=weights))

@@ -24,11 +24,13 @@ class Source(_Strict):
     Attributes:
         folder: below the data folder.
         views: random views of each photograph.
+        share: of every batch that comes from this source; shares are relative to each other.
         validate_every: put every n-th photograph aside for validation; 0 for none.
     """
 
     folder: str
     views: Annotated[int, Field(ge=1, le=1000)] = 1
+    share: Annotated[float, Field(gt=0)] = 1.0
     validate_every: Annotated[int, Field(ge=0)] = 0
 
 
@@ -70,7 +72,8 @@ class PointRecipe(_Strict):
         id: of the operating point.
         split: split point of the backbone.
         stride: S.
-        channels: Cr.
+        channels: Cr when training begins; channels that end with every symbol zero are removed. A point that starts
+            from another one takes over that one's.
         step: quantizer step Q, in the latent's unit.
         lambda_: weight of the task term, key ``lambda``.
         target_bytes: where given, lambda is only where training begins; it is then moved until the estimated rate is

@@ -53,6 +53,7 @@ def train_unit(
     point: PointRecipe,
     training: TrainingRecipe,
     *,
+    weights: NDArray[np.float64] | None = None,
     checkpoint: Path | None = None,
     report: Callable[[StepReport], None] = lambda _report: None,
     stop_after: int | None = None,
@@ -65,6 +66,7 @@ def train_unit(
         features: (M, C, Hf, Wf) float16.
         point: step, lambda and rate term.
         training: the schedule.
+        weights: probability of each feature to be drawn, (M,), summing to 1; None for all alike.
         checkpoint: a file to resume from, if it is there, and to save to.
         report: called after every step.
         stop_after: save and return after this many steps in all.
@@ -78,7 +80,7 @@ def train_unit(
     """
     if len(features) < training.batch:
         raise InvalidConfig(f"{len(features)} features are fewer than a batch of {training.batch}; add photographs")
-    run = _Run(unit, tail, features, point, training)
+    run = _Run(unit, tail, features, weights, point, training)
     total = training.steps + training.finish_steps
     if checkpoint is not None and checkpoint.is_file():
         run.load(checkpoint)
@@ -105,9 +107,11 @@ class _Run:
         unit: BottleneckUnit,
         tail: nn.Module,
         features: NDArray[np.float16],
+        weights: NDArray[np.float64] | None,
         point: PointRecipe,
         training: TrainingRecipe,
     ) -> None:
+        self.weights = weights
         self.unit, self.tail, self.features, self.point, self.training = unit, tail, features, point, training
         self.done = 0
         self.lambda_ = point.lambda_
@@ -194,7 +198,7 @@ class _Run:
     def _batch(self) -> Tensor:
         """Features of a batch, mirrored at random and partly mixed."""
         rng = np.random.default_rng([self.training.seed, self.done])
-        rows = np.sort(rng.choice(len(self.features), self.training.batch, replace=False))
+        rows = np.sort(rng.choice(len(self.features), self.training.batch, replace=False, p=self.weights))
         f = torch.from_numpy(self.features[rows].astype(np.float32)).to(self.device)
         f = f[torch.from_numpy(rng.permutation(len(f)))]
         if rng.random() < 0.5:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
 
-__all__ = ["BottleneckUnit", "Decoder", "Encoder", "Geometry"]
+__all__ = ["BottleneckUnit", "Decoder", "Encoder", "Geometry", "prune_channels"]
 
 Activation = Literal["prelu", "relu", "none"]
 
@@ -132,6 +132,35 @@ class Decoder(nn.Module):
         return f_hat
 
 
+def prune_channels(unit: "BottleneckUnit", keep: Tensor) -> "BottleneckUnit":
+    """A unit with some of the latent channels only; what the others added at symbol zero was nothing.
+
+    Args:
+        unit: with linear latents (``outer="none"``).
+        keep: indices of the channels to keep, (k,) int64.
+
+    Returns:
+        A new unit, in evaluation mode.
+
+    Raises:
+        InvalidConfig: no channel is kept, or the latents have an activation.
+    """
+    if keep.numel() == 0:
+        raise InvalidConfig("every latent channel would be pruned: the latent has collapsed")
+    if unit.outer != "none":
+        raise InvalidConfig("only units with linear latents can be pruned")
+    stride, kernel = unit.geometry.stride, unit.geometry.kernel
+    small = BottleneckUnit(unit.feature_shape, int(keep.numel()), stride, kernel, unit.inner, unit.outer)
+    state = unit.state_dict()
+    for name, value in state.items():
+        if name.startswith(("encoder.mix.", "encoder.mix_norm.")) and value.ndim:
+            state[name] = value[keep]
+        elif name == "decoder.mix.weight":
+            state[name] = value[:, keep]
+    small.load_state_dict(state)
+    return small.eval()
+
+
 class BottleneckUnit(nn.Module):
     """Encoder and decoder of one operating point.
 
@@ -164,6 +193,8 @@ class BottleneckUnit(nn.Module):
         self.feature_shape = feature_shape
         self.latent_shape = (latent_channels, *geometry.latent)
         self.geometry = geometry
+        self.inner: Activation = inner
+        self.outer: Activation = outer
         self.encoder = Encoder(channels, latent_channels, geometry, inner, outer)
         self.decoder = Decoder(channels, latent_channels, geometry, inner, outer)
 

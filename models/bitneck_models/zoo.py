@@ -99,10 +99,11 @@ class ZooEntry:
             raise InvalidConfig(
                 f"{point.id} is not trained yet: {path} is missing; run `bitneck-models train {self.folder}`"
             )
-        unit = new_unit(backbone, point)
         try:
-            unit.load_state_dict(load_file(path))
-        except (RuntimeError, SafetensorError, OSError) as exc:
+            state = load_file(path)
+            unit = new_unit(backbone, point, channels=int(state["encoder.mix.weight"].shape[0]))
+            unit.load_state_dict(state)
+        except (RuntimeError, KeyError, SafetensorError, OSError) as exc:
             raise BundleCorrupt(f"{path} does not fit the recipe ({exc}); train {point.id} again") from exc
         return unit.eval().requires_grad_(requires_grad=False)
 
@@ -148,8 +149,13 @@ class ZooEntry:
         (self.folder / "ladder.json").write_text(text + "\n")
 
 
-def new_unit(backbone: Backbone, point: PointRecipe) -> BottleneckUnit:
+def new_unit(backbone: Backbone, point: PointRecipe, channels: int | None = None) -> BottleneckUnit:
     """A fresh unit of a point's geometry, its weights drawn from seed 0.
+
+    Args:
+        backbone: gives the feature's shape.
+        point: gives stride and kernel.
+        channels: Cr; None for the recipe's.
 
     Raises:
         InvalidConfig: a split point, stride or number of channels that does not fit the backbone.
@@ -157,4 +163,4 @@ def new_unit(backbone: Backbone, point: PointRecipe) -> BottleneckUnit:
     feature_shape = backbone.feature_shape(point.split)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return BottleneckUnit(feature_shape, point.channels, point.stride, point.kernel).eval()
+        return BottleneckUnit(feature_shape, channels or point.channels, point.stride, point.kernel).eval()

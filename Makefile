@@ -1,0 +1,50 @@
+# Everything sets itself up on a fresh machine: `make demo` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ZOO := models/zoo/efficientnet_lite0
+BUNDLE := build/efficientnet_lite0
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test check format stubs bundle bench clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "bitneck needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[edge,cloud,models,dev]'
+	touch $@
+
+$(BUNDLE)/manifest.json: $(INSTALLED) $(wildcard $(ZOO)/*) $(wildcard $(ZOO)/points/*/*) $(wildcard models/bitneck_models/*.py)
+	$(BIN)/bitneck-models export $(ZOO) --out $(BUNDLE)
+	touch $@
+
+bundle: $(BUNDLE)/manifest.json  ## export the zoo's bundle to build/
+
+demo: $(BUNDLE)/manifest.json  ## photographs from an edge process to a cloud process and back
+	$(BIN)/python scripts/demo.py --bundle $(BUNDLE)
+
+test: $(BUNDLE)/manifest.json  ## run the tests
+	$(BIN)/python -m pytest -n auto
+
+check: $(BUNDLE)/manifest.json  ## format, lint, types, stubs, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/generate_stubs.py --check
+	$(BIN)/python -m pytest -n auto
+
+format: $(INSTALLED)  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+stubs: $(INSTALLED)  ## generate shared/bitneck/v1 from proto/
+	$(BIN)/python scripts/generate_stubs.py
+
+bench: $(BUNDLE)/manifest.json  ## overhead and throughput, as ratios of one run
+	$(BIN)/python benchmarks/serving.py --bundle $(BUNDLE)
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

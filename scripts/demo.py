@@ -1,0 +1,257 @@
+"""The whole path on real photographs: a cloud process, edge processes, every operating point, and a rate change.
+
+Prints, for every photograph and operating point, bytes, label and time beside JPEG at the lowest quality that keeps the
+label; then changes the rate over HTTP in the middle of a running stream. Exits 0 only if all of it happened.
+"""
+
+import argparse
+import io
+import json
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import skimage
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from bitneck.bundle import Bundle
+from bitneck.chain import SegmentChain
+from bitneck.image import crop, load_photo, normalize
+
+BIN = Path(sys.executable).parent
+PHOTOS = ("camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
+START_S = 120.0
+FPS = 20.0
+
+
+class DemoError(Exception):
+    """Something that the demo shows did not happen."""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    grpc: str
+    http: str
+
+
+@contextmanager
+def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A child process that never outlives the block."""
+    child = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, **options)
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+            try:
+                child.wait(15)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+@contextmanager
+def cloud(bundle: Path) -> Iterator[Cloud]:
+    command = [str(BIN / "bitneck-cloud"), "serve", "--bundle", str(bundle), "--grpc", "127.0.0.1:0"]
+    command += ["--http", "127.0.0.1:0", "--json", "--log-level", "warning"]
+    with process(command) as child:
+        assert child.stdout is not None
+        readable, _, _ = select.select([child.stdout], [], [], START_S)
+        line = child.stdout.readline() if readable else ""
+        if not line:
+            raise DemoError(f"the cloud did not start within {START_S:.0f} s (exit code {child.poll()})")
+        ready = json.loads(line)
+        yield Cloud(ready["grpc"], f"http://{ready['http']}")
+
+
+def edge_run(server: Cloud, cache: Path) -> list[str]:
+    return [str(BIN / "bitneck-edge"), "run", "--server", server.grpc, "--cache-dir", str(cache), "--json"]
+
+
+def edge(server: Cloud, cache: Path, *arguments: str) -> dict[str, Any]:
+    """Run the edge client as its own process; its JSON document."""
+    command = [
+        str(BIN / "bitneck-edge"),
+        "run",
+        "--server",
+        server.grpc,
+        "--cache-dir",
+        str(cache),
+        "--json",
+        *arguments,
+    ]
+    with process(command) as child:
+        out, _ = child.communicate()
+        if child.returncode != 0:
+            raise DemoError(f"{' '.join(command)} ended with {child.returncode}")
+        document: dict[str, Any] = json.loads(out)
+        return document
+
+
+def http(method: str, url: str, body: dict[str, Any] | None = None) -> Any:
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)  # noqa: S310
+    with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+        return json.load(response)
+
+
+def top_label(chain: SegmentChain, bundle: Bundle, image: Image.Image) -> int:
+    return int(chain.run(normalize(image, bundle.manifest.input), 0, len(chain)).argmax())
+
+
+def lowest_jpeg(chain: SegmentChain, bundle: Bundle, image: Image.Image, label: int) -> tuple[int, int] | None:
+    """(quality, bytes) of the lowest JPEG quality that keeps the label."""
+    for quality in range(1, 101):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality, optimize=True)
+        if top_label(chain, bundle, load_photo(buffer.getvalue())) == label:
+            return quality, buffer.tell()
+    return None
+
+
+def short(name: str) -> str:
+    return name.split(",")[0]
+
+
+def show_points(console: Console, bundle: Bundle, server: Cloud, cache: Path, photos: list[Path]) -> None:
+    chain = SegmentChain(bundle)
+    names = bundle.labels()
+    runs = {p.id: edge(server, cache, "--point", p.id, *map(str, photos)) for p in bundle.manifest.ladder}
+    pixels = bundle.manifest.input.pixels
+    total_jpeg, totals, kept = 0, dict.fromkeys(runs, 0), dict.fromkeys(runs, 0)
+    for k, photo in enumerate(photos):
+        image = crop(load_photo(photo), bundle.manifest.input)
+        label = top_label(chain, bundle, image)
+        jpeg = lowest_jpeg(chain, bundle, image, label)
+        table = Table("", "bytes", "bpp", "label", "score", "edge ms", "link ms", "cloud ms", title=photo.name)
+        for column in (*table.columns[1:3], *table.columns[4:]):
+            column.justify = "right"
+        for point, document in runs.items():
+            if document["failed"] or len(document["frames"]) != len(photos):
+                raise DemoError(f"{point}: {len(document['frames'])} answers for {len(photos)} photographs")
+            frame = document["frames"][k]
+            ms, best = frame["ms"], frame["labels"][0]
+            totals[point] += frame["payload_bytes"]
+            kept[point] += best["index"] == label
+            table.add_row(
+                point,
+                str(frame["payload_bytes"]),
+                f"{frame['bpp_payload']:.4f}",
+                short(best["name"]) + ("" if best["index"] == label else f"  (was {short(names[label])})"),
+                f"{best['score']:.2f}",
+                f"{ms['load'] + ms['preprocess'] + ms['head'] + ms['encode']:.1f}",
+                f"{ms['link']:.1f}",
+                f"{ms['queued'] + ms['decode'] + ms['compute']:.1f}",
+            )
+        if jpeg is None:
+            raise DemoError(f"{photo.name}: no JPEG quality keeps the label")
+        quality, size = jpeg
+        total_jpeg += size
+        table.add_row(
+            f"JPEG q{quality}",
+            str(size),
+            f"{size * 8 / pixels:.4f}",
+            short(names[label]),
+            "",
+            "",
+            "",
+            "",
+            style="dim",
+        )
+        console.print(table)
+    n = len(photos)
+    for point, size in totals.items():
+        console.print(
+            f"{point}: {size / n:.0f} bytes a photograph, label kept on {kept[point]} of {n}; "
+            f"JPEG that keeps every label: {total_jpeg / n:.0f} bytes, {total_jpeg / size:.0f} times as many"
+        )
+
+
+def show_rate_change(console: Console, bundle: Bundle, server: Cloud, cache: Path, photos: list[Path]) -> None:
+    """Frames flow at 20 a second; the control API asks for the lowest rate, then for the most accurate point."""
+    ladder = list(bundle.manifest.ladder)
+    low, high = ladder[0], bundle.manifest.ladder.best
+    if low.id == high.id:
+        raise DemoError("the bundle has one operating point only: nothing to switch between")
+    seconds = 6
+    repeat = int(FPS * seconds / len(photos))
+    command = [*edge_run(server, cache), "--client", "demo", "--point", high.id]
+    command += ["--fps", str(FPS), "--repeat", str(repeat), *map(str, photos)]
+    with process(command) as child:
+        session = wait_for_session(server, "demo")
+        time.sleep(seconds / 3)
+        url = f"{server.http}/v1/sessions/{session}/rate"
+        first = http("PUT", url, {"max_bytes_per_frame": low.payload_bytes + 1})
+        time.sleep(seconds / 3)
+        second = http("PUT", url, {"point": high.id})
+        out, _ = child.communicate(timeout=60)
+        if child.returncode != 0:
+            raise DemoError(f"the stream ended with {child.returncode}")
+    document = json.loads(out)
+    frames = document["frames"]
+    console.print(f"\nOne stream, {FPS:.0f} frames a second, the rate changed over HTTP while it runs:")
+    runs: list[list[dict[str, Any]]] = []
+    for frame in frames:
+        if not runs or runs[-1][0]["point"] != frame["point"]:
+            runs.append([])
+        runs[-1].append(frame)
+    for run, asked in zip(runs, ("at the start", f"PUT {first['policy']}", f"PUT {second['policy']}"), strict=False):
+        sizes = [f["payload_bytes"] for f in run]
+        console.print(
+            f"  frames {run[0]['seq']:>3} to {run[-1]['seq']:>3}: {run[0]['point']}, {np.mean(sizes):>6.1f} bytes "
+            f"({min(sizes)} to {max(sizes)})   {asked}",
+            highlight=False,
+        )
+    if [run[0]["point"] for run in runs] != [high.id, low.id, high.id]:
+        raise DemoError(f"expected {high.id}, {low.id}, {high.id}; got {[run[0]['point'] for run in runs]}")
+    if [f["seq"] for f in frames] != list(range(1, len(frames) + 1)) or document["failed"]:
+        raise DemoError("a frame was lost or answered twice")
+    console.print(f"  {len(frames)} frames sent, {len(frames)} answers, each once; no backbone was read again.")
+
+
+def wait_for_session(server: Cloud, client: str) -> str:
+    limit = time.monotonic() + START_S
+    while time.monotonic() < limit:
+        for session in http("GET", f"{server.http}/v1/sessions"):
+            if session["client"] == client and session["frames_answered"]:
+                return str(session["id"])
+        time.sleep(0.1)
+    raise DemoError("the stream never appeared in the control API")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, required=True)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console = Console(width=max(110, Console().width), soft_wrap=False)
+    folder = Path(skimage.__file__).parent / "data"
+    photos = [folder / name for name in PHOTOS]
+    bundle = Bundle.open(arguments.bundle)
+    try:
+        with tempfile.TemporaryDirectory() as cache, cloud(arguments.bundle) as server:
+            console.print(f"cloud: gRPC {server.grpc}, control API {server.http}/docs")
+            show_points(console, bundle, server, Path(cache), photos)
+            show_rate_change(console, bundle, server, Path(cache), photos)
+    except DemoError as exc:
+        sys.exit(f"demo failed: {exc}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A bare client for tests: frames made with the bundle's own numerics, sent with plain grpc.aio."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+
+from bitneck.bundle import Bundle
+from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
+from bitneck.frames import seal_frame
+from bitneck.image import preprocess
+from bitneck.v1 import inference_pb2 as pb
+from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from tiny import INPUT, photo
+
+
+class Frames:
+    """Right frames, and the right answers to them."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.chain = SegmentChain(bundle, threads=1)
+        self.encoders = {p.id: PointEncoder(bundle, p) for p in bundle.manifest.ladder}
+        self.decoders = {p.id: PointDecoder(bundle, p) for p in bundle.manifest.ladder}
+
+    def payload(self, point: str, seed: int) -> bytes:
+        encoder = self.encoders[point]
+        f = self.chain.run(preprocess(photo(seed), INPUT), 0, self.chain.head_length(encoder.point.split))
+        return encoder.encode(f).payload
+
+    def frame(self, seq: int, point: str = "s1-r2", seed: int = 0, **fields: Any) -> pb.Frame:
+        return seal_frame(seq=seq, point=point, payload=self.payload(point, seed), **fields)
+
+    def logits(self, point: str, payload: bytes) -> np.ndarray:
+        decoder = self.decoders[point]
+        f_hat = decoder.decode(decoder.dequantize(payload)[None])
+        return self.chain.run(f_hat, self.chain.head_length(decoder.point.split), len(self.chain))[0]
+
+
+class Stream:
+    """One open stream."""
+
+    def __init__(self, call: Any, opened: pb.Opened) -> None:
+        self.call = call
+        self.opened = opened
+
+    async def send(self, frame: pb.Frame) -> None:
+        await self.call.write(pb.ClientMessage(frame=frame))
+
+    async def read(self) -> pb.ServerMessage:
+        message = await self.call.read()
+        assert isinstance(message, pb.ServerMessage), "the stream ended"
+        return message
+
+    async def ask(self, frame: pb.Frame) -> pb.ServerMessage:
+        await self.send(frame)
+        return await self.read()
+
+
+@asynccontextmanager
+async def stub(address: str) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield pb_grpc.SplitInferenceStub(channel)
+
+
+async def open_stream(stub: Any, bundle_id: str, token: str = "", client: str = "test") -> Stream:
+    call = stub.Stream()
+    await call.write(pb.ClientMessage(open=pb.Open(bundle_id=bundle_id, client=client, resume_token=token)))
+    first = await call.read()
+    assert isinstance(first, pb.ServerMessage)
+    assert first.HasField("opened")
+    return Stream(call, first.opened)

@@ -1,0 +1,216 @@
+"""Batching, session state and the engine, without sockets."""
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitneck.bundle import Bundle
+from bitneck.errors import BitneckError, DeadlineExceeded, MalformedFrame, Overloaded, ProtocolError, Unavailable
+from bitneck.ladder import Ladder, MaxKbps, OperatingPoint
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_cloud.batching import plan_batch
+from bitneck_cloud.engine import Engine, Job
+from bitneck_cloud.models import ServedModel
+from bitneck_cloud.outbox import Outbox
+from bitneck_cloud.session import Event, Phase, Session, StreamState, Verdict
+from clients import Frames
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=20))
+def test_each_row_joins_once_at_its_own_split(points: list[str]) -> None:
+    start = {"a": 1, "b": 1, "c": 2, "d": 4}
+    plan = plan_batch(points, start, 5)
+    joined = [(row, step.segment) for step in plan for group in step.joining for row in group.rows]
+    assert sorted(row for row, _ in joined) == list(range(len(points)))
+    assert all(segment == start[points[row]] for row, segment in joined)
+    if points:
+        assert [step.segment for step in plan] == list(range(min(start[p] for p in points), 5))
+        groups = [group.point for step in plan for group in step.joining]
+        assert len(groups) == len(set(points))  # one decoder pass per operating point
+
+
+def test_a_mixed_batch_equals_frame_by_frame(tiny_bundle: Bundle) -> None:
+    frames, model = Frames(tiny_bundle), ServedModel(tiny_bundle, threads=1)
+    points = list(frames.encoders)
+    batch = [(points[k % 3], frames.payload(points[k % 3], k)) for k in range(10)]
+    batch.insert(4, ("s1-r2", b"\xff" * 40))  # cannot be decoded: fails alone
+    together = model.run(batch)
+    for k, (item, computed) in enumerate(zip(batch, together, strict=True)):
+        if k == 4:
+            assert isinstance(computed.output, MalformedFrame)
+            continue
+        (alone,) = model.run([item])
+        assert isinstance(computed.output, pb.Output)
+        assert isinstance(alone.output, pb.Output)
+        ours, theirs = (x.output.classification.labels for x in (computed, alone))  # type: ignore[union-attr]
+        assert [x.index for x in ours] == [x.index for x in theirs]
+        np.testing.assert_allclose([x.score for x in ours], [x.score for x in theirs], atol=1e-5)
+
+
+def ladder() -> Ladder:
+    return Ladder(
+        OperatingPoint(
+            id=name, split="s1", step=1.0, stride=1, latent_shape=(1, 1, 1), payload_bytes=size, bpp_payload=0.1,
+            accuracy=accuracy,
+        )
+        for name, size, accuracy in (("low", 10, 0.5), ("mid", 50, 0.7), ("high", 200, 0.9))
+    )  # fmt: skip
+
+
+def session(window: int = 3) -> Session:
+    return Session(session_id="s-1", model="m", client="c", ladder=ladder(), window=window, assumed_fps=10, now=0.0)
+
+
+def test_illegal_events_are_errors() -> None:
+    state = StreamState()
+    with pytest.raises(ProtocolError, match="send Open first"):
+        state.on(Event.FRAME)
+    state.on(Event.OPEN)
+    state.on(Event.FRAME)
+    with pytest.raises(ProtocolError, match="once"):
+        state.on(Event.OPEN)
+    state.on(Event.CLOSE)
+    assert state.phase is Phase.CLOSED
+    with pytest.raises(ProtocolError):
+        state.on(Event.FRAME)
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.sampled_from(["send", "complete", "fail", "drop"])), max_size=120))
+def test_a_seq_is_computed_once_and_the_window_holds(steps: list[tuple[int, str]]) -> None:
+    it, flying, completed = session(), set[int](), set[int]()
+    for now, (seq, action) in enumerate(steps):
+        if action == "send":
+            try:
+                verdict = it.accept(seq, "low", 10, float(now))
+            except Overloaded:
+                assert len(flying) == it.window
+                assert seq not in flying
+            except MalformedFrame:
+                assert seq not in flying
+                assert any(done >= seq for done in completed)
+            else:
+                if verdict is Verdict.NEW:
+                    assert seq not in flying
+                    assert seq not in completed
+                    flying.add(seq)
+                elif verdict is Verdict.ATTACHED:
+                    assert seq in flying
+                else:
+                    assert it.kept_answer(seq).result.seq == seq
+        elif seq in flying:
+            flying.discard(seq)
+            if action == "complete":
+                completed.add(seq)
+                it.complete(seq, pb.ServerMessage(result=pb.Result(seq=seq)))
+            elif action == "fail":
+                it.fail(seq, 13)
+            else:
+                it.drop(seq)
+        assert it.in_flight == len(flying) <= it.window
+
+
+def test_max_kbps_moves_with_the_frame_rate_and_not_at_every_frame() -> None:
+    it = session(window=1000)
+    assert it.set_policy(MaxKbps(8.0)) == "mid"  # 100 bytes a frame at 10 frames a second
+    chosen = []
+    for k in range(200):
+        it.accept(k + 1, "mid", 50, k * 0.1)
+        chosen.append(it.weigh_again())
+    assert set(chosen) == {None}
+    for k in range(200):  # now 50 frames a second: 20 bytes each
+        it.accept(1000 + k, "mid", 50, 20 + k * 0.02)
+        chosen.append(it.weigh_again())
+    assert [c for c in chosen if c] == ["low"]
+    for k in range(200):  # 0.5 frames a second: everything fits; and far too many: the lowest stays
+        it.accept(2000 + k, "low", 10, 30 + k * 2.0)
+        chosen.append(it.weigh_again())
+    assert [c for c in chosen if c][-1] == "high"
+
+
+class Slow:
+    """A model that waits before it answers: real code around it, to fill the engine's queue."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.model = model
+        self.batches: list[int] = []
+
+    def run(self, frames: Any) -> Any:
+        time.sleep(0.05)
+        self.batches.append(len(frames))
+        return self.model.run(frames)
+
+
+@pytest.fixture
+def slow(tiny_bundle: Bundle) -> Slow:
+    return Slow(ServedModel(tiny_bundle, threads=1))
+
+
+async def test_the_engine_batches_what_waits_and_drops_what_is_late_or_gone(slow: Slow, tiny_bundle: Bundle) -> None:
+    payload = Frames(tiny_bundle).payload("s1-r2", 1)
+    engine = Engine(max_batch=4, max_queue=8)
+    engine.start()
+
+    def submit(deadline: float | None = None) -> Job:
+        job = Job(slow, "s1-r2", payload, deadline)  # type: ignore[arg-type]
+        engine.submit(job)
+        return job
+
+    try:
+        first = submit()
+        await asyncio.sleep(0.01)  # the engine takes it: a lone frame never waits
+        assert first.started
+        late, gone = submit(time.monotonic() - 1), submit()
+        gone.result.cancel()
+        rest = [submit() for _ in range(6)]
+        with pytest.raises(Overloaded, match="wait already"):
+            submit()
+        await asyncio.gather(first.result, *[job.result for job in rest])
+        with pytest.raises(DeadlineExceeded, match="beyond its deadline"):
+            await late.result
+        assert slow.batches == [1, 4, 2]
+        assert engine.dropped == 1
+        waiting = [submit() for _ in range(6)]
+    finally:
+        await engine.stop()
+    outcomes = await asyncio.gather(*[job.result for job in waiting], return_exceptions=True)
+    assert any(isinstance(o, Unavailable) for o in outcomes)
+
+
+async def test_a_bug_in_a_batch_fails_its_frames_and_the_next_are_served(tiny_bundle: Bundle) -> None:
+    frames, model = Frames(tiny_bundle), ServedModel(tiny_bundle, threads=1)
+    engine = Engine(max_batch=4, max_queue=8)
+    engine.start()
+    try:
+        bad = Job(model, "no such point", b"", None)
+        engine.submit(bad)
+        with pytest.raises(BitneckError, match="internal error"):
+            await bad.result
+        good = Job(model, "s1-r2", frames.payload("s1-r2", 1), None)
+        engine.submit(good)
+        assert isinstance((await good.result).output, pb.Output)
+    finally:
+        await engine.stop()
+
+
+async def test_an_outbox_is_bounded_and_control_goes_first() -> None:
+    box = Outbox(limit=2)
+    answers = [pb.ServerMessage(result=pb.Result(seq=k)) for k in range(3)]
+    await box.put(answers[0])
+    await box.put(answers[1])
+    blocked = asyncio.create_task(box.put(answers[2]))
+    for point in ("old", "new"):
+        await box.control(pb.ServerMessage(set_point=pb.SetPoint(point=point)))
+    await asyncio.sleep(0)
+    assert not blocked.done()
+    first = await box.get()
+    assert first is not None
+    assert first.set_point.point == "new"
+    assert await box.get() == answers[0]
+    await blocked
+    await box.close()
+    assert [await box.get() for _ in range(3)] == [answers[1], answers[2], None]

@@ -1,0 +1,191 @@
+"""Quantizer, factorized model and codec: round trips, lengths, limits, golden bytes."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import oracle
+from bitneck.codec import FactorizedCodec
+from bitneck.errors import BundleCorrupt, InvalidConfig, MalformedFrame, ModelFailure
+from bitneck.symbols import dequantize, quantize
+from bitneck.tables import TOTAL, FactorizedModel
+
+GOLDEN = Path(__file__).parent / "golden" / "codec.json"
+
+
+@st.composite
+def coded(draw: st.DrawFn) -> tuple[FactorizedModel, NDArray[np.int32]]:
+    """Tables, and symbols anywhere inside them: not only likely ones."""
+    channels, h, w = draw(st.integers(1, 12)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    scale = rng.uniform(0.0, 6.0, (1, channels, 1, 1))
+    train = np.rint(rng.laplace(size=(draw(st.integers(1, 20)), channels, h, w)) * scale).astype(np.int32)
+    model = FactorizedModel.fit(train, margin=draw(st.integers(0, 3)))
+    s = rng.integers(model.lo[:, None, None], model.hi[:, None, None] + 1, (channels, h, w), dtype=np.int32)
+    return model, s if draw(st.booleans()) else train[0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(coded())
+def test_decode_inverts_encode_and_length_is_ideal(case: tuple[FactorizedModel, NDArray[np.int32]]) -> None:
+    model, s = case
+    codec = FactorizedCodec(model, s.shape)  # type: ignore[arg-type]
+    payload = codec.encode(s)
+    np.testing.assert_array_equal(codec.decode(payload), s)
+    ideal = model.ideal_bits(s) / 8
+    assert len(payload) <= ideal * 1.01 + 2
+    assert len(payload) <= codec.max_payload_bytes
+
+
+@settings(max_examples=30, deadline=None)
+@given(coded())
+def test_the_exact_coder_agrees(case: tuple[FactorizedModel, NDArray[np.int32]]) -> None:
+    model, s = case
+    exact = oracle.encode(model, s)
+    np.testing.assert_array_equal(oracle.decode(model, exact, s.shape), s)  # type: ignore[arg-type]
+    assert abs(len(FactorizedCodec(model, s.shape).encode(s)) - len(exact)) <= 1  # type: ignore[arg-type]
+
+
+def test_any_bytes_give_symbols_inside_the_tables_or_a_malformed_frame() -> None:
+    rng = np.random.default_rng(1)
+    train = np.rint(rng.laplace(size=(50, 8, 2, 2)) * 2).astype(np.int32)
+    codec = FactorizedCodec(FactorizedModel.fit(train), (8, 2, 2))
+    refused = 0
+    for _ in range(5000):
+        payload = rng.bytes(int(rng.integers(0, 60)))
+        try:
+            s = codec.decode(payload)
+        except MalformedFrame:
+            refused += 1
+        else:
+            assert s.shape == (8, 2, 2)
+            assert (s >= codec.tables.lo[:, None, None]).all()
+            assert (s <= codec.tables.hi[:, None, None]).all()
+    assert 0 < refused < 5000
+
+
+def test_too_long_and_padded_payloads_are_refused() -> None:
+    codec = FactorizedCodec(FactorizedModel.fit(np.zeros((1, 4, 2, 2), np.int32) + 3), (4, 2, 2))
+    payload = codec.encode(np.full((4, 2, 2), 3, np.int32))
+    with pytest.raises(MalformedFrame, match="at most"):
+        codec.decode(bytes(codec.max_payload_bytes + 1))
+    with pytest.raises(MalformedFrame, match="longer than its symbols need"):
+        codec.decode(payload + b"\0")
+
+
+def test_codec_refuses_what_does_not_fit() -> None:
+    model = FactorizedModel.fit(np.zeros((1, 2, 1, 1), np.int32))
+    codec = FactorizedCodec(model, (2, 1, 1))
+    with pytest.raises(InvalidConfig, match="outside its table"):
+        codec.encode(np.full((2, 1, 1), 9, np.int32))
+    with pytest.raises(InvalidConfig, match="expected"):
+        codec.encode(np.zeros((2, 1, 2), np.int32))
+    with pytest.raises(InvalidConfig, match="expected"):
+        codec.encode(np.zeros((2, 1, 1), np.int64))  # type: ignore[arg-type]
+    with pytest.raises(InvalidConfig, match="does not match"):
+        FactorizedCodec(model, (3, 1, 1))
+
+
+def test_golden_bytes() -> None:
+    """Payloads of an earlier version still decode, and are still what is written."""
+    cases = json.loads(GOLDEN.read_text())
+    assert len(cases) >= 4
+    for case in cases:
+        lo = np.array(case["lo"], dtype=np.int32)
+        model = FactorizedModel(lo=lo, counts=tuple(np.array(row, dtype=np.int64) for row in case["counts"]))
+        s = np.array(case["symbols"], dtype=np.int32)
+        codec = FactorizedCodec(model, s.shape)  # type: ignore[arg-type]
+        assert codec.encode(s).hex() == case["payload"], case["name"]
+        np.testing.assert_array_equal(codec.decode(bytes.fromhex(case["payload"])), s)
+
+
+@given(st.integers(0, 2**32), st.integers(0, 3))
+@settings(max_examples=50, deadline=None)
+def test_fitted_tables_cover_what_was_seen(seed: int, margin: int) -> None:
+    rng = np.random.default_rng(seed)
+    train = rng.integers(-40, 40, (3, 4, 2, 3), dtype=np.int32)
+    model = FactorizedModel.fit(train, margin=margin)
+    for c, row in enumerate(model.counts):
+        assert row.sum() == TOTAL
+        assert row.min() >= 1
+        assert model.lo[c] == train[:, c].min() - margin
+        assert model.hi[c] == train[:, c].max() + margin
+    again = FactorizedModel.from_npz(model.to_npz())
+    assert all((a == b).all() for a, b in zip(model.counts, again.counts, strict=True))
+    assert (again.lo == model.lo).all()
+
+
+def test_frequent_symbols_cost_what_their_frequency_says() -> None:
+    train = np.zeros((1000, 1, 1, 1), np.int32)
+    train[:250] = 1
+    model = FactorizedModel.fit(train)
+    assert model.ideal_bits(np.zeros((1, 1, 1), np.int32)) == pytest.approx(-np.log2(0.75), abs=0.02)
+    assert model.ideal_bits(np.ones((1, 1, 1), np.int32)) == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "pickle", "short", "empty"])
+def test_damaged_tables_are_corrupt_and_never_unpickled(damage: str) -> None:
+    data = FactorizedModel.fit(np.zeros((1, 3, 1, 1), np.int32)).to_npz()
+    buffer = io.BytesIO()
+    match damage:
+        case "cut":
+            data = data[: len(data) // 2]
+        case "flip":
+            data = bytes([data[0] ^ 255]) + data[1:]
+        case "pickle":
+            np.savez(buffer, lo=np.array([object()]), size=np.array([1]), counts=np.array([TOTAL]), allow_pickle=True)
+            data = buffer.getvalue()
+        case "short":
+            np.savez(buffer, lo=np.array([0]), size=np.array([2]), counts=np.array([TOTAL]))
+            data = buffer.getvalue()
+        case "empty":
+            zipfile.ZipFile(buffer, "w").close()
+            data = buffer.getvalue()
+    with pytest.raises(BundleCorrupt, match="tables are unreadable"):
+        FactorizedModel.from_npz(data)
+
+
+def test_bad_tables_are_refused() -> None:
+    lo = np.zeros(1, np.int32)
+    for row in ([TOTAL - 1], [0, TOTAL], [TOTAL + 1, -1]):
+        with pytest.raises(InvalidConfig, match="frequencies must be"):
+            FactorizedModel(lo=lo, counts=(np.array(row),))
+    with pytest.raises(InvalidConfig, match="N >= 1"):
+        FactorizedModel.fit(np.zeros((0, 1, 1, 1), np.int32))
+    with pytest.raises(InvalidConfig, match="larger step"):
+        FactorizedModel.fit(np.array([-(10**6), 10**6], np.int32).reshape(2, 1, 1, 1))
+
+
+@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=30), st.floats(0.1, 10))
+def test_quantize_rounds_clips_and_inverts_within_half_a_step(values: list[float], step: float) -> None:
+    y = np.array(values, np.float32).reshape(1, 1, -1)
+    wide = np.array([10**6], np.int32)
+    s = quantize(y, step, -wide, wide)
+    assert s.dtype == np.int32
+    assert np.abs(dequantize(s, step) - y).max() <= step / 2 * (1 + 1e-4) + 1e-4
+    narrow = quantize(y, step, np.array([-2], np.int32), np.array([1], np.int32))
+    np.testing.assert_array_equal(narrow, np.clip(s, -2, 1))
+
+
+def test_quantize_rounds_half_to_even_as_torch_does() -> None:
+    y = np.array([0.5, 1.5, 2.5, -0.5, -1.5], np.float32).reshape(1, 1, -1)
+    wide = np.array([9], np.int32)
+    assert quantize(y, 1.0, -wide, wide).ravel().tolist() == [0, 2, 2, 0, -2]
+
+
+def test_quantize_refuses_nonsense() -> None:
+    y, wide = np.zeros((1, 1, 1), np.float32), np.array([9], np.int32)
+    with pytest.raises(ModelFailure, match="not finite"):
+        quantize(y * np.nan, 1.0, -wide, wide)
+    for step in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InvalidConfig, match="step"):
+            quantize(y, step, -wide, wide)
+    with pytest.raises(InvalidConfig, match="does not match"):
+        quantize(np.zeros((2, 1, 1), np.float32), 1.0, -wide, wide)

@@ -1,0 +1,127 @@
+"""The rules of the house: who may import whom, errors and their statuses, public names, stubs, file sizes."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+from bitneck import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPONENTS = {"shared": "bitneck", "edge": "bitneck_edge", "cloud": "bitneck_cloud", "models": "bitneck_models"}
+PACKAGES = set(COMPONENTS.values())
+TORCH = {"torch", "torchvision", "timm"}
+
+
+def sources(component: str) -> list[Path]:
+    return sorted((ROOT / component / COMPONENTS[component]).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_components_import_shared_and_nothing_else_of_ours(component: str) -> None:
+    allowed = {"bitneck", COMPONENTS[component]}
+    for path in sources(component):
+        assert imported(path) & PACKAGES <= allowed, path
+        if component != "models":
+            assert not imported(path) & TORCH, path
+
+
+def test_numerics_do_no_io() -> None:
+    """Codec, tables, quantizer, ladder, batching, session and flow take values and return values."""
+    pure = ["shared/bitneck/" + n for n in ("symbols.py", "tables.py", "codec.py", "ladder.py", "frames.py", "ids.py")]
+    pure += ["cloud/bitneck_cloud/batching.py", "cloud/bitneck_cloud/session.py", "edge/bitneck_edge/flow.py"]
+    for name in pure:
+        banned = {"socket", "time", "asyncio", "grpc", "pathlib", "os", "torch", "threading"}
+        assert not imported(ROOT / name) & banned, name
+
+
+def modules(component: str) -> list[str]:
+    package = ROOT / component
+    names = [".".join(p.relative_to(package).with_suffix("").parts) for p in sources(component)]
+    return [n for n in names if ".v1" not in n and not n.endswith("__init__")]
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_public_names_are_listed_and_exist(component: str) -> None:
+    for name in modules(component):
+        module = importlib.import_module(name)
+        for public in module.__all__:
+            assert hasattr(module, public), f"{name}.{public}"
+            thing = getattr(module, public)
+            if inspect.isclass(thing) or inspect.isroutine(thing):
+                assert inspect.getdoc(thing), f"{name}.{public} has no docstring"
+
+
+@pytest.mark.parametrize("component", ["shared", "edge", "cloud"])
+def test_serving_imports_no_torch_and_prints_nothing(component: str) -> None:
+    lines = [f"import {name}" for name in modules(component)]
+    code = ";".join(
+        [*lines, "import sys", "bad = {'torch','torchvision','timm'} & set(sys.modules)", "assert not bad, bad"]
+    )
+    if component == "edge":
+        code += ";bad = {'fastapi','uvicorn','bitneck_cloud'} & set(sys.modules);assert not bad, bad"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def error_classes() -> dict[str, type[errors.BitneckError]]:
+    found = {n: c for n, c in vars(errors).items() if inspect.isclass(c) and issubclass(c, errors.BitneckError)}
+    assert set(found) <= set(errors.__all__)
+    return found
+
+
+def test_the_error_tree_is_as_drawn() -> None:
+    drawn = {}
+    parents: list[tuple[int, str]] = []
+    for line in (errors.__doc__ or "").splitlines():
+        match = re.match(r"^    ([|` -]*)(\w+)\s+([A-Z_]+)\s+(\d{3})\s+(\d)", line)
+        if match:
+            depth, name = len(match[1]), match[2]
+            while parents and parents[-1][0] >= depth:
+                parents.pop()
+            drawn[name] = (parents[-1][1] if parents else "Exception", match[3], int(match[4]), int(match[5]))
+            parents.append((depth, name))
+    real = {n: (c.__bases__[0].__name__, c.grpc_status, c.http_status, c.exit_code) for n, c in error_classes().items()}
+    assert drawn == real
+
+
+def test_grpc_codes_are_grpcs() -> None:
+    assert {s.name: s.value[0] for s in grpc.StatusCode} == errors.GRPC_CODES
+    for error in error_classes().values():
+        assert errors.GRPC_CODES[error.grpc_status] == error("x").grpc_code
+
+
+def test_an_error_survives_the_wire() -> None:
+    for code in range(20):
+        assert isinstance(errors.error_from_status(code, "text"), errors.BitneckError)
+    assert isinstance(errors.error_from_status(15, "x"), errors.CorruptPayload)
+
+
+def test_stubs_match_the_proto() -> None:
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "generate_stubs.py"), "--check"], check=True)
+
+
+def test_the_repository_stays_small() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    assert files
+    assert max(path.stat().st_size for path in files) <= 10_000_000

@@ -1,0 +1,137 @@
+"""Photographs: any file to upright RGB or a clear error; preprocessing equal to torchvision's."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bitneck.errors import ImageError
+from bitneck.image import crop, find_photos, load_photo, preprocess
+from bitneck.manifest import InputSpec
+from bitneck_models.vision import import_torchvision
+from tiny import photo
+
+SIZES = ((500, 375), (375, 500), (256, 256), (257, 256), (224, 300), (90, 61), (31, 1000), (1024, 768))
+
+
+def spec(interpolation: str) -> InputSpec:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return InputSpec(size=224, resize=256, interpolation=interpolation, mean=mean, std=std)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
+@pytest.mark.parametrize("size", SIZES)
+def test_preprocess_equals_torchvision(interpolation: str, size: tuple[int, int]) -> None:
+    import_torchvision()
+    from torchvision import transforms
+
+    image, s = photo(3, size), spec(interpolation)
+    reference = transforms.Compose(
+        [
+            transforms.Resize(s.resize, transforms.InterpolationMode(interpolation)),
+            transforms.CenterCrop(s.size),
+            transforms.ToTensor(),
+            transforms.Normalize(s.mean, s.std),
+        ]
+    )(image)
+    x = preprocess(image, s)
+    assert x.shape == (1, 3, 224, 224)
+    assert x.dtype == np.float32
+    assert torch.allclose(torch.from_numpy(x[0]), reference, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 0, 0), (0, 0, 10, 10))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    image.save(path, exif=exif)
+    upright = load_photo(path)
+    assert upright.size == ((40, 20) if orientation <= 4 else (20, 40))
+    corner = {1: (0, 0), 2: (-1, 0), 3: (-1, -1), 4: (0, -1), 5: (0, 0), 6: (-1, 0), 7: (-1, -1), 8: (0, -1)}[
+        orientation
+    ]
+    x, y = (upright.size[k] - 1 if corner[k] else 0 for k in (0, 1))
+    assert upright.getpixel((x, y)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    grey = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (32, 1))
+    base = Image.fromarray(grey)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "I":
+        image = Image.fromarray(grey.astype(np.int32) * 257)
+    elif mode == "F":
+        image = Image.fromarray(grey.astype(np.float32))
+    else:
+        image = base.convert("RGB").convert(mode)
+    path = tmp_path / "photo.tif"
+    image.save(path)
+    loaded = np.asarray(load_photo(path))
+    assert loaded.shape == (32, 32, 3)
+    if mode not in ("1", "P", "CMYK", "YCbCr"):
+        assert np.abs(loaded[..., 0].astype(int) - grey).max() <= 1
+
+
+def test_refused_files_say_which(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jpg"
+    photo(0, (300, 200)).save(whole)
+    bad = {
+        "text.jpg": b"not an image at all",
+        "empty.png": b"",
+        "cut.jpg": whole.read_bytes()[:900],
+    }
+    png = tmp_path / "whole.png"
+    photo(0, (300, 200)).save(png)
+    bad["cut.png"] = png.read_bytes()[: png.stat().st_size // 2]
+    bad["huge.png"] = _claims(50_000, 50_000)
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ImageError, match=name):
+            load_photo(tmp_path / name)
+    with pytest.raises(ImageError, match=r"missing\.jpg"):
+        load_photo(tmp_path / "missing.jpg")
+    with pytest.raises(ImageError):
+        load_photo(tmp_path)
+    with pytest.raises(ImageError, match="limit of 100"):
+        load_photo(whole, max_pixels=100)
+
+
+def _claims(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header claims a gigantic picture."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def test_long_and_narrow_pictures() -> None:
+    s = spec("bilinear")
+    assert crop(Image.new("RGB", (5000, 10)), s).size == (224, 224)
+    with pytest.raises(ImageError, match="too long and narrow"):
+        crop(Image.new("RGB", (5000, 1)), InputSpec(**(s.model_dump() | {"resize": 4096})))
+
+
+def test_find_photos(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("z.PNG", "b/a.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [p.name for p in find_photos(tmp_path)] == ["a.jpg", "z.PNG"]
+    assert find_photos(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match="no photographs"):
+        find_photos(tmp_path / "empty")
+    with pytest.raises(ImageError, match="no such file or folder"):
+        find_photos(tmp_path / "nowhere")
