@@ -127,8 +127,9 @@ class FactorizedDensity(nn.Module):
         return _bits(likelihood).reshape(c, n, h, w).transpose(0, 1)
 
 
-def _noisy(v: Tensor) -> Tensor:
-    return v + torch.empty_like(v).uniform_(-0.5, 0.5)
+def _perturbed(v: Tensor, *, hard: bool) -> Tensor:
+    """Uniform noise in place of rounding, which has no gradient; or, to know the rate, the rounding itself."""
+    return torch.round(v) if hard else v + torch.empty_like(v).uniform_(-0.5, 0.5)
 
 
 class FactorizedRate(nn.Module):
@@ -146,17 +147,18 @@ class FactorizedRate(nn.Module):
         """Start as wide as the latent is: (Cr,), in units of the step."""
         self.density.fit_scale(std)
 
-    def forward(self, y: Tensor, step: float) -> Tensor:
+    def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
         """Bits of each latent.
 
         Args:
             y: latent before rounding, (N, Cr, h, w).
             step: quantizer step Q.
+            hard: round in place of adding noise.
 
         Returns:
             (N,) bits.
         """
-        return self.density.bits(_noisy(y / step)).sum(dim=(1, 2, 3))
+        return self.density.bits(_perturbed(y / step, hard=hard)).sum(dim=(1, 2, 3))
 
 
 class HyperpriorRate(nn.Module):
@@ -197,20 +199,21 @@ class HyperpriorRate(nn.Module):
         norm.weight.fill_(0.3)
         norm.bias.copy_(std.clamp(min=0.1).log())
 
-    def forward(self, y: Tensor, step: float) -> Tensor:
+    def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
         """Bits of each latent, its hyper-latent included.
 
         Args:
             y: latent before rounding, (N, Cr, h, w).
             step: quantizer step Q.
+            hard: round in place of adding noise.
 
         Returns:
             (N,) bits.
         """
         v = y / step
-        z = _noisy(self.h_a(v))  # (N, Cz, h, w)
+        z = _perturbed(self.h_a(v), hard=hard)  # (N, Cz, h, w)
         sigma = torch.exp(self.h_s(z).clamp(-7.0, 7.0))  # (N, Cr, h, w)
-        bits = gaussian_bin_bits(_noisy(v), sigma).sum(dim=(1, 2, 3))
+        bits = gaussian_bin_bits(_perturbed(v, hard=hard), sigma).sum(dim=(1, 2, 3))
         return bits + self.density.bits(z).sum(dim=(1, 2, 3))
 
 

@@ -37,7 +37,7 @@ _LAMBDA_GAIN = 0.01
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a step cost: mean estimated bits per image, the task term, and its weight."""
+    """What a step cost: mean estimated bits per image of the rounded latent, the task term, and its weight."""
 
     step: int
     steps: int
@@ -140,7 +140,7 @@ class _Run:
         )
 
     def step(self) -> tuple[float, float]:
-        """One update; mean bits per image and the task term."""
+        """One update; mean bits per image, of the rounded latent, and the task term."""
         if self.done == self.training.steps and self.done > 0:
             self._begin_stage()
         self._schedule()
@@ -152,6 +152,8 @@ class _Run:
                 teacher = self.tail(f).float()
             y, f_hat = self.unit(f, self.point.step)
             bits = self.rate(y, self.point.step).mean()
+            with torch.no_grad():
+                coded = self.rate(y, self.point.step, hard=True).mean().item()
             with self._tail_precision():
                 student = self.tail(f_hat).float()
             task = F.l1_loss(student, teacher)
@@ -170,9 +172,9 @@ class _Run:
         nn.utils.clip_grad_norm_(self.unit.parameters(), 10.0 * self.lambda_)
         self.optimizer.step()
         self.done += 1
-        self._follow_target(bits.item())
+        self._follow_target(coded)
         self._update_mean()
-        return bits.item(), task.item()
+        return coded, task.item()
 
     def _tail_precision(self) -> torch.autocast:
         """The frozen tail takes most of the time; the unit and the rate term stay in float32."""
@@ -180,7 +182,11 @@ class _Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low)
 
     def _follow_target(self, bits: float) -> None:
-        """Move lambda towards the target rate, once the rate term has settled."""
+        """Move lambda towards the target rate, once the rate term has settled.
+
+        The rate is the rounded latent's: with noise in place of rounding, latents that are nearly always zero seem to
+        cost bits (measured: 111 bytes estimated, 86 coded).
+        """
         if self.point.target_bytes is not None and self.done > self.training.warmup_steps:
             error = 1 - bits / (8 * self.point.target_bytes)
             self.lambda_ *= math.exp(_LAMBDA_GAIN * min(1.0, max(-1.0, error)))

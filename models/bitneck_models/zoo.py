@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from bitneck.errors import BundleCorrupt, InvalidConfig
+from bitneck.manifest import sha256_hex
 from bitneck.tables import FactorizedModel
 from bitneck_models.backbones import Backbone
 from bitneck_models.recipe import PointRecipe, Recipe, load_recipe
@@ -44,6 +45,8 @@ class PointRecord(_Strict):
     validation_bytes: float
     validation_agreement: float
     trained: date
+    unit_sha256: str = ""
+    tables_sha256: str = ""
 
 
 class MeasuredPoint(_Strict):
@@ -120,13 +123,15 @@ class ZooEntry:
         return FactorizedModel.from_npz(path.read_bytes())
 
     def save(self, point: PointRecipe, unit: BottleneckUnit, tables: FactorizedModel, record: PointRecord) -> None:
-        """Write a trained point; its weights last, since they mark it as trained."""
+        """Write a trained point, its digests in the record; the weights last, since they mark it as trained."""
         folder = self.point_folder(point.id)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tables.npz").write_bytes(tables.to_npz())
-        (folder / "record.json").write_text(record.model_dump_json(indent=1) + "\n")
+        weights, arrays = save({k: v.contiguous() for k, v in unit.state_dict().items()}), tables.to_npz()
+        digests = {"unit_sha256": sha256_hex(weights), "tables_sha256": sha256_hex(arrays)}
+        (folder / "tables.npz").write_bytes(arrays)
+        (folder / "record.json").write_text(record.model_copy(update=digests).model_dump_json(indent=1) + "\n")
         temporary = folder / "unit.part"
-        save_file({k: v.contiguous() for k, v in unit.state_dict().items()}, temporary)
+        temporary.write_bytes(weights)
         temporary.rename(folder / "unit.safetensors")
 
     def ladder(self) -> MeasuredLadder | None:

@@ -1,0 +1,301 @@
+"""The edge against servers that misbehave, its cache, its flow, and its encoder; no second process."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitneck.bundle import Bundle
+from bitneck.errors import (
+    BitneckError,
+    BundleCorrupt,
+    BundleMismatch,
+    ImageError,
+    InvalidConfig,
+    Overloaded,
+    Unavailable,
+    UnknownPoint,
+)
+from bitneck.frames import seal_frame
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_edge.client import EdgeClient
+from bitneck_edge.encoder import EdgeEncoder
+from bitneck_edge.flow import Flow
+from bitneck_edge.results import Answer, Failure
+from rogue import answer_all, opened, result, rogue_server
+from tiny import photo, photo_bytes
+
+
+def settings(tmp_path: Path, **values: Any) -> dict[str, Any]:
+    return {"cache_dir": tmp_path / "cache", "retries": 1, "connect_timeout_s": 2.0, "threads": 1} | values
+
+
+@given(st.lists(st.one_of(st.just("send"), st.just("reconnect"), st.integers(1, 30)), max_size=100))
+def test_nothing_is_lost_and_nothing_is_answered_twice(steps: list[str | int]) -> None:
+    flow, waiting, done = Flow(window=5), set[int](), set[int]()
+    for step in steps:
+        if step == "send":
+            frame = seal_frame(seq=flow.next_seq(), point="p", payload=b"")
+            if flow.has_room:
+                flow.add(frame)
+                waiting.add(frame.seq)
+            else:
+                with pytest.raises(Overloaded):
+                    flow.add(frame)
+        elif step == "reconnect":
+            assert [f.seq for f in flow.to_resend()] == sorted(waiting)
+        else:
+            assert isinstance(step, int)
+            assert flow.answered(step) == (step in waiting)
+            waiting.discard(step)
+            done.add(step)
+        assert flow.unanswered == len(waiting) <= flow.window
+
+
+def test_a_frame_is_tried_again_only_so_often() -> None:
+    flow = Flow(window=2)
+    flow.add(seal_frame(seq=1, point="p", payload=b"x"))
+    tries = 0
+    while flow.retry(1) is not None:
+        tries += 1
+    assert tries == 3
+    assert flow.retry(99) is None
+
+
+def test_switching_the_point_reads_no_segment_again(tiny_bundle: Bundle) -> None:
+    encoder = EdgeEncoder(tiny_bundle, threads=1)
+    encoder.encode(photo(), "s1-r2")
+    modules = dict(encoder.chain._modules)
+    for point in ("s1-r1", "s2-r1", "s1-r2"):
+        encoder.encode(photo(), point)
+    assert encoder.chain.loaded == (0, 1)
+    assert all(encoder.chain._modules[k] is module for k, module in modules.items())
+    with pytest.raises(UnknownPoint, match="s1-r1, s2-r1, s1-r2"):
+        encoder.encode(photo(), "nope")
+
+
+async def test_a_bundle_is_fetched_once_and_mended(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    async with rogue_server(tiny_bundle) as (address, rogue):
+        for _ in range(2):
+            async with EdgeClient(address, **settings(tmp_path)) as client:
+                assert (await client.infer(photo())).labels[0].name == "answer 1"
+        expected = sorted(tiny_bundle.manifest.files_for("edge"))
+        assert sorted(rogue.fetched) == expected
+        damaged = client.bundle.root / "segments" / "00-seg0.onnx"
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        async with EdgeClient(address, **settings(tmp_path)) as client:
+            await client.infer(photo())
+        assert rogue.fetched[len(expected) :] == ["segments/00-seg0.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "text"),
+    [
+        (lambda path, data: data[:-1] if path.endswith(".onnx") else data, BundleCorrupt, "arrived with"),
+        (lambda path, data: data + b"x" if path.endswith(".onnx") else data, BundleCorrupt, "longer than"),
+        (lambda path, data: data[:-1] + b"x" if path.endswith("encoder.onnx") else data, BundleCorrupt, "SHA-256"),
+        (lambda path, data: data + b" " if path == "manifest.json" else data, BundleMismatch, "hashes to"),
+    ],
+)
+async def test_a_damaged_download_is_refused_and_leaves_nothing(
+    tiny_bundle: Bundle, tmp_path: Path, spoil: Any, error: type[BitneckError], text: str
+) -> None:
+    async with rogue_server(tiny_bundle, spoil=spoil) as (address, _):
+        with pytest.raises(error, match=text):
+            async with EdgeClient(address, **settings(tmp_path)):
+                pass
+    for path in (tmp_path / "cache").rglob("*"):
+        if path.is_file():  # what stays is right and whole
+            entry = tiny_bundle.manifest.files[str(Path(*path.parts[path.parts.index("bundles") + 2 :]))]
+            assert path.stat().st_size == entry.size
+    async with rogue_server(tiny_bundle) as (address, _), EdgeClient(address, **settings(tmp_path)) as client:
+        await client.infer(photo())
+
+
+async def test_two_clients_fill_one_cache(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    async with rogue_server(tiny_bundle) as (address, _):
+
+        async def once() -> Answer:
+            async with EdgeClient(address, **settings(tmp_path)) as client:
+                return await client.infer(photo())
+
+        assert len(await asyncio.gather(*[once() for _ in range(4)])) == 4
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+async def test_a_cache_that_cannot_be_written(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir(mode=0o500)
+    async with rogue_server(tiny_bundle) as (address, _):
+        with pytest.raises(InvalidConfig, match="cannot be written"):
+            async with EdgeClient(address, **settings(tmp_path)):
+                pass
+
+
+async def test_a_cache_that_is_a_file(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    async with rogue_server(tiny_bundle) as (address, _):
+        with pytest.raises(InvalidConfig, match="cannot be written"):
+            async with EdgeClient(address, **settings(tmp_path)):
+                pass
+
+
+async def test_a_pinned_bundle(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    async with rogue_server(tiny_bundle) as (address, _):
+        async with EdgeClient(address, **settings(tmp_path, bundle_id=tiny_bundle.bundle_id)) as client:
+            await client.infer(photo())
+        with pytest.raises(BundleMismatch, match="expected sha256:000"):
+            async with EdgeClient(address, **settings(tmp_path, bundle_id="sha256:" + "0" * 64)):
+                pass
+
+
+async def test_answers_twice_late_and_unasked_count_once(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    async def converse(context: Any) -> None:
+        await opened(context)
+        await context.write(result(77))
+        while isinstance(message := await context.read(), pb.ClientMessage):
+            await context.write(result(message.frame.seq))
+            await context.write(result(message.frame.seq))
+            await context.write(result(1))
+
+    async with rogue_server(tiny_bundle, converse) as (address, _):
+        async with EdgeClient(address, **settings(tmp_path)) as client:
+            answers = [a async for a in client.stream([photo(k) for k in range(10)])]
+    assert [a.seq for a in answers if isinstance(a, Answer)] == list(range(1, 11))
+    assert [a.labels[0].name for a in answers if isinstance(a, Answer)] == [f"answer {k}" for k in range(1, 11)]
+
+
+async def test_a_link_cut_again_and_again_loses_nothing(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Every third frame the stream breaks before its answer; the client resumes and resends."""
+    answered: list[int] = []
+
+    async def converse(context: Any) -> None:
+        await opened(context)
+        count = 0
+        while isinstance(message := await context.read(), pb.ClientMessage):
+            count += 1
+            if count == 3:
+                raise RuntimeError("cut")
+            answered.append(message.frame.seq)
+            await context.write(result(message.frame.seq))
+
+    async with rogue_server(tiny_bundle, converse) as (address, rogue):
+        async with EdgeClient(address, **settings(tmp_path, retries=3)) as client:
+            answers = [a async for a in client.stream([photo(k % 3) for k in range(12)])]
+            assert client.reconnects == rogue.streams - 1 >= 4
+    assert [a.seq for a in answers if isinstance(a, Answer)] == list(range(1, 13))
+
+
+async def test_a_passing_fault_is_sent_again_and_a_lasting_one_reported(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    seen: dict[int, int] = {}
+
+    async def converse(context: Any) -> None:
+        await opened(context)
+        while isinstance(message := await context.read(), pb.ClientMessage):
+            seq = message.frame.seq
+            seen[seq] = seen.get(seq, 0) + 1
+            if seq == 2 and seen[seq] == 1:
+                await context.write(pb.ServerMessage(fault=pb.Fault(seq=seq, code=15, message="damaged")))
+            elif seq == 3:
+                await context.write(pb.ServerMessage(fault=pb.Fault(seq=seq, code=3, message="refused")))
+            else:
+                await context.write(result(seq))
+
+    async with rogue_server(tiny_bundle, converse) as (address, _):
+        async with EdgeClient(address, **settings(tmp_path)) as client:
+            answers = [a async for a in client.stream([photo(k) for k in range(4)])]
+    assert [isinstance(a, Answer) for a in answers] == [True, True, False, True]
+    assert seen == {1: 1, 2: 2, 3: 1, 4: 1}
+    failure = answers[2]
+    assert isinstance(failure, Failure)
+    assert "refused" in str(failure.error)
+
+
+async def test_a_server_that_never_answers_is_given_up(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    async def silent(context: Any) -> None:
+        await opened(context)
+        while isinstance(await context.read(), pb.ClientMessage):
+            pass
+
+    async def mute(context: Any) -> None:
+        await context.read()
+        await asyncio.sleep(60)
+
+    for converse in (silent, mute):
+        async with rogue_server(tiny_bundle, converse) as (address, _):
+            with pytest.raises(Unavailable, match="gave up"):
+                async with EdgeClient(address, **settings(tmp_path, answer_timeout_s=0.3)) as client:
+                    await client.infer(photo())
+
+
+async def test_a_server_that_changes_its_bundle_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    import grpc
+
+    calls = 0
+
+    async def converse(context: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this server has another bundle")
+        await opened(context)
+        await context.read()
+
+    async with rogue_server(tiny_bundle, converse) as (address, _):
+        async with EdgeClient(address, **settings(tmp_path)) as client:
+            with pytest.raises(BundleMismatch, match="another bundle"):
+                await client.infer(photo())
+
+
+async def test_wishes_of_the_cloud(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    async def converse(context: Any) -> None:
+        await context.read()
+        reply = pb.Opened(session_id="s", resume_token="t", window=4, point="s1-r1")
+        await context.write(pb.ServerMessage(opened=reply))
+        for wish in ("nope", "s2-r1"):
+            await context.read()
+            await context.write(pb.ServerMessage(set_point=pb.SetPoint(point=wish, reason="a test")))
+            await context.write(result(1 if wish == "nope" else 2))
+        await context.read()
+        await context.write(result(3))
+
+    async with rogue_server(tiny_bundle, converse) as (address, _):
+        async with EdgeClient(address, **settings(tmp_path)) as client:
+            points = [(await client.infer(photo())).point for _ in range(3)]
+            assert points == ["s1-r1", "s1-r1", "s2-r1"]
+            assert [(s.after_seq, s.old, s.new, s.reason) for s in client.switches] == [(2, "s1-r1", "s2-r1", "a test")]
+
+
+async def test_any_source_and_bad_ones_in_the_middle(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    good = tmp_path / "good.png"
+    good.write_bytes(photo_bytes(1))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    async with rogue_server(tiny_bundle, answer_all) as (address, _):
+        async with EdgeClient(address, **settings(tmp_path)) as client:
+            sources = [good, photo_bytes(1), tmp_path / "bad.png", photo(1), tmp_path / "none.png"]
+            answers = [a async for a in client.stream(sources)]
+    assert [type(a).__name__ for a in answers] == ["Answer", "Answer", "Failure", "Answer", "Failure"]
+    same = {a.symbols_crc32c for a in answers if isinstance(a, Answer)}
+    assert len(same) == 1
+    assert all(isinstance(a.error, ImageError) for a in answers if isinstance(a, Failure))
+    assert [a.seq for a in answers if isinstance(a, Answer)] == [1, 2, 3]
+
+
+async def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for values, text in (
+        ({"server": "nowhere"}, "not HOST:PORT"),
+        ({"retries": -1}, "retries"),
+        ({"bundle_id": "abc"}, "bundle_id"),
+        ({"surprise": 1}, "surprise"),
+    ):
+        with pytest.raises(InvalidConfig, match=text):
+            EdgeClient(**values)
+    monkeypatch.setenv("BITNECK_EDGE_RETRIES", "7")
+    assert EdgeClient("a:1").settings.retries == 7
+    assert EdgeClient("a:1", retries=2).settings.retries == 2
+    monkeypatch.setenv("BITNECK_EDGE_RETRYS", "7")
+    with pytest.raises(InvalidConfig, match="BITNECK_EDGE_RETRYS"):
+        EdgeClient("a:1")

@@ -1,0 +1,83 @@
+"""What is shipped: every zoo entry's points equal their records, and the exported bundle equals the zoo."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitneck.bundle import Bundle
+from bitneck.manifest import sha256_hex
+from bitneck_models.backbones import build_backbone
+from bitneck_models.evaluation import evaluate
+from bitneck_models.export import prove
+from bitneck_models.photos import labelled_photos, proof_images
+from bitneck_models.zoo import PointRecord, ZooEntry
+
+ROOT = Path(__file__).resolve().parent.parent
+ZOO = ROOT / "models" / "zoo" / "efficientnet_lite0"
+BUNDLE = ROOT / "build" / "efficientnet_lite0"
+
+needs_bundle = pytest.mark.skipif(not BUNDLE.is_dir(), reason="make bundle has not run")
+EVAL = Path(os.environ.get("BITNECK_DATA", ROOT.parent / "shared" / "data")) / "imagenet-eval-400"
+
+
+def test_every_point_is_trained_measured_and_as_its_record_says() -> None:
+    entry = ZooEntry(ZOO)
+    ladder = entry.ladder()
+    assert ladder is not None
+    trained = entry.trained()
+    assert [p.id for p in trained] == [p.id for p in entry.recipe.points]
+    assert set(ladder.points) == {p.id for p in trained}
+    backbone = build_backbone(entry.recipe.backbone)
+    for point in trained:
+        folder = entry.point_folder(point.id)
+        record = PointRecord.model_validate_json((folder / "record.json").read_bytes())
+        assert record.recipe == json.loads(json.dumps(point.model_dump(by_alias=True)))
+        assert record.training == entry.recipe.training_of(point).model_dump()
+        unit, tables = entry.unit(backbone, point), entry.tables(point)
+        assert unit.latent_shape[0] == tables.channels <= point.channels
+        assert record.unit_sha256 == sha256_hex((folder / "unit.safetensors").read_bytes())
+        assert record.tables_sha256 == sha256_hex((folder / "tables.npz").read_bytes())
+    for split in {p.split for p in trained}:
+        points = sorted((ladder.points[p.id] for p in trained if p.split == split), key=lambda p: p.payload_bytes)
+        assert len(points) >= 3
+        accuracies = [p.accuracy for p in points]
+        assert accuracies == sorted(accuracies), f"{split} is not monotone"
+
+
+@needs_bundle
+def test_the_bundle_is_the_zoos() -> None:
+    entry, bundle = ZooEntry(ZOO), Bundle.open(BUNDLE)
+    backbone = build_backbone(entry.recipe.backbone)
+    units = {p.id: entry.unit(backbone, p) for p in entry.trained()}
+    assert set(units) == {p.id for p in bundle.manifest.ladder}
+    proof = prove(bundle, backbone, units, proof_images(backbone.input, None, count=2))
+    assert proof.worst <= 1e-4
+    for point in entry.trained():
+        ours, theirs = entry.tables(point), bundle.tables(point.id)
+        assert all(np.array_equal(a, b) for a, b in zip(ours.counts, theirs.counts, strict=True))
+    ladder = entry.ladder()
+    assert ladder is not None
+    assert {p.id: p.payload_bytes for p in bundle.manifest.ladder} == {
+        k: p.payload_bytes for k, p in ladder.points.items()
+    }
+    assert not any(b"/" + name in path.read_bytes() for name in (b"home/", b"root/") for path in BUNDLE.rglob("*.onnx"))
+
+
+@needs_bundle
+@pytest.mark.skipif(not EVAL.is_dir(), reason=f"no photographs at {EVAL}; set BITNECK_DATA")
+def test_the_recorded_ladder_is_measured_again() -> None:
+    """On every eighth photograph of the evaluation set: bytes exactly like the record's, and floors that hold."""
+    entry, bundle = ZooEntry(ZOO), Bundle.open(BUNDLE)
+    backbone = build_backbone(entry.recipe.backbone)
+    photos = labelled_photos(EVAL, backbone.wnids, backbone.labels)
+    result = evaluate(bundle, photos[::8])
+    recorded = entry.ladder()
+    assert recorded is not None
+    assert recorded.images == len(photos)
+    for point in result.points:
+        assert point.payload_bytes_mean <= point.ideal_bytes_mean * 1.01 + 4
+        assert point.payload_bytes_mean == pytest.approx(recorded.points[point.id].payload_bytes, rel=0.1)
+        assert point.agreement == pytest.approx(recorded.points[point.id].agreement, abs=0.2)
