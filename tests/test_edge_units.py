@@ -284,6 +284,25 @@ async def test_any_source_and_bad_ones_in_the_middle(tiny_bundle: Bundle, tmp_pa
     assert [a.seq for a in answers if isinstance(a, Answer)] == [1, 2, 3]
 
 
+async def test_leaving_a_stream_early_and_a_source_that_fails(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    def broken() -> Any:
+        yield photo(0)
+        raise RuntimeError("the camera is gone")
+
+    async with rogue_server(tiny_bundle, answer_all) as (address, _):
+        async with EdgeClient(address, **settings(tmp_path)) as client:
+            async with asyncio.timeout(20):
+                stream = client.stream(photo(k % 4) for k in range(1000))
+                assert isinstance(await anext(stream), Answer)
+                await asyncio.sleep(0.3)  # the producer fills every queue
+                await stream.aclose()
+                stream = client.stream(broken())
+                assert isinstance(await anext(stream), Answer)
+                with pytest.raises(RuntimeError, match="the camera is gone"):
+                    await anext(stream)
+                assert (await client.infer(photo(1))).labels
+
+
 async def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for values, text in (
         ({"server": "nowhere"}, "not HOST:PORT"),

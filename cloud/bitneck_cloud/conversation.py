@@ -67,7 +67,11 @@ class Conversation:
         try:
             await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             if reader.done() and not writer.done():
-                if (exc := reader.exception()) is not None and not isinstance(exc, grpc.aio.UsageError):
+                if (
+                    not reader.cancelled()
+                    and (exc := reader.exception()) is not None
+                    and not isinstance(exc, grpc.aio.UsageError)
+                ):
                     _LOG.error("session %s: reading failed: %r", self._session.session_id, exc)
                 while self._tasks:  # the client has sent everything: answer it
                     await asyncio.wait(self._tasks)

@@ -196,7 +196,7 @@ class EdgeClient:
 
     async def stream(
         self, photos: Iterable[Photo] | AsyncIterable[Photo], *, stop: asyncio.Event | None = None
-    ) -> AsyncIterator[Answer | Failure]:
+    ) -> AsyncGenerator[Answer | Failure]:
         """Many photographs: encoding goes on while earlier frames are answered. Results come in order.
 
         A photograph that cannot be read or answered gives a `Failure`, and the next one goes on. Memory is bounded by
@@ -236,6 +236,7 @@ class EdgeClient:
         under_way: asyncio.Queue[tuple[str, EncodedPhoto, Sent] | Failure | None],
         stop: asyncio.Event,
     ) -> None:
+        """Encode and send one after another; None marks the end, also where the source of photographs fails."""
         try:
             async with contextlib.aclosing(_each(photos)) as source:
                 async for photo in source:
@@ -248,8 +249,10 @@ class EdgeClient:
                         await under_way.put(Failure(_name(photo), exc))
                         continue
                     await under_way.put((_name(photo), encoded, sent))
-        finally:
+        except Exception:
             await under_way.put(None)
+            raise
+        await under_way.put(None)
 
     async def _send(self, encoded: EncodedPhoto) -> Sent:
         sent = await self._opened().send(encoded.point, encoded.encoded.payload, deadline_ms=self.settings.deadline_ms)

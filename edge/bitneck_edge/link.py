@@ -138,10 +138,10 @@ class Link:
             if self._failure is not None:
                 raise self._failure
             frame = seal_frame(seq=self._flow.next_seq(), point=point, payload=payload, deadline_ms=deadline_ms)
+            answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
+            self._answers[frame.seq] = answer
+            at = self._sent_at[frame.seq] = time.perf_counter()
             self._flow.add(frame)
-        answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
-        self._answers[frame.seq] = answer
-        at = self._sent_at[frame.seq] = time.perf_counter()
         await self._write(frame)
         return Sent(frame.seq, wire_bytes(frame), at, answer)
 

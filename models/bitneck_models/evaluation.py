@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
+import google_crc32c
 import numpy as np
 
 from bitneck.bundle import Bundle
@@ -32,6 +33,8 @@ class PointResult:
         ideal_bytes_mean: ideal code length under the point's own tables.
         bpp_payload: payload bits per input pixel.
         bpp_wire: bits per input pixel of the message on the stream.
+        symbols_crc32c: of all symbols in order, as little-endian int32; for one photograph it is what
+            ``bitneck-edge run`` and ``encode`` print.
     """
 
     id: str
@@ -42,6 +45,7 @@ class PointResult:
     ideal_bytes_mean: float
     bpp_payload: float
     bpp_wire: float
+    symbols_crc32c: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +108,7 @@ def evaluate(
     encoders = {p.id: PointEncoder(bundle, p) for p in ladder}
     decoders = {p.id: PointDecoder(bundle, p) for p in ladder}
     sums = {p.id: np.zeros(5) for p in ladder}  # right, agreeing, payload bytes, ideal bits, wire bytes
+    crcs = dict.fromkeys(sums, 0)
     right = 0
     for count, photo in enumerate(photos, start=1):
         features = [preprocess(load_photo(photo.path), manifest.input)]
@@ -119,6 +124,7 @@ def evaluate(
             student = int(chain.run(f_hat, head, len(chain)).argmax())
             frame = seal_frame(seq=count, point=point.id, payload=encoded.payload)
             ideal_bits = encoders[point.id].codec.tables.ideal_bits(encoded.symbols)
+            crcs[point.id] = google_crc32c.extend(crcs[point.id], encoded.symbols.astype("<i4").tobytes())
             sums[point.id] += (
                 student == photo.label,
                 student == teacher,
@@ -141,6 +147,7 @@ def evaluate(
                 ideal_bytes_mean=ideal_bits / 8,
                 bpp_payload=payload * 8 / pixels,
                 bpp_wire=wire * 8 / pixels,
+                symbols_crc32c=f"{crcs[point.id]:08x}",
             )
         )
     results.sort(key=lambda r: (r.payload_bytes_mean, r.id))

@@ -68,7 +68,7 @@ def export_bundle(
         InvalidConfig: no trained point, or a destination that is no bundle.
         ModelFailure: the export failed, or the proof did.
     """
-    points = entry.trained()
+    points = entry.shipped()
     if not points:
         raise InvalidConfig(f"{entry.folder} has no trained points; run `bitneck-models train {entry.folder}`")
     splits = sorted({point.split for point in points}, key=backbone.split_index)

@@ -82,6 +82,7 @@ class PointRecipe(_Strict):
         rate: rate term of the first stage.
         steps: in place of the recipe's own.
         finish_steps: likewise.
+        ship: whether the point is for the bundle; else it is trained for others to start from.
         init: ``task`` or ``principal`` for a linear start (see `bitneck_models.klt`), ``random``, or the id of another
             point of the recipe, trained before, to start from.
     """
@@ -97,6 +98,7 @@ class PointRecipe(_Strict):
     rate: Literal["hyperprior", "factorized"] = "hyperprior"
     steps: Annotated[int, Field(ge=0)] | None = None
     finish_steps: Annotated[int, Field(ge=0)] | None = None
+    ship: bool = True
     init: str = "task"
 
 

@@ -86,6 +86,10 @@ class ZooEntry:
         """The points of the recipe that have trained weights, in the recipe's order."""
         return [point for point in self.recipe.points if (self.point_folder(point.id) / "unit.safetensors").is_file()]
 
+    def shipped(self) -> list[PointRecipe]:
+        """Those of `trained` that are for the bundle."""
+        return [point for point in self.trained() if point.ship]
+
     def point_folder(self, point_id: str) -> Path:
         """Where a point's files lie."""
         return self.folder / "points" / point_id

@@ -1,0 +1,89 @@
+"""The README's blocks run: shell blocks in order, Python blocks, against a real server with the real bundle."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import skimage
+
+from servers import BIN, Server, running_server
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLE = ROOT / "build" / "efficientnet_lite0"
+README = (ROOT / "README.md").read_text()
+PHOTO = Path(skimage.__file__).parent / "data" / "coffee.png"
+
+needs_bundle = pytest.mark.skipif(not BUNDLE.is_dir(), reason="make bundle has not run")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running_server(BUNDLE) as running:
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "photo.jpg").write_bytes(PHOTO.read_bytes())
+    (tmp_path / "build").symlink_to(ROOT / "build")
+    return tmp_path
+
+
+def adapted(block: str, server: Server) -> str:
+    return block.replace("127.0.0.1:50051", server.grpc).replace("http://127.0.0.1:8080", server.http)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(folder / "cache")}
+
+
+@needs_bundle
+def test_shell_blocks(server: Server, folder: Path) -> None:
+    shell = [block for block in blocks("bash") if not block.startswith("make")]
+    assert len(shell) >= 3
+    for block in shell:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", adapted(block, server)],
+            cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, (block, done.stderr)
+
+
+@needs_bundle
+def test_python_blocks(server: Server, folder: Path) -> None:
+    assert blocks("python")
+    for block in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", adapted(block, server)],
+            cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "espresso" in done.stdout
+        assert " s1-r2 " in done.stdout
+
+
+def test_make_targets_exist() -> None:
+    targets = re.findall(r"\bmake (\w+)", README + (ROOT / "CONTRIBUTING.md").read_text())
+    assert {"demo", "test", "check", "bundle"} <= set(targets)
+    for target in set(targets):
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_options_in_the_readme_exist() -> None:
+    commands = re.findall(r"^(bitneck-\w+) (\w+)(.*)$", "\n".join(blocks("console") + blocks("bash")), re.MULTILINE)
+    assert {name for name, _, _ in commands} == {"bitneck-edge", "bitneck-cloud", "bitneck-models"}
+    for name, command, rest in commands:
+        shown = subprocess.run(
+            [str(BIN / name), command, "--help"],
+            capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
+        ).stdout  # fmt: skip
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in shown, (name, command, option)
