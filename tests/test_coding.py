@@ -53,22 +53,47 @@ def test_the_exact_coder_agrees(case: tuple[FactorizedModel, NDArray[np.int32]])
     assert abs(len(FactorizedCodec(model, s.shape).encode(s)) - len(exact)) <= 1  # type: ignore[arg-type]
 
 
-def test_any_bytes_give_symbols_inside_the_tables_or_a_malformed_frame() -> None:
+@pytest.mark.parametrize(("shape", "scale"), [((8, 2, 2), 2.0), ((24, 2, 2), 9.0), ((3, 5, 4), 0.3), ((1, 1, 1), 50.0)])
+def test_any_bytes_give_symbols_inside_the_tables_or_a_malformed_frame(
+    shape: tuple[int, int, int], scale: float
+) -> None:
     rng = np.random.default_rng(1)
-    train = np.rint(rng.laplace(size=(50, 8, 2, 2)) * 2).astype(np.int32)
-    codec = FactorizedCodec(FactorizedModel.fit(train), (8, 2, 2))
+    train = np.rint(rng.laplace(size=(50, *shape)) * scale).astype(np.int32)
+    codec = FactorizedCodec(FactorizedModel.fit(train), shape)
     refused = 0
     for _ in range(5000):
-        payload = rng.bytes(int(rng.integers(0, 60)))
+        payload = rng.bytes(int(rng.integers(0, codec.max_payload_bytes + 8)))
         try:
             s = codec.decode(payload)
         except MalformedFrame:
             refused += 1
         else:
-            assert s.shape == (8, 2, 2)
+            assert s.shape == shape
+            assert s.dtype == np.int32
             assert (s >= codec.tables.lo[:, None, None]).all()
             assert (s <= codec.tables.hi[:, None, None]).all()
+            assert len(codec.encode(s)) == len(payload)  # so no byte of a payload is without meaning
     assert 0 < refused < 5000
+
+
+@pytest.mark.parametrize("likely", [True, False])
+def test_long_payloads_stay_near_the_ideal(likely: bool) -> None:
+    """At the size of a real 14x14 latent, with sure, flat and steep tables side by side."""
+    rng = np.random.default_rng(7)
+    shape = (32, 14, 14)
+    rows = []
+    for c in range(shape[0]):
+        k = int(rng.integers(2, 200))
+        rows.append(1 + rng.multinomial(TOTAL - k, rng.dirichlet(np.full(k, 0.02 * (1 + c)))).astype(np.int64))
+    model = FactorizedModel(lo=rng.integers(-90, 90, shape[0]).astype(np.int32), counts=tuple(rows))
+    index = [rng.choice(len(r), shape[1:], p=r / TOTAL) if likely else np.full(shape[1:], r.argmin()) for r in rows]
+    s = (np.stack(index) + model.lo[:, None, None]).astype(np.int32)
+    codec = FactorizedCodec(model, shape)
+    payload = codec.encode(s)
+    np.testing.assert_array_equal(codec.decode(payload), s)
+    assert len(payload) <= model.ideal_bits(s) / 8 * 1.001 + 2
+    assert len(payload) <= codec.max_payload_bytes
+    assert len(codec.encode(s.copy(order="F"))) == len(payload)  # memory layout is no matter
 
 
 def test_too_long_and_padded_payloads_are_refused() -> None:
@@ -117,6 +142,7 @@ def test_fitted_tables_cover_what_was_seen(seed: int, margin: int) -> None:
         assert row.min() >= 1
         assert model.lo[c] == train[:, c].min() - margin
         assert model.hi[c] == train[:, c].max() + margin
+    assert model.to_npz() == FactorizedModel.fit(train, margin=margin).to_npz()  # the same file, byte by byte
     again = FactorizedModel.from_npz(model.to_npz())
     assert all((a == b).all() for a, b in zip(model.counts, again.counts, strict=True))
     assert (again.lo == model.lo).all()
@@ -128,6 +154,51 @@ def test_frequent_symbols_cost_what_their_frequency_says() -> None:
     model = FactorizedModel.fit(train)
     assert model.ideal_bits(np.zeros((1, 1, 1), np.int32)) == pytest.approx(-np.log2(0.75), abs=0.02)
     assert model.ideal_bits(np.ones((1, 1, 1), np.int32)) == pytest.approx(2.0, abs=0.05)
+
+
+def test_any_damage_of_the_tables_is_found() -> None:
+    """A cut or a flipped bit anywhere is refused, or changed nothing but the archive's own marks."""
+    model = FactorizedModel.fit(np.rint(np.random.default_rng(2).laplace(size=(9, 5, 2, 2)) * 3).astype(np.int32))
+    data = model.to_npz()
+    for size in range(len(data)):
+        with pytest.raises(BundleCorrupt):
+            FactorizedModel.from_npz(data[:size])
+    refused = 0
+    for k in range(len(data)):
+        for bit in (1, 128):
+            try:
+                read = FactorizedModel.from_npz(data[:k] + bytes([data[k] ^ bit]) + data[k + 1 :])
+            except BundleCorrupt:
+                refused += 1
+            else:
+                np.testing.assert_array_equal(read.lo, model.lo)
+                np.testing.assert_array_equal(np.concatenate(read.counts), np.concatenate(model.counts))
+    assert refused > len(data)
+
+
+@pytest.mark.parametrize(
+    ("lo", "size", "counts"),
+    [
+        ([0], [2], [TOTAL]),  # sizes do not add up
+        ([0], [0], []),
+        ([0, 0], [-1, 2], [TOTAL]),
+        ([0], [1], [TOTAL - 1]),
+        ([0], [2], [0, TOTAL]),
+        ([[0]], [[1]], [TOTAL]),
+        ([0], [1, 1], [TOTAL, TOTAL]),
+        ([0.5], [1], [TOTAL]),
+        ([2**31 + 5], [1], [TOTAL]),  # would wrap around in int32
+        ([2**31 - 1], [1], [TOTAL]),
+        ([-(2**40)], [1], [TOTAL]),
+        ([], [], []),
+        ([0] * 5000, [1] * 5000, [TOTAL] * 5000),
+    ],
+)
+def test_tables_of_impossible_content_are_corrupt(lo: list[int], size: list[int], counts: list[int]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, lo=np.array(lo), size=np.array(size), counts=np.array(counts))
+    with pytest.raises(BundleCorrupt, match="tables are unreadable"):
+        FactorizedModel.from_npz(buffer.getvalue())
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "pickle", "short", "empty"])
@@ -157,10 +228,42 @@ def test_bad_tables_are_refused() -> None:
     for row in ([TOTAL - 1], [0, TOTAL], [TOTAL + 1, -1]):
         with pytest.raises(InvalidConfig, match="frequencies must be"):
             FactorizedModel(lo=lo, counts=(np.array(row),))
+    with pytest.raises(InvalidConfig, match="int64"):
+        FactorizedModel(lo=lo, counts=(np.array([TOTAL], np.float64),))  # type: ignore[arg-type]
+    with pytest.raises(InvalidConfig, match="int32"):
+        FactorizedModel(lo=lo + np.int32(2**31 - 1), counts=(np.array([1, TOTAL - 1]),))
+    with pytest.raises(InvalidConfig, match="channels"):
+        FactorizedModel(lo=np.zeros(2, np.int32), counts=(np.array([TOTAL]),))
+
+
+def test_tables_are_not_fitted_to_nonsense() -> None:
+    one = np.zeros((1, 1, 1, 1), np.int32)
+    for values in ({"margin": -1}, {"prior_weight": 0.0}, {"prior_weight": -1.0}, {"prior_weight": float("nan")}):
+        with pytest.raises(InvalidConfig, match="margin must be"):
+            FactorizedModel.fit(one, **values)  # type: ignore[arg-type]
+    with pytest.raises(InvalidConfig, match="integer symbols"):
+        FactorizedModel.fit(one.astype(np.float32))  # type: ignore[arg-type]
+    with pytest.raises(InvalidConfig, match="larger step"):
+        FactorizedModel.fit(one + np.int32(2**31 - 1))
     with pytest.raises(InvalidConfig, match="N >= 1"):
         FactorizedModel.fit(np.zeros((0, 1, 1, 1), np.int32))
     with pytest.raises(InvalidConfig, match="larger step"):
         FactorizedModel.fit(np.array([-(10**6), 10**6], np.int32).reshape(2, 1, 1, 1))
+
+
+def test_narrow_integers_fit_like_wide_ones() -> None:
+    s = np.array([-128, 127, 0, 5], np.int8).reshape(4, 1, 1, 1)
+    narrow, wide = FactorizedModel.fit(s), FactorizedModel.fit(s.astype(np.int32))  # type: ignore[arg-type]
+    assert narrow.to_npz() == wide.to_npz()
+
+
+def test_ideal_bits_refuses_what_the_tables_do_not_cover() -> None:
+    model = FactorizedModel.fit(np.zeros((1, 2, 1, 1), np.int32))
+    for outside in (2, -2, 2**31 - 1, -(2**31)):
+        with pytest.raises(InvalidConfig, match="channel 0 is outside"):
+            model.ideal_bits(np.full((2, 1, 1), outside, np.int32))
+    with pytest.raises(InvalidConfig, match="do not match"):
+        model.ideal_bits(np.zeros((3, 1, 1), np.int32))
 
 
 @given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=30), st.floats(0.1, 10))
@@ -180,11 +283,27 @@ def test_quantize_rounds_half_to_even_as_torch_does() -> None:
     assert quantize(y, 1.0, -wide, wide).ravel().tolist() == [0, 2, 2, 0, -2]
 
 
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=9),
+    st.floats(1e-37, 1e38),
+    st.integers(-1000, 1000),
+    st.integers(0, 1000),
+)
+def test_quantize_gives_symbols_inside_the_tables_whatever_the_latent(
+    values: list[float], step: float, lo: int, span: int
+) -> None:
+    y = np.array(values, np.float32).reshape(1, 1, -1)
+    s = quantize(y, step, np.array([lo], np.int32), np.array([lo + span], np.int32))
+    assert s.shape == y.shape
+    assert lo <= s.min()
+    assert s.max() <= lo + span
+
+
 def test_quantize_refuses_nonsense() -> None:
     y, wide = np.zeros((1, 1, 1), np.float32), np.array([9], np.int32)
     with pytest.raises(ModelFailure, match="not finite"):
         quantize(y * np.nan, 1.0, -wide, wide)
-    for step in (0.0, -1.0, float("nan"), float("inf")):
+    for step in (0.0, -1.0, float("nan"), float("inf"), 1e-46, 1e39):  # the last two are 0 and infinite in float32
         with pytest.raises(InvalidConfig, match="step"):
             quantize(y, step, -wide, wide)
     with pytest.raises(InvalidConfig, match="does not match"):

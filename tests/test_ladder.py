@@ -50,8 +50,25 @@ def test_what_cannot_be_had() -> None:
         Ladder([point("a", 1, 0.1), point("a", 2, 0.2)])
     with pytest.raises(InvalidConfig, match="at least one"):
         Ladder([])
-    with pytest.raises(InvalidConfig, match="accuracy"):
-        point("a", 1, 1.5)
+    for size, accuracy in ((1.0, 1.5), (1.0, float("nan")), (-1.0, 0.5), (float("nan"), 0.5), (float("inf"), 0.5)):
+        with pytest.raises(InvalidConfig, match="accuracy"):
+            point("a", size, accuracy)
+    for frames_per_s in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InvalidConfig, match="frame rate"):
+            choose(LADDER, MaxKbps(10), frames_per_s=frames_per_s)
+    for bad in ("S1", "../s1", "", "s1\n"):
+        with pytest.raises(InvalidConfig, match="malformed"):
+            point(bad, 1, 0.5)
+
+
+def test_of_equals_the_cheapest_and_then_the_id_decides() -> None:
+    ladder = Ladder([point("b", 10, 0.5), point("c", 9, 0.5), point("a", 10, 0.5)])
+    assert [p.id for p in ladder] == ["c", "a", "b"]
+    assert ladder.best.id == ladder.at_most(10).id == ladder.at_least(0.5).id == "c"
+    assert "a" in ladder
+    assert "z" not in ladder
+    assert len(ladder) == 3
+    assert ladder["a"].id == "a"
 
 
 @given(
@@ -61,6 +78,11 @@ def test_what_cannot_be_had() -> None:
 )
 def test_choices_keep_their_promise(points: list[tuple[float, float]], limit: float, accuracy: float) -> None:
     ladder = Ladder([point(f"p{k}", size, acc) for k, (size, acc) in enumerate(points)])
+    sizes = [p.payload_bytes for p in ladder]
+    assert sizes == sorted(sizes)
+    assert ladder.best == ladder.at_most(max(sizes))
+    assert ladder.best.accuracy == max(acc for _, acc in points)
+    assert choose(ladder, MaxKbps(8), frames_per_s=999 / max(sizes)) == ladder.best
     fitting = [acc for size, acc in points if size <= limit]
     if fitting:
         chosen = ladder.at_most(limit)

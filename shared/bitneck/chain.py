@@ -83,7 +83,7 @@ class SegmentChain:
         return module
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """One encoded feature: symbols (Cr, h, w) int32, and their payload."""
 

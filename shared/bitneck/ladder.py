@@ -1,5 +1,6 @@
 """Operating points, the ladder, and the choice of a point for a requested rate. Pure: no clock, no I/O."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -46,9 +47,9 @@ class OperatingPoint:
         """Refuse impossible values."""
         check_id(self.id, "operating point")
         check_id(self.split, "split point")
-        if not self.step > 0 or self.stride < 1 or min(self.latent_shape) < 1:
+        if not 0 < self.step < math.inf or self.stride < 1 or min(self.latent_shape) < 1:
             raise InvalidConfig(f"operating point {self.id}: step, stride and latent shape must be positive")
-        if not (self.payload_bytes >= 0 and self.bpp_payload >= 0 and 0 <= self.accuracy <= 1):
+        if not (0 <= self.payload_bytes < math.inf and 0 <= self.bpp_payload < math.inf and 0 <= self.accuracy <= 1):
             raise InvalidConfig(f"operating point {self.id}: rate must be >= 0 and accuracy within 0 and 1")
 
 
@@ -142,7 +143,7 @@ class MaxBytesPerFrame:
 
 @dataclass(frozen=True, slots=True)
 class MaxKbps:
-    """The most accurate point whose mean payload stays below this rate, in 1000 bits per second."""
+    """The most accurate point whose mean payload stays within this rate, in 1000 bits per second."""
 
     kbps: float
 

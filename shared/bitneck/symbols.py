@@ -13,13 +13,17 @@ from bitneck.errors import InvalidConfig, ModelFailure
 
 __all__ = ["dequantize", "quantize"]
 
+# A step that float32 rounds to zero or to infinity would turn the latent into numbers that are none.
+_SMALLEST_STEP = float(np.finfo(np.float32).tiny)
+_LARGEST_STEP = float(np.finfo(np.float32).max)
+
 
 def quantize(y: NDArray[np.float32], step: float, lo: NDArray[np.int32], hi: NDArray[np.int32]) -> NDArray[np.int32]:
     """Quantize a latent to the symbols that its tables cover.
 
     Args:
         y: latent, (Cr, h, w) float32.
-        step: the quantizer step Q, > 0, in the latent's unit.
+        step: the quantizer step Q, > 0, in the latent's unit; used as float32.
         lo: smallest symbol of each channel, (Cr,) int32.
         hi: largest symbol of each channel, (Cr,) int32.
 
@@ -27,18 +31,19 @@ def quantize(y: NDArray[np.float32], step: float, lo: NDArray[np.int32], hi: NDA
         Symbols, (Cr, h, w) int32, with ``lo[c] <= s[c] <= hi[c]``.
 
     Raises:
-        InvalidConfig: the step is not positive and finite, or the channel counts differ.
+        InvalidConfig: the step is not positive and finite in float32, or the channel counts differ.
         ModelFailure: the latent is not finite.
     """
-    if not (np.isfinite(step) and step > 0):
-        raise InvalidConfig(f"quantizer step {step} is not a positive number")
+    if not _SMALLEST_STEP <= step <= _LARGEST_STEP:  # also refuses NaN
+        raise InvalidConfig(f"quantizer step {step} is not a positive number that float32 holds")
     if y.ndim != 3 or lo.shape != (y.shape[0],) or hi.shape != lo.shape:
         raise InvalidConfig(f"latent of shape {y.shape} does not match tables of {lo.shape[0]} channels")
     if not np.isfinite(y).all():
         raise ModelFailure(
             "the bottleneck encoder gave a latent that is not finite; check the photograph and the bundle"
         )
-    s = np.rint(y / np.float32(step))  # (Cr, h, w) float32
+    with np.errstate(over="ignore"):  # infinity is clipped like any large number
+        s = np.rint(y / np.float32(step))  # (Cr, h, w) float32
     clipped: NDArray[np.int32] = np.clip(s, lo[:, None, None], hi[:, None, None]).astype(np.int32)
     return clipped
 

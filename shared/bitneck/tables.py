@@ -24,9 +24,10 @@ TOTAL = 1 << TOTAL_BITS
 
 _MAX_CHANNELS = 4096
 _MAX_SYMBOLS = TOTAL // 4
+_MAX_SYMBOL = 1 << 30  # in magnitude; far from where int32 wraps around
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FactorizedModel:
     """Frequency tables of a latent, channels independent and positions alike.
 
@@ -34,8 +35,8 @@ class FactorizedModel:
     so every symbol that the quantizer can give costs finitely many bits.
 
     Attributes:
-        lo: smallest symbol of each channel, (Cr,) int32.
-        counts: for each channel its frequencies, (K_c,) int64, each >= 1, summing to `TOTAL`.
+        lo: smallest symbol of each channel, (Cr,) int32, at most 2**30 in magnitude.
+        counts: for each channel its frequencies, (K_c,) int64, each >= 1, summing to `TOTAL`; K_c <= 2**14.
     """
 
     lo: NDArray[np.int32]
@@ -45,9 +46,14 @@ class FactorizedModel:
         """Check the invariants; see the class."""
         if self.lo.ndim != 1 or self.lo.shape[0] != len(self.counts) or not self.counts:
             raise InvalidConfig(f"tables have {len(self.counts)} channels, lo has the shape {self.lo.shape}")
+        if self.lo.dtype != np.int32 or self.lo.min() < -_MAX_SYMBOL or self.lo.max() > _MAX_SYMBOL:
+            raise InvalidConfig(f"lo must be int32 within -{_MAX_SYMBOL} and {_MAX_SYMBOL}, got {self.lo.dtype}")
         for c, row in enumerate(self.counts):
-            if row.ndim != 1 or not 1 <= row.shape[0] <= _MAX_SYMBOLS:
-                raise InvalidConfig(f"table of channel {c} has the shape {row.shape}")
+            if row.ndim != 1 or not 1 <= row.shape[0] <= _MAX_SYMBOLS or row.dtype != np.int64:
+                raise InvalidConfig(
+                    f"table of channel {c} has the shape {row.shape} and type {row.dtype}, "
+                    f"expected 1 to {_MAX_SYMBOLS} int64 frequencies"
+                )
             if row.min() < 1 or row.sum() != TOTAL:
                 raise InvalidConfig(
                     f"table of channel {c}: frequencies must be >= 1 and sum to {TOTAL}, "
@@ -102,21 +108,27 @@ class FactorizedModel:
         Args:
             s: symbols of training photographs, (N, Cr, h, w) int32.
             margin: symbols beyond the smallest and largest seen that a table covers too, so that an outlier is not
-                clipped onto the edge at once.
+                clipped onto the edge at once; >= 0.
             prior_weight: observations that the smooth part is worth; > 0.
 
         Raises:
-            InvalidConfig: no symbols, or a channel whose symbols span too wide a range (the step is too small).
+            InvalidConfig: no symbols, an argument out of its range, or a channel whose symbols span too wide a range
+                (the step is too small).
         """
-        if s.ndim != 4 or s.shape[0] == 0:
-            raise InvalidConfig(f"tables need symbols of shape (N, Cr, h, w) with N >= 1, got {s.shape}")
+        if s.ndim != 4 or s.size == 0 or not np.issubdtype(s.dtype, np.integer):
+            raise InvalidConfig(
+                f"tables need integer symbols of shape (N, Cr, h, w) with N >= 1, got {s.dtype} of shape {s.shape}"
+            )
+        if margin < 0 or not 0 < prior_weight < math.inf:
+            raise InvalidConfig(f"margin must be >= 0 and prior_weight > 0, got {margin} and {prior_weight}")
         lo, tables = [], []
         for c in range(s.shape[1]):
-            values = s[:, c].ravel()
+            values = s[:, c].ravel().astype(np.int64)
             low, high = int(values.min()) - margin, int(values.max()) + margin
-            if high - low + 1 > _MAX_SYMBOLS:
+            if high - low + 1 > _MAX_SYMBOLS or max(-low, high) > _MAX_SYMBOL:
                 raise InvalidConfig(
-                    f"channel {c} spans {high - low + 1} symbols, more than {_MAX_SYMBOLS}; use a larger step"
+                    f"channel {c} spans the {high - low + 1} symbols from {low} to {high}, "
+                    f"more than {_MAX_SYMBOLS} or beyond {_MAX_SYMBOL}; use a larger step"
                 )
             histogram = np.bincount(values - low, minlength=high - low + 1).astype(np.float64)
             centre = float(np.median(values))
@@ -153,6 +165,8 @@ class FactorizedModel:
                 raise InvalidConfig("lo, size and counts must be integers")
             if size.min(initial=1) < 1 or int(size.sum()) != counts.shape[0]:
                 raise InvalidConfig("sizes do not add up to the number of frequencies")
+            if lo.size and (lo.min() < -_MAX_SYMBOL or lo.max() > _MAX_SYMBOL):  # before int32 wraps around
+                raise InvalidConfig(f"lo is beyond {_MAX_SYMBOL} in magnitude")
             rows = np.split(counts.astype(np.int64), np.cumsum(size)[:-1])
             return cls(lo=lo.astype(np.int32), counts=tuple(rows))
         except Exception as exc:  # numpy raises many kinds for a broken file
