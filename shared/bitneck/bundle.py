@@ -50,17 +50,18 @@ class Bundle:
 
         Raises:
             InvalidConfig: no such folder, or no manifest in it.
-            BundleCorrupt: an invalid manifest, or a file that is missing, cut short or altered.
+            BundleCorrupt: an invalid manifest, or a file that is missing, unreadable, cut short or altered.
         """
         path = root / MANIFEST_NAME
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113  False, and no exception, for a path that is too long
             raise InvalidConfig(
                 f"{root} is not a bundle: it has no {MANIFEST_NAME}; "
                 f"make one with `bitneck-models export ZOO --out {root}`"
             )
         if path.stat().st_size > _MAX_MANIFEST_BYTES:
             raise BundleCorrupt(f"{path} has more than {_MAX_MANIFEST_BYTES} bytes")
-        manifest_json = path.read_bytes()
+        with _readable(path):
+            manifest_json = path.read_bytes()
         manifest = Manifest.from_json(manifest_json, str(path))
         files = manifest.files if side == "all" else manifest.files_for(side)
         for name, entry in files.items():
@@ -95,10 +96,16 @@ class Bundle:
         Raises:
             BundleCorrupt: unreadable, or of another number of channels than the manifest says.
         """
-        tables = FactorizedModel.from_npz(self.path(f"points/{point_id}/tables.npz").read_bytes())
+        path = self.path(f"points/{point_id}/tables.npz")
+        with _readable(path):
+            data = path.read_bytes()
+        try:
+            tables = FactorizedModel.from_npz(data)
+        except BundleCorrupt as exc:
+            raise BundleCorrupt(f"{path}: {exc}") from exc
         channels = self.manifest.ladder[point_id].latent_shape[0]
         if tables.channels != channels:
-            raise BundleCorrupt(f"tables of {point_id} have {tables.channels} channels, the manifest says {channels}")
+            raise BundleCorrupt(f"{path} has tables of {tables.channels} channels, the manifest says {channels}")
         return tables
 
     def labels(self) -> tuple[str, ...]:
@@ -120,7 +127,7 @@ def verify_file(path: Path, entry: FileEntry) -> None:
     """Check a file against the manifest: size first, then digest.
 
     Raises:
-        BundleCorrupt: missing, of another size, or of another digest.
+        BundleCorrupt: missing, unreadable, of another size, or of another digest.
     """
     if not path.is_file():
         raise BundleCorrupt(f"{path} is missing; export or fetch the bundle again")
@@ -129,7 +136,7 @@ def verify_file(path: Path, entry: FileEntry) -> None:
         raise BundleCorrupt(
             f"{path} has {size} bytes, the manifest says {entry.size}; export or fetch the bundle again"
         )
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != entry.sha256:
         raise BundleCorrupt(
@@ -138,8 +145,20 @@ def verify_file(path: Path, entry: FileEntry) -> None:
         )
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn a failure to read a file that is there into `BundleCorrupt`."""
+    try:
+        yield
+    except OSError as exc:
+        raise BundleCorrupt(f"{path} cannot be read ({exc.strerror}); check its permissions and the disk") from exc
+
+
 class BundleWriter:
-    """Writes a bundle beside its destination and moves it there in one step when it is complete.
+    """Writes a bundle beside its destination and moves it there when it is complete.
+
+    A process that opens the destination meanwhile sees the old bundle whole, the new one whole, or for an instant no
+    bundle; never a mixture.
 
     Use it as a context manager; leaving the block without `finish`, or by an exception, leaves nothing behind.
     An existing bundle at the destination is replaced; any other folder that is not empty is refused.
@@ -157,16 +176,15 @@ class BundleWriter:
         """Make the staging folder.
 
         Raises:
-            InvalidConfig: the destination holds something that is not a bundle.
+            InvalidConfig: the destination holds something that is not a bundle, or cannot be written.
         """
-        if self.destination.exists():
-            is_folder = self.destination.is_dir()
-            if not is_folder or (any(self.destination.iterdir()) and not (self.destination / MANIFEST_NAME).is_file()):
+        with _writable(self.destination):
+            if self.destination.exists() and not _replaceable(self.destination):
                 raise InvalidConfig(f"{self.destination} exists and is no bundle; choose another place or remove it")
-        self.destination.parent.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.mkdtemp(prefix=f".{self.destination.name}-", dir=self.destination.parent)
-        self._staging = Path(staging)
-        self._staging.chmod(0o755)
+            self.destination.parent.mkdir(parents=True, exist_ok=True)
+            staging = tempfile.mkdtemp(prefix=f".{self.destination.name}-", dir=self.destination.parent)
+            self._staging = Path(staging)
+            self._staging.chmod(0o755)
         return self
 
     def __exit__(
@@ -186,7 +204,7 @@ class BundleWriter:
             role: which machine needs it.
 
         Raises:
-            InvalidConfig: a malformed or repeated path.
+            InvalidConfig: a malformed or repeated path, or the disk refuses it.
         """
         if self._staging is None:
             raise InvalidConfig("a bundle writer is used inside its `with` block")
@@ -194,8 +212,9 @@ class BundleWriter:
         if name in self._files:
             raise InvalidConfig(f"{name} was added twice")
         path = self._staging / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with _writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
         self._files[name] = FileEntry(role=role, size=len(data), sha256=sha256_hex(data))
 
     @property
@@ -212,12 +231,17 @@ class BundleWriter:
 
         Returns:
             The bundle, opened and verified at its destination.
+
+        Raises:
+            BundleCorrupt: the manifest is not that of the files.
+            InvalidConfig: the destination cannot be written or replaced.
         """
         if self._staging is None:
             raise InvalidConfig("a bundle writer is used inside its `with` block")
-        (self._staging / MANIFEST_NAME).write_bytes(manifest.to_json())
+        with _writable(self._staging):
+            (self._staging / MANIFEST_NAME).write_bytes(manifest.to_json())
         check(Bundle.open(self._staging))
-        with _moved_aside(self.destination):
+        with _writable(self.destination), _moved_aside(self.destination):
             self._staging.rename(self.destination)
         self._staging = None
         return Bundle.open(self.destination)
@@ -229,11 +253,27 @@ def _moved_aside(path: Path) -> Iterator[None]:
     if not path.exists():
         yield
         return
-    aside = path.parent / f".{path.name}-replaced-{os.getpid()}"
-    path.rename(aside)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-replaced-", dir=path.parent))
+    try:
+        path.rename(aside)  # over an empty folder: POSIX allows it
+        try:
+            yield
+        except BaseException:
+            aside.rename(path)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Turn a failure to write into `InvalidConfig`: another place may do."""
     try:
         yield
-    except BaseException:
-        aside.rename(path)
-        raise
-    shutil.rmtree(aside)
+    except OSError as exc:
+        raise InvalidConfig(f"{path} cannot be written ({exc.strerror}); choose another place, or make room") from exc
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether a path that exists is a bundle or an empty folder."""
+    return path.is_dir() and ((path / MANIFEST_NAME).is_file() or not any(path.iterdir()))

@@ -1,6 +1,7 @@
 """The bundle's manifest: what it holds, checked when it is read. Unknown keys are refused."""
 
 import hashlib
+from collections.abc import Iterator
 from datetime import date
 from typing import Annotated, Literal, Self
 
@@ -171,7 +172,25 @@ class Manifest(_Strict):
         if needed != set(self.files):
             missing, extra = sorted(needed - set(self.files)), sorted(set(self.files) - needed)
             raise ValueError(f"files listed do not match: missing {missing}, not expected {extra}")
+        for path, side in self._users():
+            if self.files[path].role not in (side, "both"):
+                raise ValueError(f"{path} has the role {self.files[path].role!r}, but the {side} needs it")
         return self
+
+    def _users(self) -> Iterator[tuple[str, Literal["edge", "cloud"]]]:
+        """Each file that a machine has to load, and the machine: `FileEntry.role` has to allow it."""
+        first, last = self.split_points[0].after_segment, self.split_points[-1].after_segment
+        for index, segment in enumerate(self.segments):
+            if index <= last:
+                yield segment.file, "edge"
+            if index > first:
+                yield segment.file, "cloud"
+        for point in self.points:
+            yield f"points/{point.id}/encoder.onnx", "edge"
+            yield f"points/{point.id}/decoder.onnx", "cloud"
+            yield f"points/{point.id}/tables.npz", "edge"
+            yield f"points/{point.id}/tables.npz", "cloud"
+        yield self.labels, "cloud"
 
     @property
     def ladder(self) -> Ladder:
