@@ -1,19 +1,23 @@
 """Photographs: any file to upright RGB or a clear error; preprocessing equal to torchvision's."""
 
+import contextlib
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from bitneck.errors import ImageError
 from bitneck.image import crop, find_photos, load_photo, preprocess
 from bitneck.manifest import InputSpec
 from bitneck_models.vision import import_torchvision
-from tiny import photo
+from tiny import photo, photo_bytes
 
-SIZES = ((500, 375), (375, 500), (256, 256), (257, 256), (224, 300), (90, 61), (31, 1000), (1024, 768))
+SIZES = ((500, 375), (375, 500), (256, 256), (257, 256), (224, 300), (90, 61), (31, 1000), (1024, 768), (1, 1), (3, 2))
 
 
 def spec(interpolation: str) -> InputSpec:
@@ -97,8 +101,12 @@ def test_refused_files_say_which(tmp_path: Path) -> None:
             load_photo(tmp_path / name)
     with pytest.raises(ImageError, match=r"missing\.jpg"):
         load_photo(tmp_path / "missing.jpg")
-    with pytest.raises(ImageError):
-        load_photo(tmp_path)
+    for path, text in ((tmp_path, "Is a directory"), (tmp_path / ("long" * 100), "File name too long")):
+        with pytest.raises(ImageError, match=f"cannot be read \\({text}\\)") as caught:
+            load_photo(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(ImageError, match="<19 bytes>: not an image"):
+        load_photo(b"not an image at all")
     with pytest.raises(ImageError, match="limit of 100"):
         load_photo(whole, max_pixels=100)
 
@@ -115,6 +123,62 @@ def _claims(width: int, height: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
     )
+
+
+def test_a_jpeg_cut_or_damaged_anywhere_is_a_picture_or_an_image_error() -> None:
+    """Never another exception or a warning, whatever the damage."""
+    rng = np.random.default_rng(0)
+    for fmt in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"):
+        good = photo_bytes(1, fmt)
+        for _ in range(60):
+            bad = bytearray(good[: rng.integers(1, len(good) + 1)])
+            for k in rng.integers(0, len(bad), 3):
+                bad[k] ^= 1 << rng.integers(0, 8)
+            with contextlib.suppress(ImageError):
+                assert load_photo(bytes(bad), max_pixels=1_000_000).mode == "RGB"
+
+
+def test_exif_orientation_of_a_jpeg_is_applied() -> None:
+    image, exif = Image.new("RGB", (64, 32), "blue"), Image.Exif()
+    image.paste((255, 0, 0), (0, 0, 32, 32))
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif, quality=95, subsampling=0)
+    upright = load_photo(buffer.getvalue())
+    assert upright.size == (32, 64)
+    assert upright.getpixel((16, 4))[0] > 240  # type: ignore[index]
+    assert upright.getpixel((16, 60))[2] > 240  # type: ignore[index]
+
+
+def test_transparency_is_dropped_and_the_first_picture_counts(tmp_path: Path) -> None:
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.info["transparency"] = b"\x00\x80"
+    palette.save(tmp_path / "palette.png")
+    assert load_photo(tmp_path / "palette.png").getpixel((0, 0)) == (10, 200, 30)
+    Image.new("RGBA", (8, 8), (9, 8, 7, 0)).save(tmp_path / "clear.png")
+    assert load_photo(tmp_path / "clear.png").getpixel((0, 0)) == (9, 8, 7)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert load_photo(tmp_path / "moving.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (2001, 2)])
+def test_pictures_as_long_as_a_thread_are_refused_by_name(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size).save(tmp_path / "thread.png")
+    with pytest.raises(ImageError, match=r"thread\.png: .* too long and narrow"):
+        load_photo(tmp_path / "thread.png")
+    Image.new("RGB", (1, 1000)).save(tmp_path / "strip.png")
+    assert preprocess(load_photo(tmp_path / "strip.png"), spec("bilinear")).shape == (1, 3, 224, 224)
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([(224, 224), (224, 256), (31, 33)]))
+@settings(max_examples=40, deadline=None)
+def test_any_picture_fills_the_input(width: int, height: int, sizes: tuple[int, int]) -> None:
+    s = InputSpec(**(spec("bilinear").model_dump() | {"size": sizes[0], "resize": sizes[1]}))
+    white = crop(Image.new("RGB", (width, height), "white"), s)
+    assert white.getextrema() == ((255, 255),) * 3  # nothing was filled in
+    assert white.size == (sizes[0], sizes[0])
 
 
 def test_long_and_narrow_pictures() -> None:
@@ -135,3 +199,5 @@ def test_find_photos(tmp_path: Path) -> None:
         find_photos(tmp_path / "empty")
     with pytest.raises(ImageError, match="no such file or folder"):
         find_photos(tmp_path / "nowhere")
+    with pytest.raises(ImageError, match="File name too long"):
+        find_photos(tmp_path / ("long" * 100))

@@ -15,10 +15,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from bitneck.errors import ImageError
 from bitneck.manifest import InputSpec
 
-__all__ = ["MAX_PIXELS", "PHOTO_SUFFIXES", "crop", "find_photos", "load_photo", "normalize", "preprocess"]
+__all__ = ["MAX_ASPECT", "MAX_PIXELS", "PHOTO_SUFFIXES", "crop", "find_photos", "load_photo", "normalize", "preprocess"]
 
 MAX_PIXELS = 100_000_000
 """Larger photographs are refused before they are decoded: a few kilobytes can claim gigapixels."""
+
+MAX_ASPECT = 1000
+"""Longer and narrower pictures are refused: scaled until the short side fills the input, they would be gigantic."""
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
 """What `find_photos` takes from a folder."""
@@ -35,16 +38,19 @@ def find_photos(source: Path) -> list[Path]:
     """The photographs that a path stands for: itself, or those in the folder and below, sorted.
 
     Raises:
-        ImageError: no such path, or a folder without photographs.
+        ImageError: no such path, a folder without photographs, or one that cannot be read.
     """
-    if source.is_dir():
+    try:
+        if not source.is_dir():
+            if not source.exists():
+                raise ImageError(f"{source}: no such file or folder")
+            return [source]
         photos = sorted(p for p in source.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file())
-        if not photos:
-            raise ImageError(f"{source}: no photographs in this folder; looked for {', '.join(sorted(PHOTO_SUFFIXES))}")
-        return photos
-    if not source.exists():
-        raise ImageError(f"{source}: no such file or folder")
-    return [source]
+    except OSError as exc:
+        raise ImageError(f"{source}: cannot be read ({exc.strerror})") from exc
+    if not photos:
+        raise ImageError(f"{source}: no photographs in this folder; looked for {', '.join(sorted(PHOTO_SUFFIXES))}")
+    return photos
 
 
 def load_photo(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -58,7 +64,8 @@ def load_photo(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
         max_pixels: the decompression-bomb limit, width * height.
 
     Raises:
-        ImageError: no such file, not an image, cut short, or more pixels than `max_pixels`.
+        ImageError: no such file, not an image, cut short, more pixels than `max_pixels`, or more than `MAX_ASPECT`
+            times as long as wide.
     """
     where = str(source) if isinstance(source, Path) else f"<{len(source)} bytes>"
     try:
@@ -70,6 +77,8 @@ def load_photo(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
                     raise ImageError(
                         f"{where}: {width}x{height} pixels, more than the limit of {max_pixels}; shrink the photograph"
                     )
+                if max(width, height) > MAX_ASPECT * min(width, height):
+                    raise ImageError(f"{where}: {width}x{height} pixels, too long and narrow; crop it first")
                 image.load()
                 upright = ImageOps.exif_transpose(image)
                 return _to_rgb(upright if upright is not None else image)
@@ -81,7 +90,10 @@ def load_photo(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
         raise ImageError(f"{where}: not an image, or of a format that Pillow does not read") from exc
     except Image.DecompressionBombError as exc:
         raise ImageError(f"{where}: {exc}") from exc
-    except Exception as exc:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+    except OSError as exc:
+        reason = f"cannot be read ({exc.strerror})" if exc.errno is not None else f"damaged or cut short ({exc})"
+        raise ImageError(f"{where}: {reason}") from exc
+    except Exception as exc:  # Pillow's decoders raise SyntaxError, ValueError, struct.error and more
         raise ImageError(f"{where}: damaged or cut short ({exc})") from exc
 
 
@@ -91,7 +103,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image, dtype=np.float64)
         top = 65535.0 if image.mode.startswith("I") else max(1.0, float(np.nan_to_num(grey).max(initial=0.0)))
         grey = np.clip(np.nan_to_num(grey) * (255.0 / top), 0, 255)
-        return Image.fromarray(np.rint(grey).astype(np.uint8), mode=None).convert("RGB")
+        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
