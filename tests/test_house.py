@@ -2,10 +2,12 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import grpc
@@ -43,6 +45,19 @@ def test_components_import_shared_and_nothing_else_of_ours(component: str) -> No
             assert not imported(path) & TORCH, path
 
 
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_what_is_imported_is_declared(component: str) -> None:
+    """In the dependencies that everyone gets, or in the component's own extra: not in another one's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"].get(component, [])]
+    declared = {re.split(r"[<>=!~; \[]", line)[0].lower() for line in wanted}
+    declared |= {"starlette"} if "fastapi" in declared else set()  # fastapi is a layer of it, and hands its types out
+    provided_by = importlib.metadata.packages_distributions()
+    for path in sources(component):
+        for name in imported(path) - PACKAGES - sys.stdlib_module_names:
+            assert {d.lower() for d in provided_by[name]} & declared, f"{path}: {name} is not declared"
+
+
 def test_numerics_do_no_io() -> None:
     """Codec, tables, quantizer, ladder, batching, session and flow take values and return values."""
     pure = ["shared/bitneck/" + n for n in ("symbols.py", "tables.py", "codec.py", "ladder.py", "frames.py", "ids.py")]
@@ -67,6 +82,19 @@ def test_public_names_are_listed_and_exist(component: str) -> None:
             thing = getattr(module, public)
             if inspect.isclass(thing) or inspect.isroutine(thing):
                 assert inspect.getdoc(thing), f"{name}.{public} has no docstring"
+
+
+def test_what_shared_defines_in_public_is_listed() -> None:
+    for path in sources("shared"):
+        if path.parent.name == "v1" or path.name == "__init__.py":
+            continue
+        module = importlib.import_module(f"bitneck.{path.stem}")
+        defined = {
+            node.name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        }
+        assert defined <= set(module.__all__), path
 
 
 @pytest.mark.parametrize("component", ["shared", "edge", "cloud"])
@@ -118,10 +146,22 @@ def test_stubs_match_the_proto() -> None:
     subprocess.run([sys.executable, str(ROOT / "scripts" / "generate_stubs.py"), "--check"], check=True)
 
 
-def test_the_repository_stays_small() -> None:
+def tracked() -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
     files = [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
     assert files
-    assert max(path.stat().st_size for path in files) <= 10_000_000
+    return files
+
+
+def test_the_repository_stays_small() -> None:
+    assert max(path.stat().st_size for path in tracked()) <= 10_000_000
+
+
+def test_nothing_names_a_folder_of_one_machine() -> None:
+    for path in tracked():
+        data = path.read_bytes()
+        if b"\0" not in data:
+            found = re.search(rb"(?<![\w.])/(?:work|root|home|Users)/\w+", data)
+            assert found is None, f"{path}: {found}"
