@@ -18,10 +18,9 @@ def table() -> str:
         "| operating point | payload bytes | bpp | top-1 | agreement with uncompressed |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, p in sorted(ladder["points"].items(), key=lambda item: (item[0].split("-")[0], item[1]["payload_bytes"])):
-        rows.append(
-            f"| `{name}` | {p['payload_bytes']:.1f} | {p['bpp_payload']:.4f} | {p['accuracy']:.2%} | {p['agreement']:.2%} |"
-        )
+    for name, p in sorted(ladder["points"].items()):
+        rate = f"{p['payload_bytes']:.1f} | {p['bpp_payload']:.4f}"
+        rows.append(f"| `{name}` | {rate} | {p['accuracy']:.2%} | {p['agreement']:.2%} |")
     rows.append(f"| uncompressed | | | {ladder['uncompressed_accuracy']:.2%} | |")
     return "\n".join(rows).replace("%", " %") + "\n"
 

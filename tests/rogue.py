@@ -14,6 +14,10 @@ from bitneck.v1 import inference_pb2_grpc as pb_grpc
 Converse = Callable[[Any], Awaitable[None]]
 
 
+async def at_once(_path: str) -> None:
+    """Before a file is handed out: no pause."""
+
+
 async def answer_all(context: Any) -> None:
     """What a right server does, without computing."""
     await opened(context)
@@ -33,8 +37,15 @@ def result(seq: int) -> pb.ServerMessage:
 
 
 class Rogue(pb_grpc.SplitInferenceServicer):
-    def __init__(self, bundle: Bundle, converse: Converse, spoil: Callable[[str, bytes], bytes]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        converse: Converse,
+        spoil: Callable[[str, bytes], bytes],
+        before_fetch: Callable[[str], Awaitable[None]],
+    ) -> None:
         self.bundle = bundle
+        self.before_fetch = before_fetch
         self.converse = converse
         self.spoil = spoil
         self.streams = 0
@@ -46,6 +57,7 @@ class Rogue(pb_grpc.SplitInferenceServicer):
 
     async def FetchFile(self, request: Any, context: Any) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
         self.fetched.append(request.path)
+        await self.before_fetch(request.path)
         data = self.spoil(request.path, (self.bundle.root / request.path).read_bytes())
         for start in range(0, len(data), 1000):
             yield pb.FileChunk(data=data[start : start + 1000])
@@ -57,10 +69,13 @@ class Rogue(pb_grpc.SplitInferenceServicer):
 
 @asynccontextmanager
 async def rogue_server(
-    bundle: Bundle, converse: Converse = answer_all, spoil: Callable[[str, bytes], bytes] = lambda _path, data: data
+    bundle: Bundle,
+    converse: Converse = answer_all,
+    spoil: Callable[[str, bytes], bytes] = lambda _path, data: data,
+    before_fetch: Callable[[str], Awaitable[None]] = at_once,
 ) -> AsyncIterator[tuple[str, Rogue]]:
     server = grpc.aio.server()
-    rogue = Rogue(bundle, converse, spoil)
+    rogue = Rogue(bundle, converse, spoil, before_fetch)
     pb_grpc.add_SplitInferenceServicer_to_server(rogue, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -187,6 +187,15 @@ async def test_an_oversized_message_ends_its_call_and_nothing_else(
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     good = pb.InferRequest(bundle_id=tiny_bundle.bundle_id, frame=frames.frame(1))
     assert (await cloud.Infer(good)).result.seq == 1
+    stream = await open_stream(cloud, tiny_bundle.bundle_id)
+    await stream.ask(frames.frame(1))
+    await stream.send(huge)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stream.call.read()
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    resumed = await open_stream(cloud, tiny_bundle.bundle_id, token=stream.opened.resume_token)
+    assert resumed.opened.session_id == stream.opened.session_id
+    assert (await resumed.ask(frames.frame(2))).result.seq == 2
 
 
 async def test_random_frames_never_break_a_stream(stream: Stream, frames: Frames) -> None:

@@ -122,8 +122,8 @@ def test_a_linear_start_with_all_components_is_pooling_alone() -> None:
     torch.manual_seed(1)
     features = torch.randn(200, 6, 8, 8)
     tail = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10)).eval()
-    for task_metric in (False, True):
-        unit = BottleneckUnit((6, 8, 8), 6, 4).eval()
+    for task_metric, stride, filters in ((False, 4, 1), (True, 4, 1), (False, 8, 4), (True, 8, 4)):
+        unit = BottleneckUnit((6, 8, 8), 6 * filters, stride, filters=filters).eval()
         init_linear(unit, tail, features, task_metric=task_metric)
         f_hat = unit.decoder(unit.encoder(features))
         pooled = nn.functional.interpolate(nn.functional.avg_pool2d(features, 4), scale_factor=4)

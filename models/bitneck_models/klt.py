@@ -5,12 +5,15 @@ error of the FEATURE. What counts is the error of the network's OUTPUT, so the c
 ``G = E[J^T J]``, with J the Jacobian of the output by the pooled feature: directions that the tail does not see cost
 nothing when they are lost. With ``G = I`` it is the plain transform, PAPER.md's training-free baseline.
 
-Dimensions: N batch, C feature channels, Cr latent channels.
+Dimensions: N batch, C feature channels, D filters a channel, Cr latent channels.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 
+from bitneck.errors import InvalidConfig
 from bitneck_models.units import BottleneckUnit
 
 __all__ = ["init_linear"]
@@ -64,6 +67,9 @@ def _identity_norms(unit: BottleneckUnit) -> None:
 def _init_pooling(unit: BottleneckUnit) -> None:
     """Depthwise kernels: averages over windows at the encoder, their spread at the decoder."""
     kernel, stride = unit.geometry.kernel, unit.geometry.stride
+    if unit.filters > 1:
+        _init_grid(unit)
+        return
     taps = torch.ones(kernel)
     overlap = kernel - stride
     if 0 < overlap <= stride:  # a position in two windows counts half in each
@@ -74,6 +80,33 @@ def _init_pooling(unit: BottleneckUnit) -> None:
     with torch.no_grad():
         unit.encoder.spatial.weight.copy_(spread.expand_as(unit.encoder.spatial.weight) / covered)
         unit.decoder.spatial.weight.copy_(spread.expand_as(unit.decoder.spatial.weight))
+
+
+def _init_grid(unit: BottleneckUnit) -> None:
+    """With D = g * g filters: averages over a g x g grid of a window's places, as cosine components.
+
+    Raises:
+        InvalidConfig: D is no square, or windows overlap.
+    """
+    kernel, grid = unit.geometry.kernel, math.isqrt(unit.filters)
+    if grid * grid != unit.filters or grid > kernel or kernel != unit.geometry.stride:
+        raise InvalidConfig(
+            f"{unit.filters} filters start from a grid of places: they must be a square, 4 or 9 say, and the kernel "
+            f"({kernel}) must equal the stride ({unit.geometry.stride})"
+        )
+    places = torch.zeros(grid, kernel)  # which taps belong to a place, as in adaptive pooling: they may share one
+    for i in range(grid):
+        places[i, i * kernel // grid : -(-(i + 1) * kernel // grid)] = 1.0
+    pool = places / places.sum(dim=1, keepdim=True)  # (g, K): averages
+    spread = places / places.sum(dim=0, keepdim=True)  # (g, K): each tap shared among its places
+    k = torch.arange(grid)
+    cosines = torch.cos(math.pi / grid * (k[None, :] + 0.5) * k[:, None]) * math.sqrt(2 / grid)  # (g, g), orthonormal
+    cosines[0] = 1 / math.sqrt(grid)
+    channels = unit.feature_shape[0]
+    with torch.no_grad():
+        for layer, taps in ((unit.encoder.spatial, cosines @ pool), (unit.decoder.spatial, cosines @ spread)):
+            kernels = torch.einsum("ur,vc->uvrc", taps, taps).reshape(unit.filters, 1, kernel, kernel)
+            layer.weight.copy_(kernels.repeat(channels, 1, 1, 1))  # channel by channel, its filters together
 
 
 def _output_metric(unit: BottleneckUnit, tail: nn.Module, pooled: Tensor, probes: int) -> Tensor:

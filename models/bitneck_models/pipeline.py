@@ -21,13 +21,15 @@ from bitneck_models.photos import split_off_validation, unlabelled_photos
 from bitneck_models.recipe import PointRecipe, Recipe
 from bitneck_models.training import StepReport, train_unit
 from bitneck_models.units import BottleneckUnit, prune_channels
-from bitneck_models.zoo import PointRecord, ZooEntry, new_unit
+from bitneck_models.zoo import PointRecord, ZooEntry, new_unit, round_weights
 
 __all__ = ["PhotoSets", "Validation", "photo_sets", "prune_and_fit", "symbols_of", "train_point", "validate"]
 
 _INIT_FEATURES = 4000
 _TABLE_FEATURES = 12000
 _CHUNK = 100
+_ALIVE = 1e-3
+"""A channel stays if more than this share of its symbols is not zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ def train_point(
 
     checkpoint = runs / entry.recipe.name / f"{point.id}.pt"
     train_unit(unit, tail, features, point, training, weights=sets.weights, checkpoint=checkpoint, report=report)
+    round_weights(unit)
     rows = _sample(sets.weights, _TABLE_FEATURES, seed=2)
     unit, tables = prune_and_fit(unit, point, features[rows])
     result = validate(unit, tail, point, tables, held)
@@ -157,10 +160,14 @@ def _initialized(
         init_linear(unit, tail, f, task_metric=point.init == "task")
     elif point.init != "random":
         source = entry.recipe.point(point.init)
-        if (source.split, source.stride, source.kernel) != (point.split, point.stride, point.kernel):
-            raise InvalidConfig(f"{point.id} cannot start from {source.id}: split, stride or kernel differ")
+        if _geometry(source) != _geometry(point):
+            raise InvalidConfig(f"{point.id} cannot start from {source.id}: split, stride, kernel or filters differ")
         unit = entry.unit(backbone, source).requires_grad_()
     return unit
+
+
+def _geometry(point: PointRecipe) -> tuple[str, int, int | None, int]:
+    return point.split, point.stride, point.kernel, point.filters
 
 
 def symbols_of(
@@ -192,7 +199,7 @@ def symbols_of(
 def prune_and_fit(
     unit: BottleneckUnit, point: PointRecipe, features: NDArray[np.float16]
 ) -> tuple[BottleneckUnit, FactorizedModel]:
-    """Remove the channels whose symbols are all zero, and fit the factorized model to the rest.
+    """Remove the channels whose symbols are hardly ever anything but zero, and fit the factorized model to the rest.
 
     Args:
         unit: trained.
@@ -203,7 +210,7 @@ def prune_and_fit(
         InvalidConfig: every symbol is zero.
     """
     symbols = symbols_of(unit, features, point.step)
-    alive = np.flatnonzero((symbols != 0).any(axis=(0, 2, 3)))
+    alive = np.flatnonzero((symbols != 0).mean(axis=(0, 2, 3)) > _ALIVE)
     small = prune_channels(unit, torch.from_numpy(alive))
     return small, FactorizedModel.fit(symbols[:, alive])
 

@@ -79,10 +79,11 @@ class PointRecipe(_Strict):
         target_bytes: where given, lambda is only where training begins; it is then moved until the estimated rate is
             this many bytes per image.
         kernel: K of the depthwise layers; None for the smallest that covers the stride.
+        filters: D, depthwise filters a channel; see `bitneck_models.units.BottleneckUnit`.
         rate: rate term of the first stage.
         steps: in place of the recipe's own.
         finish_steps: likewise.
-        ship: whether the point is for the bundle; else it is trained for others to start from.
+        ship: whether the point goes into the bundle; else it is only there for others to start from.
         init: ``task`` or ``principal`` for a linear start (see `bitneck_models.klt`), ``random``, or the id of another
             point of the recipe, trained before, to start from.
     """
@@ -95,6 +96,7 @@ class PointRecipe(_Strict):
     lambda_: Annotated[float, Field(gt=0, alias="lambda")]
     target_bytes: Annotated[float, Field(gt=0)] | None = None
     kernel: Annotated[int, Field(ge=1, le=65)] | None = None
+    filters: Annotated[int, Field(ge=1, le=64)] = 1
     rate: Literal["hyperprior", "factorized"] = "hyperprior"
     steps: Annotated[int, Field(ge=0)] | None = None
     finish_steps: Annotated[int, Field(ge=0)] | None = None

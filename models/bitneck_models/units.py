@@ -3,10 +3,10 @@
     f (N, C, Hf, Wf) --encoder--> y (N, Cr, h, w)         h = ceil(Hf / S), w = ceil(Wf / S)
     y_hat            --decoder--> f_hat (N, C, Hf, Wf)
 
-The depthwise-separable topology of the paper (section 3, Table 3), with three differences, each measured in
-``docs/decisions.md``: the depthwise kernel covers its stride; the latent and the decoder's output have no activation,
-because the features at our split points have none; and the activation inside is a PReLU that starts as the identity,
-so that a unit can be started from a linear solution and still become non-linear.
+The depthwise-separable topology of the paper (section 3, Table 3), with four differences, each measured in
+``docs/decisions.md``: the depthwise kernel covers its stride; it may have several filters a channel; the latent and the
+decoder's output have no activation, because the features at our split points have none; and the activation inside is a
+PReLU that starts as the identity, so that a unit can be started from a linear solution and still become non-linear.
 """
 
 import math
@@ -71,63 +71,77 @@ def _activation(kind: Activation, channels: int) -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """Depthwise K x K at stride S, batch norm, activation; 1x1 to Cr, batch norm, activation.
+    """Depthwise K x K at stride S with D filters a channel, batch norm, activation; 1x1 to Cr, batch norm, activation.
 
     Args:
         channels: C.
         latent_channels: Cr.
         geometry: windows over the feature.
+        filters: D.
         inner: activation after the depthwise layer.
         outer: activation of the latent.
     """
 
     def __init__(
-        self, channels: int, latent_channels: int, geometry: Geometry, inner: Activation, outer: Activation
+        self,
+        channels: int,
+        latent_channels: int,
+        geometry: Geometry,
+        filters: int,
+        inner: Activation,
+        outer: Activation,
     ) -> None:
         super().__init__()
         self.geometry = geometry
-        self.spatial = nn.Conv2d(channels, channels, geometry.kernel, geometry.stride, groups=channels, bias=False)
-        self.spatial_norm = nn.BatchNorm2d(channels)
-        self.inner = _activation(inner, channels)
-        self.mix = nn.Conv2d(channels, latent_channels, 1, bias=False)
+        wide = channels * filters
+        self.spatial = nn.Conv2d(channels, wide, geometry.kernel, geometry.stride, groups=channels, bias=False)
+        self.spatial_norm = nn.BatchNorm2d(wide)
+        self.inner = _activation(inner, wide)
+        self.mix = nn.Conv2d(wide, latent_channels, 1, bias=False)
         self.mix_norm = nn.BatchNorm2d(latent_channels)
         self.outer = _activation(outer, latent_channels)
 
     def forward(self, f: Tensor) -> Tensor:
         """(N, C, Hf, Wf) to (N, Cr, h, w)."""
-        t = self.inner(self.spatial_norm(self.spatial(self.geometry.pad(f))))  # (N, C, h, w)
+        t = self.inner(self.spatial_norm(self.spatial(self.geometry.pad(f))))  # (N, C * D, h, w)
         y: Tensor = self.outer(self.mix_norm(self.mix(t)))  # (N, Cr, h, w)
         return y
 
 
 class Decoder(nn.Module):
-    """1x1 to C, batch norm, activation; transposed depthwise K x K at stride S, batch norm, activation.
+    """1x1 to C * D, batch norm, activation; transposed depthwise K x K at stride S, batch norm, activation.
 
     Args:
         channels: C.
         latent_channels: Cr.
         geometry: windows over the feature.
+        filters: D.
         inner: activation after the 1x1 layer.
         outer: activation of the output; none where the head ends without one.
     """
 
     def __init__(
-        self, channels: int, latent_channels: int, geometry: Geometry, inner: Activation, outer: Activation
+        self,
+        channels: int,
+        latent_channels: int,
+        geometry: Geometry,
+        filters: int,
+        inner: Activation,
+        outer: Activation,
     ) -> None:
         super().__init__()
         self.geometry = geometry
-        self.mix = nn.Conv2d(latent_channels, channels, 1, bias=False)
-        self.mix_norm = nn.BatchNorm2d(channels)
-        self.inner = _activation(inner, channels)
-        self.spatial = nn.ConvTranspose2d(
-            channels, channels, geometry.kernel, geometry.stride, groups=channels, bias=False
-        )
+        wide = channels * filters
+        self.mix = nn.Conv2d(latent_channels, wide, 1, bias=False)
+        self.mix_norm = nn.BatchNorm2d(wide)
+        self.inner = _activation(inner, wide)
+        self.spatial = nn.ConvTranspose2d(wide, channels, geometry.kernel, geometry.stride, groups=channels, bias=False)
         self.spatial_norm = nn.BatchNorm2d(channels)
         self.outer = _activation(outer, channels)
 
     def forward(self, y_hat: Tensor) -> Tensor:
         """(N, Cr, h, w) to (N, C, Hf, Wf)."""
-        t = self.inner(self.mix_norm(self.mix(y_hat)))  # (N, C, h, w)
+        t = self.inner(self.mix_norm(self.mix(y_hat)))  # (N, C * D, h, w)
         f_hat: Tensor = self.outer(self.spatial_norm(self.geometry.crop(self.spatial(t))))  # (N, C, Hf, Wf)
         return f_hat
 
@@ -150,7 +164,8 @@ def prune_channels(unit: "BottleneckUnit", keep: Tensor) -> "BottleneckUnit":
     if unit.outer != "none":
         raise InvalidConfig("only units with linear latents can be pruned")
     stride, kernel = unit.geometry.stride, unit.geometry.kernel
-    small = BottleneckUnit(unit.feature_shape, int(keep.numel()), stride, kernel, unit.inner, unit.outer)
+    channels = int(keep.numel())
+    small = BottleneckUnit(unit.feature_shape, channels, stride, kernel, unit.filters, unit.inner, unit.outer)
     state = unit.state_dict()
     for name, value in state.items():
         if name.startswith(("encoder.mix.", "encoder.mix_norm.")) and value.ndim:
@@ -169,11 +184,14 @@ class BottleneckUnit(nn.Module):
         latent_channels: Cr.
         stride: S.
         kernel: see `Geometry`.
+        filters: D, depthwise filters a channel. With D = 1, as in the paper, every window is coded by itself; with
+            D = g * g a window can be as large as the feature and still keep g x g places of it, and the 1x1 layers
+            see them together, so that what neighbouring places share is coded once.
         inner: activation between a half's two layers.
         outer: activation of the latent and of the decoder's output.
 
     Raises:
-        InvalidConfig: a geometry that does not fit, or more latent channels than features.
+        InvalidConfig: a geometry that does not fit, or more latent channels than C * D.
     """
 
     def __init__(
@@ -182,21 +200,23 @@ class BottleneckUnit(nn.Module):
         latent_channels: int,
         stride: int,
         kernel: int | None = None,
+        filters: int = 1,
         inner: Activation = "prelu",
         outer: Activation = "none",
     ) -> None:
         super().__init__()
         channels, height, width = feature_shape
-        if not 1 <= latent_channels <= channels:
-            raise InvalidConfig(f"{latent_channels} latent channels, expected 1 to the feature's {channels}")
+        if not 1 <= latent_channels <= channels * filters:
+            raise InvalidConfig(f"{latent_channels} latent channels, expected 1 to {channels} x {filters} filters")
         geometry = Geometry((height, width), stride, kernel)
         self.feature_shape = feature_shape
         self.latent_shape = (latent_channels, *geometry.latent)
         self.geometry = geometry
+        self.filters = filters
         self.inner: Activation = inner
         self.outer: Activation = outer
-        self.encoder = Encoder(channels, latent_channels, geometry, inner, outer)
-        self.decoder = Decoder(channels, latent_channels, geometry, inner, outer)
+        self.encoder = Encoder(channels, latent_channels, geometry, filters, inner, outer)
+        self.decoder = Decoder(channels, latent_channels, geometry, filters, inner, outer)
 
     @property
     def parameters_count(self) -> int:

@@ -24,7 +24,7 @@ from bitneck_models.backbones import Backbone
 from bitneck_models.recipe import PointRecipe, Recipe, load_recipe
 from bitneck_models.units import BottleneckUnit
 
-__all__ = ["MeasuredLadder", "MeasuredPoint", "PointRecord", "ZooEntry"]
+__all__ = ["MeasuredLadder", "MeasuredPoint", "PointRecord", "ZooEntry", "new_unit", "round_weights"]
 
 
 class _Strict(BaseModel):
@@ -127,10 +127,14 @@ class ZooEntry:
         return FactorizedModel.from_npz(path.read_bytes())
 
     def save(self, point: PointRecipe, unit: BottleneckUnit, tables: FactorizedModel, record: PointRecord) -> None:
-        """Write a trained point, its digests in the record; the weights last, since they mark it as trained."""
+        """Write a trained point, its digests in the record; the weights last, since they mark it as trained.
+
+        Weights are kept as float16: see `round_weights`.
+        """
         folder = self.point_folder(point.id)
         folder.mkdir(parents=True, exist_ok=True)
-        weights, arrays = save({k: v.contiguous() for k, v in unit.state_dict().items()}), tables.to_npz()
+        state = {k: v.half() if v.is_floating_point() else v for k, v in unit.state_dict().items()}
+        weights, arrays = save({k: v.contiguous() for k, v in state.items()}), tables.to_npz()
         digests = {"unit_sha256": sha256_hex(weights), "tables_sha256": sha256_hex(arrays)}
         (folder / "tables.npz").write_bytes(arrays)
         (folder / "record.json").write_text(record.model_copy(update=digests).model_dump_json(indent=1) + "\n")
@@ -158,6 +162,14 @@ class ZooEntry:
         (self.folder / "ladder.json").write_text(text + "\n")
 
 
+@torch.no_grad()
+def round_weights(unit: BottleneckUnit) -> None:
+    """Round a unit's weights to float16, in place, so that what is kept is what was measured."""
+    for value in unit.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(value.half().float())
+
+
 def new_unit(backbone: Backbone, point: PointRecipe, channels: int | None = None) -> BottleneckUnit:
     """A fresh unit of a point's geometry, its weights drawn from seed 0.
 
@@ -172,4 +184,6 @@ def new_unit(backbone: Backbone, point: PointRecipe, channels: int | None = None
     feature_shape = backbone.feature_shape(point.split)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return BottleneckUnit(feature_shape, channels or point.channels, point.stride, point.kernel).eval()
+        return BottleneckUnit(
+            feature_shape, channels or point.channels, point.stride, point.kernel, point.filters
+        ).eval()

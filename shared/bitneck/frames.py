@@ -25,7 +25,7 @@ def seal_frame(*, seq: int, point: str, payload: bytes, deadline_ms: int = 0, ca
     """A frame with its CRC.
 
     Args:
-        seq: 1 and up, strictly increasing in a session.
+        seq: counting from 1, each frame its own.
         point: id of the operating point that coded the payload.
         payload: the coded bytes.
         deadline_ms: from receipt in the cloud; 0 for none.
