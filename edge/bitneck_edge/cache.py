@@ -67,7 +67,7 @@ async def cached_bundle(
         if not (root / MANIFEST_NAME).is_file() or (root / MANIFEST_NAME).read_bytes() != manifest_json:
             root.mkdir(parents=True, exist_ok=True)
             with _new_file(root / MANIFEST_NAME) as descriptor:
-                os.write(descriptor, manifest_json)
+                _write_all(descriptor, manifest_json)
     except OSError as exc:
         raise InvalidConfig(f"the cache {cache_dir} cannot be written ({exc.strerror}); choose another folder") from exc
     return Bundle.open(root, side="edge")
@@ -93,7 +93,7 @@ async def _receive(path: Path, entry: FileEntry, chunks: AsyncIterator[bytes]) -
                     f"{path.name} is longer than the {entry.size} bytes that the manifest says; refused"
                 )
             digest.update(data)
-            os.write(descriptor, data)
+            _write_all(descriptor, data)
             yield len(data)
         if received != entry.size:
             raise BundleCorrupt(
@@ -104,6 +104,13 @@ async def _receive(path: Path, entry: FileEntry, chunks: AsyncIterator[bytes]) -
                 f"{path.name} arrived with SHA-256 {digest.hexdigest()[:16]}…, the manifest says "
                 f"{entry.sha256[:16]}…; refused: it was damaged on the way, or the server's bundle is"
             )
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    """Write every byte: the system may take fewer than it is given, on a disk that fills up say."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -22,6 +22,9 @@ from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.frames import crc32c_hex, seal_frame
 from bitneck.image import find_photos
 from bitneck_edge.settings import EdgeSettings
+
+if TYPE_CHECKING:
+    from bitneck_edge.results import Failure
 
 __all__ = ["app", "main"]
 
@@ -113,7 +116,7 @@ async def _run(
                 results.append(result)
                 progress.update(sending, completed=len(results))
                 if isinstance(result, Failure):
-                    errors.print(f"error: {result.error}", style="red", markup=False, highlight=False, soft_wrap=True)
+                    errors.print(f"error: {_about(result)}", style="red", markup=False, highlight=False, soft_wrap=True)
                 elif verbose and not as_json:
                     print(line(result), flush=True)  # noqa: T201
             document = run_document(client, results)
@@ -125,6 +128,12 @@ async def _run(
         return 128 + received[0]
     failures = [r.error for r in results if isinstance(r, Failure)]
     return max((error.exit_code for error in failures), default=0)
+
+
+def _about(failure: "Failure") -> str:
+    """The message, with the photograph's name where it does not say it."""
+    text = str(failure.error)
+    return text if failure.file in text else f"{failure.file}: {text}"
 
 
 def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
