@@ -1,6 +1,7 @@
 """The edge when things go wrong under its feet: blocked writes, lost links, full disks, odd names, signals."""
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -106,7 +107,7 @@ async def test_a_caller_who_gives_up_in_mid_write_breaks_nothing(tiny_bundle: Bu
         link = link_to(address)
         await link.open()
         sent = []
-        with pytest.raises(TimeoutError):
+        with contextlib.suppress(TimeoutError):
             while True:
                 async with asyncio.timeout(0.5):
                     sent.append(await link.send("s1-r1", LARGE))
@@ -214,10 +215,11 @@ async def test_a_download_that_stalls_ends(tiny_bundle: Bundle, tmp_path: Path) 
 
 
 async def test_a_disk_that_fills_up_in_mid_write(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """The system writes what fits and refuses the rest, as a full disk does."""
-    code = """
+    """The system takes all but the last byte of the largest file, as a full disk does."""
+    limit = max(entry.size for entry in tiny_bundle.manifest.files_for("edge").values()) - 1
+    code = f"""
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 sys.argv = ["bitneck-edge", *sys.argv[1:]]
 from bitneck_edge.cli import main
 main()
@@ -232,7 +234,7 @@ main()
     assert b"cannot be written (File too large)" in err
     assert b"Traceback" not in err
     for path in (tmp_path / "cache").rglob("*"):
-        assert path.is_dir() or path.stat().st_size < 300
+        assert path.is_dir() or (path.stat().st_size < limit and not path.name.startswith(".part-"))
 
 
 @pytest.mark.parametrize("options", [(), ("--json",), ("--verbose",)])
@@ -241,9 +243,8 @@ async def test_names_that_are_no_text_or_look_like_markup(
 ) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
-    names = [b"[bold]a.png", b"\xff\xfe.png", "ü.png".encode()]
-    for name in names:
-        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(photo_bytes(1))
+    for name in (b"[bold]a.png", b"\xff\xfe.png", "ü.png".encode()):
+        (folder / os.fsdecode(name)).write_bytes(photo_bytes(1))
 
     async def converse(context: Any) -> None:
         await opened(context)

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 
 import platformdirs
@@ -21,7 +21,7 @@ from bitneck.manifest import FileEntry, Manifest, bundle_id_of
 
 __all__ = ["cached_bundle", "default_cache_dir"]
 
-Fetch = Callable[[str], AsyncIterator[bytes]]
+Fetch = Callable[[str], AsyncGenerator[bytes]]
 """Gives a file of the bundle in chunks, by its path in the manifest."""
 
 
@@ -59,11 +59,16 @@ async def cached_bundle(
     root = cache_dir / "bundles" / bundle_id.removeprefix("sha256:")
     missing = {path: entry for path, entry in manifest.files_for("edge").items() if not _good(root / path, entry)}
     total, done = sum(entry.size for entry in missing.values()), 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
     try:
         for path, entry in missing.items():
-            async for size in _receive(root / path, entry, fetch(path)):
-                done += size
-                progress(done, total)
+            async with contextlib.aclosing(fetch(path)) as chunks:
+                await _receive(root / path, entry, chunks, count)
         if not (root / MANIFEST_NAME).is_file() or (root / MANIFEST_NAME).read_bytes() != manifest_json:
             root.mkdir(parents=True, exist_ok=True)
             with _new_file(root / MANIFEST_NAME) as descriptor:
@@ -81,8 +86,10 @@ def _good(path: Path, entry: FileEntry) -> bool:
     return True
 
 
-async def _receive(path: Path, entry: FileEntry, chunks: AsyncIterator[bytes]) -> AsyncIterator[int]:
-    """Write a file as it arrives; yields the size of each chunk. A wrong file leaves nothing behind."""
+async def _receive(
+    path: Path, entry: FileEntry, chunks: AsyncGenerator[bytes], on_bytes: Callable[[int], None]
+) -> None:
+    """Write a file as it arrives, and tell the size of each chunk. A wrong file leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest, received = hashlib.sha256(), 0
     with _new_file(path) as descriptor:
@@ -94,7 +101,7 @@ async def _receive(path: Path, entry: FileEntry, chunks: AsyncIterator[bytes]) -
                 )
             digest.update(data)
             _write_all(descriptor, data)
-            yield len(data)
+            on_bytes(len(data))
         if received != entry.size:
             raise BundleCorrupt(
                 f"{path.name} arrived with {received} bytes, the manifest says {entry.size}; refused, try again"

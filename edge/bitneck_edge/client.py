@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +30,6 @@ from bitneck_edge.settings import EdgeSettings
 __all__ = ["EdgeClient", "fetch_bundle"]
 
 _LOG = logging.getLogger(__name__)
-_FETCH_TIMEOUT_S = 600.0
 _RETRY_PAUSE_S = 0.3
 
 
@@ -70,8 +69,8 @@ async def fetch_bundle(
         if settings.bundle_id and offer.bundle_id != settings.bundle_id:
             raise BundleMismatch(f"{settings.server} serves bundle {offer.bundle_id}, expected {settings.bundle_id}")
 
-        def fetch(path: str) -> AsyncIterator[bytes]:
-            return fetch_file(stub, offer.model, offer.bundle_id, path, settings.server, _FETCH_TIMEOUT_S)
+        def fetch(path: str) -> AsyncGenerator[bytes]:
+            return fetch_file(stub, offer.model, offer.bundle_id, path, settings.server, settings.answer_timeout_s)
 
         cache_dir = settings.cache_dir or default_cache_dir()
         return await cached_bundle(cache_dir, offer.manifest_json, offer.bundle_id, fetch, progress)

@@ -112,6 +112,11 @@ class Link:
         self.initial_point = self._asked_point
 
     @property
+    def failure(self) -> BitneckError | None:
+        """Why the link is of no more use; None while it is."""
+        return self._failure
+
+    @property
     def window(self) -> int:
         """Frames that may be unanswered, as the server granted."""
         return self._flow.window
@@ -149,8 +154,7 @@ class Link:
         """Write a frame, if there is a connection; else it goes out with the resends of the next one."""
         async with self._write_lock:
             if self._call is not None:
-                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-                    await self._call.write(pb.ClientMessage(frame=frame))
+                await _put(self._call, pb.ClientMessage(frame=frame))
 
     async def _run(self, opened: asyncio.Future[None]) -> None:
         """Keep connected until that fails for good; then tell everyone who waits."""
@@ -213,7 +217,7 @@ class Link:
         request = pb.Open(model=s.model, bundle_id=s.bundle_id, client=s.client, resume_token=self._token)
         try:
             async with asyncio.timeout(s.answer_timeout_s):
-                await call.write(pb.ClientMessage(open=request))
+                await _put(call, pb.ClientMessage(open=request))
                 message = await call.read()
         except TimeoutError as exc:
             raise DeadlineExceeded(f"{s.address}: no answer to Open within {s.answer_timeout_s:.1f} s") from exc
@@ -231,11 +235,14 @@ class Link:
             self._asked_point = reply.point
             if self.reconnects and reply.point:
                 self._on_point(reply.point, "asked for while the link was down")
-        async with self._write_lock:
-            for frame in self._flow.to_resend():
-                self._sent_at[frame.seq] = time.perf_counter()
-                await call.write(pb.ClientMessage(frame=frame))
-            self._call = call
+        try:
+            async with asyncio.timeout(s.answer_timeout_s), self._write_lock:
+                for frame in self._flow.to_resend():
+                    self._sent_at[frame.seq] = time.perf_counter()
+                    await _put(call, pb.ClientMessage(frame=frame))
+                self._call = call
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"{s.address}: the server does not read; waited {s.answer_timeout_s:.1f} s") from exc
         async with self._room:
             self._room.notify_all()
 
@@ -247,10 +254,12 @@ class Link:
             while isinstance(message := await call.read(), pb.ServerMessage):
                 if not await self._take(message):
                     return
-        except asyncio.CancelledError:  # ours, or the watchdog's way of ending a read
-            if watchdog.done() and not watchdog.cancelled():
-                watchdog.result()
-            raise
+        except asyncio.CancelledError:
+            if _being_cancelled():
+                raise
+            if watchdog.done():
+                watchdog.result()  # raises: its way of ending a read
+            raise Unavailable(f"{self._settings.address}: the stream was cancelled in the middle of a write") from None
         finally:
             watchdog.cancel()
             await asyncio.gather(watchdog, return_exceptions=True)
@@ -305,6 +314,7 @@ class Link:
         if not answer.done():
             if isinstance(outcome, BitneckError):
                 answer.set_exception(outcome)
+                answer.exception()  # where nobody awaits it any more it is no news
             else:
                 answer.set_result(outcome)
         async with self._room:
@@ -318,8 +328,28 @@ class Link:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(error)
-                answer.exception()  # a future nobody awaits any more is no news
+                answer.exception()  # as above
         self._answers.clear()
         self._sent_at.clear()
         async with self._room:
             self._room.notify_all()
+
+
+async def _put(call: Call, message: pb.ClientMessage) -> None:
+    """Write to a call. Whether it is over is not told here: the task that reads from it learns that, and why.
+
+    gRPC reports a call that another task cancelled as a cancellation of this one, which it is not.
+    """
+    try:
+        await call.write(message)
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+        _LOG.debug("a message was not written: the stream is over")
+    except asyncio.CancelledError:
+        if _being_cancelled():
+            raise
+
+
+def _being_cancelled() -> bool:
+    """Whether a `CancelledError` is meant for the running task; else it is a call's way to say that it was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,10 +1,11 @@
 """The cloud as the edge sees it: a channel, and calls whose failures are bitneck's own errors."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator
 
 import grpc
 
-from bitneck.errors import GRPC_CODES, BitneckError, Unavailable, error_from_status
+from bitneck.errors import GRPC_CODES, BitneckError, DeadlineExceeded, Unavailable, error_from_status
 from bitneck.frames import MAX_MESSAGE_BYTES
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
@@ -66,16 +67,34 @@ async def fetch_manifest(
 
 
 async def fetch_file(
-    stub: "pb_grpc.SplitInferenceAsyncStub", model: str, bundle_id: str, path: str, address: str, timeout_s: float
-) -> AsyncIterator[bytes]:
+    stub: "pb_grpc.SplitInferenceAsyncStub", model: str, bundle_id: str, path: str, address: str, pause_s: float
+) -> AsyncGenerator[bytes]:
     """One file of a bundle, in chunks.
 
+    Args:
+        stub: of the server.
+        model: a served model.
+        bundle_id: of its bundle.
+        path: as the manifest lists it.
+        address: for messages.
+        pause_s: the longest wait for a chunk; the file as a whole may take any time, a link may be thin.
+
     Raises:
+        DeadlineExceeded: no chunk came for so long.
         BitneckError: the server's answer, or its absence.
     """
-    request = pb.FetchFileRequest(model=model, bundle_id=bundle_id, path=path)
+    call = stub.FetchFile(pb.FetchFileRequest(model=model, bundle_id=bundle_id, path=path))
     try:
-        async for chunk in stub.FetchFile(request, timeout=timeout_s):
+        while True:
+            try:
+                async with asyncio.timeout(pause_s):
+                    chunk = await call.read()
+            except TimeoutError as exc:
+                raise DeadlineExceeded(f"{address}: {path} stopped coming; waited {pause_s:.1f} s for more") from exc
+            except grpc.aio.AioRpcError as exc:
+                raise from_rpc_error(exc, address) from exc
+            if not isinstance(chunk, pb.FileChunk):
+                return
             yield chunk.data
-    except grpc.aio.AioRpcError as exc:
-        raise from_rpc_error(exc, address) from exc
+    finally:
+        call.cancel()

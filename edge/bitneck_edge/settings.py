@@ -25,7 +25,8 @@ class EdgeSettings(Settings):
         deadline_ms: from a frame's receipt in the cloud; 0 for none.
         connect_timeout_s: for one attempt to connect.
         retries: attempts after the first, before the server counts as unreachable.
-        answer_timeout_s: an unanswered frame of this age means that the link is dead.
+        answer_timeout_s: an unanswered frame of this age means that the link is dead; so does a download that pauses
+            as long.
     """
 
     model_config = SettingsConfigDict(env_prefix="BITNECK_EDGE_")
