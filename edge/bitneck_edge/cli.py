@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import logging
 import os
@@ -24,9 +25,13 @@ from bitneck.image import find_photos
 from bitneck_edge.settings import EdgeSettings
 
 if TYPE_CHECKING:
+    from bitneck_edge.client import EdgeClient
     from bitneck_edge.results import Failure
 
 __all__ = ["app", "main"]
+
+_LAST_ANSWERS_S = 3.0
+"""After a signal, how long the answers that are out are waited for."""
 
 app = typer.Typer(
     help="Run the first part of a split network here, send a few hundred bytes, get the answer.",
@@ -110,9 +115,15 @@ async def _run(
         def on_fetch(done: int, size: int) -> None:
             progress.update(fetching, completed=done, total=size, visible=done < size)
 
-        async with EdgeClient(settings=settings, on_fetch=on_fetch, on_switch=on_switch) as client:
+        client = EdgeClient(settings=settings, on_fetch=on_fetch, on_switch=on_switch)
+        async with contextlib.AsyncExitStack() as stack:
+            if not await _opened(client, stack, stop):
+                errors.print("stopped before the session was open", highlight=False)
+                return 128 + received[0]
+            closing = asyncio.create_task(_close_after(client, stop))
+            stack.callback(closing.cancel)
             sending = progress.add_task("photographs", total=total, visible=total > 20)
-            async for result in client.stream(_paced(paths, repeat, fps, stop), stop=stop):
+            async for result in client.stream(_paced(client, paths, repeat, fps, stop), stop=stop):
                 results.append(result)
                 progress.update(sending, completed=len(results))
                 if isinstance(result, Failure):
@@ -121,7 +132,7 @@ async def _run(
                     print(line(result), flush=True)  # noqa: T201
             document = run_document(client, results)
     if as_json:
-        print(json.dumps(document, ensure_ascii=False))  # noqa: T201
+        print(json.dumps(document))  # noqa: T201
     elif not verbose and results:
         Console().print(run_table(results))
     if received:
@@ -134,6 +145,29 @@ def _about(failure: "Failure") -> str:
     """The message, with the photograph's name where it does not say it."""
     text = str(failure.error)
     return text if failure.file in text else f"{failure.file}: {text}"
+
+
+async def _opened(client: "EdgeClient", stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> bool:
+    """Open the client's session; False if `stop` is set before it is open."""
+    opening = asyncio.create_task(stack.enter_async_context(client))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if opening.done():
+            opening.result()
+            return True
+        return False
+    finally:
+        opening.cancel()
+        stopping.cancel()
+        await asyncio.gather(opening, stopping, return_exceptions=True)
+
+
+async def _close_after(client: "EdgeClient", stop: asyncio.Event) -> None:
+    """Once `stop` is set, frames may be answered for a moment longer; those that are not then fail."""
+    await stop.wait()
+    await asyncio.sleep(_LAST_ANSWERS_S)
+    await client.close()
 
 
 def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
@@ -150,13 +184,15 @@ def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
         loop.add_signal_handler(signum, handle, signum)
 
 
-async def _paced(paths: Sequence[Path], repeat: int, fps: float | None, stop: asyncio.Event) -> AsyncIterator[Path]:
-    """The paths, over and over, not faster than `fps`."""
+async def _paced(
+    client: "EdgeClient", paths: Sequence[Path], repeat: int, fps: float | None, stop: asyncio.Event
+) -> AsyncIterator[Path]:
+    """The paths, over and over, not faster than `fps` while they can be answered."""
     loop = asyncio.get_running_loop()
     begin, count = loop.time(), 0
     for _ in range(repeat):
         for path in paths:
-            if fps is not None:
+            if fps is not None and client.failure is None:
                 pause = begin + count / fps - loop.time()
                 if pause > 0:
                     with contextlib.suppress(TimeoutError):
@@ -268,6 +304,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Run the command line; a `BitneckError` becomes one line on stderr and its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text, nor stdout hold any text
     try:
         app()
     except BitneckError as exc:

@@ -1,14 +1,15 @@
 """The edge client: photographs in, answers out.
 
 async with EdgeClient("cloud.example:50051") as client:
-answer = await client.infer(Path("photo.jpg"))
-async for answer in client.stream(paths):
-...
+    answer = await client.infer(Path("photo.jpg"))
+    async for answer in client.stream(paths):
+        ...
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any, Self
 from PIL import Image
 
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, BundleMismatch, Unavailable
+from bitneck.errors import BitneckError, BundleMismatch, ProtocolError, Unavailable
 from bitneck.frames import crc32c_hex
+from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.cache import cached_bundle, default_cache_dir
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
 from bitneck_edge.link import Link, LinkSettings, Received, Sent
@@ -107,6 +109,7 @@ class EdgeClient:
         self._link: Link | None = None
         self._point = ""
         self._last_seq = 0
+        self._encoding = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         """Fetch what is missing of the bundle, load the head, open the session.
@@ -144,6 +147,10 @@ class EdgeClient:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End the session."""
+        await self.close()
+
+    async def close(self) -> None:
+        """End the session now; frames that are not answered fail with `Unavailable`. Leaving the block does it too."""
         if self._link is not None:
             await self._link.close()
 
@@ -174,6 +181,11 @@ class EdgeClient:
         return self._opened().reconnects
 
     @property
+    def failure(self) -> BitneckError | None:
+        """Why the link is of no more use: no further photograph can be answered. None while it is."""
+        return self._opened().failure
+
+    @property
     def point(self) -> str:
         """The operating point of the next frame. Assign another to switch; the control API can do so too."""
         return self._point
@@ -190,16 +202,16 @@ class EdgeClient:
             ImageError: it cannot be read.
             BitneckError: the cloud could not answer, or cannot be reached.
         """
-        encoded = await asyncio.to_thread(self.encoder.encode, photo, self._point)
-        return await self._answer(_name(photo), encoded, await self._send(encoded))
+        encoded, sent = await self._encode_and_send(photo)
+        return await self._answer(_name(photo), encoded, sent)
 
     async def stream(
         self, photos: Iterable[Photo] | AsyncIterable[Photo], *, stop: asyncio.Event | None = None
     ) -> AsyncGenerator[Answer | Failure]:
         """Many photographs: encoding goes on while earlier frames are answered. Results come in order.
 
-        A photograph that cannot be read or answered gives a `Failure`, and the next one goes on. Memory is bounded by
-        the window.
+        A photograph that cannot be read or answered gives a `Failure`, and the next one goes on. Once the link has
+        failed for good (see `failure`) every further photograph gives one at once. Memory is bounded by the window.
 
         Args:
             photos: in order; taken one by one.
@@ -242,8 +254,7 @@ class EdgeClient:
                     if stop.is_set():
                         break
                     try:
-                        encoded = await asyncio.to_thread(self.encoder.encode, photo, self._point)
-                        sent = await self._send(encoded)
+                        encoded, sent = await self._encode_and_send(photo)
                     except BitneckError as exc:
                         await under_way.put(Failure(_name(photo), exc))
                         continue
@@ -253,13 +264,20 @@ class EdgeClient:
             raise
         await under_way.put(None)
 
-    async def _send(self, encoded: EncodedPhoto) -> Sent:
-        sent = await self._opened().send(encoded.point, encoded.encoded.payload, deadline_ms=self.settings.deadline_ms)
-        self._last_seq = sent.seq
-        return sent
+    async def _encode_and_send(self, photo: Photo) -> tuple[EncodedPhoto, Sent]:
+        """One photograph at a time is encoded, in a thread, at the point of that moment."""
+        link = self._opened()
+        async with self._encoding:
+            if link.failure is not None:
+                raise link.failure
+            encoded = await asyncio.to_thread(self.encoder.encode, photo, self._point)
+            sent = await link.send(encoded.point, encoded.encoded.payload, deadline_ms=self.settings.deadline_ms)
+            self._last_seq = sent.seq
+        return encoded, sent
 
     async def _answer(self, name: str, encoded: EncodedPhoto, sent: Sent) -> Answer:
         received: Received = await sent.answer
+        labels = _labels(received.result)
         timings = received.result.timings
         queued, decode, compute = timings.queued_us / 1e3, timings.decode_us / 1e3, timings.compute_us / 1e3
         round_trip = (received.at - sent.at) * 1e3
@@ -277,7 +295,7 @@ class EdgeClient:
             bpp_wire=sent.wire_bytes * 8 / pixels,
             payload_crc32c=crc32c_hex(payload),
             symbols_crc32c=crc32c_hex(encoded.encoded.symbols.astype("<i4").tobytes()),
-            labels=tuple(Label(x.index, x.name, x.score) for x in received.result.output.classification.labels),
+            labels=labels,
             ms=StageTimes(
                 load=encoded.load_ms,
                 preprocess=encoded.preprocess_ms,
@@ -320,6 +338,20 @@ async def _each(photos: Iterable[Photo] | AsyncIterable[Photo]) -> AsyncGenerato
     else:
         for photo in photos:
             yield photo
+
+
+def _labels(result: pb.Result) -> tuple[Label, ...]:
+    """The labels of an answer.
+
+    Raises:
+        ProtocolError: none, or one whose score is no number.
+    """
+    labels = tuple(Label(x.index, x.name, x.score) for x in result.output.classification.labels)
+    if not labels or not all(math.isfinite(label.score) for label in labels):
+        raise ProtocolError(
+            f"the answer to frame {result.seq} has {len(labels)} labels, expected one or more, each with a finite score"
+        )
+    return labels
 
 
 def _name(photo: Photo) -> str:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from bitneck.bundle import Bundle
 from bitneck.chain import Encoded, PointEncoder, SegmentChain
+from bitneck.errors import ImageError
 from bitneck.image import load_photo, preprocess
 
 __all__ = ["EdgeEncoder", "EncodedPhoto", "Photo"]
@@ -70,9 +71,9 @@ class EdgeEncoder:
         """
         encoder = self.point_encoder(point_id)
         times = [time.perf_counter()]
-        image = photo if isinstance(photo, Image.Image) else load_photo(photo)
+        image = _as_rgb(photo) if isinstance(photo, Image.Image) else load_photo(photo)
         times.append(time.perf_counter())
-        x = preprocess(image.convert("RGB"), self.bundle.manifest.input)  # (1, 3, size, size)
+        x = preprocess(image, self.bundle.manifest.input)  # (1, 3, size, size)
         times.append(time.perf_counter())
         f = self.chain.run(x, 0, self.chain.head_length(encoder.point.split))  # (1, C, Hf, Wf)
         times.append(time.perf_counter())
@@ -88,3 +89,13 @@ class EdgeEncoder:
             head_ms=head,
             encode_ms=encode,
         )
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    """A picture that the program opened itself; Pillow may read its pixels only now."""
+    if 0 in picture.size:
+        raise ImageError(f"a picture of {picture.width}x{picture.height} pixels; expected at least one")
+    try:
+        return picture.convert("RGB")
+    except Exception as exc:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise ImageError(f"a picture that cannot be read: damaged or cut short ({exc})") from exc

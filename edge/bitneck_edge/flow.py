@@ -1,8 +1,8 @@
 """Which frames are unanswered: numbering, window, resends. Pure: no socket, no clock.
 
 next_seq -> sent -> unanswered -> answered (once)
-^          |
-+--resend--+   after a reconnect, in order
+             ^          |
+             +--resend--+   after a reconnect, in order
 """
 
 from bitneck.errors import Overloaded

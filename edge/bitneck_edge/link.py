@@ -350,6 +350,6 @@ async def _put(call: Call, message: pb.ClientMessage) -> None:
 
 
 def _being_cancelled() -> bool:
-    """Whether a `CancelledError` is meant for the running task; else it is a call's way to say that it was cancelled."""
+    """Whether a `CancelledError` is meant for the running task; else it is how a call says that it was cancelled."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

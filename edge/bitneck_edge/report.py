@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from bitneck.ladder import Ladder
 from bitneck_edge.client import EdgeClient
@@ -58,18 +59,17 @@ def run_table(results: Sequence[Answer | Failure]) -> Table:
         column.justify = "right"
     for result in results:
         if isinstance(result, Failure):
-            table.add_row(
-                Path(result.file).name, "", "", "", f"[red]{type(result.error).__name__}[/red]", "", "", "", ""
-            )
+            error = Text(type(result.error).__name__, style="red")
+            table.add_row(Text(Path(result.file).name), "", "", "", error, "", "", "", "")
             continue
         ms, best = result.ms, result.labels[0]
         edge, cloud = ms.load + ms.preprocess + ms.head + ms.encode, ms.queued + ms.decode + ms.compute
         table.add_row(
-            Path(result.file).name,
+            Text(Path(result.file).name),  # a Text, since a name may look like markup
             result.point,
             str(result.payload_bytes),
             f"{result.bpp_payload:.4f}",
-            best.name,
+            Text(best.name),
             f"{best.score:.3f}",
             f"{edge:.1f}",
             f"{ms.link:.1f}",

@@ -91,7 +91,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """A change of the operating point: from the frame after `after_seq` on."""
+    """A change of the operating point, asked for when frame `after_seq` was the last one sent.
+
+    A frame that was being encoded at that moment still goes out at the old point; the next one has the new point.
+    """
 
     after_seq: int
     old: str
