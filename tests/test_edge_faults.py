@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, DeadlineExceeded, ImageError, ProtocolError, Unavailable
+from bitneck.errors import BitneckError, DeadlineExceeded, ImageError, Overloaded, ProtocolError, Unavailable
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link import Link, LinkSettings
@@ -142,6 +142,18 @@ async def test_streams_that_end_while_frames_are_resent(tiny_bundle: Bundle) -> 
         for one in sent:
             assert (await one.answer).result.seq == one.seq
         assert link.reconnects == 4
+        await link.close()
+
+
+async def test_an_oversized_frame_is_refused_before_it_is_sent(tiny_bundle: Bundle) -> None:
+    async with rogue_server(tiny_bundle) as (address, rogue), asyncio.timeout(HANG_S):
+        link = link_to(address)
+        await link.open()
+        with pytest.raises(Overloaded, match="limit is 262144"):
+            await link.send("s1-r1", bytes(1 << 18))
+        good = await link.send("s1-r1", b"x")
+        assert (await good.answer).result.seq == good.seq == 1
+        assert (link.failure, rogue.streams) == (None, 1)
         await link.close()
 
 

@@ -24,7 +24,7 @@ from bitneck.errors import (
     Unavailable,
     error_from_status,
 )
-from bitneck.frames import seal_frame, wire_bytes
+from bitneck.frames import MAX_MESSAGE_BYTES, seal_frame, wire_bytes
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.flow import Flow
 from bitneck_edge.remote import connect, from_rpc_error, stub_of
@@ -136,6 +136,7 @@ class Link:
         """Send a frame; waits while the window is full.
 
         Raises:
+            Overloaded: the frame is larger than any server takes; the link is not harmed.
             BitneckError: the link has failed for good.
         """
         async with self._room:
@@ -143,6 +144,11 @@ class Link:
             if self._failure is not None:
                 raise self._failure
             frame = seal_frame(seq=self._flow.next_seq(), point=point, payload=payload, deadline_ms=deadline_ms)
+            if wire_bytes(frame) > MAX_MESSAGE_BYTES:  # gRPC would end the call, and again at each resend
+                raise Overloaded(
+                    f"a frame of {wire_bytes(frame)} bytes at {point}, the limit is {MAX_MESSAGE_BYTES}; "
+                    "it is not sent: choose an operating point of a lower rate"
+                )
             answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
             self._answers[frame.seq] = answer
             at = self._sent_at[frame.seq] = time.perf_counter()
