@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was started with SIGINT ignored
     console = Console(width=max(110, Console().width), soft_wrap=False)
     folder = Path(skimage.__file__).parent / "data"
     photos = [folder / name for name in PHOTOS]
