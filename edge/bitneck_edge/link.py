@@ -94,6 +94,7 @@ class Link:
         self._leaving: set[int] | None = None
         self._token = ""
         self._asked_point = ""
+        self._closing = False
         self.session_id = ""
         self.reconnects = 0
         self.initial_point = ""
@@ -123,6 +124,7 @@ class Link:
 
     async def close(self) -> None:
         """End the session; unanswered frames fail with `Unavailable`."""
+        self._closing = True  # from here on the end of the stream is what was asked for
         if self._call is not None:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(1.0):
@@ -187,6 +189,8 @@ class Link:
                 error = exc
             if not isinstance(error, (Unavailable, DeadlineExceeded, Overloaded)):
                 raise error  # trying again would be refused again
+            if self._closing:
+                return
             if answered_before != (self._flow.unanswered, self._flow.next_seq()):
                 failures, backoff = 0, _FIRST_BACKOFF_S  # this connection was of use
             failures += 1
