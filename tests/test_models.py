@@ -13,20 +13,20 @@ from torch import nn
 
 from bitneck.bundle import Bundle
 from bitneck.errors import ImageError, InvalidConfig, ModelFailure
-from bitneck.manifest import InputSpec
 from bitneck.tables import FactorizedModel
 from bitneck_models.backbones import Backbone, build_backbone
 from bitneck_models.evaluation import evaluate
 from bitneck_models.export import export_bundle, prove
 from bitneck_models.features import FeatureSpec, cached_features
-from bitneck_models.klt import init_linear
 from bitneck_models.photos import LabelledPhoto, labelled_photos, proof_images, split_off_validation
 from bitneck_models.pipeline import photo_sets, prune_and_fit, train_point
 from bitneck_models.rate import FactorizedDensity, FactorizedRate, HyperpriorRate, gaussian_bin_bits
 from bitneck_models.recipe import PointRecipe, TrainingRecipe, load_recipe
+from bitneck_models.starts import init_linear
 from bitneck_models.training import train_unit
 from bitneck_models.units import BottleneckUnit, Geometry, prune_channels
 from bitneck_models.zoo import ZooEntry
+from small import small_backbone
 from tiny import photo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,26 +44,6 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def lite0() -> Backbone:
     return build_backbone("efficientnet_lite0")
-
-
-def small_backbone() -> Backbone:
-    """Three stages with random weights: the same code, in milliseconds."""
-    torch.manual_seed(0)
-    stages: dict[str, nn.Module] = {
-        "stem": nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU()),
-        "body": nn.Conv2d(8, 12, 2, 2),
-        "classifier": nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)),
-    }
-    for stage in stages.values():
-        stage.eval().requires_grad_(requires_grad=False)
-    return Backbone(
-        name="small",
-        stages=stages,
-        splits={"s2": "stem", "s1": "body"},
-        input=InputSpec(size=32, resize=36, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        labels=tuple(f"class {k}" for k in range(10)),
-        wnids=(),
-    )
 
 
 def test_every_split_of_the_backbone_is_a_true_cut(lite0: Backbone) -> None:
@@ -217,7 +197,7 @@ validate_every = 4
 steps = 60
 finish_steps = 30
 batch = 16
-tail_precision = "float32"
+precision = "float32"
 [[points]]
 id = "s1-r2"
 split = "s1"
@@ -277,14 +257,18 @@ def test_a_recipe_that_does_not_fit_its_backbone(entry: ZooEntry, tmp_path: Path
         bad = ZooEntry(entry.folder)
         with pytest.raises(InvalidConfig, match=message):
             train_point(
-                bad, bad.recipe.points[0], small_backbone(), photo_sets(bad.recipe, tmp_path), tmp_path / "runs"
+                bad,
+                bad.recipe.points[0],
+                small_backbone(),
+                photo_sets(bad.recipe, tmp_path, small_backbone()),
+                tmp_path / "runs",
             )
 
 
 def test_from_photographs_to_a_proven_bundle(entry: ZooEntry, tmp_path: Path) -> None:
     """Train, warm start, export, prove, evaluate through bytes: the whole way, small."""
     backbone = small_backbone()
-    sets = photo_sets(entry.recipe, tmp_path)
+    sets = photo_sets(entry.recipe, tmp_path, backbone)
     assert (len(sets.train), len(sets.validation)) == (18, 6)
     losses: list[float] = []
     for point in entry.recipe.points:
@@ -316,7 +300,7 @@ def test_from_photographs_to_a_proven_bundle(entry: ZooEntry, tmp_path: Path) ->
 def test_an_export_that_is_wrong_is_never_written(entry: ZooEntry, tmp_path: Path) -> None:
     backbone = small_backbone()
     point = entry.recipe.points[0]
-    train_point(entry, point, backbone, photo_sets(entry.recipe, tmp_path), tmp_path / "runs")
+    train_point(entry, point, backbone, photo_sets(entry.recipe, tmp_path, backbone), tmp_path / "runs")
     images = proof_images(backbone.input, tmp_path / "photos")
     bundle, _ = export_bundle(entry, backbone, tmp_path / "bundle", images)
     unit = entry.unit(backbone, point)
@@ -332,7 +316,7 @@ def test_a_run_cut_off_and_resumed_gives_the_same_weights(tmp_path: Path) -> Non
     point = PointRecipe.model_validate(
         {"id": "p", "split": "s1", "stride": 2, "channels": 6, "step": 0.3, "lambda": 50.0, "target_bytes": 4}
     )
-    training = TrainingRecipe(steps=12, finish_steps=8, batch=16, tail_precision="float32", warmup_steps=3)
+    training = TrainingRecipe(steps=12, finish_steps=8, batch=16, precision="float32", warmup_steps=3)
 
     def fresh() -> BottleneckUnit:
         torch.manual_seed(0)
@@ -356,7 +340,7 @@ def test_a_run_cut_off_and_resumed_gives_the_same_weights(tmp_path: Path) -> Non
 
 def test_training_that_cannot_work_fails_early(tmp_path: Path) -> None:
     tail = small_backbone().tail("s1")
-    training = TrainingRecipe(steps=150, finish_steps=0, batch=16, tail_precision="float32")
+    training = TrainingRecipe(steps=150, finish_steps=0, batch=16, precision="float32")
     fields = {"id": "p", "split": "s1", "stride": 2, "channels": 6, "lambda": 50.0}
     features = np.random.default_rng(1).normal(size=(64, 12, 4, 4)).astype(np.float16)
     point = PointRecipe.model_validate(fields | {"step": 1e6})
@@ -434,7 +418,7 @@ def test_validation_photographs_are_put_aside(tmp_path: Path) -> None:
     assert sorted(kept + held) == sorted(paths)
     recipe = load_recipe(ROOT / "models" / "zoo" / "efficientnet_lite0")
     with pytest.raises(ImageError, match="no such file or folder"):
-        photo_sets(recipe, tmp_path)
+        photo_sets(recipe, tmp_path, small_backbone())
 
 
 def test_a_bundle_without_the_edges_half_cannot_be_evaluated(own_tiny_bundle: Bundle) -> None:

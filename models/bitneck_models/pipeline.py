@@ -16,19 +16,30 @@ from bitneck.symbols import dequantize, quantize
 from bitneck.tables import FactorizedModel
 from bitneck_models.backbones import Backbone
 from bitneck_models.features import FeatureSpec, cached_features
-from bitneck_models.klt import init_linear
-from bitneck_models.photos import split_off_validation, unlabelled_photos
+from bitneck_models.photos import labelled_photos, split_off_validation, unlabelled_photos
 from bitneck_models.recipe import PointRecipe, Recipe
+from bitneck_models.scalars import Scalars
+from bitneck_models.starts import init_linear, init_next
+from bitneck_models.tasks import NO_LABEL
 from bitneck_models.training import StepReport, train_unit
 from bitneck_models.units import BottleneckUnit, prune_channels
 from bitneck_models.zoo import PointRecord, ZooEntry, new_unit, round_weights
 
-__all__ = ["PhotoSets", "Validation", "photo_sets", "prune_and_fit", "symbols_of", "train_point", "validate"]
+__all__ = [
+    "PhotoSets",
+    "Validation",
+    "choose_device",
+    "photo_sets",
+    "prune_and_fit",
+    "symbols_of",
+    "train_point",
+    "validate",
+]
 
 _INIT_FEATURES = 4000
 _TABLE_FEATURES = 12000
 _CHUNK = 100
-_ALIVE = 1e-3
+_ALIVE = 0.02
 """A channel stays if more than this share of its symbols is not zero."""
 
 
@@ -40,11 +51,13 @@ class PhotoSets:
         train: files with their number of views.
         validation: the files put aside.
         weights: probability of each view to be drawn, (M,).
+        labels: class of each view, (M,) int64; -1 where the recipe gives none.
     """
 
     train: tuple[tuple[Path, int], ...]
     validation: tuple[Path, ...]
     weights: NDArray[np.float64]
+    labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,32 +68,57 @@ class Validation:
     agreement: float
 
 
-def photo_sets(recipe: Recipe, data: Path) -> PhotoSets:
+def photo_sets(recipe: Recipe, data: Path, backbone: Backbone) -> PhotoSets:
     """Find a recipe's photographs.
 
     Args:
         recipe: names folders.
         data: the folder that they lie in.
+        backbone: knows the classes.
 
     Raises:
         ImageError: a folder that does not exist or is empty.
-        InvalidConfig: no photograph is put aside for validation.
+        InvalidConfig: no photograph is put aside for validation, or a folder that has no labels is said to have some.
     """
     train: list[tuple[Path, int]] = []
     validation: list[Path] = []
     weights: list[NDArray[np.float64]] = []
+    labels: list[NDArray[np.int64]] = []
     for source in recipe.data:
         photos = unlabelled_photos([data / source.folder])
+        known: dict[Path, int] = {}
+        if source.labels:
+            known = {p.path: p.label for p in labelled_photos(data / source.folder, backbone.wnids, backbone.labels)}
         if source.validate_every:
             photos, held = split_off_validation(photos, source.validate_every)
             validation += held
         train += [(photo, source.views) for photo in photos]
         count = len(photos) * source.views
         weights.append(np.full(count, source.share / count))
+        labels.append(np.repeat([known.get(photo, NO_LABEL) for photo in photos], source.views).astype(np.int64))
     if not validation:
         raise InvalidConfig("the recipe puts no photograph aside: give one of its sources validate_every")
     together = np.concatenate(weights)
-    return PhotoSets(tuple(train), tuple(validation), together / together.sum())
+    return PhotoSets(tuple(train), tuple(validation), together / together.sum(), np.concatenate(labels))
+
+
+def choose_device(name: str) -> str:
+    """The device that a name stands for.
+
+    Args:
+        name: as torch names it, or ``auto`` for a GPU where there is one.
+
+    Raises:
+        InvalidConfig: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as exc:
+        reason = str(exc).splitlines()[0]
+        raise InvalidConfig(f"device {name!r} cannot be used here ({reason}); use cpu or auto") from exc
+    return name
 
 
 def train_point(
@@ -90,6 +128,7 @@ def train_point(
     sets: PhotoSets,
     runs: Path,
     *,
+    device: str = "cpu",
     on_features: Callable[[int, int], None] = lambda _done, _all: None,
     on_step: Callable[[StepReport], None] = lambda _report: None,
 ) -> PointRecord:
@@ -100,32 +139,37 @@ def train_point(
         point: what to train.
         backbone: the frozen network.
         sets: see `photo_sets`.
-        runs: for feature caches and checkpoints; large.
+        runs: for feature caches, checkpoints and TensorBoard's scalars; large.
+        device: where the unit is trained, as torch names it.
         on_features: progress of the features, (done, all).
         on_step: progress of the training.
     """
     training = entry.recipe.training_of(point)
-    seed = training.seed
-    train_spec = FeatureSpec(split=point.split, photos=sets.train, augmented=True, seed=seed)
-    held_spec = FeatureSpec(
-        split=point.split, photos=tuple((p, 1) for p in sets.validation), augmented=False, seed=seed
-    )
-    features = cached_features(backbone, train_spec, runs / "cache", on_features)
-    held = cached_features(backbone, held_spec, runs / "cache", on_features)
+    if any(term.kind == "ce" for term in point.task) and not (sets.labels != NO_LABEL).any():
+        raise InvalidConfig(
+            f"{point.id} has a task term `ce`, and no photograph has a label: set `labels = true` at a source whose "
+            "folders are named by class"
+        )
+    features, held = split_features(backbone, point.split, sets, training.seed, runs, on_features)
     tail = backbone.tail(point.split)
-    unit = _initialized(entry, point, backbone, tail, features, sets.weights)
+    unit = initialized_unit(entry, point, backbone, features, sets.weights)
     last: list[StepReport] = []
+    folder = runs / entry.recipe.name
+    with Scalars(folder / "scalars" / point.id) as scalars:
 
-    def report(step: StepReport) -> None:
-        last.append(step)
-        del last[:-200]
-        on_step(step)
+        def report(step: StepReport) -> None:
+            last.append(step)
+            del last[:-200]
+            scalars.add(step)
+            on_step(step)
 
-    checkpoint = runs / entry.recipe.name / f"{point.id}.pt"
-    train_unit(unit, tail, features, point, training, weights=sets.weights, checkpoint=checkpoint, report=report)
+        train_unit(
+            unit.to(device), tail.to(device), features, point, training,
+            weights=sets.weights, labels=sets.labels, checkpoint=folder / f"{point.id}.pt", report=report,
+        )  # fmt: skip
+    unit, tail = unit.cpu(), tail.cpu()
     round_weights(unit)
-    rows = _sample(sets.weights, _TABLE_FEATURES, seed=2)
-    unit, tables = prune_and_fit(unit, point, features[rows])
+    unit, tables = prune_and_fit(unit, point, table_features(features, sets))
     result = validate(unit, tail, point, tables, held)
     record = PointRecord(
         recipe=point.model_dump(by_alias=True),
@@ -144,30 +188,68 @@ def train_point(
     return record
 
 
-def _initialized(
+def split_features(
+    backbone: Backbone,
+    split: str,
+    sets: PhotoSets,
+    seed: int,
+    runs: Path,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
+) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+    """Features of the training views and of the photographs put aside, from their caches: (M, C, Hf, Wf) each."""
+    train = FeatureSpec(split=split, photos=sets.train, augmented=True, seed=seed)
+    held = FeatureSpec(split=split, photos=tuple((p, 1) for p in sets.validation), augmented=False, seed=seed)
+    return (
+        cached_features(backbone, train, runs / "cache", progress),
+        cached_features(backbone, held, runs / "cache", progress),
+    )
+
+
+def table_features(features: NDArray[np.float16], sets: PhotoSets) -> NDArray[np.float16]:
+    """A sample of the training features, the same each time, to fit tables on."""
+    return features[_sample(sets.weights, _TABLE_FEATURES, seed=2)]
+
+
+def initialized_unit(
     entry: ZooEntry,
     point: PointRecipe,
     backbone: Backbone,
-    tail: nn.Module,
     features: NDArray[np.float16],
     weights: NDArray[np.float64],
 ) -> BottleneckUnit:
-    """A unit where the recipe's `init` says that training begins."""
+    """A unit where the recipe's `init` says that training begins.
+
+    Args:
+        entry: has the trained point to start from, if that is what `init` names.
+        point: the recipe of the unit.
+        backbone: the frozen network.
+        features: of the training views, (M, C, Hf, Wf).
+        weights: probability of each to be drawn, (M,).
+
+    Raises:
+        InvalidConfig: the unit does not fit the backbone, or not the point to start from.
+    """
+    tail = backbone.tail(point.split)
     unit = new_unit(backbone, point)
-    if point.init in ("task", "principal"):
+    if point.init in ("task", "principal", "next"):
         rows = _sample(weights, _INIT_FEATURES, seed=1)
         f = torch.from_numpy(features[rows].astype(np.float32))
-        init_linear(unit, tail, f, task_metric=point.init == "task")
+        if point.init == "next":
+            init_next(unit, tail, f)
+        else:
+            init_linear(unit, tail, f, task_metric=point.init == "task")
     elif point.init != "random":
         source = entry.recipe.point(point.init)
         if _geometry(source) != _geometry(point):
-            raise InvalidConfig(f"{point.id} cannot start from {source.id}: split, stride, kernel or filters differ")
+            raise InvalidConfig(
+                f"{point.id} cannot start from {source.id}: split, stride, kernel, filters, topology or hidden differ"
+            )
         unit = entry.unit(backbone, source).requires_grad_()
     return unit
 
 
-def _geometry(point: PointRecipe) -> tuple[str, int, int | None, int]:
-    return point.split, point.stride, point.kernel, point.filters
+def _geometry(point: PointRecipe) -> tuple[object, ...]:
+    return point.split, point.stride, point.kernel, point.filters, point.topology, point.hidden
 
 
 def symbols_of(

@@ -2,9 +2,12 @@
 
     hyperprior   R = E[-log2 p(z) - log2 p(y|z)], z = h_a(y)     eq. (3) of the paper; Balle et al. 2018
     factorized   R = E[-log2 p(y)], channels independent          the model that codes the symbols in deployment
+    l1           R = E[|y / Q|_1]                                 the baseline that eq. (3) replaces (Datta et al. 2022)
 
-Both see the latent in units of the step, ``y / Q``, with additive uniform noise in place of rounding, and integrate
-each density over the quantization bin. Dimensions: N batch, Cr latent channels, Cz hyper-latent channels.
+The first two see the latent in units of the step, ``y / Q``, with additive uniform noise in place of rounding, and
+integrate
+each density over the quantization bin. l1 is not in bits; a factorized density beside it, which the unit's gradient
+never sees, tells what the latent costs. Dimensions: N batch, Cr latent channels, Cz hyper-latent channels.
 """
 
 import itertools
@@ -15,9 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["FactorizedDensity", "FactorizedRate", "HyperpriorRate", "RateKind", "build_rate", "gaussian_bin_bits"]
+__all__ = [
+    "FactorizedDensity",
+    "FactorizedRate",
+    "HyperpriorRate",
+    "L1Rate",
+    "RateKind",
+    "RateTerm",
+    "build_rate",
+    "gaussian_bin_bits",
+]
 
-RateKind = Literal["hyperprior", "factorized"]
+RateKind = Literal["hyperprior", "factorized", "l1"]
 
 _MIN_LIKELIHOOD = 1e-9
 _LN2 = math.log(2.0)
@@ -132,7 +144,32 @@ def _perturbed(v: Tensor, *, hard: bool) -> Tensor:
     return torch.round(v) if hard else v + torch.empty_like(v).uniform_(-0.5, 0.5)
 
 
-class FactorizedRate(nn.Module):
+class RateTerm(nn.Module):
+    """What every rate term does."""
+
+    def fit_scale(self, std: Tensor) -> None:
+        """Start as wide as the latent is.
+
+        Args:
+            std: of each latent channel, (Cr,), in units of the step.
+        """
+        raise NotImplementedError
+
+    def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
+        """What a latent costs.
+
+        Args:
+            y: latent before rounding, (N, Cr, h, w).
+            step: quantizer step Q.
+            hard: estimated bits of the rounded latent, without a gradient worth following; else the term to minimize.
+
+        Returns:
+            (N,), in bits; of `L1Rate`, where not ``hard``, in steps.
+        """
+        raise NotImplementedError
+
+
+class FactorizedRate(RateTerm):
     """Bits of a latent under one learned density per channel.
 
     Args:
@@ -144,24 +181,41 @@ class FactorizedRate(nn.Module):
         self.density = FactorizedDensity(latent_channels)
 
     def fit_scale(self, std: Tensor) -> None:
-        """Start as wide as the latent is: (Cr,), in units of the step."""
+        """See `RateTerm.fit_scale`."""
         self.density.fit_scale(std)
 
     def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
-        """Bits of each latent.
-
-        Args:
-            y: latent before rounding, (N, Cr, h, w).
-            step: quantizer step Q.
-            hard: round in place of adding noise.
-
-        Returns:
-            (N,) bits.
-        """
+        """Bits of each latent: see `RateTerm.forward`."""
         return self.density.bits(_perturbed(y / step, hard=hard)).sum(dim=(1, 2, 3))
 
 
-class HyperpriorRate(nn.Module):
+class L1Rate(RateTerm):
+    """The l1 norm of the latent in units of the step.
+
+    Args:
+        latent_channels: Cr.
+    """
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        self.density = FactorizedDensity(latent_channels)
+
+    def fit_scale(self, std: Tensor) -> None:
+        """See `RateTerm.fit_scale`."""
+        self.density.fit_scale(std)
+
+    def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
+        """The norm, or the bits of the rounded latent: see `RateTerm.forward`.
+
+        The density beside it learns in the same pass: its bits are added and taken away again, so that only their
+        gradient remains.
+        """
+        v = y / step
+        bits = self.density.bits(_perturbed(v.detach(), hard=hard)).sum(dim=(1, 2, 3))
+        return bits if hard else v.abs().sum(dim=(1, 2, 3)) + bits - bits.detach()
+
+
+class HyperpriorRate(RateTerm):
     """The neural rate estimator of the paper, eq. (3), in the architecture of the authors' checkpoints.
 
     ``h_a``: depthwise 3x3 with bias, batch norm, ReLU, 1x1 to Cz, batch norm. ``h_s``: 1x1 transposed to Cr, batch
@@ -193,23 +247,14 @@ class HyperpriorRate(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, std: Tensor) -> None:
-        """Start with Gaussians as wide as the latent is: (Cr,), in units of the step."""
+        """See `RateTerm.fit_scale`."""
         norm = self.h_s[4]
         assert isinstance(norm, nn.BatchNorm2d)
         norm.weight.fill_(0.3)
         norm.bias.copy_(std.clamp(min=0.1).log())
 
     def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
-        """Bits of each latent, its hyper-latent included.
-
-        Args:
-            y: latent before rounding, (N, Cr, h, w).
-            step: quantizer step Q.
-            hard: round in place of adding noise.
-
-        Returns:
-            (N,) bits.
-        """
+        """Bits of each latent, its hyper-latent included: see `RateTerm.forward`."""
         v = y / step
         z = _perturbed(self.h_a(v), hard=hard)  # (N, Cz, h, w)
         sigma = torch.exp(self.h_s(z).clamp(-7.0, 7.0))  # (N, Cr, h, w)
@@ -217,6 +262,13 @@ class HyperpriorRate(nn.Module):
         return bits + self.density.bits(z).sum(dim=(1, 2, 3))
 
 
-def build_rate(kind: RateKind, latent_channels: int) -> FactorizedRate | HyperpriorRate:
+_KINDS: dict[RateKind, type[FactorizedRate] | type[HyperpriorRate] | type[L1Rate]] = {
+    "hyperprior": HyperpriorRate,
+    "factorized": FactorizedRate,
+    "l1": L1Rate,
+}
+
+
+def build_rate(kind: RateKind, latent_channels: int) -> RateTerm:
     """A rate term by name."""
-    return HyperpriorRate(latent_channels) if kind == "hyperprior" else FactorizedRate(latent_channels)
+    return _KINDS[kind](latent_channels)

@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bitneck.errors import InvalidConfig
 from bitneck.ids import ID_PATTERN
+from bitneck_models.rate import RateKind
+from bitneck_models.units import Topology
 
-__all__ = ["PointRecipe", "Recipe", "Source", "TrainingRecipe", "load_recipe"]
+__all__ = ["PointRecipe", "Recipe", "Source", "TaskTerm", "TrainingRecipe", "load_recipe"]
 
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 
@@ -19,19 +21,43 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """A folder of photographs to learn from; labels are not used.
+    """A folder of photographs to learn from.
 
     Attributes:
         folder: below the data folder.
         views: random views of each photograph.
         share: of every batch that comes from this source; shares are relative to each other.
         validate_every: put every n-th photograph aside for validation; 0 for none.
+        labels: the folder has one folder for each class, or ``labels.csv``, and the labels may be used, which only a
+            task term ``ce`` does.
     """
 
     folder: str
     views: Annotated[int, Field(ge=1, le=1000)] = 1
     share: Annotated[float, Field(gt=0)] = 1.0
     validate_every: Annotated[int, Field(ge=0)] = 0
+    labels: bool = False
+
+
+class TaskTerm(_Strict):
+    """One summand of the task term: how far the student is from where it should be.
+
+    Attributes:
+        kind: ``mae`` or ``mse`` between the features of teacher and student at `layer`; ``kl``, the divergence of the
+            student's class probabilities from the teacher's; ``ce``, cross-entropy with the labels.
+        layer: name of a stage after the split point, for ``mae`` and ``mse``; None for the last.
+        weight: of this summand.
+    """
+
+    kind: Literal["mae", "mse", "kl", "ce"]
+    layer: str | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.layer is not None and self.kind in ("kl", "ce"):
+            raise ValueError(f"{self.kind} compares the network's outputs and takes no layer, got {self.layer!r}")
+        return self
 
 
 class TrainingRecipe(_Strict):
@@ -42,11 +68,13 @@ class TrainingRecipe(_Strict):
         finish_steps: updates in the last stage, whose rate term is the factorized model that will code the symbols.
         batch: features in an update.
         learning_rate: Adam's, at its height, for the unit.
+        encoder_learning_rate: likewise for its encoder, where that is to move less; None for the same.
         rate_learning_rate: likewise for the rate term, which has to follow the unit.
         warmup_steps: over which the rates rise; then they fall along a cosine.
         mix: share of the features that are mixtures of two, for variety.
         ema: decay of the running mean of the weights, which is what is kept.
-        tail_precision: of the frozen tail's arithmetic; bfloat16 is faster where the processor has it.
+        precision: of the arithmetic in the frozen tail and in the unit's layers at the feature's size; those at the
+            latent and the rate term stay in float32. bfloat16 is faster where the processor, or the GPU, has it.
         seed: of everything random.
     """
 
@@ -54,11 +82,12 @@ class TrainingRecipe(_Strict):
     finish_steps: Annotated[int, Field(ge=0)] = 1500
     batch: Annotated[int, Field(ge=2)] = 128
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    encoder_learning_rate: Annotated[float, Field(gt=0)] | None = None
     rate_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     mix: Annotated[float, Field(ge=0, le=1)] = 0.3
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
-    tail_precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
 
 
@@ -79,13 +108,17 @@ class PointRecipe(_Strict):
         target_bytes: where given, lambda is only where training begins; it is then moved until the estimated rate is
             this many bytes per image.
         kernel: K of the depthwise layers; None for the smallest that covers the stride.
+        topology: of the unit; see `bitneck_models.units`.
         filters: D, depthwise filters a channel; see `bitneck_models.units.BottleneckUnit`.
+        hidden: H, channels between the layers, where the topology has any.
+        freeze: leave the encoder's layers before its last one as they begin.
         rate: rate term of the first stage.
-        steps: in place of the recipe's own.
-        finish_steps: likewise.
+        task: summands of the task term.
+        steps: in place of the recipe's own; likewise `finish_steps`, `batch`, `learning_rate`, `encoder_learning_rate`.
+        curve: the curve that the point belongs to in a report; empty for the split point's own.
         ship: whether the point goes into the bundle; else it is only there for others to start from.
-        init: ``task`` or ``principal`` for a linear start (see `bitneck_models.klt`), ``random``, or the id of another
-            point of the recipe, trained before, to start from.
+        init: ``task`` or ``principal`` for a linear start, ``next`` for a copy of the network's next layer (see
+            `bitneck_models.starts`), ``random``, or the id of another point of the recipe, trained before.
     """
 
     id: Id
@@ -96,10 +129,18 @@ class PointRecipe(_Strict):
     lambda_: Annotated[float, Field(gt=0, alias="lambda")]
     target_bytes: Annotated[float, Field(gt=0)] | None = None
     kernel: Annotated[int, Field(ge=1, le=65)] | None = None
+    topology: Topology = "separable"
     filters: Annotated[int, Field(ge=1, le=64)] = 1
-    rate: Literal["hyperprior", "factorized"] = "hyperprior"
+    hidden: Annotated[int, Field(ge=1, le=16384)] | None = None
+    freeze: bool = False
+    rate: RateKind = "hyperprior"
+    task: Annotated[tuple[TaskTerm, ...], Field(min_length=1)] = (TaskTerm(kind="mae"),)
     steps: Annotated[int, Field(ge=0)] | None = None
     finish_steps: Annotated[int, Field(ge=0)] | None = None
+    batch: Annotated[int, Field(ge=2)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    encoder_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    curve: str = ""
     ship: bool = True
     init: str = "task"
 
@@ -119,14 +160,15 @@ class Recipe(_Strict):
         for point in self.points:
             if point.id in ids:
                 raise ValueError(f"two points have the id {point.id}")
-            if point.init not in {"task", "principal", "random"} | ids:
+            if point.init not in {"task", "principal", "next", "random"} | ids:
                 raise ValueError(f"point {point.id}: init {point.init!r} is no method and no point listed before it")
             ids.add(point.id)
         return self
 
     def training_of(self, point: PointRecipe) -> TrainingRecipe:
-        """How one point is trained: the recipe's schedule with the point's own lengths."""
-        own = {"steps": point.steps, "finish_steps": point.finish_steps}
+        """How one point is trained: the recipe's schedule with what the point sets itself."""
+        keys = ("steps", "finish_steps", "batch", "learning_rate", "encoder_learning_rate")
+        own = {key: getattr(point, key) for key in keys}
         return self.training.model_copy(update={key: value for key, value in own.items() if value is not None})
 
     def point(self, point_id: str) -> PointRecipe:

@@ -1,10 +1,10 @@
-"""Training one bottleneck unit by distillation: bits + lambda * |teacher - student| at the network's last layer.
+"""Training one bottleneck unit: rate + lambda * task, eq. (2) of the paper; lambda multiplies the TASK term.
 
     f --unit--> f_hat --tail--> student        the teacher is the same network without the unit: tail(f)
 
-The features come from a cache, the backbone is frozen, and no labels are used (paper, section 3.3, the last layer).
-Every random number is drawn from the seed and the number of the step, so a run that was cut off and resumed gives
-exactly the weights of one that was not.
+The features come from a cache and the backbone is frozen; `bitneck_models.rate` and `bitneck_models.tasks` are the
+terms. Every random number is drawn from the seed and the number of the step, so a run that was cut off and resumed
+gives exactly the weights of one that was not.
 
 Dimensions: M cached features, N batch, C x Hf x Wf feature.
 """
@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig, ModelFailure
-from bitneck_models.rate import FactorizedRate, HyperpriorRate, build_rate
+from bitneck_models.rate import RateTerm, build_rate
 from bitneck_models.recipe import PointRecipe, TrainingRecipe
+from bitneck_models.tasks import NO_LABEL, Labels, TaskLoss
 from bitneck_models.units import BottleneckUnit
 
 __all__ = ["StepReport", "train_unit"]
@@ -31,8 +31,8 @@ __all__ = ["StepReport", "train_unit"]
 _CHECKPOINT_EVERY = 250
 _FINISH_RATE = 0.3
 """Learning rate of the last stage, as a share of the first's."""
-_LAMBDA_GAIN = 0.01
-"""How fast lambda follows a missed target rate: e-fold in 100 steps at an error of 100 %."""
+_LAMBDA_GAIN = 0.02
+"""How fast lambda follows a missed target rate: e-fold in 50 steps at an error of 100 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ def train_unit(
     training: TrainingRecipe,
     *,
     weights: NDArray[np.float64] | None = None,
+    labels: NDArray[np.int64] | None = None,
     checkpoint: Path | None = None,
     report: Callable[[StepReport], None] = lambda _report: None,
     stop_after: int | None = None,
@@ -67,6 +68,7 @@ def train_unit(
         point: step, lambda and rate term.
         training: the schedule.
         weights: probability of each feature to be drawn, (M,), summing to 1; None for all alike.
+        labels: class of each feature, (M,), -1 where unknown; only task terms with labels need them.
         checkpoint: a file to resume from, if it is there, and to save to.
         report: called after every step.
         stop_after: save and return after this many steps in all.
@@ -75,12 +77,13 @@ def train_unit(
         Whether training is complete.
 
     Raises:
-        InvalidConfig: fewer features than a batch, or a checkpoint of another recipe.
+        InvalidConfig: fewer features than a batch, a layer that is not there, labels that are missing, or a checkpoint
+            of another recipe.
         ModelFailure: the loss is not finite, or the latent has collapsed to zeros.
     """
     if len(features) < training.batch:
         raise InvalidConfig(f"{len(features)} features are fewer than a batch of {training.batch}; add photographs")
-    run = _Run(unit, tail, features, weights, point, training)
+    run = _Run(unit, tail, features, weights, labels, point, training)
     total = training.steps + training.finish_steps
     if checkpoint is not None and checkpoint.is_file():
         run.load(checkpoint)
@@ -108,33 +111,48 @@ class _Run:
         tail: nn.Module,
         features: NDArray[np.float16],
         weights: NDArray[np.float64] | None,
+        labels: NDArray[np.int64] | None,
         point: PointRecipe,
         training: TrainingRecipe,
     ) -> None:
-        self.weights = weights
         self.unit, self.tail, self.features, self.point, self.training = unit, tail, features, point, training
+        self.weights, self.labels = weights, labels
+        self.task = TaskLoss(point.task, tail)
+        if self.task.needs_labels:
+            self._demand_labels(point)
         self.done = 0
         self.lambda_ = point.lambda_
         self.device = next(unit.parameters()).device
         self._begin_stage()
         self.mean = {k: v.detach().clone() for k, v in unit.state_dict().items()}
 
+    def _demand_labels(self, point: PointRecipe) -> None:
+        """Without a teacher only what has a label is drawn."""
+        known = self.labels != NO_LABEL if self.labels is not None else np.zeros(len(self.features), np.bool_)
+        if not np.any(known):
+            raise InvalidConfig(f"{point.id} has a task term `ce`, and no feature has a label")
+        if not self.task.needs_teacher:
+            weights = self.weights if self.weights is not None else np.full(len(known), 1 / len(known))
+            self.weights = np.where(known, weights, 0.0)
+            self.weights /= self.weights.sum()
+
     def _begin_stage(self) -> None:
         """A fresh rate term and optimizer."""
         finishing = self.done >= self.training.steps
         with _seeded(self.training.seed, self.done, 1):
             kind = "factorized" if finishing else self.point.rate
-            self.rate: FactorizedRate | HyperpriorRate = build_rate(kind, self.unit.latent_shape[0]).to(self.device)
+            self.rate: RateTerm = build_rate(kind, self.unit.latent_shape[0]).to(self.device)
         with torch.no_grad():
-            y = self.unit.eval().encoder(self._batch())
+            y = self.unit.eval().encoder(self._batch()[0])
             self.rate.fit_scale((y / self.point.step).std(dim=(0, 2, 3)))
         peak = self.training.learning_rate * (_FINISH_RATE if finishing else 1.0)
+        own = self.training.encoder_learning_rate
+        encoder_peak = peak if own is None else peak * own / self.training.learning_rate
+        self.unit.encoder.body.requires_grad_(not self.point.freeze)
         self.optimizer = torch.optim.Adam(
             [
-                {
-                    "params": list(self.unit.parameters()),
-                    "peak": peak,
-                },
+                {"params": [p for p in self.unit.encoder.parameters() if p.requires_grad], "peak": encoder_peak},
+                {"params": list(self.unit.decoder.parameters()), "peak": peak},
                 {"params": list(self.rate.parameters()), "peak": self.training.rate_learning_rate},
             ]
         )
@@ -147,16 +165,19 @@ class _Run:
         self.unit.eval()  # batch norms keep their statistics: the unit starts from a solution, not from noise
         self.rate.train()
         with _seeded(self.training.seed, self.done, 0):
-            f = self._batch()  # (N, C, Hf, Wf)
-            with torch.no_grad(), self._tail_precision():
-                teacher = self.tail(f).float()
-            y, f_hat = self.unit(f, self.point.step)
+            f, labels = self._batch()  # (N, C, Hf, Wf)
+            with torch.no_grad(), self._low_precision():
+                teacher = self.task.features(f) if self.task.needs_teacher else {}
+            with self._low_precision():
+                t = self.unit.encoder.body(f)
+            y = self.unit.encoder.latent(t.float())
+            t = self.unit.decoder.mix(self.unit.rounded(y, self.point.step))
             bits = self.rate(y, self.point.step).mean()
             with torch.no_grad():
                 coded = self.rate(y, self.point.step, hard=True).mean().item()
-            with self._tail_precision():
-                student = self.tail(f_hat).float()
-            task = F.l1_loss(student, teacher)
+            with self._low_precision():
+                student = self.task.features(self.unit.decoder.body(t))
+            task = self.task(student, teacher, labels)
         loss = bits + self.lambda_ * task
         if not torch.isfinite(loss):
             raise ModelFailure(
@@ -176,9 +197,9 @@ class _Run:
         self._update_mean()
         return coded, task.item()
 
-    def _tail_precision(self) -> torch.autocast:
-        """The frozen tail takes most of the time; the unit and the rate term stay in float32."""
-        low = self.training.tail_precision == "bfloat16"
+    def _low_precision(self) -> torch.autocast:
+        """For what takes most of the time; the latent and the rate term stay in float32."""
+        low = self.training.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low)
 
     def _follow_target(self, bits: float) -> None:
@@ -201,19 +222,26 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * warm * (0.01 + 0.99 * fall)
 
-    def _batch(self) -> Tensor:
-        """Features of a batch, mirrored at random and partly mixed."""
+    def _batch(self) -> tuple[Tensor, Labels | None]:
+        """Features of a batch, mirrored at random and partly mixed, and what is known of their classes."""
         rng = np.random.default_rng([self.training.seed, self.done])
         rows = np.sort(rng.choice(len(self.features), self.training.batch, replace=False, p=self.weights))
-        f = torch.from_numpy(self.features[rows].astype(np.float32)).to(self.device)
-        f = f[torch.from_numpy(rng.permutation(len(f)))]
+        order = rng.permutation(len(rows))
+        f = torch.from_numpy(self.features[rows].astype(np.float32)[order]).to(self.device)
         if rng.random() < 0.5:
             f = f.flip(3)
+        share = np.ones(len(f), np.float32)
         mixed = int(len(f) * self.training.mix) // 2 * 2
         if mixed:
-            share = torch.from_numpy(rng.uniform(0.2, 0.8, (mixed, 1, 1, 1)).astype(np.float32)).to(self.device)
-            f[:mixed] = share * f[:mixed] + (1 - share) * f[:mixed].flip(0)
-        return f
+            share[:mixed] = rng.uniform(0.2, 0.8, mixed)
+            part = torch.from_numpy(share[:mixed, None, None, None]).to(self.device)
+            f[:mixed] = part * f[:mixed] + (1 - part) * f[:mixed].flip(0)
+        if self.labels is None or not self.task.needs_labels:
+            return f, None
+        first = self.labels[rows][order]
+        second = first.copy()
+        second[:mixed] = first[:mixed][::-1]
+        return f, Labels(*(torch.from_numpy(a).to(self.device) for a in (first, second, share)))
 
     def _update_mean(self) -> None:
         decay = min(self.training.ema, (1 + self.done) / (10 + self.done))
@@ -272,8 +300,9 @@ class _seeded:  # noqa: N801  a context manager that reads as a word
         self._seed = (seed * 2 + purpose) * 1_000_003 + step
 
     def __enter__(self) -> None:
-        self._state = torch.get_rng_state()
+        self._fork = torch.random.fork_rng()
+        self._fork.__enter__()
         torch.manual_seed(self._seed)
 
     def __exit__(self, *_exc: object) -> None:
-        torch.set_rng_state(self._state)
+        self._fork.__exit__(None, None, None)

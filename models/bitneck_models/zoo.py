@@ -24,7 +24,7 @@ from bitneck_models.backbones import Backbone
 from bitneck_models.recipe import PointRecipe, Recipe, load_recipe
 from bitneck_models.units import BottleneckUnit
 
-__all__ = ["MeasuredLadder", "MeasuredPoint", "PointRecord", "ZooEntry", "new_unit", "round_weights"]
+__all__ = ["MeasuredLadder", "MeasuredPoint", "PointRecord", "ZooEntry", "new_unit", "round_weights", "save_point"]
 
 
 class _Strict(BaseModel):
@@ -108,7 +108,7 @@ class ZooEntry:
             )
         try:
             state = load_file(path)
-            unit = new_unit(backbone, point, channels=int(state["encoder.mix.weight"].shape[0]))
+            unit = new_unit(backbone, point, channels=int(state["encoder.mix_norm.weight"].shape[0]))
             unit.load_state_dict(state)
         except (RuntimeError, KeyError, SafetensorError, OSError) as exc:
             raise BundleCorrupt(f"{path} does not fit the recipe ({exc}); train {point.id} again") from exc
@@ -127,20 +127,22 @@ class ZooEntry:
         return FactorizedModel.from_npz(path.read_bytes())
 
     def save(self, point: PointRecipe, unit: BottleneckUnit, tables: FactorizedModel, record: PointRecord) -> None:
-        """Write a trained point, its digests in the record; the weights last, since they mark it as trained.
+        """Write a trained point; see `save_point`."""
+        save_point(self.point_folder(point.id), unit, tables, record)
 
-        Weights are kept as float16: see `round_weights`.
+    def annotated(self, evaluation: dict[str, Any]) -> dict[str, Any]:
+        """An evaluation's document with each point's recipe and training record, and this entry's name.
+
+        Raises:
+            InvalidConfig: it has a point that this entry has not.
         """
-        folder = self.point_folder(point.id)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.half() if v.is_floating_point() else v for k, v in unit.state_dict().items()}
-        weights, arrays = save({k: v.contiguous() for k, v in state.items()}), tables.to_npz()
-        digests = {"unit_sha256": sha256_hex(weights), "tables_sha256": sha256_hex(arrays)}
-        (folder / "tables.npz").write_bytes(arrays)
-        (folder / "record.json").write_text(record.model_copy(update=digests).model_dump_json(indent=1) + "\n")
-        temporary = folder / "unit.part"
-        temporary.write_bytes(weights)
-        temporary.rename(folder / "unit.safetensors")
+        points = []
+        for point in evaluation["points"]:
+            recipe = self.recipe.point(point["id"])
+            record = json.loads((self.point_folder(recipe.id) / "record.json").read_bytes())
+            kept = {key: record[key] for key in ("lambda_final", "estimated_bytes", "validation_bytes", "trained")}
+            points.append(point | {"recipe": recipe.model_dump(mode="json", by_alias=True), "record": kept})
+        return {"name": self.recipe.name} | evaluation | {"points": points}
 
     def ladder(self) -> MeasuredLadder | None:
         """What was measured, or None before any measurement.
@@ -162,6 +164,28 @@ class ZooEntry:
         (self.folder / "ladder.json").write_text(text + "\n")
 
 
+def save_point(folder: Path, unit: BottleneckUnit, tables: FactorizedModel, record: PointRecord) -> None:
+    """Write a trained point, its digests in the record; the weights last, since they mark it as trained.
+
+    Weights are kept as float16: see `round_weights`.
+
+    Args:
+        folder: of the point; made where it does not exist.
+        unit: trained.
+        tables: fitted to it.
+        record: without digests.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in unit.state_dict().items()}
+    weights, arrays = save({k: v.contiguous() for k, v in state.items()}), tables.to_npz()
+    digests = {"unit_sha256": sha256_hex(weights), "tables_sha256": sha256_hex(arrays)}
+    (folder / "tables.npz").write_bytes(arrays)
+    (folder / "record.json").write_text(record.model_copy(update=digests).model_dump_json(indent=1) + "\n")
+    temporary = folder / "unit.part"
+    temporary.write_bytes(weights)
+    temporary.rename(folder / "unit.safetensors")
+
+
 @torch.no_grad()
 def round_weights(unit: BottleneckUnit) -> None:
     """Round a unit's weights to float16, in place, so that what is kept is what was measured."""
@@ -175,15 +199,22 @@ def new_unit(backbone: Backbone, point: PointRecipe, channels: int | None = None
 
     Args:
         backbone: gives the feature's shape.
-        point: gives stride and kernel.
+        point: gives topology, stride and kernel.
         channels: Cr; None for the recipe's.
 
     Raises:
         InvalidConfig: a split point, stride or number of channels that does not fit the backbone.
     """
     feature_shape = backbone.feature_shape(point.split)
+    hidden = point.hidden or (point.channels if point.topology in ("separable2", "conv2") else None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return BottleneckUnit(
-            feature_shape, channels or point.channels, point.stride, point.kernel, point.filters
+            feature_shape,
+            channels or point.channels,
+            point.stride,
+            point.kernel,
+            point.filters,
+            point.topology,
+            hidden,
         ).eval()

@@ -1,0 +1,117 @@
+"""The task term: how far the network with the unit is from the network without it, or from the labels.
+
+    f ------> tail stage -> tail stage -> ... -> teacher's output
+                  |             |                    |             mae, mse at any of them; kl and ce at the last
+    f_hat --> tail stage -> tail stage -> ... -> student's output
+
+Paper, section 3.3. The tail is run only as far as the deepest layer that a term compares.
+
+Dimensions: N batch, L outputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitneck.errors import InvalidConfig
+from bitneck_models.recipe import TaskTerm
+
+__all__ = ["Labels", "TaskLoss"]
+
+NO_LABEL = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Classes of a batch whose features may be mixtures of two.
+
+    Attributes:
+        first: (N,) int64, -1 where unknown.
+        second: likewise, of what was mixed in.
+        share: of the first, (N,) float32.
+    """
+
+    first: Tensor
+    second: Tensor
+    share: Tensor
+
+
+class TaskLoss:
+    """The task term of one point.
+
+    Args:
+        terms: its summands.
+        tail: the frozen network after the split point, its children named like stages (dots as underscores).
+
+    Raises:
+        InvalidConfig: a layer that does not come after the split point; the message lists those that do.
+    """
+
+    def __init__(self, terms: Sequence[TaskTerm], tail: nn.Module) -> None:
+        self.terms = tuple(terms)
+        self.stages = list(tail.named_children()) if isinstance(tail, nn.Sequential) else [("output", tail)]
+        names = [name for name, _ in self.stages]
+        self.layers: list[int] = []
+        for term in self.terms:
+            wanted = names[-1] if term.layer is None else term.layer.replace(".", "_")
+            if wanted not in names:
+                raise InvalidConfig(f"no layer {term.layer!r} after the split point; there are: {', '.join(names)}")
+            self.layers.append(names.index(wanted))
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a term compares with labels."""
+        return any(term.kind == "ce" for term in self.terms)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term compares with the teacher."""
+        return any(term.kind != "ce" for term in self.terms)
+
+    def features(self, f: Tensor) -> dict[int, Tensor]:
+        """What the terms compare, by index of the stage: (N, C, Hf, Wf) through the tail."""
+        found = {}
+        for index, (_, stage) in enumerate(self.stages[: max(self.layers) + 1]):
+            f = stage(f)
+            if index in self.layers:
+                found[index] = f.float()
+        return found
+
+    def __call__(self, student: dict[int, Tensor], teacher: dict[int, Tensor], labels: Labels | None) -> Tensor:
+        """The weighted sum of the terms, each a mean over the batch.
+
+        Args:
+            student: `features` of f_hat.
+            teacher: `features` of f; may be empty where `needs_teacher` is false.
+            labels: of the batch; may be None where `needs_labels` is false.
+        """
+        total = next(iter(student.values())).new_zeros(())
+        for term, layer in zip(self.terms, self.layers, strict=True):
+            s = student[layer]
+            match term.kind:
+                case "mae":
+                    value = F.l1_loss(s, teacher[layer])
+                case "mse":
+                    value = F.mse_loss(s, teacher[layer])
+                case "kl":
+                    value = F.kl_div(
+                        s.log_softmax(1), teacher[layer].log_softmax(1), reduction="batchmean", log_target=True
+                    )
+                case "ce":
+                    if labels is None:
+                        raise InvalidConfig("a task term `ce` needs labels")
+                    value = _cross_entropy(s, labels)
+            total = total + term.weight * value
+        return total
+
+
+def _cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
+    """Mean over what has a label; a mixture counts for both of its classes. 0 where nothing has one."""
+    losses = labels.share * F.cross_entropy(logits, labels.first, ignore_index=NO_LABEL, reduction="none")
+    losses = losses + (1 - labels.share) * F.cross_entropy(
+        logits, labels.second, ignore_index=NO_LABEL, reduction="none"
+    )
+    known = labels.share * (labels.first != NO_LABEL) + (1 - labels.share) * (labels.second != NO_LABEL)
+    return losses.sum() / known.sum().clamp(min=1e-6)

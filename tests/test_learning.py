@@ -1,0 +1,344 @@
+"""Topologies, starts, task terms, the l1 rate term, labels, complexity, intervals."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import stats
+from torch import nn
+
+from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
+from bitneck_models.complexity import Complexity, onnx_complexity
+from bitneck_models.evaluation import mean_interval, wilson
+from bitneck_models.onnx_export import to_onnx
+from bitneck_models.pipeline import choose_device, photo_sets, train_point
+from bitneck_models.rate import L1Rate
+from bitneck_models.recipe import PointRecipe, TaskTerm, TrainingRecipe, load_recipe
+from bitneck_models.scalars import Scalars
+from bitneck_models.starts import init_linear, init_next
+from bitneck_models.tasks import Labels, TaskLoss
+from bitneck_models.training import StepReport, train_unit
+from bitneck_models.units import BottleneckUnit, Topology
+from bitneck_models.zoo import ZooEntry
+from small import small_backbone
+from tiny import photo
+
+TOPOLOGIES: tuple[Topology, ...] = ("separable", "separable2", "conv", "conv2", "inverted")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tail_of_ten(channels: int) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)).eval()
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("size", "stride", "kernel"), [((7, 7), 3, None), ((7, 7), 4, 5), ((5, 9), 2, 3)])
+def test_every_topology_returns_exactly_the_heads_size(
+    topology: Topology, size: tuple[int, int], stride: int, kernel: int | None
+) -> None:
+    unit = BottleneckUnit((6, *size), 4, stride, kernel, topology=topology).eval()
+    f = torch.randn(2, 6, *size)
+    y, f_hat = unit(f, 0.5)
+    assert f_hat.shape == f.shape
+    assert tuple(y.shape[1:]) == unit.latent_shape
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topology": "magic"}, "no topology 'magic'; known: separable"),
+        ({"topology": "conv", "filters": 4}, "one filter a channel"),
+        ({"topology": "conv", "hidden": 4}, "nothing is hidden"),
+        ({"topology": "inverted", "hidden": 3}, "4 latent channels, expected 1 to 3"),
+    ],
+)
+def test_units_that_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        BottleneckUnit((6, 8, 8), 4, 4, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("topology", ["separable2", "conv", "conv2"])
+def test_other_topologies_start_as_pooling_too(topology: Topology) -> None:
+    torch.manual_seed(1)
+    features = torch.randn(200, 6, 8, 8)
+    unit = BottleneckUnit((6, 8, 8), 6, 4, topology=topology).eval()
+    init_linear(unit, tail_of_ten(6), features, task_metric=False)
+    with torch.no_grad():
+        f_hat = unit.decoder(unit.encoder(features))
+    pooled = F.interpolate(F.avg_pool2d(features, 4), scale_factor=4)
+    torch.testing.assert_close(f_hat, pooled, atol=2e-3, rtol=2e-3)
+
+
+def test_the_fast_spread_is_the_transposed_convolution() -> None:
+    unit = BottleneckUnit((6, 8, 8), 4, 4, filters=4)
+    spread = unit.decoder.body.get_submodule("spatial")
+    assert isinstance(spread, nn.ConvTranspose2d)
+    t = torch.randn(3, 24, 2, 2)
+    slow = F.conv_transpose2d(t, spread.weight, stride=4, groups=6)
+    torch.testing.assert_close(spread(t), slow)
+
+
+def expanding_tail() -> nn.Sequential:
+    """A network that goes on with a 1x1 expansion and a batch norm, as inverted residual blocks do."""
+    torch.manual_seed(3)
+    norm = nn.BatchNorm2d(24)
+    norm.running_mean.uniform_(-1, 1)  # type: ignore[union-attr]
+    norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(6, 24, 1, bias=False), norm, nn.ReLU6()), pool, nn.Linear(24, 10)
+    ).eval()
+
+
+def test_a_start_from_the_next_layer() -> None:
+    tail = expanding_tail()
+    features = torch.randn(400, 6, 4, 4) + torch.randn(400, 6, 1, 1)
+    unit = BottleneckUnit((6, 4, 4), 24, 4, topology="inverted", hidden=24, filters=4).eval()
+    init_next(unit, tail, features)
+    with torch.no_grad():
+        pooled = unit.encoder.body(features).flatten(1)
+        torch.testing.assert_close(
+            pooled, tail[1](tail[0](features)), atol=1e-4, rtol=1e-4
+        )  # what the network itself pools
+        latent = unit.encoder(features).flatten(1)
+        assert latent.std(0).square().mean() == pytest.approx(1, abs=0.05)
+        assert latent.mean(0).abs().max() < 0.05
+        agreement = (tail(unit.decoder(unit.encoder(features))).argmax(1) == tail(features).argmax(1)).float().mean()
+    assert agreement > 0.5  # ten classes
+
+
+def test_starts_that_are_refused() -> None:
+    features = torch.randn(50, 6, 4, 4)
+    inverted = BottleneckUnit((6, 4, 4), 4, 4, topology="inverted", hidden=20)
+    with pytest.raises(InvalidConfig, match="needs \\(20, 6, 1, 1\\)"):
+        init_next(inverted, expanding_tail(), features)
+    with pytest.raises(InvalidConfig, match="start from 'random'"):
+        init_next(inverted, tail_of_ten(6), features)
+    with pytest.raises(InvalidConfig, match="only an inverted unit"):
+        init_next(BottleneckUnit((6, 4, 4), 4, 4), expanding_tail(), features)
+    with pytest.raises(InvalidConfig, match="its first layer is not linear"):
+        init_linear(inverted, expanding_tail(), features, task_metric=False)
+
+
+def test_task_terms_by_kind_and_layer() -> None:
+    tail = small_backbone().tail("s2")
+    f, f_hat = torch.randn(4, 8, 8, 8), torch.randn(4, 8, 8, 8)
+    body, logits = [tail.body(x) for x in (f, f_hat)], [tail(x) for x in (f, f_hat)]  # type: ignore[operator]
+
+    def value(*terms: TaskTerm, labels: Labels | None = None) -> float:
+        loss = TaskLoss(terms, tail)
+        return float(loss(loss.features(f_hat), loss.features(f), labels))
+
+    mae, mse = F.l1_loss(*logits), F.mse_loss(body[0], body[1])
+    kl = (logits[0].softmax(1) * (logits[0].log_softmax(1) - logits[1].log_softmax(1))).sum(1).mean()
+    assert value(TaskTerm(kind="mae")) == pytest.approx(float(mae), rel=1e-5)
+    assert value(TaskTerm(kind="mse", layer="body")) == pytest.approx(float(mse), rel=1e-5)
+    assert value(TaskTerm(kind="kl")) == pytest.approx(float(kl), rel=1e-4)
+    both = value(TaskTerm(kind="mae", weight=2.0), TaskTerm(kind="mse", layer="body", weight=0.5))
+    assert both == pytest.approx(2 * float(mae) + 0.5 * float(mse), rel=1e-5)
+    assert max(TaskLoss([TaskTerm(kind="mse", layer="body")], tail).features(f)) == 0  # no further than it must
+    labels = Labels(torch.tensor([1, 2, -1, 3]), torch.tensor([4, -1, -1, 3]), torch.tensor([0.3, 0.6, 0.5, 1.0]))
+    log = logits[1].log_softmax(1)
+    expected = -(0.3 * log[0, 1] + 0.7 * log[0, 4] + 0.6 * log[1, 2] + log[3, 3]) / (0.3 + 0.7 + 0.6 + 1.0)
+    assert value(TaskTerm(kind="ce"), labels=labels) == pytest.approx(float(expected), rel=1e-5)
+    nothing = Labels(torch.full((4,), -1), torch.full((4,), -1), torch.ones(4))
+    assert value(TaskTerm(kind="ce"), labels=nothing) == 0
+
+
+def test_an_unknown_layer_names_those_there_are() -> None:
+    with pytest.raises(InvalidConfig, match=r"no layer 'stem' after the split point; there are: body, classifier"):
+        TaskLoss([TaskTerm(kind="mae", layer="stem")], small_backbone().tail("s2"))
+
+
+def test_l1_is_the_norm_and_its_density_learns_beside_it() -> None:
+    torch.manual_seed(0)
+    rate = L1Rate(3)
+    y = torch.randn(5, 3, 2, 2, requires_grad=True)
+    cost = rate(y, 0.5)
+    torch.testing.assert_close(cost, y.abs().sum(dim=(1, 2, 3)) / 0.5)
+    cost.sum().backward()
+    torch.testing.assert_close(y.grad, y.sign().detach() / 0.5)  # nothing of the density's
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in rate.density.h)
+    assert (rate(y, 0.5, hard=True) > 0).all()
+
+
+RECIPE = """
+name = "small"
+backbone = "small"
+[[data]]
+folder = "labelled"
+views = 2
+validate_every = 4
+labels = true
+[[data]]
+folder = "others"
+[training]
+steps = 6
+finish_steps = 2
+batch = 8
+precision = "float32"
+warmup_steps = 2
+[[points]]
+id = "s1-r1"
+split = "s1"
+stride = 2
+channels = 6
+step = 0.2
+lambda = 300
+rate = "l1"
+init = "principal"
+task = [{ kind = "ce" }]
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / "recipe.toml").write_text(RECIPE)
+    for k in range(16):
+        for folder in (f"labelled/{k % 10}", "others"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            photo(k, (60, 50)).save(tmp_path / folder / f"{k:02d}.png")
+    return tmp_path
+
+
+def test_training_with_labels(home: Path) -> None:
+    entry, backbone = ZooEntry(home / "zoo"), small_backbone()
+    sets = photo_sets(entry.recipe, home, backbone)
+    assert len(sets.labels) == len(sets.weights) == 12 * 2 + 16
+    assert sets.labels[:24].min() >= 0
+    assert (sets.labels[24:] == -1).all()
+    record = train_point(entry, entry.recipe.points[0], backbone, sets, home / "runs")
+    assert record.recipe["task"] == ({"kind": "ce", "layer": None, "weight": 1.0},)
+    events = list((home / "runs" / "small" / "scalars" / "s1-r1").glob("events.*"))
+    assert len(events) == 1
+
+
+def test_labels_that_are_missing(home: Path) -> None:
+    path = home / "zoo" / "recipe.toml"
+    path.write_text(RECIPE.replace("labels = true\n", ""))
+    entry, backbone = ZooEntry(home / "zoo"), small_backbone()
+    with pytest.raises(InvalidConfig, match="set `labels = true`"):
+        train_point(entry, entry.recipe.points[0], backbone, photo_sets(entry.recipe, home, backbone), home / "runs")
+    path.write_text(RECIPE.replace('folder = "others"', 'folder = "others"\nlabels = true'))
+    entry = ZooEntry(home / "zoo")
+    with pytest.raises(InvalidConfig, match=r"neither labels\.csv"):
+        photo_sets(entry.recipe, home, backbone)
+
+
+def test_cross_entropy_alone_draws_only_what_has_a_label() -> None:
+    features = np.zeros((40, 12, 4, 4), np.float16)
+    features[20:] = np.nan  # would show
+    labels = np.where(np.arange(40) < 20, np.arange(40) % 10, -1)
+    features[:20] = np.random.default_rng(0).normal(size=(20, 12, 4, 4))
+    point = PointRecipe.model_validate(
+        {"id": "p", "split": "s1", "stride": 2, "channels": 6, "step": 0.3, "lambda": 50.0, "task": [{"kind": "ce"}]}
+    )
+    training = TrainingRecipe(steps=3, finish_steps=0, batch=8, precision="float32", mix=0.0)
+    torch.manual_seed(0)
+    unit, tail = BottleneckUnit((12, 4, 4), 6, 2).eval(), small_backbone().tail("s1")
+    assert train_unit(unit, tail, features, point, training, labels=labels)
+    with pytest.raises(InvalidConfig, match="no feature has a label"):
+        train_unit(unit, tail, features, point, training)
+    mixed = point.model_copy(update={"task": (TaskTerm(kind="ce"), TaskTerm(kind="mae"))})
+    with pytest.raises(ModelFailure, match="not finite"):  # with a teacher the others are of use
+        train_unit(unit, tail, features, mixed, TrainingRecipe(steps=30, batch=8, precision="float32"), labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('kind = "ce"', 'kind = "hinge"', "points.0.task.0.kind"),
+        ('kind = "ce"', 'kind = "ce", layer = "body"', "takes no layer"),
+        ('kind = "ce"', 'kind = "ce", weight = 0', "weight"),
+        ('[{ kind = "ce" }]', "[]", "task"),
+        ('rate = "l1"', 'topology = "magic"', "topology"),
+    ],
+)
+def test_recipes_that_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace(old, new))
+    with pytest.raises(InvalidConfig, match=message):
+        load_recipe(tmp_path)
+
+
+def test_frozen_layers_stay_as_they_are() -> None:
+    features = np.random.default_rng(0).normal(size=(64, 6, 4, 4)).astype(np.float16)
+    point = PointRecipe.model_validate(
+        {
+            "id": "p", "split": "s1", "stride": 4, "channels": 8, "step": 0.3, "lambda": 50.0, "topology": "inverted",
+            "hidden": 24, "init": "next", "freeze": True,
+        }
+    )  # fmt: skip
+    tail = expanding_tail().requires_grad_(requires_grad=False)
+    unit = BottleneckUnit((6, 4, 4), 8, 4, topology="inverted", hidden=24).eval()
+    init_next(unit, tail, torch.from_numpy(features.astype(np.float32)))
+    before = {k: v.clone() for k, v in unit.state_dict().items()}
+    train_unit(unit, tail, features, point, TrainingRecipe(steps=8, finish_steps=2, batch=16, warmup_steps=2))
+    changed = {k for k, v in unit.state_dict().items() if not torch.equal(v, before[k])}
+    assert not any(name.startswith("encoder.body") for name in changed)
+    assert {"encoder.mix.weight", "decoder.mix.weight"} <= changed
+
+
+def test_complexity_is_counted_from_what_is_deployed(tmp_path: Path) -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+    ).eval()  # fmt: skip
+    path = tmp_path / "a.onnx"
+    path.write_bytes(to_onnx(module, (3, 16, 16)))
+    found = onnx_complexity(path)
+    assert found == Complexity(3 * 8 * 9 + 8 * 9 + 8 * 10 + 10, 8 * 8 * 8 * 27 + 8 * 8 * 8 * 9 + 80)
+    unit = BottleneckUnit((6, 8, 8), 5, 4, filters=4).eval()
+    path.write_bytes(to_onnx(unit.decoder, unit.latent_shape))
+    assert onnx_complexity(path).multiply_adds >= 5 * 24 * 4  # the 1x1 layer's at least
+    path.write_bytes(b"no onnx")
+    with pytest.raises(BundleCorrupt, match="not readable as ONNX"):
+        onnx_complexity(path)
+
+
+def test_intervals() -> None:
+    for right, count in ((0, 10), (3, 10), (355, 400), (400, 400)):
+        expected = stats.binomtest(right, count).proportion_ci(method="wilson")
+        assert wilson(right / count, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    low, high = mean_interval(np.array([0.0, 1.0, 0.0, 1.0]))
+    assert (low + high) / 2 == pytest.approx(0.5)
+    assert high - low == pytest.approx(2 * 1.96 * 0.25, rel=1e-3)
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == "cpu"
+    assert choose_device("auto") in ("cpu", "cuda")
+    with pytest.raises(InvalidConfig, match="device 'abacus' cannot be used"):
+        choose_device("abacus")
+
+
+def test_scalars_of_a_resumed_run_replace_what_it_repeats(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in (range(1, 41), range(31, 61)):
+        with Scalars(tmp_path) as scalars:
+            for k in steps:
+                scalars.add(StepReport(k, 60, bits=8.0 * k, task=0.5, lambda_=7.0))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("estimated_bytes")] == [(k, k) for k in (10, 20, 30, 40, 50, 60)]
+
+
+def test_augmented_views_of_tiny_photographs(tmp_path: Path) -> None:
+    """Smaller than the network's input: enlarged, not refused."""
+    from bitneck_models.photos import augment
+
+    view = augment(Image.new("RGB", (9, 5), "red"), 32, np.random.default_rng(0))
+    assert view.size == (32, 32)
