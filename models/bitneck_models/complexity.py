@@ -1,0 +1,113 @@
+"""What a part of a bundle costs: parameters and multiply-adds, counted from the ONNX file that is deployed.
+
+Table 4 of the paper. Multiply-adds are those of convolutions and matrix products; additions of biases, activations and
+pooling are not counted.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import numpy_helper
+
+from bitneck.errors import BundleCorrupt
+from bitneck.ladder import OperatingPoint
+from bitneck.manifest import Manifest
+
+__all__ = ["Complexity", "PointComplexity", "onnx_complexity", "point_complexity"]
+
+
+@dataclass(frozen=True, slots=True)
+class Complexity:
+    """Of one photograph through one module."""
+
+    parameters: int
+    multiply_adds: int
+
+    def __add__(self, other: "Complexity") -> "Complexity":
+        """Two modules, one after the other."""
+        return Complexity(self.parameters + other.parameters, self.multiply_adds + other.multiply_adds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointComplexity:
+    """Head and encoder run at the edge, decoder and tail in the cloud."""
+
+    head: Complexity
+    encoder: Complexity
+    decoder: Complexity
+    tail: Complexity
+
+
+def point_complexity(root: Path, manifest: Manifest, point: OperatingPoint) -> PointComplexity:
+    """The four parts of one operating point.
+
+    Args:
+        root: the bundle's folder.
+        manifest: of the bundle.
+        point: one of its operating points.
+    """
+    cut = next(s.after_segment for s in manifest.split_points if s.name == point.split) + 1
+    segments = [onnx_complexity(root / segment.file) for segment in manifest.segments]
+    nothing = Complexity(0, 0)
+    return PointComplexity(
+        head=sum(segments[:cut], nothing),
+        encoder=onnx_complexity(root / "points" / point.id / "encoder.onnx"),
+        decoder=onnx_complexity(root / "points" / point.id / "decoder.onnx"),
+        tail=sum(segments[cut:], nothing),
+    )
+
+
+def onnx_complexity(path: Path) -> Complexity:
+    """Count one file, for a batch of one.
+
+    Raises:
+        BundleCorrupt: it is no ONNX file, or the shapes in it cannot be told.
+    """
+    try:
+        model = onnx.load(path)
+        for value in model.graph.input:
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+        del model.graph.value_info[:]
+        for value in model.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception as exc:  # onnx raises many kinds for a broken file
+        raise BundleCorrupt(f"{path}: not readable as ONNX ({exc})") from exc
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in _values(graph)}
+    shapes |= {t.name: list(t.dims) for t in graph.initializer}
+    parameters = sum(math.prod(t.dims) for t in graph.initializer if numpy_helper.to_array(t).dtype.kind == "f")
+    return Complexity(parameters, sum(_multiply_adds(node, shapes, path) for node in graph.node))
+
+
+def _values(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
+    yield from graph.input
+    yield from graph.value_info
+    yield from graph.output
+
+
+def _multiply_adds(node: onnx.NodeProto, shapes: dict[str, list[int]], path: Path) -> int:
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"):
+        return 0
+    try:
+        weight, result, inputs = shapes[node.input[1]], shapes[node.output[0]], shapes[node.input[0]]
+    except KeyError as exc:
+        raise BundleCorrupt(f"{path}: the shape of {exc} is unknown") from exc
+    match node.op_type:
+        case "Conv":
+            return math.prod(result) * math.prod(weight[1:])
+        case "ConvTranspose":
+            return math.prod(inputs) * math.prod(weight[1:])
+        case "Einsum":
+            return _einsum(node, inputs, weight)
+        case _:  # the summed dimension is the input's last
+            return math.prod(result) * inputs[-1]
+
+
+def _einsum(node: onnx.NodeProto, left: list[int], right: list[int]) -> int:
+    equation = next(a.s.decode() for a in node.attribute if a.name == "equation").replace(" ", "")
+    first, second = equation.split("->")[0].split(",")
+    sizes = dict(zip(first, left, strict=True)) | dict(zip(second, right, strict=True))
+    return math.prod(sizes.values())
