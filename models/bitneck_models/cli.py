@@ -2,9 +2,11 @@
 
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import bitneck
-from bitneck.errors import BitneckError, InvalidConfig
+from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
 
 __all__ = ["app", "main"]
 
@@ -40,10 +42,11 @@ def train(
     runs: Runs = Path("runs"),
     weights: Weights = None,
     again: Annotated[bool, typer.Option("--again", help="Train points that are trained already.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
 ) -> None:
     """Train the recipe's operating points; started again, it goes on where it stopped."""
     from bitneck_models.backbones import build_backbone
-    from bitneck_models.pipeline import photo_sets, train_point
+    from bitneck_models.pipeline import choose_device, photo_sets, train_point
     from bitneck_models.training import StepReport
     from bitneck_models.zoo import ZooEntry
 
@@ -56,8 +59,9 @@ def train(
     if not points:
         console.print(f"every point of {zoo} is trained; use --again to train anew")
         return
-    sets = photo_sets(entry.recipe, _data_folder(data))
     backbone = build_backbone(entry.recipe.backbone, weights)
+    sets = photo_sets(entry.recipe, _data_folder(data), backbone)
+    place = choose_device(device)
     for item in points:
         if again:
             (runs / entry.recipe.name / f"{item.id}.pt").unlink(missing_ok=True)
@@ -74,11 +78,144 @@ def train(
                 if not console.is_terminal and step.step % 250 == 0:
                     console.print(f"{text}, step {step.step} of {step.steps}")
 
-            record = train_point(entry, item, backbone, sets, runs, on_features=on_features, on_step=on_step)
+            record = train_point(
+                entry, item, backbone, sets, runs, device=place, on_features=on_features, on_step=on_step
+            )
         console.print(
             f"{item.id}: {record.validation_bytes:.1f} bytes, agreement {record.validation_agreement:.3f} "
             f"on {record.validation_photos} validation photographs"
         )
+
+
+Space = Annotated[Path, typer.Option("--space", help="The search space, a TOML file.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="SQLAlchemy URL of the trials; else a SQLite file in --runs. PostgreSQL or MySQL for machines."),
+]
+
+
+@app.command()
+def search(
+    zoo: Zoo,
+    space: Space,
+    data: Data = None,
+    runs: Runs = Path("runs"),
+    storage: Storage = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Of the whole search, all workers and earlier runs together.")
+    ] = 50,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    weights: Weights = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
+) -> None:
+    """Search (S, Cr, lambda, Q) for the best rate-accuracy curve; started again, or elsewhere too, it goes on."""
+    from bitneck_models.backbones import build_backbone
+    from bitneck_models.pipeline import choose_device, photo_sets, split_features
+    from bitneck_models.search import describe, load_space, open_study, work
+    from bitneck_models.zoo import ZooEntry
+
+    entry, wanted = ZooEntry(zoo), load_space(space)
+    folder = _data_folder(data)
+    backbone = build_backbone(entry.recipe.backbone, weights)
+    wanted.check(backbone)
+    sets = photo_sets(entry.recipe, folder, backbone)
+    place = choose_device(device)
+    url = _storage(storage, runs, wanted.name)
+    study = open_study(wanted, url)
+    console = Console(stderr=True)
+    if workers > 1:
+        with _progress(console) as progress:
+            task = progress.add_task(f"{wanted.split}: features", total=None)
+            split_features(
+                backbone, wanted.split, sets, wanted.training.seed, runs,
+                lambda done, total: progress.update(task, completed=done, total=total),
+            )  # fmt: skip
+        _spawn(workers, zoo, space, folder, runs, url, trials, weights, device)
+        return
+
+    work(
+        study, wanted, entry, backbone, sets, runs,
+        trials=trials, device=place, on_trial=lambda trial: console.print(describe(trial)),
+    )  # fmt: skip
+
+
+def _storage(storage: str | None, runs: Path, name: str) -> str:
+    if storage is not None:
+        return storage
+    (runs / "search").mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{(runs / 'search' / f'{name}.db').resolve()}"
+
+
+def _spawn(
+    workers: int,
+    zoo: Path,
+    space: Path,
+    data: Path,
+    runs: Path,
+    url: str,
+    trials: int,
+    weights: Path | None,
+    device: str,
+) -> None:
+    """Several workers as processes of their own, each with its share of the cores; Ctrl-C reaches them all."""
+    command = [
+        sys.executable, "-c", "from bitneck_models.cli import main; main()", "search", str(zoo), "--space", str(space),
+        "--data", str(data), "--runs", str(runs), "--storage", url, "--trials", str(trials), "--device", device,
+        *(["--weights", str(weights)] if weights is not None else []),
+    ]  # fmt: skip
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"OMP_NUM_THREADS": threads}
+    processes = [subprocess.Popen(command, env=environment) for _ in range(workers)]  # noqa: S603  our own command
+    try:
+        codes = [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+    if any(codes):
+        raise ModelFailure(f"{sum(code != 0 for code in codes)} of {workers} workers failed; see above")
+
+
+@app.command()
+def pareto(
+    zoo: Zoo,
+    space: Space,
+    runs: Runs = Path("runs"),
+    storage: Storage = None,
+    points: Annotated[int, typer.Option(min=1, help="How many operating points to pick.")] = 6,
+    prefix: Annotated[str, typer.Option(help="Of the new points' ids: PREFIX1 is the lowest rate.")] = "",
+    write: Annotated[bool, typer.Option("--write", help="Write them into the zoo entry, units and recipe.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a search's front, pick a ladder from it, and write that into a zoo entry."""
+    from bitneck_models.search import adopt, front, load_space, open_study, pick_ladder
+    from bitneck_models.zoo import ZooEntry
+
+    wanted, entry = load_space(space), ZooEntry(zoo)
+    found = front(open_study(wanted, _storage(storage, runs, wanted.name), create=False))
+    picked = [found[i] for i in pick_ladder([(f.bpp, f.agreement) for f in found], points)]
+    names = [f"{prefix or wanted.split + '-p'}{k}" for k in range(1, len(picked) + 1)]
+    if write:
+        adopt(entry, picked, names)
+    chosen = dict(zip((f.number for f in picked), names, strict=True))
+    rows = [
+        {
+            "trial": f.number, "point": chosen.get(f.number, ""), "payload_bytes": f.payload_bytes, "bpp": f.bpp,
+            "agreement": f.agreement, "stride": f.recipe["stride"], "channels": f.recipe["channels"],
+            "lambda": f.recipe["lambda"], "step": f.recipe["step"],
+        }
+        for f in found
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps({"study": wanted.name, "written": write, "front": rows}))  # noqa: T201
+        return
+    table = Table("trial", "point", "bytes", "bpp", "agreement", "S", "Cr", "lambda", "Q")
+    for r in rows:
+        table.add_row(
+            str(r["trial"]), str(r["point"]), f"{r['payload_bytes']:.1f}", f"{r['bpp']:.4f}", f"{r['agreement']:.4f}",
+            str(r["stride"]), str(r["channels"]), f"{r['lambda']:.0f}", f"{r['step']:.2f}",
+        )  # fmt: skip
+    Console().print(table)
+    print(f"{len(names)} points {'written to' if write else 'to write with --write into'} {zoo}")  # noqa: T201
 
 
 @app.command()
@@ -122,6 +259,9 @@ def evaluate(
     record: Annotated[
         Path | None, typer.Option(help="Write the result into this zoo entry's ladder.json.", metavar="ZOO")
     ] = None,
+    zoo: Annotated[
+        Path | None, typer.Option(help="Add each point's recipe and training record, for `report`.", metavar="ZOO")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a bundle on labelled photographs, through real bytes.
@@ -145,16 +285,107 @@ def evaluate(
     if record is not None:
         ZooEntry(record).save_ladder(result.ladder(folder.resolve().name))
     if as_json:
-        print(json.dumps(result.to_dict()))  # noqa: T201
+        document = {"dataset": folder.resolve().name} | result.to_dict()
+        if zoo is not None:
+            document = ZooEntry(zoo).annotated(document)
+        print(json.dumps(document, indent=1))  # noqa: T201
         return
-    table = Table("point", "split", "top-1", "agreement", "payload bytes", "bpp", "bpp on the wire")
+    table = Table("point", "split", "top-1 (95 %)", "agreement", "bytes (5th, 95th)", "estimated", "bpp", "on the wire")
     for p in result.points:
+        low, high = p.top1_interval
         table.add_row(
-            p.id, p.split, f"{p.top1:.4f}", f"{p.agreement:.4f}", f"{p.payload_bytes_mean:.1f}",
-            f"{p.bpp_payload:.4f}", f"{p.bpp_wire:.4f}",
+            p.id, p.split, f"{p.top1:.4f} ({low:.3f} to {high:.3f})", f"{p.agreement:.4f}",
+            f"{p.payload_bytes_mean:.1f} ({p.payload_bytes_p5:.0f}, {p.payload_bytes_p95:.0f})",
+            f"{p.ideal_bytes_mean:.1f}", f"{p.bpp_payload:.4f}", f"{p.bpp_wire:.4f}",
         )  # fmt: skip
     Console().print(table)
     print(f"uncompressed: {result.top1:.4f} on {result.images} photographs")  # noqa: T201
+
+
+@app.command()
+def baselines(
+    data: Data = None,
+    backbone: Annotated[str, typer.Option(help="The network.")] = "efficientnet_lite0",
+    codec: Annotated[list[str] | None, typer.Option(help="This image codec only; repeatable.")] = None,
+    zoo: Annotated[
+        Path | None,
+        typer.Option(help="Its training photographs fit the training-free baseline; without it that one is left out."),
+    ] = None,
+    train_data: Annotated[Path | None, typer.Option(help="The folder of that recipe's photographs.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="For raw features and the training-free baseline.")] = None,
+    runs: Runs = Path("runs"),
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what the units are compared with: image codecs, raw features, and pooling with principal components."""
+    from bitneck_models.backbones import build_backbone
+    from bitneck_models.baselines import CODECS, SWEEP, image_baselines, raw_baselines, training_free
+    from bitneck_models.photos import labelled_photos
+    from bitneck_models.pipeline import photo_sets, split_features, table_features
+    from bitneck_models.zoo import ZooEntry
+
+    net = build_backbone(backbone, weights)
+    folder = _data_folder(data)
+    photos = labelled_photos(folder, net.wnids, net.labels)
+    splits = split or list(net.splits)
+    for name in splits:
+        net.split_index(name)
+    console = Console(stderr=True)
+    points = []
+    with _progress(console) as progress:
+
+        def counter(what: str) -> Callable[[int, int], None]:
+            task = progress.add_task(what, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        uncompressed, found = image_baselines(
+            net, photos, runs / "cache", codecs=codec or CODECS, progress=counter("image codecs")
+        )
+        points += found
+        for name in splits:
+            points += raw_baselines(net, name, photos, runs / "cache", progress=counter(f"{name}: raw features"))
+            if zoo is not None:
+                sets = photo_sets(ZooEntry(zoo).recipe, _data_folder(train_data), net)
+                features, _ = split_features(net, name, sets, 0, runs, counter(f"{name}: training features"))
+                points += training_free(
+                    net, name, table_features(features, sets)[::4], photos, runs / "cache",
+                    sweep=SWEEP, progress=counter(f"{name}: training-free"),
+                )  # fmt: skip
+    document = {
+        "dataset": folder.resolve().name,
+        "images": len(photos),
+        "uncompressed": {"top1": uncompressed},
+        "baselines": [asdict(point) for point in points],
+    }
+    if as_json:
+        print(json.dumps(document, indent=1))  # noqa: T201
+        return
+    table = Table("codec", "split", "setting", "bytes", "bpp", "top-1", "agreement")
+    for p in points:
+        table.add_row(
+            p.codec, p.split, p.setting, f"{p.bytes_mean:.0f}", f"{p.bpp:.4f}", f"{p.top1:.4f}", f"{p.agreement:.4f}"
+        )
+    Console().print(table)
+    print(f"uncompressed: {uncompressed:.4f} on {len(photos)} photographs")  # noqa: T201
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder of documents of `evaluate --zoo` and `baselines`.")],
+    out: Annotated[Path, typer.Option(help="The page; pictures go into the folder of results.")] = Path(
+        "docs/results.md"
+    ),
+) -> None:
+    """Draw the curves and write the tables of what was measured."""
+    from bitneck_models.report import draw, markdown, read_results
+
+    found = read_results(results)
+    notes = {path.stem: path.read_text(encoding="utf-8") for path in sorted(results.glob("*.md"))}
+    pictures = draw(found, results)
+    commands = notes.pop("commands", "")
+    text = markdown(found, commands, notes, pictures, results.resolve().name)
+    out.write_text(text, encoding="utf-8")
+    print(f"{out}: {len(found.studies)} studies, {len(found.baselines)} baselines, {len(pictures)} pictures")  # noqa: T201
 
 
 @contextmanager

@@ -1,0 +1,151 @@
+"""`bitneck-models` from photographs to the report, with the network of three stages."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bitneck.errors import InvalidConfig
+from bitneck_models import backbones
+from bitneck_models.cli import app
+from small import small_backbone
+from tiny import photo
+
+RECIPE = """
+name = "efficientnet_lite0"
+backbone = "small"
+[[data]]
+folder = "photos"
+views = 3
+validate_every = 4
+[training]
+steps = 10
+finish_steps = 5
+batch = 16
+warmup_steps = 3
+[[points]]
+id = "s1-r2"
+split = "s1"
+stride = 2
+channels = 6
+step = 0.1
+lambda = 300
+init = "principal"
+[[points]]
+id = "s1-r1"
+split = "s1"
+stride = 2
+channels = 6
+step = 0.3
+lambda = 30
+init = "s1-r2"
+task = [{ kind = "kl" }]
+"""
+SPACE = """
+name = "small"
+split = "s1"
+stride = [2, 4]
+channels = [6]
+lambda = [20, 2000]
+step = [0.05, 0.3]
+[training]
+steps = 8
+finish_steps = 4
+batch = 16
+warmup_steps = 3
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setitem(backbones.BACKBONES, "small", lambda _weights: small_backbone())  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "space.toml").write_text(SPACE)
+    for k in range(20):
+        for folder in ("photos", f"labelled/{k % 10}"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            photo(k, (60, 50)).save(tmp_path / folder / f"{k:02d}.png")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(before)
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_from_photographs_to_the_report(home: Path) -> None:
+    run("train", "zoo", "--data", ".")
+    assert "every point" in CliRunner().invoke(app, ["train", "zoo", "--data", "."]).stderr
+    run("export", "zoo", "--out", "bundle", "--images", "photos")
+    (home / "results").mkdir()
+    table = run("evaluate", "--bundle", "bundle", "--data", "labelled", "--record", "zoo")
+    assert "s1-r1" in table
+    assert set(json.loads((home / "zoo" / "ladder.json").read_text())["points"]) == {"s1-r1", "s1-r2"}
+    text = run("evaluate", "--bundle", "bundle", "--data", "labelled", "--zoo", "zoo", "--json")
+    (home / "results" / "ladder.json").write_text(text)
+    low, high = json.loads(text)["points"]
+    assert (low["id"], low["recipe"]["init"], low["recipe"]["task"][0]["kind"]) == ("s1-r1", "s1-r2", "kl")
+    assert low["payload_bytes_p5"] <= low["payload_bytes_mean"] <= low["payload_bytes_p95"]
+    assert low["top1_interval"][0] <= low["top1"] <= low["top1_interval"][1]
+    assert low["complexity"]["head"] == high["complexity"]["head"]
+    assert low["complexity"]["head"]["multiply_adds"] == 8 * 8 * 8 * 48 + 4 * 4 * 12 * 32
+    arguments = ("--backbone", "small", "--split", "s1", "--zoo", "zoo", "--train-data", ".")
+    text = run("baselines", "--data", "labelled", *arguments, "--codec", "jpeg", "--codec", "webp", "--json")
+    (home / "results" / "baselines.json").write_text(text)
+    assert {p["codec"] for p in json.loads(text)["baselines"]} == {
+        "jpeg", "webp", "raw float16", "raw 8 bit", "training-free",
+    }  # fmt: skip
+    (home / "results" / "commands.md").write_text("bitneck-models evaluate ...")
+    (home / "results" / "ladder.md").write_text("A note.")
+    assert "1 studies, 5 baselines, 2 pictures" in run("report", "results", "--out", "page.md")
+    page = (home / "page.md").read_text()
+    assert "bitneck-models evaluate ..." in page
+    assert "A note." in page
+    assert (home / "results" / "accuracy.png").is_file()
+
+
+def test_search_and_pareto(home: Path) -> None:
+    run("search", "zoo", "--space", "space.toml", "--data", ".", "--trials", "4")
+    document = json.loads(run("pareto", "zoo", "--space", "space.toml", "--points", "2", "--json"))
+    assert not document["written"]
+    assert 1 <= len([row for row in document["front"] if row["point"]]) <= 2
+    assert "to write with --write" in run("pareto", "zoo", "--space", "space.toml", "--points", "2")
+    assert "written to" in run("pareto", "zoo", "--space", "space.toml", "--points", "2", "--prefix", "s1-n", "--write")
+    run("export", "zoo", "--out", "bundle")
+    points = json.loads((home / "bundle" / "manifest.json").read_text())["points"]
+    assert {p["id"] for p in points} <= {"s1-n1", "s1-n2"}
+    with pytest.raises(InvalidConfig, match="cannot be used"):
+        run("pareto", "zoo", "--space", "space.toml", "--storage", "sqlite:///none.db")
+
+
+def test_two_workers_from_one_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers are processes of their own; they learn of the small network as they start."""
+    (home / "sitecustomize.py").write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from bitneck_models import backbones
+from small import small_backbone
+backbones.BACKBONES["small"] = lambda _weights: small_backbone()
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(home))
+    run("search", "zoo", "--space", "space.toml", "--data", ".", "--trials", "6", "--workers", "2")
+    from bitneck_models.search import load_space, open_study
+
+    trials = open_study(load_space(home / "space.toml"), f"sqlite:///{home}/runs/search/small.db", create=False).trials
+    ended = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED")]
+    assert 6 <= len(ended) <= 7
+    (home / "space.toml").write_text(SPACE.replace("[20, 2000]", "[20, 3000]"))
+    with pytest.raises(InvalidConfig, match="another search space"):
+        run("search", "zoo", "--space", "space.toml", "--data", ".", "--trials", "6", "--workers", "2")
