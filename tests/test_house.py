@@ -50,12 +50,14 @@ def test_what_is_imported_is_declared(component: str) -> None:
     """In the dependencies that everyone gets, or in the component's own extra: not in another one's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"].get(component, [])]
-    declared = {re.split(r"[<>=!~; \[]", line)[0].lower() for line in wanted}
+    declared = {re.split(r"[<>=!~; \[]", line)[0].lower().replace("-", "_") for line in wanted}
     declared |= {"starlette"} if "fastapi" in declared else set()  # fastapi is a layer of it, and hands its types out
     provided_by = importlib.metadata.packages_distributions()
     for path in sources(component):
         for name in imported(path) - PACKAGES - sys.stdlib_module_names:
-            assert {d.lower() for d in provided_by[name]} & declared, f"{path}: {name} is not declared"
+            assert {d.lower().replace("-", "_") for d in provided_by[name]} & declared, (
+                f"{path}: {name} is not declared"
+            )
 
 
 def test_numerics_do_no_io() -> None:
