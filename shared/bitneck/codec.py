@@ -49,6 +49,7 @@ class FactorizedCodec:
             for c, row in enumerate(tables.counts)
             if row.shape[0] > 1
         ]
+        self._coded = [c for c, _ in self._models]
         self._lo = tables.lo
         self._hi = tables.hi
 
@@ -69,8 +70,13 @@ class FactorizedCodec:
         index = flat - self._lo[:, None]
         encoder = constriction.stream.queue.RangeEncoder()  # a fresh one: clear() does not fully reset
         try:  # its PanicException is a BaseException
-            for c, model in self._models:
-                encoder.encode(index[c], model)
+            if index.shape[1] == 1:  # five times faster than arrays of one symbol
+                symbols = index[:, 0].tolist()
+                for c, model in self._models:
+                    encoder.encode(symbols[c], model)
+            else:
+                for c, model in self._models:
+                    encoder.encode(index[c], model)
         except BaseException as exc:
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -100,17 +106,19 @@ class FactorizedCodec:
         padding = -len(payload) % _WORD_BYTES + _STATE_WORDS * _WORD_BYTES
         words = np.frombuffer(payload + bytes(padding), dtype=">u4").astype(np.uint32)
         positions = self.latent_shape[1] * self.latent_shape[2]
-        s = np.empty((self.latent_shape[0], positions), dtype=np.int32)
-        s[:] = self._lo[:, None]
+        index = np.zeros((self.latent_shape[0], positions), dtype=np.int32)
         try:
             decoder = constriction.stream.queue.RangeDecoder(words)
-            for c, model in self._models:
-                s[c] += decoder.decode(model, positions)
+            if positions == 1:
+                index[self._coded, 0] = [decoder.decode(model) for _, model in self._models]
+            else:
+                for c, model in self._models:
+                    index[c] = decoder.decode(model, positions)
         except BaseException as exc:
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 raise
             raise MalformedFrame(f"payload of {len(payload)} bytes is no range code ({exc})") from exc
-        s = s.reshape(self.latent_shape)
+        s = (index + self._lo[:, None]).reshape(self.latent_shape)
         if len(self.encode(s)) < len(payload):
             raise MalformedFrame(
                 f"payload of {len(payload)} bytes is longer than its symbols need; it was not made by this codec"
