@@ -296,7 +296,9 @@ async def test_the_rate_of_new_sessions(tiny_bundle: Bundle, frames: Frames) -> 
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "text"),
     [
-        ("PUT", "/v1/rate", {"auto": True}, 422, "auto"),
+        ("PUT", "/v1/rate", {"auto": False}, 422, "auto"),
+        ("POST", "/v1/models/nope/reload", None, 404, "there are: tiny"),
+        ("GET", "/v2/models/tiny/versions/sha256:0", None, 409, "this server has"),
         ("PUT", "/v1/rate", {}, 400, "exactly one"),
         ("PUT", "/v1/rate", {"point": "s1-r1", "max_kbps": 3}, 400, "exactly one"),
         ("PUT", "/v1/rate", {"point": "nope"}, 404, "s1-r1, s2-r1, s1-r2"),

@@ -1,7 +1,9 @@
 """Batching, session state and the engine, without sockets."""
 
 import asyncio
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,15 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, DeadlineExceeded, MalformedFrame, Overloaded, ProtocolError, Unavailable
+from bitneck.errors import (
+    BitneckError,
+    BundleMismatch,
+    DeadlineExceeded,
+    MalformedFrame,
+    ModelFailure,
+    Overloaded,
+    ProtocolError,
+    Unavailable,
+)
 from bitneck.ladder import Ladder, MaxKbps, OperatingPoint
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.batching import plan_batch
 from bitneck_cloud.engine import Engine, Job
 from bitneck_cloud.models import ServedModel
 from bitneck_cloud.outbox import Outbox
+from bitneck_cloud.registry import Registry
 from bitneck_cloud.session import Event, Phase, Session, StreamState, Verdict
+from bitneck_cloud.tokens import ResumeToken, TokenSigner
 from clients import Frames
+from tiny import make_tiny_bundle
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=20))
@@ -36,20 +50,24 @@ def test_each_row_joins_once_at_its_own_split(points: list[str]) -> None:
 
 def test_a_mixed_batch_equals_frame_by_frame(tiny_bundle: Bundle) -> None:
     frames, model = Frames(tiny_bundle), ServedModel(tiny_bundle, threads=1)
-    points = list(frames.encoders)
-    batch = [(points[k % 3], frames.payload(points[k % 3], k)) for k in range(10)]
-    batch.insert(4, ("s1-r2", b"\xff" * 40))  # cannot be decoded: fails alone
-    together = model.run(batch)
-    for k, (item, computed) in enumerate(zip(batch, together, strict=True)):
-        if k == 4:
-            assert isinstance(computed.output, MalformedFrame)
-            continue
-        (alone,) = model.run([item])
-        assert isinstance(computed.output, pb.Output)
-        assert isinstance(alone.output, pb.Output)
-        ours, theirs = (x.output.classification.labels for x in (computed, alone))  # type: ignore[union-attr]
+    points = [list(frames.encoders)[k % 3] for k in range(10)]
+    latents = [model.decode(point, frames.payload(point, k)) for k, point in enumerate(points)]
+    together = model.compute(points, latents)
+    for point, latent, output in zip(points, latents, together, strict=True):
+        (alone,) = model.compute([point], [latent])
+        assert isinstance(output, pb.Output)
+        assert isinstance(alone, pb.Output)
+        ours, theirs = (x.classification.labels for x in (output, alone))
         assert [x.index for x in ours] == [x.index for x in theirs]
         np.testing.assert_allclose([x.score for x in ours], [x.score for x in theirs], atol=1e-5)
+
+
+def test_a_frame_without_finite_logits_fails_alone(tiny_bundle: Bundle) -> None:
+    frames, model = Frames(tiny_bundle), ServedModel(tiny_bundle, threads=1)
+    latent = model.decode("s1-r2", frames.payload("s1-r2", 1))
+    good, bad = model.compute(["s1-r2", "s1-r2"], [latent, np.full_like(latent, np.nan)])
+    assert isinstance(good, pb.Output)
+    assert isinstance(bad, ModelFailure)
 
 
 def ladder() -> Ladder:
@@ -135,14 +153,21 @@ def test_max_kbps_moves_with_the_frame_rate_and_not_at_every_frame() -> None:
 class Slow:
     """A model that waits before it answers: real code around it, to fill the engine's queue."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, seconds: float = 0.05) -> None:
         self.model = model
+        self.name = model.name
+        self.seconds = seconds
         self.batches: list[int] = []
+        self.decoded_by: list[str] = []
 
-    def run(self, frames: Any) -> Any:
-        time.sleep(0.05)
-        self.batches.append(len(frames))
-        return self.model.run(frames)
+    def decode(self, point: str, payload: bytes) -> Any:
+        self.decoded_by.append(threading.current_thread().name)
+        return self.model.decode(point, payload)
+
+    def compute(self, points: Any, latents: Any) -> Any:
+        time.sleep(self.seconds)
+        self.batches.append(len(points))
+        return self.model.compute(points, latents)
 
 
 @pytest.fixture
@@ -179,6 +204,126 @@ async def test_the_engine_batches_what_waits_and_drops_what_is_late_or_gone(slow
         await engine.stop()
     outcomes = await asyncio.gather(*[job.result for job in waiting], return_exceptions=True)
     assert any(isinstance(o, Unavailable) for o in outcomes)
+
+
+async def test_frames_are_decoded_beside_the_tail(slow: Slow, tiny_bundle: Bundle) -> None:
+    good = Frames(tiny_bundle).payload("s1-r2", 1)
+    slow.seconds = 0.2
+    engine = Engine(max_batch=8, max_queue=8, decode_threads=2)
+    engine.start()
+    jobs = [Job(slow, "s1-r2", good, None)]  # type: ignore[arg-type]
+    try:
+        engine.submit(jobs[0])
+        await asyncio.sleep(0.05)
+        jobs += [Job(slow, "s1-r2", p, None) for p in (good, b"\xff" * 40, good)]  # type: ignore[arg-type]
+        for job in jobs[1:]:
+            engine.submit(job)
+        gone = Job(slow, "s1-r2", good, None)  # type: ignore[arg-type]
+        gone.result.cancel()
+        engine.submit(gone)
+        results = await asyncio.gather(*[job.result for job in jobs], return_exceptions=True)
+    finally:
+        await engine.stop()
+    assert [type(result).__name__ for result in results] == ["Computed", "Computed", "MalformedFrame", "Computed"]
+    assert slow.batches == [1, 2]  # the malformed one failed alone, before the pass
+    assert slow.decoded_by[0].startswith("bitneck-engine")  # a lone frame takes one hop
+    assert [name.rsplit("_", 1)[0] for name in slow.decoded_by[1:]] == ["bitneck-decode"] * 3  # each once
+
+
+async def test_a_deadline_is_honoured_before_the_tail(tiny_bundle: Bundle) -> None:
+    class Sluggish(Slow):
+        def decode(self, point: str, payload: bytes) -> Any:
+            time.sleep(0.1)
+            return self.model.decode(point, payload)
+
+    sluggish = Sluggish(ServedModel(tiny_bundle, threads=1))
+    engine = Engine(max_batch=8, max_queue=8)
+    engine.start()
+    try:
+        payload = Frames(tiny_bundle).payload("s1-r2", 1)
+        job = Job(sluggish, "s1-r2", payload, time.monotonic() + 0.05)  # type: ignore[arg-type]
+        engine.submit(job)
+        with pytest.raises(DeadlineExceeded):
+            await job.result
+    finally:
+        await engine.stop()
+    assert sluggish.batches == []
+
+
+def test_resume_tokens_are_signed_and_grow_old() -> None:
+    signer = TokenSigner(b"k" * 32, max_age_s=100)
+    said = ResumeToken("s-0123456789ab", "tiny")
+    text = signer.sign(said, 1000.0)
+    assert signer.read(text, 1050.0) == said
+    assert signer.read(text, 1101.0) is None
+    assert TokenSigner(b"j" * 32, max_age_s=100).read(text, 1000.0) is None
+    other = signer.sign(ResumeToken("s-ba9876543210", "tiny"), 1000.0)
+    assert signer.read(text.split(".")[0] + "." + other.split(".")[1], 1000.0) is None
+    for k in range(len(text)):
+        changed = text[:k] + ("A" if text[k] != "A" else "B") + text[k + 1 :]
+        # the last characters of base64 hold bits that do not count; no other change is taken
+        assert signer.read(changed, 1000.0) in (None, said)
+        if k < text.index("."):
+            assert signer.read(changed, 1000.0) is None
+
+
+@given(st.text(max_size=60))
+def test_no_text_is_a_token_by_chance(text: str) -> None:
+    assert TokenSigner(b"k" * 32, max_age_s=100).read(text, 0.0) is None
+
+
+def registry(models: list[ServedModel], *, adopt: bool) -> Registry:
+    return Registry(
+        models, window=4, max_sessions=3, resume_s=10.0, assumed_fps=10.0, max_bytes_per_s=0.0,
+        signer=TokenSigner(b"k" * 32, max_age_s=100), adopt=adopt,
+    )  # fmt: skip
+
+
+def test_a_replica_with_the_key_takes_a_returning_client(tiny_bundle: Bundle) -> None:
+    model = ServedModel(tiny_bundle, threads=1)
+    first, second, private = (registry([model], adopt=adopt) for adopt in (True, True, False))
+    opened = first.open(model, "camera", "", 0.0, 1000.0)
+    assert opened.how == "new"
+    moved = second.open(model, "camera", opened.token, 500.0, 1001.0)
+    assert (moved.how, moved.session.session_id) == ("adopted", opened.session.session_id)
+    back = first.open(model, "camera", moved.token, 2.0, 1002.0)
+    assert back.how == "resumed"
+    assert back.session is opened.session
+    alone = private.open(model, "camera", opened.token, 0.0, 1001.0)
+    assert alone.how == "new"
+    assert alone.session.session_id != opened.session.session_id
+
+
+def test_generations_stay_while_they_are_used(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    old = ServedModel(tiny_bundle, threads=1)
+    it = registry([old], adopt=False)
+    session = it.open(old, "camera", "", 0.0, 0.0).session
+    newer = [ServedModel(make_tiny_bundle(tmp_path / str(seed), seed=seed), threads=1) for seed in (1, 2, 3)]
+    for model in newer:
+        it.swap(model)
+    assert it.model("") is newer[-1]
+    assert it.generation("", old.bundle.bundle_id) is old  # a session uses it
+    assert it.generation("tiny", newer[1].bundle.bundle_id) is newer[1]  # the one before
+    with pytest.raises(BundleMismatch):
+        it.generation("", newer[0].bundle.bundle_id)
+    it.disconnect(session, 0.0)
+    it.expire(11.0)
+    it.swap(ServedModel(make_tiny_bundle(tmp_path / "4", seed=4), threads=1))
+    with pytest.raises(BundleMismatch):
+        it.generation("", old.bundle.bundle_id)
+
+
+def test_a_session_has_an_allowance_of_bytes() -> None:
+    it = Session(
+        session_id="s-1", model="m", client="c", ladder=ladder(), window=1000, assumed_fps=10, now=0.0,
+        max_bytes_per_s=100_000,
+    )  # fmt: skip
+    for seq in range(1, 11):
+        it.accept(seq, "high", 10_000, 0.0)
+    with pytest.raises(Overloaded, match="payload bytes a second"):
+        it.accept(11, "high", 10_000, 0.0)
+    assert it.in_flight == 10
+    it.accept(11, "high", 10_000, 0.11)
 
 
 async def test_a_bug_in_a_batch_fails_its_frames_and_the_next_are_served(tiny_bundle: Bundle) -> None:

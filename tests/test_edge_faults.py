@@ -19,6 +19,7 @@ from bitneck.errors import BitneckError, DeadlineExceeded, ImageError, Overloade
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link import Link, LinkSettings
+from bitneck_edge.remote import Access
 from bitneck_edge.results import Answer, Failure
 from rogue import answer_all, opened, result, rogue_server
 from servers import BIN
@@ -37,7 +38,7 @@ def settings(tmp_path: Path, **values: Any) -> dict[str, Any]:
 def link_to(address: str, *, answer_timeout_s: float = 600.0, retries: int = 3) -> Link:
     return Link(
         LinkSettings(
-            address=address, model="tiny", bundle_id="", client="test", connect_timeout_s=5.0,
+            access=Access(address=address), model="tiny", bundle_id="", client="test", connect_timeout_s=5.0,
             answer_timeout_s=answer_timeout_s, retries=retries,
         ),
         lambda _point, _reason: None,

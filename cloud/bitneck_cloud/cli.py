@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ import bitneck
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.frames import crc32c_hex, parse_frame
+from bitneck_cloud.logs import configure_logging
 from bitneck_cloud.settings import CloudSettings
 
 __all__ = ["app", "main"]
@@ -32,19 +32,36 @@ def serve(
     grpc: Annotated[str | None, typer.Option(help="HOST:PORT where edges connect.  [default: 127.0.0.1:50051]")] = None,
     http: Annotated[str | None, typer.Option(help="HOST:PORT of the control API.  [default: 127.0.0.1:8080]")] = None,
     http_token: Annotated[str | None, typer.Option(help="Bearer token that the control API asks for.")] = None,
+    device_token: Annotated[str | None, typer.Option(help="Bearer token that gRPC asks devices for.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate, for gRPC and HTTP.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its PEM key.")] = None,
+    tls_client_ca: Annotated[Path | None, typer.Option(help="PEM authority of the devices' certificates.")] = None,
+    http_tls_client_ca: Annotated[Path | None, typer.Option(help="Likewise for the control API.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="ONNX Runtime execution provider; repeatable.  [default: CPU]")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="ONNX Runtime threads; 0 for every core.  [default: 0]")] = None,
+    decode_threads: Annotated[int | None, typer.Option(help="Threads that decode meanwhile.  [default: 1]")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Frames in one pass.  [default: 16]")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Frames that may wait.  [default: 1024]")] = None,
     window: Annotated[int | None, typer.Option(help="Unanswered frames of a session.  [default: 16]")] = None,
     max_sessions: Annotated[int | None, typer.Option(help="Sessions kept.  [default: 1024]")] = None,
+    max_bytes_per_s: Annotated[
+        float | None, typer.Option(help="Payload of a session; 0 for any.  [default: 0]")
+    ] = None,
+    idle_s: Annotated[float | None, typer.Option(help="Seconds until a silent stream ends.  [default: 900]")] = None,
     resume_s: Annotated[float | None, typer.Option(help="Seconds to resume a session.  [default: 60]")] = None,
     drain_s: Annotated[float | None, typer.Option(help="Seconds to finish when stopped.  [default: 10]")] = None,
+    drain_delay_s: Annotated[
+        float | None, typer.Option(help="Seconds between not ready and the drain.  [default: 0]")
+    ] = None,
     assumed_fps: Annotated[float | None, typer.Option(help="Frame rate before one is seen.  [default: 10]")] = None,
     config: Annotated[
         Path | None, typer.Option(help="A TOML file of these settings.", envvar="BITNECK_CLOUD_CONFIG")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="When ready, print one JSON document on stdout.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
 ) -> None:
     """Serve bundles until SIGTERM or Ctrl-C. Settings may also come from BITNECK_CLOUD_* or a file."""
     from bitneck_cloud.server import Ready
@@ -52,13 +69,16 @@ def serve(
 
     if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise InvalidConfig(f"--log-level {log_level!r}: use debug, info, warning or error")
-    logging.basicConfig(
-        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    if log_format not in ("text", "json"):
+        raise InvalidConfig(f"--log-format {log_format!r}: use text or json")
+    configure_logging(log_level.upper(), "json" if log_format == "json" else "text")
     flags: dict[str, Any] = {
-        "grpc": grpc, "http": http, "http_token": http_token, "threads": threads, "max_batch": max_batch,
-        "max_queue": max_queue, "window": window, "max_sessions": max_sessions, "resume_s": resume_s,
-        "drain_s": drain_s, "assumed_fps": assumed_fps,
+        "grpc": grpc, "http": http, "http_token": http_token, "device_token": device_token, "tls_cert": tls_cert,
+        "tls_key": tls_key, "tls_client_ca": tls_client_ca, "http_tls_client_ca": http_tls_client_ca,
+        "providers": provider or None, "threads": threads, "decode_threads": decode_threads, "max_batch": max_batch,
+        "max_queue": max_queue, "window": window, "max_sessions": max_sessions, "max_bytes_per_s": max_bytes_per_s,
+        "idle_s": idle_s, "resume_s": resume_s, "drain_s": drain_s, "drain_delay_s": drain_delay_s,
+        "assumed_fps": assumed_fps,
     }  # fmt: skip
     settings = CloudSettings.load(flags, config)
 
@@ -95,12 +115,12 @@ def decode(
     model.check(parsed)
     codec = model.decoders[parsed.point].codec
     s = codec.decode(parsed.payload)
-    (computed,) = model.run([(parsed.point, parsed.payload)])
-    if isinstance(computed.output, BitneckError):
-        raise computed.output
+    (output,) = model.compute([parsed.point], [model.decode(parsed.point, parsed.payload)])
+    if isinstance(output, BitneckError):
+        raise output
     if symbols is not None:
         np.save(symbols, s)
-    labels = [{"index": x.index, "name": x.name, "score": x.score} for x in computed.output.classification.labels]
+    labels = [{"index": x.index, "name": x.name, "score": x.score} for x in output.classification.labels]
     document = {
         "file": str(frame),
         "bundle_id": model.bundle.bundle_id,

@@ -14,6 +14,7 @@ from bitneck.frames import check_frame
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.engine import Engine, Job
 from bitneck_cloud.messages import fault, go_away, set_point
+from bitneck_cloud.metrics import Metrics
 from bitneck_cloud.models import ServedModel
 from bitneck_cloud.outbox import Outbox
 from bitneck_cloud.session import Event, Session, StreamState, Verdict
@@ -37,6 +38,8 @@ class Conversation:
         state: the stream's phase.
         streams: every session's newest conversation, by session id; this one is put in, and answers go to whichever
             is newest when they are ready.
+        metrics: what happens is counted there.
+        idle_s: the stream ends after so long without a message; 0 for never.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class Conversation:
         session: Session,
         state: StreamState,
         streams: MutableMapping[str, "Conversation"],
+        metrics: Metrics,
+        idle_s: float,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -53,6 +58,8 @@ class Conversation:
         self._state = state
         self._outbox = Outbox(limit=2 * session.window)
         self._streams = streams
+        self._metrics = metrics
+        self._idle_s = idle_s
         self._tasks: dict[asyncio.Task[None], Job] = {}
         self._writer: asyncio.Task[None] | None = None
 
@@ -105,7 +112,16 @@ class Conversation:
                 await context.write(message)
 
     async def _read(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
-        async for message in requests:
+        messages = aiter(requests)
+        while True:
+            try:
+                async with asyncio.timeout(self._idle_s or None):
+                    message = await anext(messages)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                await self._outbox.control(go_away(f"no message for {self._idle_s:.0f} s; come back with your token"))
+                return
             if message.HasField("frame"):
                 await self._frame(message.frame)
             else:
@@ -118,14 +134,18 @@ class Conversation:
             self._state.on(Event.FRAME)
             check_frame(frame)
             self._model.check(frame)
+            before = self._session.last_point
             verdict = self._session.accept(frame.seq, frame.point, len(frame.payload), time.monotonic())
         except BitneckError as exc:
             await self._fault(frame.seq, exc)
             return
         if verdict is Verdict.ANSWERED:
+            self._metrics.frame(self._model.name, "RESENT")
             await self._outbox.put(self._session.kept_answer(frame.seq))
         elif verdict is Verdict.NEW:
             job = job_of(self._model, frame)
+            switched = before is not None and before != frame.point
+            self._metrics.accepted(self._model.name, frame.point, len(frame.payload), switched=switched)
             try:
                 self._engine.submit(job)
             except BitneckError as exc:
@@ -144,8 +164,10 @@ class Conversation:
         try:
             message = pb.ServerMessage(result=await result_of(job, seq, received))
             self._session.complete(seq, message)
+            self._metrics.frame(self._model.name, "OK")
         except BitneckError as exc:
             self._session.fail(seq, exc.grpc_code)
+            self._metrics.frame(self._model.name, exc.grpc_status)
             message = fault(seq, exc)
         except asyncio.CancelledError:
             self._session.drop(seq)
@@ -156,6 +178,7 @@ class Conversation:
 
     async def _fault(self, seq: int, exc: BitneckError) -> None:
         self._session.faults[exc.grpc_code] += 1
+        self._metrics.frame(self._model.name, exc.grpc_status)
         await self._outbox.put(fault(seq, exc))
 
 
@@ -176,12 +199,11 @@ async def result_of(job: Job, seq: int, received: float) -> pb.Result:
     except asyncio.CancelledError:
         job.result.cancel()
         raise
-    if isinstance(computed.output, BitneckError):
-        raise computed.output
     timings = pb.Timings(
         received_unix_us=round(received * 1e6),
-        queued_us=job.queued_us,
+        queued_us=computed.queued_us,
         decode_us=computed.decode_us,
         compute_us=computed.compute_us,
+        batch=computed.batch,
     )
     return pb.Result(seq=seq, output=computed.output, timings=timings)

@@ -1,21 +1,42 @@
-"""The engine: a bounded queue, and one thread that computes whatever waits, in batches.
+"""The engine: a bounded queue, one thread that computes whatever waits, and threads that decode meanwhile.
 
-Work-conserving: a lone frame never waits while the thread is idle, and what arrives while it is busy becomes the next
-batch. A frame that went away or is late is dropped before it is computed.
+Work-conserving: a lone frame never waits while the engine is idle, and one hop takes it through decoding and the tail.
+What arrives while the engine is busy is decoded beside it and becomes the next batch. A frame that went away or is
+late is dropped before each step: before it is taken, before it is decoded, and before the tail.
+
+    submit -> queue --(engine busy: decoded in a decode thread)--> batch -> decode what is not -> tail -> results
 """
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bitneck.errors import BitneckError, DeadlineExceeded, ModelFailure, Overloaded, Unavailable
-from bitneck_cloud.models import Computed, ServedModel
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_cloud.metrics import Metrics
+from bitneck_cloud.models import ServedModel
 
-__all__ = ["Engine", "Job"]
+__all__ = ["Computed", "Engine", "Job"]
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A frame's output, and what it took: microseconds, and the number of frames that shared the pass."""
+
+    output: pb.Output
+    queued_us: int
+    decode_us: int
+    compute_us: int
+    batch: int
 
 
 class Job:
@@ -31,12 +52,48 @@ class Job:
     def __init__(self, model: ServedModel, point: str, payload: bytes, deadline: float | None) -> None:
         self.model = model
         self.point = point
-        self.payload = payload
         self.deadline = deadline
         self.submitted = time.monotonic()
-        self.queued_us = 0
         self.started = False
+        self.taken = 0.0
+        self.decode_s = 0.0
         self.result: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
+        self._payload = payload
+        self._latent: NDArray[np.float32] | BitneckError | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.result.cancelled()
+
+    def late(self, now: float) -> DeadlineExceeded | None:
+        """The error of a frame whose deadline has passed."""
+        if self.deadline is None or now <= self.deadline:
+            return None
+        return DeadlineExceeded(
+            f"the frame waited {(now - self.deadline) * 1e3:.0f} ms beyond its deadline; it was dropped"
+        )
+
+    def decode(self) -> NDArray[np.float32] | BitneckError:
+        """The latent, decoded once, by whichever thread asks first; or why there is none."""
+        with self._lock:
+            if self._latent is None:
+                begin = time.perf_counter()
+                try:
+                    self._latent = self.model.decode(self.point, self._payload)
+                except BitneckError as exc:
+                    self._latent = exc
+                except Exception:  # noqa: BLE001  a bug: this frame fails alone
+                    _LOG.exception("decoding a frame of %s failed", self.point)
+                    self._latent = ModelFailure("an internal error; the server's log says why")
+                self.decode_s = time.perf_counter() - begin
+            return self._latent
+
+    def decode_ahead(self) -> None:
+        """`decode`, if the frame is still wanted; called by a decode thread, whose failures are found again."""
+        if not self.gone and self.late(time.monotonic()) is None:
+            self.decode()
 
 
 class Engine:
@@ -45,18 +102,32 @@ class Engine:
     Args:
         max_batch: frames in one pass.
         max_queue: frames that may wait.
+        decode_threads: that decode beside the tail; 0 leaves all to the engine's own thread.
+        metrics: what happens is counted there.
     """
 
-    def __init__(self, *, max_batch: int, max_queue: int) -> None:
+    def __init__(
+        self, *, max_batch: int, max_queue: int, decode_threads: int = 1, metrics: Metrics | None = None
+    ) -> None:
         self._max_batch = max_batch
         self._max_queue = max_queue
+        self._metrics = metrics or Metrics()
         self._queue: deque[Job] = deque()
         self._wake = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="bitneck-engine")
+        self._decoders = (
+            ThreadPoolExecutor(decode_threads, thread_name_prefix="bitneck-decode") if decode_threads else None
+        )
         self._task: asyncio.Task[None] | None = None
+        self._busy = False
         self.dropped = 0
         self.batches = 0
         self.frames = 0
+
+    @property
+    def waiting(self) -> int:
+        """Frames in the queue."""
+        return len(self._queue)
 
     def start(self) -> None:
         """Begin to compute."""
@@ -70,6 +141,8 @@ class Engine:
             self._task = None
         while self._queue:
             _settle(self._queue.popleft(), Unavailable("the server is stopping; connect again and resend"))
+        if self._decoders is not None:
+            await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
         await asyncio.to_thread(self._executor.shutdown)
 
     def submit(self, job: Job) -> None:
@@ -81,6 +154,8 @@ class Engine:
         if len(self._queue) >= self._max_queue:
             raise Overloaded(f"{self._max_queue} frames wait already; send more slowly, or try again later")
         self._queue.append(job)
+        if self._busy and self._decoders is not None:
+            self._decoders.submit(job.decode_ahead)
         self._wake.set()
 
     async def _work(self) -> None:
@@ -92,21 +167,33 @@ class Engine:
             batch = self._take()
             if not batch:
                 continue
-            frames = [(job.point, job.payload) for job in batch]
+            self._busy = True
             try:
-                results = await loop.run_in_executor(self._executor, batch[0].model.run, frames)
+                results = await loop.run_in_executor(self._executor, _pass, batch)
             except asyncio.CancelledError:
                 for job in batch:
                     _settle(job, Unavailable("the server is stopping; connect again and resend"))
                 raise
             except Exception:  # noqa: BLE001  a bug must not end the engine: these frames fail, the next are served
                 _LOG.exception("the engine failed on a batch of %d frames", len(batch))
-                results = None
+                results = [ModelFailure("an internal error; the server's log says why")] * len(batch)
+            finally:
+                self._busy = False
             self.batches += 1
             self.frames += len(batch)
-            for k, job in enumerate(batch):
-                failure = ModelFailure("an internal error; the server's log says why")
-                _settle(job, failure if results is None else results[k])
+            self._count(batch, results)
+            for job, result in zip(batch, results, strict=True):
+                _settle(job, result)
+
+    def _count(self, batch: list[Job], results: list[Computed | BitneckError]) -> None:
+        model = batch[0].model.name
+        for job in batch:
+            self._metrics.waited(model, job.taken - job.submitted)
+            if job.decode_s:
+                self._metrics.decoded(model, job.decode_s)
+        first = next((result for result in results if isinstance(result, Computed)), None)
+        if first is not None:
+            self._metrics.computed(model, first.batch, first.compute_us / 1e6)
 
     def _take(self) -> list[Job]:
         """The next batch: frames of one model, oldest first; late and abandoned ones fall out."""
@@ -115,19 +202,51 @@ class Engine:
         now = time.monotonic()
         while self._queue and len(batch) < self._max_batch:
             job = self._queue.popleft()
-            if job.result.cancelled():
+            if job.gone:
                 self.dropped += 1
-            elif job.deadline is not None and now > job.deadline:
-                late_ms = (now - job.deadline) * 1e3
-                _settle(job, DeadlineExceeded(f"the frame waited {late_ms:.0f} ms beyond its deadline; it was dropped"))
+                self._metrics.frame(job.model.name, "GONE")
+            elif (late := job.late(now)) is not None:
+                _settle(job, late)
             elif batch and job.model is not batch[0].model:
                 passed.append(job)
             else:
                 job.started = True
-                job.queued_us = round((now - job.submitted) * 1e6)
+                job.taken = now
                 batch.append(job)
         self._queue.extendleft(reversed(passed))
         return batch
+
+
+def _pass(batch: list[Job]) -> list[Computed | BitneckError]:
+    """Decode what is not decoded yet, and compute; runs in the engine's thread."""
+    results: list[Computed | BitneckError | None] = [job.late(time.monotonic()) for job in batch]
+    latents: dict[int, NDArray[np.float32]] = {}
+    for row, job in enumerate(batch):
+        if results[row] is None:
+            latent = job.decode()
+            if isinstance(latent, BitneckError):
+                results[row] = latent
+            elif (late := job.late(time.monotonic())) is not None:
+                results[row] = late
+            else:
+                latents[row] = latent
+    begin = time.perf_counter()
+    outputs = batch[0].model.compute([batch[row].point for row in latents], list(latents.values())) if latents else []
+    compute_us = round((time.perf_counter() - begin) * 1e6)
+    for row, output in zip(latents, outputs, strict=True):
+        job = batch[row]
+        results[row] = (
+            output
+            if isinstance(output, BitneckError)
+            else Computed(
+                output=output,
+                queued_us=round((job.taken - job.submitted) * 1e6),
+                decode_us=round(job.decode_s * 1e6),
+                compute_us=compute_us,
+                batch=len(latents),
+            )
+        )
+    return [result if result is not None else ModelFailure("the frame was not computed") for result in results]
 
 
 def _settle(job: Job, result: Computed | BitneckError) -> None:

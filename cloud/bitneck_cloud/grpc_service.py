@@ -9,18 +9,15 @@ from typing import NoReturn
 
 import grpc
 
-from bitneck.errors import (
-    BitneckError,
-    BundleMismatch,
-    Unavailable,
-    UnknownFile,
-)
+from bitneck.errors import BitneckError, BundleMismatch, Unavailable, UnknownFile
 from bitneck.frames import check_frame
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck_cloud.conversation import Context, Conversation, job_of, result_of
 from bitneck_cloud.engine import Engine
+from bitneck_cloud.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.messages import go_away, public_text, set_point
+from bitneck_cloud.metrics import Metrics
 from bitneck_cloud.registry import Registry
 from bitneck_cloud.session import Event, Session, StreamState
 
@@ -36,16 +33,21 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
     Args:
         registry: models and sessions.
         engine: that computes.
+        metrics: what happens is counted there.
+        idle_s: see `CloudSettings`.
     """
 
-    def __init__(self, registry: Registry, engine: Engine) -> None:
+    def __init__(self, registry: Registry, engine: Engine, metrics: Metrics, *, idle_s: float) -> None:
         self._registry = registry
         self._engine = engine
+        self._metrics = metrics
+        self._idle_s = idle_s
         self._streams: dict[str, Conversation] = {}
         self._draining = False
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
         """The manifest of a served model."""
+        await _identify(context)
         try:
             bundle = self._registry.model(request.model).bundle
         except BitneckError as exc:
@@ -56,17 +58,26 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
 
     async def FetchFile(self, request: pb.FetchFileRequest, context: Context) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
         """One file of the edge's half, in chunks."""
+        await _identify(context)
         try:
             path = self._edge_file(request)
+            file = path.open("rb")
         except BitneckError as exc:
             await _abort(context, exc)
-        with path.open("rb") as file:
+        except OSError as exc:
+            _LOG.error("%s cannot be read: %s", request.path, exc)
+            await _abort(context, Unavailable("the bundle is being replaced; get its manifest again"))
+        with file:
             while data := await asyncio.to_thread(file.read, _CHUNK_BYTES):
                 yield pb.FileChunk(data=data)
 
     def _edge_file(self, request: pb.FetchFileRequest) -> Path:
         bundle = self._registry.model(request.model).bundle
-        _check_bundle(bundle.bundle_id, request.bundle_id)
+        if request.bundle_id != bundle.bundle_id:  # an older generation is served, but its files are gone
+            raise BundleMismatch(
+                f"the client has bundle {request.bundle_id[:80] or '(none)'}, this server has {bundle.bundle_id}; "
+                "get its manifest and files again"
+            )
         if request.path not in bundle.manifest.files_for("edge"):
             raise UnknownFile(f"the bundle {bundle.manifest.name} hands out no file {request.path[:80]!r}")
         return bundle.path(request.path)
@@ -74,16 +85,22 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802
         """One frame, one answer."""
         received = time.time()
+        await _identify(context)
+        frame = request.frame
+        name = "(none)"
         try:
-            model = self._registry.model(request.model)
-            _check_bundle(model.bundle.bundle_id, request.bundle_id)
-            check_frame(request.frame)
-            model.check(request.frame)
-            job = job_of(model, request.frame)
+            model = self._registry.generation(request.model, request.bundle_id)
+            name = model.name
+            check_frame(frame)
+            model.check(frame)
+            job = job_of(model, frame)
             self._engine.submit(job)
-            result = await result_of(job, request.frame.seq, received)
+            self._metrics.accepted(name, frame.point, len(frame.payload), switched=False)
+            result = await result_of(job, frame.seq, received)
         except BitneckError as exc:
+            self._metrics.frame(name, exc.grpc_status)
             await _abort(context, exc)
+        self._metrics.frame(name, "OK")
         return pb.InferResponse(bundle_id=model.bundle.bundle_id, result=result)
 
     async def Stream(  # type: ignore[override]  # noqa: N802  grpc.aio also takes a coroutine that writes
@@ -91,6 +108,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
     ) -> None:
         """The normal way: Open, then frames; see the .proto."""
         state = StreamState()
+        await _identify(context)
         try:
             opened = await anext(aiter(request_iterator), None)
             if opened is None:
@@ -98,23 +116,27 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             state.on(Event.OPEN if opened.HasField("open") else Event.FRAME)
             if self._draining:
                 raise Unavailable("the server is stopping; connect elsewhere")
-            model = self._registry.model(opened.open.model)
-            _check_bundle(model.bundle.bundle_id, opened.open.bundle_id)
-            session, token, resumed = self._registry.open(
-                model, opened.open.client, opened.open.resume_token, time.monotonic()
+            model = self._registry.generation(opened.open.model, opened.open.bundle_id)
+            admission = self._registry.open(
+                model, opened.open.client, opened.open.resume_token, time.monotonic(), time.time()
             )
         except BitneckError as exc:
             await _abort(context, exc)
-        _LOG.info("session %s %s: client %r", session.session_id, "resumed" if resumed else "opened", session.client)
-        conversation = Conversation(self._engine, model, session, state, self._streams)
+        session = admission.session
+        self._metrics.session(model.name, admission.how)
+        _LOG.info("session %s (%s) opened by client %r", session.session_id, admission.how, session.client)
+        conversation = Conversation(
+            self._engine, model, session, state, self._streams, self._metrics, idle_s=self._idle_s
+        )
         opened_message = pb.Opened(
             session_id=session.session_id,
-            resume_token=token,
+            resume_token=admission.token,
             window=session.window,
             point=session.asked_point or "",
         )
         try:
             await context.write(pb.ServerMessage(opened=opened_message))
+            await self._tell_if_draining(conversation)
             await conversation.run(request_iterator, context)
         finally:
             if not self.connected(session):
@@ -132,6 +154,11 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         await stream.push(set_point(point, reason))
         return True
 
+    async def _tell_if_draining(self, conversation: Conversation) -> None:
+        """A stream that opened in the moment when the others were told."""
+        if self._draining:
+            await conversation.push(go_away("the server is stopping"))
+
     def connected(self, session: Session) -> bool:
         """Whether a session has a stream."""
         return session.session_id in self._streams
@@ -148,12 +175,13 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         return len(self._streams)
 
 
-def _check_bundle(served: str, asked: str) -> None:
-    if asked != served:
-        raise BundleMismatch(
-            f"the client has bundle {asked[:80] or '(none)'}, this server has {served}; "
-            "get its manifest and files again"
-        )
+async def _identify(context: Context) -> None:
+    """Give the call an id for the logs: the client's own, or a new one; the client reads it in the metadata."""
+    given = ""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_HEADER:
+            given = value if isinstance(value, str) else ""
+    await context.send_initial_metadata(((REQUEST_ID_HEADER, new_request_id(given)),))
 
 
 async def _abort(context: Context, exc: BitneckError) -> NoReturn:

@@ -1,24 +1,29 @@
 """The HTTP control API: models, sessions and rates. Errors are RFC 9457 problem details."""
 
-import secrets
 import time
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 import bitneck
 from bitneck.errors import BitneckError, InvalidConfig
-from bitneck.ladder import FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, RatePolicy, choose
+from bitneck.ladder import ClientChooses, FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, RatePolicy, choose
 from bitneck.manifest import Manifest
 from bitneck_cloud.grpc_service import InferenceService
+from bitneck_cloud.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.messages import public_text
+from bitneck_cloud.metrics import Metrics
+from bitneck_cloud.models import ServedModel
 from bitneck_cloud.registry import Registry
+from bitneck_cloud.reload import Reloader
+from bitneck_cloud.security import same_secret
 from bitneck_cloud.session import Session
 
 __all__ = ["RateRequest", "Readiness", "build_app"]
@@ -42,6 +47,7 @@ class RateRequest(BaseModel):
     max_bytes_per_frame: float | None = Field(None, gt=0, description="mean payload bytes of a frame, at most")
     max_kbps: float | None = Field(None, gt=0, description="mean payload rate at the session's frame rate, kbit/s")
     min_accuracy: float | None = Field(None, ge=0, le=1, description="measured accuracy, at least, a fraction")
+    auto: Literal[True] | None = Field(None, description="the client chooses")
 
     def policy(self) -> RatePolicy:
         """The one that is given.
@@ -52,7 +58,7 @@ class RateRequest(BaseModel):
         given = self.model_dump(exclude_none=True)
         if len(given) != 1:
             raise InvalidConfig(
-                f"give exactly one of point, max_bytes_per_frame, max_kbps and min_accuracy; got {len(given)}"
+                f"give exactly one of point, max_bytes_per_frame, max_kbps, min_accuracy and auto; got {len(given)}"
             )
         match given:
             case {"point": str(point)}:
@@ -61,6 +67,8 @@ class RateRequest(BaseModel):
                 return MaxBytesPerFrame(limit)
             case {"max_kbps": float(limit)}:
                 return MaxKbps(limit)
+            case {"auto": True}:
+                return ClientChooses()
             case _:
                 return MinAccuracy(given["min_accuracy"])
 
@@ -68,16 +76,16 @@ class RateRequest(BaseModel):
 class RateAnswer(BaseModel):
     """What was set."""
 
-    policy: dict[str, str | float]
-    point: str = Field(description="the operating point chosen")
+    policy: dict[str, str | float | bool]
+    point: str | None = Field(description="the operating point chosen; null where the client chooses")
     pushed: bool = Field(description="whether a connected client was told at once")
 
 
 class NewSessionsRate(BaseModel):
     """What new sessions begin with."""
 
-    policy: dict[str, str | float]
-    points: dict[str, str] = Field(description="the operating point chosen, by model")
+    policy: dict[str, str | float | bool]
+    points: dict[str, str | None] = Field(description="the operating point chosen, by model")
 
 
 class PointInfo(BaseModel):
@@ -109,15 +117,45 @@ class ModelInfo(BaseModel):
     points: list[PointInfo]
 
 
+class ReloadAnswer(BaseModel):
+    """What a reload changed."""
+
+    bundle_id: str
+    changed: bool = Field(description="false where the folder holds the bundle that is served already")
+    added: list[str] = Field(description="operating points")
+    removed: list[str]
+    altered: list[str]
+    files_loaded: int = Field(description="ONNX files read; what the two bundles share was not")
+
+
+class TensorInfo(BaseModel):
+    """A tensor, as the Open Inference Protocol describes one."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """A model, as the Open Inference Protocol describes one. Its versions are bundle ids."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+
+
 class SessionInfo(BaseModel):
     """A session, connected or waiting to be resumed."""
 
     id: str
     client: str
     model: str
+    bundle_id: str
     connected: bool
     age_s: float
-    policy: dict[str, str | float] | None
+    policy: dict[str, str | float | bool] | None
     point_asked: str | None = Field(description="the point that the policy chose")
     point_last_used: str | None = Field(description="the point of the newest frame")
     frames_answered: int
@@ -129,20 +167,31 @@ class SessionInfo(BaseModel):
     frames_per_s: float
 
 
-def build_app(registry: Registry, service: InferenceService, readiness: Readiness, token: str | None) -> FastAPI:
+def build_app(
+    registry: Registry,
+    service: InferenceService,
+    readiness: Readiness,
+    token: str | None,
+    *,
+    metrics: Metrics,
+    reloader: Reloader,
+) -> FastAPI:
     """The application.
 
     Args:
         registry: models and sessions.
         service: through which a rate reaches a client.
         readiness: for ``/readyz``.
-        token: the bearer token that ``/v1`` asks for, or None.
+        token: the bearer token that everything but the health paths asks for, or None.
+        metrics: for ``/metrics``.
+        reloader: of models.
     """
     bearer = HTTPBearer(auto_error=False)
 
     def authorized(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
         given = credentials.credentials if credentials is not None else ""
-        if token is not None and not secrets.compare_digest(given.encode(), token.encode()):
+        if token is not None and not same_secret(given, token):
+            metrics.refused("UNAUTHENTICATED")
             raise HTTPException(401, "this server's control API needs its bearer token", {"WWW-Authenticate": "Bearer"})
 
     app = FastAPI(
@@ -153,6 +202,13 @@ def build_app(registry: Registry, service: InferenceService, readiness: Readines
         "4XX": {"description": "problem details", "content": {PROBLEM_TYPE: {}}}
     }
     _add_error_handlers(app)
+
+    @app.middleware("http")
+    async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        value = new_request_id(request.headers.get(REQUEST_ID_HEADER, ""))
+        response = await call_next(request)
+        response.headers[REQUEST_ID_HEADER] = value
+        return response
 
     @app.get("/healthz", tags=["health"])
     def healthz() -> dict[str, str]:
@@ -176,6 +232,27 @@ def build_app(registry: Registry, service: InferenceService, readiness: Readines
         served = registry.model(name)
         return _model_info(served.manifest, served.bundle.bundle_id)
 
+    @app.post("/v1/models/{name}/reload", dependencies=guarded, responses=problems, tags=["models"])
+    async def reload(name: str) -> ReloadAnswer:
+        """Load the model's bundle again from its folder, and swap; where that fails, the old one goes on serving."""
+        done = await reloader.reload(name)
+        return ReloadAnswer(
+            bundle_id=done.bundle_id,
+            changed=done.changed,
+            added=list(done.added),
+            removed=list(done.removed),
+            altered=list(done.altered),
+            files_loaded=done.files_loaded,
+        )
+
+    @app.get("/metrics", dependencies=guarded, responses=problems, tags=["operation"])
+    async def prometheus(request: Request) -> Response:
+        """Prometheus metrics."""
+        body, media_type = metrics.render(request.headers.get("accept", ""))
+        return Response(body, media_type=media_type)
+
+    _add_open_inference(app, registry, readiness, guarded)
+
     @app.get("/v1/sessions", dependencies=guarded, responses=problems, tags=["sessions"])
     async def sessions() -> list[SessionInfo]:
         """Every session, oldest first."""
@@ -196,18 +273,19 @@ def build_app(registry: Registry, service: InferenceService, readiness: Readines
         policy = request.policy()
         point = found.set_policy(policy)
         text = ", ".join(f"{k}={v}" for k, v in _policy_dict(policy).items())
-        pushed = await service.push_point(found, point, f"control API: {text}")
+        pushed = await service.push_point(found, point or "", f"control API: {text}")
         return RateAnswer(policy=_policy_dict(policy), point=point, pushed=pushed)
 
     @app.put("/v1/rate", dependencies=guarded, responses=problems, tags=["rate"])
     async def put_rate(request: RateRequest) -> NewSessionsRate:
         """The rate that new sessions begin with; open sessions keep theirs."""
         policy = request.policy()
-        points: dict[str, str] = {}
+        points: dict[str, str | None] = {}
         refused: BitneckError | None = None
         for name, served in registry.models.items():
             try:
-                points[name] = choose(served.ladder, policy).id
+                chosen = choose(served.ladder, policy)
+                points[name] = chosen.id if chosen is not None else None
             except BitneckError as exc:
                 refused = exc
         if not points and refused is not None:
@@ -216,6 +294,52 @@ def build_app(registry: Registry, service: InferenceService, readiness: Readines
         return NewSessionsRate(policy=_policy_dict(policy), points=points)
 
     return app
+
+
+def _add_open_inference(app: FastAPI, registry: Registry, readiness: Readiness, guarded: list[Any]) -> None:
+    """Health and metadata of the Open Inference Protocol, version 2; frames go over gRPC, see the .proto."""
+    tags: list[Any] = ["open inference protocol"]
+
+    @app.get("/v2", dependencies=guarded, tags=tags)
+    async def server_metadata() -> dict[str, str | list[str]]:
+        """The server's name, version and extensions."""
+        return {"name": "bitneck", "version": bitneck.__version__, "extensions": ["bitneck.v1.SplitInference"]}
+
+    @app.get("/v2/health/live", tags=tags)
+    def live() -> dict[str, bool]:
+        """The process lives."""
+        return {"live": True}
+
+    @app.get("/v2/health/ready", tags=tags)
+    def ready() -> JSONResponse:
+        """The server takes new work."""
+        return JSONResponse({"ready": readiness.ready}, 200 if readiness.ready else 503)
+
+    def of_version(name: str, version: str | None) -> ServedModel:
+        return registry.model(name) if version is None else registry.generation(name, version)
+
+    @app.get("/v2/models/{name}/ready", dependencies=guarded, tags=tags)
+    @app.get("/v2/models/{name}/versions/{version}/ready", dependencies=guarded, tags=tags)
+    async def model_ready(name: str, version: str | None = None) -> JSONResponse:
+        """A model, or one of its bundles, is served."""
+        of_version(name, version)
+        return JSONResponse({"ready": readiness.ready}, 200 if readiness.ready else 503)
+
+    @app.get("/v2/models/{name}", dependencies=guarded, tags=tags)
+    @app.get("/v2/models/{name}/versions/{version}", dependencies=guarded, tags=tags)
+    async def model_metadata(name: str, version: str | None = None) -> ModelMetadata:
+        """What a model takes and gives."""
+        served = of_version(name, version)
+        return ModelMetadata(
+            name=served.name,
+            versions=[served.bundle.bundle_id],
+            platform="onnxruntime_onnx",
+            inputs=[
+                TensorInfo(name="point", datatype="BYTES", shape=[1]),
+                TensorInfo(name="payload", datatype="BYTES", shape=[1]),
+            ],
+            outputs=[TensorInfo(name="scores", datatype="FP32", shape=[1, len(served.labels)])],
+        )
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -254,7 +378,7 @@ def _problem(
     return JSONResponse(body, status, headers, media_type=PROBLEM_TYPE)
 
 
-def _policy_dict(policy: RatePolicy) -> dict[str, str | float]:
+def _policy_dict(policy: RatePolicy) -> dict[str, str | float | bool]:
     match policy:
         case FixedPoint(point):
             return {"point": point}
@@ -264,6 +388,8 @@ def _policy_dict(policy: RatePolicy) -> dict[str, str | float]:
             return {"max_kbps": limit}
         case MinAccuracy(accuracy):
             return {"min_accuracy": accuracy}
+        case ClientChooses():
+            return {"auto": True}
 
 
 def _model_info(manifest: Manifest, bundle_id: str) -> ModelInfo:
@@ -285,6 +411,7 @@ def _session_info(session: Session, *, connected: bool, now: float) -> SessionIn
         id=session.session_id,
         client=session.client,
         model=session.model,
+        bundle_id=session.bundle_id,
         connected=connected,
         age_s=now - session.created,
         policy=None if session.policy is None else _policy_dict(session.policy),

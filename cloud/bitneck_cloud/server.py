@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import logging
+import secrets
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import uvicorn
@@ -18,14 +21,19 @@ from bitneck.bundle import Bundle
 from bitneck.config import Address
 from bitneck.errors import InvalidConfig
 from bitneck.frames import MAX_MESSAGE_BYTES
+from bitneck.runtime import ModulePool, check_providers
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck_cloud.engine import Engine
 from bitneck_cloud.grpc_service import InferenceService
 from bitneck_cloud.http_api import Readiness, build_app
+from bitneck_cloud.metrics import Metrics
 from bitneck_cloud.models import ServedModel
 from bitneck_cloud.registry import Registry
+from bitneck_cloud.reload import Reloader
+from bitneck_cloud.security import DeviceTokens, grpc_credentials, tls_files_usable
 from bitneck_cloud.settings import CloudSettings
+from bitneck_cloud.tokens import TokenSigner
 
 __all__ = ["Ready", "load_models", "serve"]
 
@@ -55,8 +63,13 @@ class Ready:
     models: dict[str, ServedModel]
 
 
-def load_models(bundles: Sequence[Path], threads: int) -> dict[str, ServedModel]:
+def load_models(bundles: Sequence[Path], threads: int, pool: ModulePool) -> dict[str, ServedModel]:
     """Verify and load bundles.
+
+    Args:
+        bundles: folders.
+        threads: see `ServedModel`.
+        pool: from which the ONNX modules come.
 
     Raises:
         InvalidConfig: no bundle, or two of one name.
@@ -64,7 +77,7 @@ def load_models(bundles: Sequence[Path], threads: int) -> dict[str, ServedModel]
     """
     models: dict[str, ServedModel] = {}
     for path in bundles:
-        model = ServedModel(Bundle.open(path), threads=threads)
+        model = ServedModel(Bundle.open(path), threads=threads, pool=pool)
         if model.name in models:
             raise InvalidConfig(f"{path}: a model {model.name!r} is loaded already; give each bundle its own name")
         models[model.name] = model
@@ -89,23 +102,40 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopping.set)
-    models = await asyncio.to_thread(load_models, bundles, settings.threads)
+    check_providers(settings.providers)
+    pool = ModulePool(settings.providers)
+    models = await asyncio.to_thread(load_models, bundles, settings.threads, pool)
+    metrics = Metrics()
+    key = settings.token_key.get_secret_value().encode() if settings.token_key is not None else secrets.token_bytes(32)
     registry = Registry(
-        models,
+        models.values(),
         window=settings.window,
         max_sessions=settings.max_sessions,
         resume_s=settings.resume_s,
         assumed_fps=settings.assumed_fps,
+        max_bytes_per_s=settings.max_bytes_per_s,
+        signer=TokenSigner(key, max_age_s=settings.token_max_age_s),
+        adopt=settings.token_key is not None,
     )
-    engine = Engine(max_batch=settings.max_batch, max_queue=settings.max_queue)
-    service = InferenceService(registry, engine)
+    engine = Engine(
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        decode_threads=settings.decode_threads,
+        metrics=metrics,
+    )
+    service = InferenceService(registry, engine, metrics, idle_s=settings.idle_s)
+    folders = {model.name: model.bundle.root for model in models.values()}
+    reloader = Reloader(registry, folders, pool, settings.threads, metrics)
     readiness = Readiness()
+    metrics.gauge("streams", "Open streams.", lambda: service.streams)
+    metrics.gauge("open_sessions", "Sessions, disconnected ones included.", lambda: registry.count)
+    metrics.gauge("queue_frames", "Frames that wait for the engine.", lambda: engine.waiting)
+    metrics.gauge("ready", "1 while the server takes new work.", lambda: readiness.ready)
     token = settings.http_token.get_secret_value() if settings.http_token is not None else None
-    http = _HttpServer(
-        uvicorn.Config(build_app(registry, service, readiness, token), log_config=None, access_log=False, ws="none")
-    )
+    app = build_app(registry, service, readiness, token, metrics=metrics, reloader=reloader)
+    http = _HttpServer(uvicorn.Config(app, log_config=None, access_log=False, ws="none", **_http_tls(settings)))
     with contextlib.closing(_listen(Address.parse(settings.http))) as http_socket:
-        server, health_servicer, port = await _grpc_server(Address.parse(settings.grpc), service)
+        server, health_servicer, port = await _grpc_server(settings, service, metrics)
         engine.start()
         await server.start()
         http_task = asyncio.create_task(http.serve(sockets=[http_socket]))
@@ -117,9 +147,12 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         http_port = http_socket.getsockname()[1]
         on_ready(Ready(str(Address(grpc_host, port)), str(Address(http_host, http_port)), models))
         await stopping.wait()
-        _LOG.info("stopping: waiting up to %.1f s for unanswered frames", settings.drain_s)
         readiness.ready = False
         await health_servicer.enter_graceful_shutdown()
+        if settings.drain_delay_s:
+            _LOG.info("not ready any more; stopping in %.1f s", settings.drain_delay_s)
+            await asyncio.sleep(settings.drain_delay_s)
+        _LOG.info("stopping: waiting up to %.1f s for unanswered frames", settings.drain_s)
         await service.drain("the server is stopping")
         await _streams_end(service, settings.drain_s)
         await server.stop(grace=1.0)
@@ -137,18 +170,37 @@ async def _streams_end(service: InferenceService, limit_s: float) -> None:
 
 
 async def _grpc_server(
-    address: Address, service: InferenceService
+    settings: CloudSettings, service: InferenceService, metrics: Metrics
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer, int]:
-    server = grpc.aio.server(options=_GRPC_OPTIONS)
+    address = Address.parse(settings.grpc)
+    interceptors = []
+    if settings.device_token is not None:
+        interceptors.append(DeviceTokens(settings.device_token.get_secret_value(), metrics))
+    server = grpc.aio.server(options=_GRPC_OPTIONS, interceptors=interceptors)
     pb_grpc.add_SplitInferenceServicer_to_server(service, server)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(str(address))
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            credentials = grpc_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+            port = server.add_secure_port(str(address), credentials)
+        else:
+            port = server.add_insecure_port(str(address))
     except RuntimeError as exc:
         raise InvalidConfig(f"gRPC cannot listen on {address}; is another server running there?") from exc
     return server, servicer, port
+
+
+def _http_tls(settings: CloudSettings) -> dict[str, Any]:
+    """Uvicorn's settings for TLS; none where there is no certificate."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return {}
+    tls_files_usable(settings.tls_cert, settings.tls_key, settings.http_tls_client_ca)
+    options: dict[str, Any] = {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key}
+    if settings.http_tls_client_ca is not None:
+        options |= {"ssl_ca_certs": str(settings.http_tls_client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return options
 
 
 def _listen(address: Address) -> socket.socket:

@@ -11,7 +11,7 @@ reconnects with its token and resends what is unanswered, and every seq is compu
 from collections import Counter, OrderedDict, deque
 from enum import Enum, auto
 
-from bitneck.errors import MalformedFrame, Overloaded, ProtocolError, RateUnreachable
+from bitneck.errors import MalformedFrame, Overloaded, ProtocolError, RateUnreachable, UnknownPoint
 from bitneck.ladder import Ladder, MaxKbps, RatePolicy, choose
 from bitneck.v1 import inference_pb2 as pb
 
@@ -19,6 +19,7 @@ __all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]
 
 _RATE_SAMPLES = 32
 _MIN_RATE_SAMPLES = 4
+_MIN_BURST_BYTES = 65536.0
 _HYSTERESIS = 0.15
 """`MaxKbps` is weighed again when the frame rate has moved by this share."""
 
@@ -86,13 +87,26 @@ class Session:
         window: frames that may be unanswered.
         assumed_fps: frame rate until the session has shown its own.
         now: seconds, any monotonic clock.
+        bundle_id: of the model's bundle when the session was opened.
+        max_bytes_per_s: payload bytes that are accepted in the long run; 0 for any number.
     """
 
     def __init__(
-        self, *, session_id: str, model: str, client: str, ladder: Ladder, window: int, assumed_fps: float, now: float
+        self,
+        *,
+        session_id: str,
+        model: str,
+        client: str,
+        ladder: Ladder,
+        window: int,
+        assumed_fps: float,
+        now: float,
+        bundle_id: str = "",
+        max_bytes_per_s: float = 0.0,
     ) -> None:
         self.session_id = session_id
         self.model = model
+        self.bundle_id = bundle_id
         self.client = client
         self.window = window
         self.created = now
@@ -112,6 +126,19 @@ class Session:
         self._answers: OrderedDict[int, pb.ServerMessage] = OrderedDict()
         self._floor = 0
         self._arrivals: deque[float] = deque(maxlen=_RATE_SAMPLES)
+        self._max_bytes_per_s = max_bytes_per_s
+        self._burst = max(max_bytes_per_s, _MIN_BURST_BYTES)
+        self._allowance = self._burst
+        self._allowed_at = now
+
+    def move(self, ladder: Ladder, bundle_id: str) -> None:
+        """The client came back with another bundle: its rate is chosen anew from that ladder."""
+        self._ladder, self.bundle_id = ladder, bundle_id
+        if self.policy is not None:
+            try:
+                self.set_policy(self.policy)
+            except (RateUnreachable, UnknownPoint):
+                self.policy, self.asked_point = None, None
 
     @property
     def in_flight(self) -> int:
@@ -122,7 +149,7 @@ class Session:
         """Take a frame whose contents were checked.
 
         Raises:
-            Overloaded: the window is full.
+            Overloaded: the window is full, or more bytes came than the session may send.
             MalformedFrame: a seq that was answered too long ago to be told apart.
         """
         if seq in self._in_flight:
@@ -135,11 +162,25 @@ class Session:
             raise MalformedFrame(f"seq {seq} is not above {self._floor}, which was answered long ago; count upwards")
         if len(self._in_flight) >= self.window:
             raise Overloaded(f"frame {seq}: {self.window} frames are unanswered already, the window is full; wait")
+        self._spend(seq, payload_bytes, now)
         self._in_flight.add(seq)
         self._arrivals.append(now)
         self.last_point = point
         self.payload_bytes += payload_bytes
         return Verdict.NEW
+
+    def _spend(self, seq: int, payload_bytes: int, now: float) -> None:
+        """A token bucket: `max_bytes_per_s` in the long run, a burst of a second or 64 KiB."""
+        if not self._max_bytes_per_s:
+            return
+        self._allowance = min(self._burst, self._allowance + (now - self._allowed_at) * self._max_bytes_per_s)
+        self._allowed_at = now
+        if payload_bytes > self._allowance:
+            raise Overloaded(
+                f"frame {seq}: this session may send {self._max_bytes_per_s:.0f} payload bytes a second; "
+                "send fewer frames, or choose an operating point of a lower rate"
+            )
+        self._allowance -= payload_bytes
 
     def kept_answer(self, seq: int) -> pb.ServerMessage:
         """The answer of a seq that `accept` called ANSWERED."""
@@ -177,17 +218,18 @@ class Session:
         span = self._arrivals[-1] - self._arrivals[0]
         return (len(self._arrivals) - 1) / span if span > 0 else self._assumed_fps
 
-    def set_policy(self, policy: RatePolicy) -> str:
+    def set_policy(self, policy: RatePolicy) -> str | None:
         """Ask for a rate.
 
         Returns:
-            The operating point chosen.
+            The operating point chosen; None where the client chooses.
 
         Raises:
             UnknownPoint, RateUnreachable, InvalidConfig: see `bitneck.ladder.choose`; the session is unchanged.
         """
         fps = self.frames_per_s
-        point = choose(self._ladder, policy, frames_per_s=fps).id
+        chosen = choose(self._ladder, policy, frames_per_s=fps)
+        point = chosen.id if chosen is not None else None
         self.policy, self.asked_point, self._weighed_fps = policy, point, fps
         return point
 
@@ -206,9 +248,10 @@ class Session:
             return None
         self._weighed_fps = fps
         try:
-            point = choose(self._ladder, self.policy, frames_per_s=fps).id
+            chosen = choose(self._ladder, self.policy, frames_per_s=fps)
         except RateUnreachable:
-            point = next(iter(self._ladder)).id
+            chosen = None
+        point = chosen.id if chosen is not None else next(iter(self._ladder)).id
         if point == self.asked_point:
             return None
         self.asked_point = point

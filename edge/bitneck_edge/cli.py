@@ -43,6 +43,11 @@ app = typer.Typer(
 Server = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.  [default: 127.0.0.1:50051]")]
 Model = Annotated[str | None, typer.Option(help="Which of the server's models; not needed if it has one.")]
 Point = Annotated[str | None, typer.Option(help="Operating point to begin with; else the cloud's wish or the best.")]
+Tls = Annotated[bool | None, typer.Option("--tls", help="Encrypt the link.")]
+TlsCa = Annotated[Path | None, typer.Option(help="PEM authorities of the server's certificate; else the system's.")]
+TlsCert = Annotated[Path | None, typer.Option(help="This device's PEM certificate.")]
+TlsKey = Annotated[Path | None, typer.Option(help="Its PEM key.")]
+Token = Annotated[str | None, typer.Option(help="This device's bearer token; better in BITNECK_EDGE_TOKEN.")]
 Pin = Annotated[str | None, typer.Option(help="Refuse a server with any other bundle (sha256:...).")]
 Cache = Annotated[Path | None, typer.Option(help="Where bundles are kept; else the user's cache folder.")]
 Threads = Annotated[int | None, typer.Option(help="ONNX Runtime threads; 0 for every core.  [default: 0]")]
@@ -65,6 +70,11 @@ def run(
     deadline_ms: Annotated[int | None, typer.Option(help="Of a frame, from its receipt; 0 for none.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Send the photographs this many times.")] = 1,
     fps: Annotated[float | None, typer.Option(min=0.001, help="Send at most this many frames a second.")] = None,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
     cache_dir: Cache = None,
     threads: Threads = None,
     connect_timeout_s: Connect = None,
@@ -81,6 +91,7 @@ def run(
             "server": server, "model": model, "point": point, "bundle_id": bundle_id, "client": client,
             "deadline_ms": deadline_ms, "cache_dir": cache_dir, "threads": threads, "retries": retries,
             "connect_timeout_s": connect_timeout_s, "answer_timeout_s": answer_timeout_s,
+            "tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key, "token": token,
         },
         config,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.cache import cached_bundle, default_cache_dir
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
 from bitneck_edge.link import Link, LinkSettings, Received, Sent
-from bitneck_edge.remote import connect, fetch_file, fetch_manifest, stub_of
+from bitneck_edge.remote import fetch_file, fetch_manifest, stub_of
 from bitneck_edge.results import Answer, Failure, Label, StageTimes, Switch
 from bitneck_edge.settings import EdgeSettings
 
@@ -50,13 +50,14 @@ async def fetch_bundle(
         BundleCorrupt: what arrived is damaged.
         InvalidConfig: the cache cannot be written.
     """
-    async with connect(settings.server) as channel:
+    access = settings.access
+    async with access.channel() as channel:
         stub = stub_of(channel)
         attempt = 0
         while True:
             attempt += 1
             try:
-                offer = await fetch_manifest(stub, settings.model, settings.server, settings.connect_timeout_s)
+                offer = await fetch_manifest(stub, settings.model, access, settings.connect_timeout_s)
                 break
             except BitneckError as exc:
                 passing = isinstance(exc, Unavailable) or exc.grpc_status == "DEADLINE_EXCEEDED"
@@ -72,7 +73,7 @@ async def fetch_bundle(
             raise BundleMismatch(f"{settings.server} serves bundle {offer.bundle_id}, expected {settings.bundle_id}")
 
         def fetch(path: str) -> AsyncGenerator[bytes]:
-            return fetch_file(stub, offer.model, offer.bundle_id, path, settings.server, settings.answer_timeout_s)
+            return fetch_file(stub, offer.model, offer.bundle_id, path, access, settings.answer_timeout_s)
 
         cache_dir = settings.cache_dir or default_cache_dir()
         return await cached_bundle(cache_dir, offer.manifest_json, offer.bundle_id, fetch, progress)
@@ -123,7 +124,7 @@ class EdgeClient:
             encoder.ladder[self.settings.point]  # refuse an unknown one before a session is opened
         link = Link(
             LinkSettings(
-                address=self.settings.server,
+                access=self.settings.access,
                 model=bundle.manifest.name,
                 bundle_id=bundle.bundle_id,
                 client=self.settings.client,
@@ -315,7 +316,10 @@ class EdgeClient:
         return self._link
 
     def _switch(self, point_id: str, reason: str) -> None:
-        """The cloud asks for another operating point."""
+        """The cloud asks for another operating point; for none where it leaves the choice to us again."""
+        if not point_id:
+            _LOG.info("%s: the cloud leaves the choice to this client; staying at %s", reason, self._point)
+            return
         if point_id not in self.encoder.ladder:
             _LOG.warning("the cloud asks for %r, which this bundle does not have; staying at %s", point_id, self._point)
             return

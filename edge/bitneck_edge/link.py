@@ -27,7 +27,7 @@ from bitneck.errors import (
 from bitneck.frames import MAX_MESSAGE_BYTES, seal_frame, wire_bytes
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.flow import Flow
-from bitneck_edge.remote import connect, from_rpc_error, stub_of
+from bitneck_edge.remote import Access, from_rpc_error, stub_of
 
 __all__ = ["Link", "LinkSettings", "Received", "Sent"]
 
@@ -37,6 +37,8 @@ _MAX_BACKOFF_S = 5.0
 _PASSING = frozenset(GRPC_CODES[name] for name in ("DATA_LOSS", "RESOURCE_EXHAUSTED", "UNAVAILABLE"))
 """Faults that may not come again when the frame is sent again."""
 _MAX_WINDOW = 1024
+_FAIR_S = 1.0
+"""A server that sends us away after so long did its part; one that does it at once counts as failing."""
 
 Call = grpc.aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessage]
 
@@ -45,7 +47,7 @@ Call = grpc.aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessage]
 class LinkSettings:
     """See `bitneck_edge.settings.EdgeSettings`."""
 
-    address: str
+    access: Access
     model: str
     bundle_id: str
     client: str
@@ -82,6 +84,7 @@ class Link:
 
     def __init__(self, settings: LinkSettings, on_point: Callable[[str, str], None]) -> None:
         self._settings = settings
+        self._address = settings.access.address
         self._on_point = on_point
         self._flow = Flow(window=1)
         self._answers: dict[int, asyncio.Future[Received]] = {}
@@ -95,6 +98,7 @@ class Link:
         self._token = ""
         self._asked_point = ""
         self._closing = False
+        self._sent_away = False
         self.session_id = ""
         self.reconnects = 0
         self.initial_point = ""
@@ -180,18 +184,20 @@ class Link:
         backoff = _FIRST_BACKOFF_S
         while True:
             answered_before = self._flow.unanswered, self._flow.next_seq()
+            self._sent_away, begun = False, time.perf_counter()
             try:
                 await self._connection(opened)
-                error: BitneckError = Unavailable(f"{self._settings.address}: the server ended the stream")
+                error: BitneckError = Unavailable(f"{self._address}: the server ended the stream")
             except grpc.aio.AioRpcError as exc:
-                error = from_rpc_error(exc, self._settings.address)
+                error = from_rpc_error(exc, self._address)
             except BitneckError as exc:
                 error = exc
             if not isinstance(error, (Unavailable, DeadlineExceeded, Overloaded)):
                 raise error  # trying again would be refused again
             if self._closing:
                 return
-            if answered_before != (self._flow.unanswered, self._flow.next_seq()):
+            fairly = self._sent_away and time.perf_counter() - begun > _FAIR_S
+            if fairly or answered_before != (self._flow.unanswered, self._flow.next_seq()):
                 failures, backoff = 0, _FIRST_BACKOFF_S  # this connection was of use
             failures += 1
             if failures > self._settings.retries:
@@ -203,15 +209,15 @@ class Link:
 
     async def _connection(self, opened: asyncio.Future[None]) -> None:
         """One connection, from connecting to its end."""
-        async with connect(self._settings.address) as channel:
+        async with self._settings.access.channel() as channel:
             try:
                 async with asyncio.timeout(self._settings.connect_timeout_s):
                     await channel.channel_ready()
             except TimeoutError as exc:
                 raise Unavailable(
-                    f"{self._settings.address}: no server answered within {self._settings.connect_timeout_s:.1f} s"
+                    f"{self._address}: no server answered within {self._settings.connect_timeout_s:.1f} s"
                 ) from exc
-            call = stub_of(channel).Stream()
+            call = stub_of(channel).Stream(metadata=self._settings.access.metadata)
             try:
                 await self._handshake(call)
                 if not opened.done():
@@ -230,11 +236,13 @@ class Link:
                 await _put(call, pb.ClientMessage(open=request))
                 message = await call.read()
         except TimeoutError as exc:
-            raise DeadlineExceeded(f"{s.address}: no answer to Open within {s.answer_timeout_s:.1f} s") from exc
+            raise DeadlineExceeded(f"{self._address}: no answer to Open within {s.answer_timeout_s:.1f} s") from exc
         if not isinstance(message, pb.ServerMessage):
-            raise Unavailable(f"{s.address}: the server ended the stream before it was open")
+            raise Unavailable(f"{self._address}: the server ended the stream before it was open")
         if not message.HasField("opened"):
-            raise ProtocolError(f"{s.address}: the first message was {message.WhichOneof('message')}, expected Opened")
+            raise ProtocolError(
+                f"{self._address}: the first message was {message.WhichOneof('message')}, expected Opened"
+            )
         reply = message.opened
         if self.session_id and reply.session_id != self.session_id:
             _LOG.warning("the session is not known any more; going on in a new one")
@@ -252,7 +260,9 @@ class Link:
                     await _put(call, pb.ClientMessage(frame=frame))
                 self._call = call
         except TimeoutError as exc:
-            raise DeadlineExceeded(f"{s.address}: the server does not read; waited {s.answer_timeout_s:.1f} s") from exc
+            raise DeadlineExceeded(
+                f"{self._address}: the server does not read; waited {s.answer_timeout_s:.1f} s"
+            ) from exc
         async with self._room:
             self._room.notify_all()
 
@@ -269,7 +279,7 @@ class Link:
                 raise
             if watchdog.done():
                 watchdog.result()  # raises: its way of ending a read
-            raise Unavailable(f"{self._settings.address}: the stream was cancelled in the middle of a write") from None
+            raise Unavailable(f"{self._address}: the stream was cancelled in the middle of a write") from None
         finally:
             watchdog.cancel()
             await asyncio.gather(watchdog, return_exceptions=True)
@@ -283,7 +293,7 @@ class Link:
             if oldest is not None and time.perf_counter() - oldest > limit:
                 call.cancel()
                 raise DeadlineExceeded(
-                    f"{self._settings.address}: a frame waited {limit:.1f} s for its answer; the link counts as dead"
+                    f"{self._address}: a frame waited {limit:.1f} s for its answer; the link counts as dead"
                 )
 
     async def _take(self, message: pb.ServerMessage) -> bool:
@@ -300,6 +310,7 @@ class Link:
             _LOG.info("the server is going away: %s", message.go_away.reason)
             async with self._write_lock:
                 self._call = None  # new frames go to the next connection
+            self._sent_away = True
             self._leaving = {frame.seq for frame in self._flow.to_resend()}
         return self._leaving is None or any(seq in self._answers for seq in self._leaving)
 

@@ -1,16 +1,26 @@
 """The cloud as the edge sees it: a channel, and calls whose failures are bitneck's own errors."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 
-from bitneck.errors import GRPC_CODES, BitneckError, DeadlineExceeded, Unavailable, error_from_status
+from bitneck.errors import (
+    GRPC_CODES,
+    BitneckError,
+    DeadlineExceeded,
+    InvalidConfig,
+    Unavailable,
+    error_from_status,
+)
 from bitneck.frames import MAX_MESSAGE_BYTES
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 
-__all__ = ["connect", "fetch_file", "fetch_manifest", "from_rpc_error", "stub_of"]
+__all__ = ["Access", "fetch_file", "fetch_manifest", "from_rpc_error", "stub_of"]
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 16 << 20),  # a manifest of a thousand points fits
@@ -28,14 +38,64 @@ _LOST = frozenset(
 """How gRPC reports a connection that broke; another try may find a server."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Where the cloud is, and how it lets this device in.
+
+    Attributes:
+        address: HOST:PORT.
+        tls: whether the channel is encrypted.
+        ca: PEM authorities of the server's certificate; None for the system's.
+        cert: this device's PEM certificate, where the server asks for one.
+        key: its PEM key.
+        token: this device's bearer token; empty for none.
+    """
+
+    address: str
+    tls: bool = False
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    token: str = field(default="", repr=False)
+
+    def channel(self) -> grpc.aio.Channel:
+        """A channel to the server; it connects when it is first used.
+
+        Raises:
+            InvalidConfig: a certificate or key cannot be used.
+        """
+        if not self.tls:
+            return grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(self.address, self._credentials(), options=_CHANNEL_OPTIONS)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def _credentials(self) -> grpc.ChannelCredentials:
+        """Load the files as TLS would first: gRPC itself would only fail to connect."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            if self.ca is not None:
+                context.load_verify_locations(self.ca)
+            if self.cert is not None:
+                context.load_cert_chain(self.cert, self.key)
+        except (OSError, ssl.SSLError) as exc:
+            raise InvalidConfig(
+                f"tls_ca {self.ca}, tls_cert {self.cert} or tls_key {self.key} cannot be used ({exc}); "
+                "give PEM files, and a key that belongs to its certificate"
+            ) from exc
+        return grpc.ssl_channel_credentials(
+            root_certificates=self.ca.read_bytes() if self.ca is not None else None,
+            private_key=self.key.read_bytes() if self.key is not None else None,
+            certificate_chain=self.cert.read_bytes() if self.cert is not None else None,
+        )
+
+
 def stub_of(channel: grpc.aio.Channel) -> "pb_grpc.SplitInferenceAsyncStub":
     """The service's methods on a channel."""
     return pb_grpc.SplitInferenceStub(channel)
-
-
-def connect(address: str) -> grpc.aio.Channel:
-    """A channel to a server; it connects when it is first used."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
 
 
 def from_rpc_error(exc: grpc.aio.AioRpcError, address: str) -> BitneckError:
@@ -47,27 +107,27 @@ def from_rpc_error(exc: grpc.aio.AioRpcError, address: str) -> BitneckError:
 
 
 async def fetch_manifest(
-    stub: "pb_grpc.SplitInferenceAsyncStub", model: str, address: str, timeout_s: float
+    stub: "pb_grpc.SplitInferenceAsyncStub", model: str, access: Access, timeout_s: float
 ) -> pb.GetManifestResponse:
     """The manifest that a server offers.
 
     Args:
         stub: of the server.
         model: a served model; empty for the only one.
-        address: for messages.
+        access: to it.
         timeout_s: for the whole call.
 
     Raises:
         UnknownModel, Unavailable, BitneckError: the server's answer, or its absence.
     """
     try:
-        return await stub.GetManifest(pb.GetManifestRequest(model=model), timeout=timeout_s)
+        return await stub.GetManifest(pb.GetManifestRequest(model=model), timeout=timeout_s, metadata=access.metadata)
     except grpc.aio.AioRpcError as exc:
-        raise from_rpc_error(exc, address) from exc
+        raise from_rpc_error(exc, access.address) from exc
 
 
 async def fetch_file(
-    stub: "pb_grpc.SplitInferenceAsyncStub", model: str, bundle_id: str, path: str, address: str, pause_s: float
+    stub: "pb_grpc.SplitInferenceAsyncStub", model: str, bundle_id: str, path: str, access: Access, pause_s: float
 ) -> AsyncGenerator[bytes]:
     """One file of a bundle, in chunks.
 
@@ -76,23 +136,25 @@ async def fetch_file(
         model: a served model.
         bundle_id: of its bundle.
         path: as the manifest lists it.
-        address: for messages.
+        access: to it.
         pause_s: the longest wait for a chunk; the file as a whole may take any time, a link may be thin.
 
     Raises:
         DeadlineExceeded: no chunk came for so long.
         BitneckError: the server's answer, or its absence.
     """
-    call = stub.FetchFile(pb.FetchFileRequest(model=model, bundle_id=bundle_id, path=path))
+    call = stub.FetchFile(pb.FetchFileRequest(model=model, bundle_id=bundle_id, path=path), metadata=access.metadata)
     try:
         while True:
             try:
                 async with asyncio.timeout(pause_s):
                     chunk = await call.read()
             except TimeoutError as exc:
-                raise DeadlineExceeded(f"{address}: {path} stopped coming; waited {pause_s:.1f} s for more") from exc
+                raise DeadlineExceeded(
+                    f"{access.address}: {path} stopped coming; waited {pause_s:.1f} s for more"
+                ) from exc
             except grpc.aio.AioRpcError as exc:
-                raise from_rpc_error(exc, address) from exc
+                raise from_rpc_error(exc, access.address) from exc
             if not isinstance(chunk, pb.FileChunk):
                 return
             yield chunk.data

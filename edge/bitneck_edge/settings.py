@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from bitneck.config import Address, Settings
+from bitneck_edge.remote import Access
 
 __all__ = ["EdgeSettings"]
 
@@ -16,6 +17,11 @@ class EdgeSettings(Settings):
 
     Attributes:
         server: HOST:PORT of the cloud's gRPC.
+        tls: encrypt the link.
+        tls_ca: PEM authorities of the server's certificate; None for the system's. Implies `tls`, like the next two.
+        tls_cert: this device's PEM certificate, where the server asks for one.
+        tls_key: its PEM key.
+        token: this device's bearer token, where the server asks for one.
         model: which of the server's models; empty for the only one.
         point: operating point to begin with; empty for the cloud's wish, or the ladder's best.
         bundle_id: refuse a server with any other bundle; empty for whatever it serves.
@@ -32,6 +38,11 @@ class EdgeSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="BITNECK_EDGE_")
 
     server: str = "127.0.0.1:50051"
+    tls: bool = False
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    token: SecretStr | None = None
     model: str = ""
     point: str = ""
     bundle_id: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
@@ -46,4 +57,18 @@ class EdgeSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         Address.parse(self.server)
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: give both, or none")
         return self
+
+    @property
+    def access(self) -> Access:
+        """Where the cloud is, and how it lets this device in."""
+        return Access(
+            address=self.server,
+            tls=self.tls or self.tls_ca is not None or self.tls_cert is not None,
+            ca=self.tls_ca,
+            cert=self.tls_cert,
+            key=self.tls_key,
+            token=self.token.get_secret_value() if self.token is not None else "",
+        )

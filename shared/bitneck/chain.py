@@ -20,7 +20,7 @@ from bitneck.bundle import Bundle
 from bitneck.codec import FactorizedCodec
 from bitneck.errors import ModelFailure
 from bitneck.ladder import OperatingPoint
-from bitneck.runtime import OnnxModule
+from bitneck.runtime import ModulePool, OnnxModule
 from bitneck.symbols import dequantize, quantize
 
 __all__ = ["Encoded", "PointDecoder", "PointEncoder", "SegmentChain", "segments_of"]
@@ -32,11 +32,13 @@ class SegmentChain:
     Args:
         bundle: where the files are.
         threads: see `OnnxModule`.
+        pool: from which the modules come; None for one of its own.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None) -> None:
         self._bundle = bundle
         self._threads = threads
+        self._pool = pool or ModulePool()
         self._modules: dict[int, OnnxModule] = {}
         self._lock = threading.Lock()
 
@@ -78,7 +80,9 @@ class SegmentChain:
             with self._lock:
                 module = self._modules.get(index)
                 if module is None:
-                    module = OnnxModule(self._bundle.segment_path(index), threads=self._threads)
+                    name = self._bundle.manifest.segments[index].file
+                    digest = self._bundle.manifest.files[name].sha256
+                    module = self._pool.load(self._bundle.path(name), digest, threads=self._threads)
                     self._modules[index] = module
         return module
 
@@ -140,13 +144,18 @@ class PointDecoder:
         bundle: where the files are.
         point: the operating point.
         threads: see `OnnxModule`.
+        pool: from which its module comes; None for one of its own.
     """
 
-    def __init__(self, bundle: Bundle, point: OperatingPoint, *, threads: int = 1) -> None:
+    def __init__(
+        self, bundle: Bundle, point: OperatingPoint, *, threads: int = 1, pool: ModulePool | None = None
+    ) -> None:
         self.point = point
         self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
         self.feature_shape = bundle.manifest.split(point.split).feature_shape
-        self._module = OnnxModule(bundle.decoder_path(point.id), threads=threads)
+        path = bundle.decoder_path(point.id)
+        digest = bundle.manifest.files[path.relative_to(bundle.root).as_posix()].sha256
+        self._module = (pool or ModulePool()).load(path, digest, threads=threads)
 
     def dequantize(self, payload: bytes) -> NDArray[np.float32]:
         """Payload to the latent that the decoder gets, (Cr, h, w) float32.

@@ -74,7 +74,12 @@ class Settings(BaseSettings):
             return cls(**values)
         except ValidationError as exc:
             first = exc.errors(include_url=False)[0]
+            if not first["loc"]:  # about several settings together; among them may be secrets
+                raise InvalidConfig(f"settings: {first['msg']}") from None
             name = ".".join(str(part) for part in first["loc"])
+            field = cls.model_fields.get(str(first["loc"][0]))
+            if field is not None and "Secret" in repr(field.annotation):
+                raise InvalidConfig(f"setting {name}: {first['msg']}") from None
             raise InvalidConfig(f"setting {name}: {first['msg']} (got {first.get('input')!r:.80})") from exc
 
 

@@ -8,7 +8,8 @@
     |   |-- UnknownPoint            NOT_FOUND            404  2
     |   |-- UnknownSession          NOT_FOUND            404  2
     |   |-- UnknownFile             NOT_FOUND            404  2   not a file that this bundle hands out
-    |   `-- RateUnreachable         FAILED_PRECONDITION  409  2   no operating point fits the rate asked for
+    |   |-- RateUnreachable         FAILED_PRECONDITION  409  2   no operating point fits the rate asked for
+    |   `-- Unauthenticated         UNAUTHENTICATED      401  2   no credential, or not the right one
     |-- BundleError                 INTERNAL             500  1   a bundle on this machine cannot be used
     |   |-- BundleCorrupt           DATA_LOSS            500  1   wrong digest, truncated, unreadable
     |   `-- BundleMismatch          FAILED_PRECONDITION  409  1   the peer runs another bundle
@@ -44,6 +45,7 @@ __all__ = [
     "PeerError",
     "ProtocolError",
     "RateUnreachable",
+    "Unauthenticated",
     "Unavailable",
     "UnknownFile",
     "UnknownModel",
@@ -138,6 +140,13 @@ class RateUnreachable(CallerError):
     http_status = 409
 
 
+class Unauthenticated(CallerError):
+    """The server asks for a credential, and none or a wrong one was given."""
+
+    grpc_status = "UNAUTHENTICATED"
+    http_status = 401
+
+
 class BundleError(BitneckError):
     """A bundle cannot be used."""
 
@@ -212,6 +221,7 @@ _BY_STATUS: dict[str, type[BitneckError]] = {
     "RESOURCE_EXHAUSTED": Overloaded,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "UNAVAILABLE": Unavailable,
+    "UNAUTHENTICATED": Unauthenticated,
 }
 
 

@@ -8,6 +8,7 @@ from bitneck.errors import InvalidConfig, RateUnreachable, UnknownPoint
 from bitneck.ids import check_id
 
 __all__ = [
+    "ClientChooses",
     "FixedPoint",
     "Ladder",
     "MaxBytesPerFrame",
@@ -155,12 +156,17 @@ class MinAccuracy:
     accuracy: float
 
 
-RatePolicy = FixedPoint | MaxBytesPerFrame | MaxKbps | MinAccuracy
+@dataclass(frozen=True, slots=True)
+class ClientChooses:
+    """The client decides; the cloud asks for nothing."""
+
+
+RatePolicy = FixedPoint | MaxBytesPerFrame | MaxKbps | MinAccuracy | ClientChooses
 """What a user asks for over the control API."""
 
 
-def choose(ladder: Ladder, policy: RatePolicy, *, frames_per_s: float = 1.0) -> OperatingPoint:
-    """The operating point that serves a policy.
+def choose(ladder: Ladder, policy: RatePolicy, *, frames_per_s: float = 1.0) -> OperatingPoint | None:
+    """The operating point that serves a policy; None where the client chooses.
 
     Rates are means over photographs: a single frame may be larger or smaller.
 
@@ -186,6 +192,8 @@ def choose(ladder: Ladder, policy: RatePolicy, *, frames_per_s: float = 1.0) -> 
             if not 0 <= accuracy <= 1:
                 raise InvalidConfig(f"min_accuracy is a fraction within 0 and 1, got {accuracy}")
             return ladder.at_least(accuracy)
+        case ClientChooses():
+            return None
 
 
 def _positive(value: float, what: str) -> float:

@@ -1,14 +1,35 @@
-"""ONNX Runtime: one file, one input, one output."""
+"""ONNX Runtime: one file, one input, one output; and a pool in which equal files are loaded once."""
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from bitneck.errors import ModelFailure
+from bitneck.errors import InvalidConfig, ModelFailure
 
-__all__ = ["OnnxModule"]
+__all__ = ["CPU", "ModulePool", "OnnxModule", "check_providers"]
+
+CPU = ("CPUExecutionProvider",)
+"""The execution providers that every build of ONNX Runtime has."""
+
+
+def check_providers(providers: Sequence[str]) -> None:
+    """Refuse execution providers that this build of ONNX Runtime lacks: it would go on without them, and slowly.
+
+    Raises:
+        InvalidConfig: the message lists those that it has.
+    """
+    known = ort.get_available_providers()
+    for name in providers:
+        if name not in known:
+            raise InvalidConfig(
+                f"ONNX Runtime has no {name[:80]!r} here; it has: {', '.join(known)}. "
+                "Install the package that brings it, such as onnxruntime-gpu or onnxruntime-openvino"
+            )
 
 
 class OnnxModule:
@@ -19,12 +40,13 @@ class OnnxModule:
     Args:
         path: the file.
         threads: threads inside one operator; 0 lets ONNX Runtime take every core.
+        providers: execution providers, the preferred one first.
 
     Raises:
         ModelFailure: ONNX Runtime cannot load it, or it has more than one input or output.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
+    def __init__(self, path: Path, *, threads: int = 0, providers: Sequence[str] = CPU) -> None:
         self.name = path.parent.name + "/" + path.name
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -33,7 +55,7 @@ class OnnxModule:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(path, options, providers=list(providers))
         except Exception as exc:  # ONNX Runtime raises a kind of its own for every status
             raise ModelFailure(f"{path}: ONNX Runtime cannot load it ({exc})") from exc
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -60,3 +82,38 @@ class OnnxModule:
             raise ModelFailure(f"{self.name}: ONNX Runtime failed on an input of shape {x.shape} ({exc})") from exc
         result: NDArray[np.float32] = y
         return result
+
+
+class ModulePool:
+    """ONNX files by their digest: a file that is in use already is not loaded again.
+
+    It holds no module alive: what nobody uses any more is freed. Safe to share between threads.
+
+    Args:
+        providers: see `OnnxModule`.
+    """
+
+    def __init__(self, providers: Sequence[str] = CPU) -> None:
+        self._providers = tuple(providers)
+        self._modules: WeakValueDictionary[tuple[str, int], OnnxModule] = WeakValueDictionary()
+        self._lock = threading.Lock()
+        self.loads = 0
+
+    def load(self, path: Path, sha256: str, *, threads: int) -> OnnxModule:
+        """The module of a file.
+
+        Args:
+            path: where it lies, if it has to be read.
+            sha256: its digest.
+            threads: see `OnnxModule`.
+
+        Raises:
+            ModelFailure: see `OnnxModule`.
+        """
+        with self._lock:
+            module = self._modules.get((sha256, threads))
+            if module is None:
+                module = OnnxModule(path, threads=threads, providers=self._providers)
+                self._modules[sha256, threads] = module
+                self.loads += 1
+            return module

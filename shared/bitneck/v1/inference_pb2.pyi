@@ -133,16 +133,18 @@ class Label(_message.Message):
     def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., score: _Optional[float] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("received_unix_us", "queued_us", "decode_us", "compute_us")
+    __slots__ = ("received_unix_us", "queued_us", "decode_us", "compute_us", "batch")
     RECEIVED_UNIX_US_FIELD_NUMBER: _ClassVar[int]
     QUEUED_US_FIELD_NUMBER: _ClassVar[int]
     DECODE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
     received_unix_us: int
     queued_us: int
     decode_us: int
     compute_us: int
-    def __init__(self, received_unix_us: _Optional[int] = ..., queued_us: _Optional[int] = ..., decode_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+    batch: int
+    def __init__(self, received_unix_us: _Optional[int] = ..., queued_us: _Optional[int] = ..., decode_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., batch: _Optional[int] = ...) -> None: ...
 
 class SetPoint(_message.Message):
     __slots__ = ("point", "reason")

@@ -1,0 +1,110 @@
+"""Reload a served model from its folder, beside the running one, and swap."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitneck.bundle import Bundle
+from bitneck.errors import BitneckError, InvalidConfig
+from bitneck.runtime import ModulePool
+from bitneck_cloud.metrics import Metrics
+from bitneck_cloud.models import ServedModel
+from bitneck_cloud.registry import Registry
+
+__all__ = ["Reloaded", "Reloader"]
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload changed: operating points by id, and how many ONNX files had to be read."""
+
+    bundle_id: str
+    changed: bool
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    altered: tuple[str, ...]
+    files_loaded: int
+
+
+class Reloader:
+    """Loads bundles anew. One reload at a time; frames flow meanwhile.
+
+    Args:
+        registry: where the new generation goes.
+        folders: each model's bundle.
+        pool: what the new bundle has in common with the running one is taken from here, not read again.
+        threads: see `ServedModel`.
+        metrics: outcomes are counted there.
+    """
+
+    def __init__(
+        self, registry: Registry, folders: Mapping[str, Path], pool: ModulePool, threads: int, metrics: Metrics
+    ) -> None:
+        self._registry = registry
+        self._folders = dict(folders)
+        self._pool = pool
+        self._threads = threads
+        self._metrics = metrics
+        self._lock = asyncio.Lock()
+
+    async def reload(self, name: str) -> Reloaded:
+        """Load the model's folder again; where that fails, the old bundle goes on serving.
+
+        Open streams finish with the bundle that they began with; new ones get the new one.
+
+        Raises:
+            UnknownModel: none of this name is served.
+            InvalidConfig, BundleCorrupt, ModelFailure: the bundle in the folder cannot be served.
+        """
+        async with self._lock:
+            old = self._registry.model(name)
+            try:
+                new, loads = await asyncio.to_thread(self._load, old)
+            except BitneckError as exc:
+                self._metrics.reload(old.name, "failed")
+                _LOG.error("reload of %s failed, %s goes on serving: %s", old.name, old.bundle.bundle_id, exc)
+                raise
+            if new is None:
+                self._metrics.reload(old.name, "unchanged")
+                return Reloaded(old.bundle.bundle_id, changed=False, added=(), removed=(), altered=(), files_loaded=0)
+            self._registry.swap(new)
+            self._metrics.reload(old.name, "ok")
+            _LOG.info("reloaded %s: %s in place of %s", new.name, new.bundle.bundle_id, old.bundle.bundle_id)
+            before, after = _digests(old), _digests(new)
+            return Reloaded(
+                bundle_id=new.bundle.bundle_id,
+                changed=True,
+                added=tuple(p for p in after if p not in before),
+                removed=tuple(p for p in before if p not in after),
+                altered=tuple(p for p in after if p in before and after[p] != before[p]),
+                files_loaded=loads,
+            )
+
+    def _load(self, old: ServedModel) -> tuple[ServedModel | None, int]:
+        bundle = Bundle.open(self._folders[old.name])
+        if bundle.bundle_id == old.bundle.bundle_id:
+            return None, 0
+        if bundle.manifest.name != old.name:
+            raise InvalidConfig(
+                f"{bundle.root} now holds the model {bundle.manifest.name!r}, expected {old.name!r}; "
+                "serve another model with its own --bundle"
+            )
+        before = self._pool.loads
+        model = ServedModel(bundle, threads=self._threads, pool=self._pool)
+        return model, self._pool.loads - before
+
+
+def _digests(model: ServedModel) -> dict[str, tuple[str, ...]]:
+    """What defines each operating point: its files' digests and its entry."""
+    files = model.manifest.files
+    return {
+        entry.id: (
+            entry.model_dump_json(),
+            *(f.sha256 for name, f in files.items() if name.startswith(f"points/{entry.id}/")),
+        )
+        for entry in model.manifest.points
+    }

@@ -1,0 +1,348 @@
+"""What an operator relies on: TLS and tokens, reload, metrics, logs, draining, replicas. Real servers, real sockets."""
+
+import asyncio
+import datetime
+import json
+import shutil
+import signal
+import ssl
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import trustme
+from prometheus_client.parser import text_string_to_metric_families
+
+from bitneck.bundle import Bundle
+from bitneck.errors import InvalidConfig, Unauthenticated, Unavailable
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_edge.client import EdgeClient
+from clients import Frames, open_stream, stub
+from servers import BIN, Server, running_server
+from tiny import make_tiny_bundle, photo
+
+
+@pytest.fixture(scope="module")
+def frames(tiny_bundle: Bundle) -> Frames:
+    return Frames(tiny_bundle)
+
+
+class Authority:
+    """A certificate authority of the test's own, and files of its certificates."""
+
+    def __init__(self, root: Path) -> None:
+        self._authority = trustme.CA()
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True)
+        self.ca = root / "ca.pem"
+        self._authority.cert_pem.write_to_path(self.ca)
+
+    def issue(self, name: str, days: float = 1.0) -> tuple[Path, Path]:
+        now = datetime.datetime.now(datetime.UTC)
+        issued = self._authority.issue_cert(
+            "localhost",
+            "127.0.0.1",
+            common_name=name,
+            not_before=now - datetime.timedelta(days=2),
+            not_after=now + datetime.timedelta(days=days),
+        )
+        cert, key = self._root / f"{name}.pem", self._root / f"{name}.key"
+        issued.cert_chain_pems[0].write_to_path(cert)
+        issued.private_key_pem.write_to_path(key)
+        return cert, key
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("tls") / "good")
+
+
+def edge(server: Server, cache: Path, **values: Any) -> EdgeClient:
+    return EdgeClient(server.grpc, cache_dir=cache, retries=0, connect_timeout_s=3.0, **values)
+
+
+async def test_mutual_tls_lets_in_whom_it_should(authority: Authority, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    cert, key = authority.issue("server")
+    device, device_key = authority.issue("device")
+    expired, expired_key = authority.issue("expired", days=-1.0)
+    stranger, stranger_key = Authority(tmp_path / "other").issue("device")
+    options = ("--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(authority.ca))
+    with running_server(tiny_bundle.root, options=options) as server:
+        async with edge(server, tmp_path / "cache", tls_ca=authority.ca, tls_cert=device, tls_key=device_key) as client:
+            assert (await client.infer(photo(1))).labels
+        refused: list[dict[str, Any]] = [
+            {},  # no TLS at all
+            {"tls_ca": authority.ca},  # no certificate
+            {"tls_ca": authority.ca, "tls_cert": expired, "tls_key": expired_key},
+            {"tls_ca": authority.ca, "tls_cert": stranger, "tls_key": stranger_key},
+            {"tls_ca": tmp_path / "other" / "ca.pem", "tls_cert": device, "tls_key": device_key},  # not its server
+        ]
+        for values in refused:
+            with pytest.raises(Unavailable):
+                async with edge(server, tmp_path / "cache", **values):
+                    pass
+        with pytest.raises(InvalidConfig, match="tls_key"):  # a key of another certificate
+            async with edge(server, tmp_path / "c", tls_ca=authority.ca, tls_cert=device, tls_key=expired_key):
+                pass
+        async with httpx.AsyncClient(verify=ssl.create_default_context(cafile=authority.ca)) as http:
+            assert (await http.get(server.http.replace("http:", "https:") + "/readyz")).status_code == 200
+        async with edge(server, tmp_path / "cache", tls_ca=authority.ca, tls_cert=device, tls_key=device_key) as client:
+            assert (await client.infer(photo(1))).labels  # the others harmed nothing
+
+
+async def test_an_expired_server_is_refused_by_the_edge(
+    authority: Authority, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    cert, key = authority.issue("old-server", days=-1.0)
+    with running_server(tiny_bundle.root, options=("--tls-cert", str(cert), "--tls-key", str(key))) as server:
+        with pytest.raises(Unavailable):
+            async with edge(server, tmp_path / "cache", tls_ca=authority.ca):
+                pass
+
+
+async def test_devices_and_control_have_tokens_of_their_own(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    options = ("--device-token", "for-devices", "--http-token", "for-control")
+    with running_server(tiny_bundle.root, options=options) as server:
+        for token in (None, "for-control", "for-device"):
+            with pytest.raises(Unauthenticated, match="bearer token"):
+                async with edge(server, tmp_path / "cache", token=token):
+                    pass
+        async with stub(server.grpc) as cloud:
+            for call in (
+                cloud.GetManifest(pb.GetManifestRequest()),
+                cloud.Infer(pb.InferRequest()),
+                cloud.FetchFile(pb.FetchFileRequest()).read(),
+                cloud.Stream().read(),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await call
+                assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        async with edge(server, tmp_path / "cache", token="for-devices") as client:
+            assert (await client.infer(photo(1))).labels
+        async with httpx.AsyncClient(base_url=server.http) as http:
+            for path in ("/v1/sessions", "/metrics", "/v2", "/v2/models/tiny"):
+                assert (await http.get(path)).status_code == 401
+                wrong = await http.get(path, headers={"Authorization": "Bearer for-devices"})
+                assert wrong.status_code == 401
+                right = await http.get(path, headers={"Authorization": "Bearer for-control"})
+                assert right.status_code == 200
+            for path in ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"):
+                assert (await http.get(path)).status_code == 200
+        assert "for-devices" not in server.read_log()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--tls-cert", "server.pem"), "tls_cert and tls_key go together"),
+        (("--tls-client-ca", "ca.pem"), "need TLS"),
+        (("--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"), "tls_cert"),
+        (("--provider", "NoSuchExecutionProvider"), "CPUExecutionProvider"),
+        (("--log-format", "xml"), "text or json"),
+    ],
+)
+def test_settings_that_are_refused(tiny_bundle: Bundle, options: tuple[str, ...], text: str) -> None:
+    command = [BIN / "bitneck-cloud", "serve", "--bundle", tiny_bundle.root, "--grpc", "127.0.0.1:0"]
+    done = subprocess.run([*command, "--http", "127.0.0.1:0", *options], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def samples(text: str) -> dict[str, float]:
+    """Sample values by name and labels; reading them also proves that the text is well-formed."""
+    return {
+        f"{s.name}{sorted(s.labels.items())}": s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+
+
+async def test_metrics_and_request_ids(tiny_bundle: Bundle, frames: Frames) -> None:
+    with running_server(tiny_bundle.root, options=("--log-format", "json")) as server:
+        async with httpx.AsyncClient(base_url=server.http) as http, stub(server.grpc) as cloud:
+            stream = await open_stream(cloud, tiny_bundle.bundle_id, client="a secret camera")
+            for seq in range(1, 9):
+                point = "s1-r1" if seq > 4 else "s1-r2"
+                answer = await stream.ask(frames.frame(seq, point))
+                assert answer.result.timings.batch == 1
+            bad = frames.frame(9)
+            bad.crc32c ^= 1
+            assert (await stream.ask(bad)).HasField("fault")
+            reply = await http.get("/metrics", headers={"x-request-id": "mine.1"})
+            assert reply.headers["x-request-id"] == "mine.1"
+            odd = await http.get("/metrics", headers={"x-request-id": "not well-formed"})
+            assert len(odd.headers["x-request-id"]) == 16
+            found = samples(reply.text)
+            openmetrics = await http.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+            assert openmetrics.text.endswith("# EOF\n")
+            call = cloud.GetManifest(pb.GetManifestRequest(), metadata=(("x-request-id", "mine-2"),))
+            await call
+            assert ("x-request-id", "mine-2") in [(k, v) for k, v in await call.initial_metadata()]
+        model = ("model", "tiny")
+        assert found[f"bitneck_frames_total{[model, ('outcome', 'OK')]}"] == 8
+        assert found[f"bitneck_frames_total{[model, ('outcome', 'DATA_LOSS')]}"] == 1
+        assert found[f"bitneck_point_frames_total{[model, ('point', 's1-r1')]}"] == 4
+        assert found[f"bitneck_point_switches_total{[model]}"] == 1
+        assert found[f"bitneck_queue_wait_seconds_count{[model]}"] == 8
+        assert found[f"bitneck_batch_frames_sum{[model]}"] == 8
+        assert found[f"bitneck_sessions_total{[('how', 'new'), model]}"] == 1
+        assert found["bitneck_streams[]"] == found["bitneck_open_sessions[]"] == found["bitneck_ready[]"] == 1
+        assert "camera" not in reply.text
+        assert stream.opened.session_id not in reply.text
+        lines = [json.loads(line) for line in server.read_log().splitlines()]
+        opened = next(line for line in lines if stream.opened.session_id in line["message"])
+        assert opened["level"] == "INFO"
+        assert len(opened["request_id"]) == 16
+
+
+async def test_reload_swaps_while_frames_flow(own_tiny_bundle: Bundle, tmp_path: Path) -> None:
+    old, frames = own_tiny_bundle, Frames(own_tiny_bundle)
+    payload = frames.frame(1).payload
+    with running_server(old.root) as server:
+        async with httpx.AsyncClient(base_url=server.http) as http, stub(server.grpc) as cloud:
+            unchanged = (await http.post("/v1/models/tiny/reload")).json()
+            assert (unchanged["changed"], unchanged["bundle_id"]) == (False, old.bundle_id)
+            stream = await open_stream(cloud, old.bundle_id)
+            stop, outcomes = asyncio.Event(), []
+
+            async def flow() -> None:
+                seq = 0
+                while not stop.is_set():
+                    seq += 1
+                    answer = await stream.ask(frames.frame(seq, ("s1-r1", "s1-r2", "s2-r1")[seq % 3]))
+                    outcomes.append(answer.WhichOneof("message"))
+
+            flowing = asyncio.create_task(flow())
+            new = make_tiny_bundle(old.root, drop_points=("s2-r1",))
+            reply = await http.post("/v1/models/tiny/reload")
+            assert reply.status_code == 200, reply.text
+            changed = reply.json()
+            assert (changed["changed"], changed["bundle_id"]) == (True, new.bundle_id)
+            assert (changed["removed"], changed["added"], changed["files_loaded"]) == (["s2-r1"], [], 0)
+            await asyncio.sleep(0.2)
+            stop.set()
+            await flowing
+            assert set(outcomes) == {"result"}  # the point that is gone still serves the stream that began with it
+            assert (await cloud.GetManifest(pb.GetManifestRequest())).bundle_id == new.bundle_id
+            fresh = await open_stream(cloud, new.bundle_id)
+            assert (await fresh.ask(Frames(new).frame(1, "s1-r2"))).HasField("result")
+            gone = await fresh.ask(frames.frame(2, "s1-r2", seed=3))
+            assert gone.HasField("result")
+            missing = frames.frame(3, "s1-r2")
+            missing.point = "s2-r1"
+            assert (await fresh.ask(missing)).HasField("fault")
+            # a manifest from just before the swap is still welcome, its files are not there any more
+            assert (await open_stream(cloud, old.bundle_id)).opened.window > 0
+            with pytest.raises(grpc.aio.AioRpcError):
+                await cloud.FetchFile(pb.FetchFileRequest(bundle_id=old.bundle_id, path="labels.json")).read()
+
+            # a bundle that breaks: the running one goes on
+            victim = new.root / "points" / "s1-r1" / "decoder.onnx"
+            good = victim.read_bytes()
+            victim.write_bytes(good[:-1])
+            broken = await http.post("/v1/models/tiny/reload")
+            assert (broken.status_code, broken.json()["title"]) == (500, "BundleCorrupt")
+            shutil.rmtree(new.root / "points")
+            assert (await http.post("/v1/models/tiny/reload")).status_code == 500
+            make_tiny_bundle(new.root, name="other")
+            assert (await http.post("/v1/models/tiny/reload")).status_code == 400
+            assert (await fresh.ask(frames.frame(4, "s1-r1"))).HasField("result")
+            found = samples((await http.get("/metrics")).text)
+        assert found[f"bitneck_reloads_total{[('model', 'tiny'), ('outcome', 'ok')]}"] == 1
+        assert found[f"bitneck_reloads_total{[('model', 'tiny'), ('outcome', 'failed')]}"] == 3
+    assert payload
+
+
+async def test_a_silent_stream_ends_and_its_session_can_be_resumed(tiny_bundle: Bundle, frames: Frames) -> None:
+    with running_server(tiny_bundle.root, options=("--idle-s", "0.3")) as server:
+        async with stub(server.grpc) as cloud:
+            stream = await open_stream(cloud, tiny_bundle.bundle_id)
+            assert (await stream.ask(frames.frame(1))).HasField("result")
+            assert "no message" in (await stream.read()).go_away.reason
+            assert await stream.call.read() is grpc.aio.EOF
+            again = await open_stream(cloud, tiny_bundle.bundle_id, token=stream.opened.resume_token)
+            assert again.opened.session_id == stream.opened.session_id
+            assert (await again.ask(frames.frame(2))).HasField("result")
+
+
+async def test_an_idle_edge_stays_of_use(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with running_server(tiny_bundle.root, options=("--idle-s", "1.1")) as server:
+        async with EdgeClient(server.grpc, cache_dir=tmp_path, retries=1) as client:
+            first = await client.infer(photo(1))
+            await asyncio.sleep(5)  # sent away three times or more, one retry allowed
+            assert client.reconnects >= 2
+            assert (await client.infer(photo(1))).labels == first.labels
+
+
+async def test_a_session_that_sends_too_much_is_refused_frame_by_frame(tiny_bundle: Bundle, frames: Frames) -> None:
+    with running_server(tiny_bundle.root, options=("--max-bytes-per-s", "1")) as server:
+        async with stub(server.grpc) as cloud:
+            stream = await open_stream(cloud, tiny_bundle.bundle_id)
+            frame = frames.frame(1)
+            answer = await stream.ask(frame)
+            assert answer.HasField("result")  # within the burst of 64 KiB
+
+
+async def test_draining_is_announced_before_it_begins(tiny_bundle: Bundle, frames: Frames) -> None:
+    with running_server(tiny_bundle.root, options=("--drain-delay-s", "1.0")) as server:
+        async with httpx.AsyncClient(base_url=server.http) as http, stub(server.grpc) as cloud:
+            stream = await open_stream(cloud, tiny_bundle.bundle_id)
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.3)
+            assert (await http.get("/readyz")).status_code == 503
+            assert (await http.get("/healthz")).status_code == 200
+            late = await open_stream(cloud, tiny_bundle.bundle_id)  # the balancer has not noticed yet
+            assert (await late.ask(frames.frame(1))).HasField("result")
+            assert (await stream.ask(frames.frame(1))).HasField("result")
+            assert (await stream.read()).HasField("go_away")
+            assert (await late.read()).HasField("go_away")
+            assert (await late.ask(frames.frame(2))).HasField("result")  # until the drain is over
+            await stream.call.done_writing()
+            await late.call.done_writing()
+        assert server.process.wait(20) == 0
+
+
+def test_open_inference_paths(tiny_bundle: Bundle) -> None:
+    with running_server(tiny_bundle.root) as server:
+        assert httpx.get(f"{server.http}/v2").json()["name"] == "bitneck"
+        model = httpx.get(f"{server.http}/v2/models/tiny").json()
+        assert model["versions"] == [tiny_bundle.bundle_id]
+        assert model["outputs"] == [{"name": "scores", "datatype": "FP32", "shape": [1, 10]}]
+        assert httpx.get(f"{server.http}/v2/models/tiny/ready").json() == {"ready": True}
+        version = httpx.get(f"{server.http}/v2/models/tiny/versions/{tiny_bundle.bundle_id}")
+        assert version.json() == model
+        assert httpx.get(f"{server.http}/v2/models/nope").status_code == 404
+
+
+async def test_a_replica_takes_over_from_one_that_is_killed(tiny_bundle: Bundle, frames: Frames) -> None:
+    """Without a balancer; the client's address changes instead."""
+    config = tiny_bundle.root.parent / "replica.toml"
+    config.write_text('token_key = "a shared key of some length"\n')
+    key = ("--config", str(config))
+    with running_server(tiny_bundle.root, options=key) as one, running_server(tiny_bundle.root, options=key) as two:
+        async with stub(one.grpc) as cloud:
+            stream = await open_stream(cloud, tiny_bundle.bundle_id)
+            first = await stream.ask(frames.frame(1))
+            one.kill()
+        async with stub(two.grpc) as cloud:
+            moved = await open_stream(cloud, tiny_bundle.bundle_id, token=stream.opened.resume_token)
+            assert moved.opened.session_id == stream.opened.session_id
+            again = await moved.ask(frames.frame(1))
+            assert again.result.output == first.result.output
+        async with httpx.AsyncClient(base_url=two.http) as http:
+            found = samples((await http.get("/metrics")).text)
+        assert found[f"bitneck_sessions_total{[('how', 'adopted'), ('model', 'tiny')]}"] == 1
+
+
+def test_a_key_that_is_too_short_is_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    config = tmp_path / "cloud.toml"
+    config.write_text('token_key = "short"\n')
+    command = [BIN / "bitneck-cloud", "serve", "--bundle", tiny_bundle.root, "--config", config]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "token_key" in done.stderr
+    assert "short'" not in done.stderr
