@@ -33,6 +33,9 @@ __all__ = ["app", "main"]
 _LAST_ANSWERS_S = 3.0
 """After a signal, how long the answers that are out are waited for."""
 
+_MAX_LOAD_PHOTOS = 64
+"""Photographs that `load` encodes beforehand; more would tell nothing new about a server."""
+
 app = typer.Typer(
     help="Run the first part of a split network here, send a few hundred bytes, get the answer.",
     no_args_is_help=True,
@@ -257,6 +260,61 @@ def encode(
         print(json.dumps(document))  # noqa: T201
     else:
         print(f"{out}: {chosen}, {document['payload_bytes']} bytes, {document['bpp_payload']:.4f} bpp")  # noqa: T201
+
+
+@app.command()
+def load(
+    photos: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="PHOTO|FOLDER ...")],
+    server: Server = None,
+    model: Model = None,
+    clients: Annotated[int, typer.Option(min=1, max=10_000, help="Sessions at once.")] = 8,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long, after a second of warm-up.")] = 10.0,
+    point: Annotated[
+        list[str] | None, typer.Option(help="Operating point; repeatable, the clients share them.  [default: all]")
+    ] = None,
+    fps: Annotated[
+        float, typer.Option(min=0, help="Frames a second of each client, at random moments; 0: when one is answered.")
+    ] = 0.0,
+    in_flight: Annotated[int, typer.Option(min=1, help="Unanswered frames of each client, without --fps.")] = 1,
+    deadline_ms: Annotated[int | None, typer.Option(help="Of a frame, from its receipt; 0 for none.")] = None,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
+    cache_dir: Cache = None,
+    answer_timeout_s: Overdue = None,
+    retries: Retries = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Load a server with many sessions and tell how long it took. The photographs are encoded once, beforehand."""
+    from bitneck_edge.load import LoadPlan, run_load, summarize
+    from bitneck_edge.report import load_table
+
+    settings = EdgeSettings.load(
+        {
+            "server": server, "model": model, "deadline_ms": deadline_ms, "cache_dir": cache_dir, "retries": retries,
+            "answer_timeout_s": answer_timeout_s, "tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert,
+            "tls_key": tls_key, "token": token,
+        },
+        config,
+    )  # fmt: skip
+    paths: list[Path] = [path for source in photos for path in find_photos(source)][:_MAX_LOAD_PHOTOS]
+    plan = LoadPlan(clients=clients, seconds=seconds, points=tuple(point or ()), fps=fps, in_flight=in_flight)
+    document = summarize(asyncio.run(run_load(settings, paths, plan)))
+    if as_json:
+        print(json.dumps(document))  # noqa: T201
+    else:
+        offered = f" of {document['offered_per_s']:.1f} offered" if "offered_per_s" in document else ""
+        print(  # noqa: T201
+            f"{document['frames']} frames of {clients} clients, {document['frames_per_s']:.1f} a second{offered}, "
+            f"{document['failed']} failed, {document['reconnects']} reconnects, "
+            f"{document.get('batch_mean', 0):.1f} frames a pass"
+        )
+        Console().print(load_table(document))
+    if document["failed"] or not document["frames"]:
+        sys.exit(1)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from bitneck.ladder import Ladder
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.results import Answer, Failure
 
-__all__ = ["line", "points_table", "run_document", "run_table"]
+__all__ = ["line", "load_table", "points_table", "run_document", "run_table"]
 
 _STAGES = ("load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
 
@@ -85,4 +85,14 @@ def points_table(ladder: Ladder) -> Table:
         column.justify = "right"
     for p in ladder:
         table.add_row(p.id, p.split, f"{p.payload_bytes:.1f}", f"{p.bpp_payload:.4f}", f"{p.accuracy:.4f}")
+    return table
+
+
+def load_table(document: dict[str, Any]) -> Table:
+    """A load's percentiles, from `bitneck_edge.load.summarize`."""
+    table = Table("milliseconds", "p50", "p90", "p99", "mean")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, values in document.get("ms", {}).items():
+        table.add_row(name.replace("_", " "), *[f"{values[key]:.2f}" for key in ("p50", "p90", "p99", "mean")])
     return table
