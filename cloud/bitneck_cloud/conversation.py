@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from bitneck.errors import BitneckError, ProtocolError
+from bitneck.errors import BitneckError, MalformedFrame, ProtocolError
 from bitneck.frames import check_frame
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.engine import Engine, Job
@@ -119,6 +119,9 @@ class Conversation:
                     message = await anext(messages)
             except StopAsyncIteration:
                 return
+            except MalformedFrame as exc:
+                await self._fault(0, exc)
+                continue
             except TimeoutError:
                 await self._outbox.control(go_away(f"no message for {self._idle_s:.0f} s; come back with your token"))
                 return

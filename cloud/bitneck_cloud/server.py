@@ -29,6 +29,7 @@ from bitneck_cloud.grpc_service import InferenceService
 from bitneck_cloud.http_api import Readiness, build_app
 from bitneck_cloud.metrics import Metrics
 from bitneck_cloud.models import ServedModel
+from bitneck_cloud.parsing import TolerantParsing
 from bitneck_cloud.registry import Registry
 from bitneck_cloud.reload import Reloader
 from bitneck_cloud.security import DeviceTokens, grpc_credentials, tls_files_usable
@@ -173,9 +174,9 @@ async def _grpc_server(
     settings: CloudSettings, service: InferenceService, metrics: Metrics
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer, int]:
     address = Address.parse(settings.grpc)
-    interceptors = []
+    interceptors: list[grpc.aio.ServerInterceptor] = [TolerantParsing()]
     if settings.device_token is not None:
-        interceptors.append(DeviceTokens(settings.device_token.get_secret_value(), metrics))
+        interceptors.insert(0, DeviceTokens(settings.device_token.get_secret_value(), metrics))
     server = grpc.aio.server(options=_GRPC_OPTIONS, interceptors=interceptors)
     pb_grpc.add_SplitInferenceServicer_to_server(service, server)
     servicer = health.aio.HealthServicer()

@@ -1,0 +1,131 @@
+"""Fuzz what a server does with bytes from outside: parsing, checks and decoding, offline.
+
+Payloads and protobuf messages are random, mutated from right ones, cut and lengthened. Only bitneck's own errors and
+protobuf's DecodeError may come out; symbols stay inside their tables; memory does not grow.
+
+    python benchmarks/fuzz.py --inputs 1000000 [--seed 0]
+"""
+
+import argparse
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from bitneck.codec import FactorizedCodec
+from bitneck.errors import BitneckError
+from bitneck.frames import check_frame, seal_frame
+from bitneck.tables import FactorizedModel
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_cloud.models import ServedModel
+from bitneck_cloud.session import Session
+from bitneck_cloud.tokens import TokenSigner
+from tiny import make_tiny_bundle
+
+ALLOWED_GROWTH_MIB = 16
+
+
+def mutated(dice: random.Random, data: bytes) -> bytes:
+    """A right input with a few things wrong."""
+    value = bytearray(data)
+    for _ in range(dice.randint(1, 4)):
+        match dice.randrange(5):
+            case 0 if value:
+                value[dice.randrange(len(value))] ^= 1 << dice.randrange(8)
+            case 1:
+                del value[dice.randint(0, len(value)) :]
+            case 2:
+                value += dice.randbytes(dice.randint(1, 64))
+            case 3:
+                at = dice.randint(0, len(value))
+                value[at:at] = dice.randbytes(dice.randint(1, 8))
+            case _ if value:
+                at = dice.randrange(len(value))
+                value[at : at + dice.randint(1, 8)] = b"\xff" * dice.randint(0, 8)
+    return bytes(value)
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    dice = random.Random(arguments.seed)  # noqa: S311  inputs that can be repeated, no secret
+    numbers = np.random.default_rng(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        model = ServedModel(make_tiny_bundle(Path(folder) / "bundle"), threads=1)
+    symbols = numbers.integers(-6, 7, (200, 24, 3, 3)).astype(np.int32)
+    codecs = [FactorizedCodec(FactorizedModel.fit(symbols), (24, 3, 3))]
+    codecs += [decoder.codec for decoder in model.decoders.values()]
+    codecs.append(FactorizedCodec(FactorizedModel.fit(symbols[:, :, :1, :1]), (24, 1, 1)))
+    right = [(codec, codec.encode(numbers.integers(codec.tables.lo[:, None, None], codec.tables.hi[:, None, None] + 1,
+              codec.latent_shape).astype(np.int32))) for codec in codecs for _ in range(20)]  # fmt: skip
+    points = list(model.decoders)
+    messages = [
+        pb.ClientMessage(
+            frame=seal_frame(seq=k + 1, point=points[k % len(points)], payload=payload)
+        ).SerializeToString()
+        for k, (_, payload) in enumerate(right)
+    ]
+    messages.append(pb.ClientMessage(open=pb.Open(bundle_id=model.bundle.bundle_id, client="x")).SerializeToString())
+    session = Session(
+        session_id="s-1", model="m", client="c", ladder=model.ladder, window=64, assumed_fps=10, now=0.0,
+        max_bytes_per_s=1e9,
+    )  # fmt: skip
+    signer = TokenSigner(b"k" * 32, max_age_s=1e9)
+    outcomes: Counter[str] = Counter()
+    begin, warm = time.perf_counter(), 0.0
+    for k in range(arguments.inputs):
+        if k == min(20_000, arguments.inputs // 2):
+            warm = peak_mib()
+        random_bytes = dice.random() < 0.3
+        try:
+            if k % 2:
+                codec, payload = dice.choice(right)
+                data = dice.randbytes(dice.randint(0, 400)) if random_bytes else mutated(dice, payload)
+                s = codec.decode(data)
+                lo, hi = codec.tables.lo[:, None, None], codec.tables.hi[:, None, None]
+                assert s.shape == codec.latent_shape
+                assert (s >= lo).all()
+                assert (s <= hi).all()
+                assert len(codec.encode(s)) >= len(data)
+            else:
+                data = dice.randbytes(dice.randint(0, 400)) if random_bytes else mutated(dice, dice.choice(messages))
+                message = pb.ClientMessage()
+                message.ParseFromString(data)
+                if message.HasField("frame"):
+                    frame = message.frame
+                    check_frame(frame)
+                    model.check(frame)
+                    session.accept(frame.seq, frame.point, len(frame.payload), k / 1e3)
+                    session.complete(frame.seq, pb.ServerMessage())
+                    model.decode(frame.point, frame.payload)
+                else:
+                    assert signer.read(message.open.resume_token, 0.0) is None
+            outcomes["taken"] += 1
+        except (BitneckError, DecodeError) as exc:
+            outcomes[type(exc).__name__] += 1
+    grown = peak_mib() - warm
+    print(
+        f"{arguments.inputs} inputs in {time.perf_counter() - begin:.0f} s: "
+        + ", ".join(f"{name} {count}" for name, count in outcomes.most_common())
+        + f"; peak memory grew by {grown:.1f} MiB"
+    )
+    if grown > ALLOWED_GROWTH_MIB:
+        sys.exit(f"memory grew by {grown:.1f} MiB, more than {ALLOWED_GROWTH_MIB}")
+
+
+if __name__ == "__main__":
+    main()
