@@ -14,6 +14,7 @@ import grpc
 import httpx
 import pytest
 import trustme
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from bitneck.bundle import Bundle
@@ -346,3 +347,38 @@ def test_a_key_that_is_too_short_is_refused(tiny_bundle: Bundle, tmp_path: Path)
     assert done.returncode == 2
     assert "token_key" in done.stderr
     assert "short'" not in done.stderr
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[misc]
+    """An OpenTelemetry collector that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+
+    async def Export(self, request: Any, context: Any) -> Any:  # noqa: N802
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self.spans += scope.spans
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+async def test_frames_are_traced(tiny_bundle: Bundle, frames: Frames) -> None:
+    collector, server = Collector(), grpc.aio.server()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    options = ("--traces", f"http://127.0.0.1:{port}", "--trace-ratio", "0")
+    with running_server(tiny_bundle.root, options=options) as own:
+        async with stub(own.grpc) as cloud:
+            request = pb.InferRequest(bundle_id=tiny_bundle.bundle_id, frame=frames.frame(7))
+            await cloud.Infer(request)  # nobody traces it
+            parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+            await cloud.Infer(request, metadata=(("traceparent", parent),))
+        await asyncio.to_thread(own.stop)  # what waits is sent
+    await server.stop(None)
+    assert sorted(span.name for span in collector.spans) == ["compute", "decode", "frame", "wait"]
+    (frame,) = [span for span in collector.spans if span.name == "frame"]
+    assert frame.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
+    assert frame.parent_span_id.hex() == "b7ad6b7169203331"
+    assert {a.key: a.value.string_value for a in frame.attributes}["bitneck.point"] == "s1-r2"
+    assert all(span.parent_span_id == frame.span_id for span in collector.spans if span is not frame)

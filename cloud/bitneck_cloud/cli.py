@@ -41,6 +41,8 @@ def serve(
         list[str] | None, typer.Option(help="ONNX Runtime execution provider; repeatable.  [default: CPU]")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="ONNX Runtime threads; 0 for every core.  [default: 0]")] = None,
+    traces: Annotated[str | None, typer.Option(help="URL of an OpenTelemetry collector (OTLP, gRPC).")] = None,
+    trace_ratio: Annotated[float | None, typer.Option(help="Share of the frames traced.  [default: 0.01]")] = None,
     decode_threads: Annotated[int | None, typer.Option(help="Threads that decode meanwhile.  [default: 1]")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Frames in one pass.  [default: 16]")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Frames that may wait.  [default: 1024]")] = None,
@@ -78,7 +80,7 @@ def serve(
         "providers": provider or None, "threads": threads, "decode_threads": decode_threads, "max_batch": max_batch,
         "max_queue": max_queue, "window": window, "max_sessions": max_sessions, "max_bytes_per_s": max_bytes_per_s,
         "idle_s": idle_s, "resume_s": resume_s, "drain_s": drain_s, "drain_delay_s": drain_delay_s,
-        "assumed_fps": assumed_fps,
+        "assumed_fps": assumed_fps, "traces": traces, "trace_ratio": trace_ratio,
     }  # fmt: skip
     settings = CloudSettings.load(flags, config)
 

@@ -12,14 +12,15 @@ import grpc
 from bitneck.errors import BitneckError, MalformedFrame, ProtocolError
 from bitneck.frames import check_frame
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_cloud.engine import Engine, Job
+from bitneck_cloud.engine import Computed, Engine, Job
 from bitneck_cloud.messages import fault, go_away, set_point
 from bitneck_cloud.metrics import Metrics
 from bitneck_cloud.models import ServedModel
 from bitneck_cloud.outbox import Outbox
 from bitneck_cloud.session import Event, Session, StreamState, Verdict
+from bitneck_cloud.tracing import FrameTracer
 
-__all__ = ["Context", "Conversation", "job_of", "result_of"]
+__all__ = ["Context", "Conversation", "computed_of", "job_of", "result_of"]
 
 _LOG = logging.getLogger(__name__)
 _SUPERSEDED_GRACE_S = 2.0
@@ -39,6 +40,7 @@ class Conversation:
         streams: every session's newest conversation, by session id; this one is put in, and answers go to whichever
             is newest when they are ready.
         metrics: what happens is counted there.
+        tracer: where frames' spans go.
         idle_s: the stream ends after so long without a message; 0 for never.
     """
 
@@ -50,6 +52,7 @@ class Conversation:
         state: StreamState,
         streams: MutableMapping[str, "Conversation"],
         metrics: Metrics,
+        tracer: FrameTracer,
         idle_s: float,
     ) -> None:
         self._engine = engine
@@ -59,12 +62,15 @@ class Conversation:
         self._outbox = Outbox(limit=2 * session.window)
         self._streams = streams
         self._metrics = metrics
+        self._tracer = tracer
+        self._trace: Any = None
         self._idle_s = idle_s
         self._tasks: dict[asyncio.Task[None], Job] = {}
         self._writer: asyncio.Task[None] | None = None
 
     async def run(self, requests: AsyncIterator[pb.ClientMessage], context: Context) -> None:
         """Until the client has finished, or is gone."""
+        self._trace = self._tracer.parent(context.invocation_metadata())
         older = self._streams.get(self._session.session_id)
         self._streams[self._session.session_id] = self
         if older is not None:
@@ -165,7 +171,9 @@ class Conversation:
     async def _answer(self, job: Job, seq: int, received: float) -> None:
         """Wait for a job and hand its answer to the session's newest stream."""
         try:
-            message = pb.ServerMessage(result=await result_of(job, seq, received))
+            computed = await computed_of(job)
+            message = pb.ServerMessage(result=result_of(computed, seq, received))
+            self._tracer.frame(self._model.name, job.point, seq, received, computed, self._trace)
             self._session.complete(seq, message)
             self._metrics.frame(self._model.name, "OK")
         except BitneckError as exc:
@@ -191,17 +199,21 @@ def job_of(model: ServedModel, frame: pb.Frame) -> Job:
     return Job(model, frame.point, frame.payload, deadline)
 
 
-async def result_of(job: Job, seq: int, received: float) -> pb.Result:
-    """The answer to a frame, once it is there.
+async def computed_of(job: Job) -> Computed:
+    """What became of a frame, once it is there.
 
     Raises:
-        BitneckError: why there is none.
+        BitneckError: why there is no output.
     """
     try:
-        computed = await job.result
+        return await job.result
     except asyncio.CancelledError:
         job.result.cancel()
         raise
+
+
+def result_of(computed: Computed, seq: int, received: float) -> pb.Result:
+    """The answer to a frame; `received` is in seconds since 1970."""
     timings = pb.Timings(
         received_unix_us=round(received * 1e6),
         queued_us=computed.queued_us,

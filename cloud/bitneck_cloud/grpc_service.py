@@ -13,13 +13,14 @@ from bitneck.errors import BitneckError, BundleMismatch, Unavailable, UnknownFil
 from bitneck.frames import check_frame
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
-from bitneck_cloud.conversation import Context, Conversation, job_of, result_of
+from bitneck_cloud.conversation import Context, Conversation, computed_of, job_of, result_of
 from bitneck_cloud.engine import Engine
 from bitneck_cloud.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.messages import go_away, public_text, set_point
 from bitneck_cloud.metrics import Metrics
 from bitneck_cloud.registry import Registry
 from bitneck_cloud.session import Event, Session, StreamState
+from bitneck_cloud.tracing import FrameTracer
 
 __all__ = ["InferenceService"]
 
@@ -34,13 +35,17 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         registry: models and sessions.
         engine: that computes.
         metrics: what happens is counted there.
+        tracer: where frames' spans go.
         idle_s: see `CloudSettings`.
     """
 
-    def __init__(self, registry: Registry, engine: Engine, metrics: Metrics, *, idle_s: float) -> None:
+    def __init__(
+        self, registry: Registry, engine: Engine, metrics: Metrics, tracer: FrameTracer, *, idle_s: float
+    ) -> None:
         self._registry = registry
         self._engine = engine
         self._metrics = metrics
+        self._tracer = tracer
         self._idle_s = idle_s
         self._streams: dict[str, Conversation] = {}
         self._draining = False
@@ -96,12 +101,14 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             job = job_of(model, frame)
             self._engine.submit(job)
             self._metrics.accepted(name, frame.point, len(frame.payload), switched=False)
-            result = await result_of(job, frame.seq, received)
+            computed = await computed_of(job)
         except BitneckError as exc:
             self._metrics.frame(name, exc.grpc_status)
             await _abort(context, exc)
         self._metrics.frame(name, "OK")
-        return pb.InferResponse(bundle_id=model.bundle.bundle_id, result=result)
+        trace = self._tracer.parent(context.invocation_metadata())
+        self._tracer.frame(name, frame.point, frame.seq, received, computed, trace)
+        return pb.InferResponse(bundle_id=model.bundle.bundle_id, result=result_of(computed, frame.seq, received))
 
     async def Stream(  # type: ignore[override]  # noqa: N802  grpc.aio also takes a coroutine that writes
         self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
@@ -126,7 +133,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._metrics.session(model.name, admission.how)
         _LOG.info("session %s (%s) opened by client %r", session.session_id, admission.how, session.client)
         conversation = Conversation(
-            self._engine, model, session, state, self._streams, self._metrics, idle_s=self._idle_s
+            self._engine, model, session, state, self._streams, self._metrics, self._tracer, idle_s=self._idle_s
         )
         opened_message = pb.Opened(
             session_id=session.session_id,

@@ -35,6 +35,7 @@ from bitneck_cloud.reload import Reloader
 from bitneck_cloud.security import DeviceTokens, grpc_credentials, tls_files_usable
 from bitneck_cloud.settings import CloudSettings
 from bitneck_cloud.tokens import TokenSigner
+from bitneck_cloud.tracing import open_traces
 
 __all__ = ["Ready", "load_models", "serve"]
 
@@ -124,7 +125,8 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         decode_threads=settings.decode_threads,
         metrics=metrics,
     )
-    service = InferenceService(registry, engine, metrics, idle_s=settings.idle_s)
+    tracer = open_traces(settings.traces, settings.trace_ratio)
+    service = InferenceService(registry, engine, metrics, tracer, idle_s=settings.idle_s)
     folders = {model.name: model.bundle.root for model in models.values()}
     reloader = Reloader(registry, folders, pool, settings.threads, metrics)
     readiness = Readiness()
@@ -160,6 +162,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         await engine.stop()
         http.should_exit = True
         await http_task
+        await asyncio.to_thread(tracer.close)
 
 
 async def _streams_end(service: InferenceService, limit_s: float) -> None:

@@ -30,6 +30,8 @@ class CloudSettings(Settings):
             a random one of this process.
         token_max_age_s: how long a resume token is good for; a fresh one comes with every resume.
         providers: of ONNX Runtime, the preferred one first.
+        traces: URL of an OpenTelemetry collector that takes OTLP over gRPC; empty for no traces.
+        trace_ratio: share of the frames that are traced; those of a traced caller always are.
         threads: of ONNX Runtime inside one operator; 0 for every core.
         max_batch: frames in one pass through the tail. Beyond 16 a batch gains little on a CPU and delays its first.
         decode_threads: that decode frames while the engine computes others; 0 for none.
@@ -59,6 +61,8 @@ class CloudSettings(Settings):
     token_key: SecretStr | None = None
     token_max_age_s: Annotated[float, Field(gt=0, le=31_536_000)] = 86400.0
     providers: Annotated[tuple[str, ...], Field(min_length=1)] = CPU
+    traces: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = ""
+    trace_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     decode_threads: Annotated[int, Field(ge=0, le=64)] = 1
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 16
