@@ -117,6 +117,7 @@ def _baselines(document: Mapping[str, Any]) -> list[tuple[str, Sample]]:
                 bpp=p["bpp"],
                 top1=p["top1"],
                 agreement=p["agreement"],
+                extra={"split": p["split"]},
             ),
         )
         for p in document["baselines"]
@@ -204,16 +205,20 @@ def draw(results: Results, folder: Path) -> list[str]:
     return written
 
 
-def _axes(results: Results, panels: int = 1, width: float = 7.0) -> tuple[Any, list[Any]]:
+def _axes(results: Results, panels: int = 1, width: float = 7.0, *, top1: bool = True) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter
 
     figure = Figure(figsize=(width if panels == 1 else 4.6 * panels, 4.6), layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for axis in axes:
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("bits per input pixel (payload)")
-        axis.axhline(results.uncompressed, color="0.5", linewidth=0.8, linestyle=":")
+        if top1:
+            axis.axhline(results.uncompressed, color="0.5", linewidth=0.8, linestyle=":")
         axis.grid(visible=True, which="both", color="0.9", linewidth=0.5)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[0].set_ylabel("top-1")
@@ -226,13 +231,28 @@ def _plot(axis: Any, name: str, curve: Curve, value: str = "top1", **style: Any)
 
 def _accuracy(results: Results) -> Any:
     figure, (axis,) = _axes(results, width=9.0)
+    colours = {name: f"C{k}" for k, name in enumerate(sorted(results.studies[LADDER]))}
     for name, curve in sorted(results.studies[LADDER].items()):
-        _plot(axis, f"bitneck {name}", curve, linewidth=2)
-    for name, curve in results.baselines.items():
-        _plot(axis, name, curve, linewidth=1, linestyle="-" if name in IMAGE_CODECS else "--", alpha=0.8)
+        _plot(axis, f"bitneck {name}", curve, linewidth=2, color=colours[name])
+    for k, (name, curve) in enumerate(sorted(results.baselines.items())):
+        split = curve[0].extra.get("split", "")
+        if name in IMAGE_CODECS:
+            _plot(axis, name, curve, linewidth=1, color=f"C{len(colours) + k % (10 - len(colours))}")
+        else:  # in its split point's colour; only the settings that no other one beats
+            line = "--" if len(curve) > 2 else ":"
+            _plot(axis, name, _front(curve), linewidth=1, linestyle=line, color=colours.get(split, "0.5"), alpha=0.6)
     axis.set_title(f"{results.images} photographs of {results.dataset}; dotted: uncompressed")
     axis.legend(fontsize=8, loc="lower right", ncols=2)
     return figure
+
+
+def _front(curve: Curve) -> Curve:
+    """The samples that no cheaper one equals."""
+    kept: list[Sample] = []
+    for sample in sorted(curve, key=lambda s: s.payload_bytes):
+        if not kept or sample.top1 > kept[-1].top1:
+            kept.append(sample)
+    return tuple(kept)
 
 
 def _encoder(results: Results) -> Any:
@@ -261,7 +281,7 @@ def _study(name: str) -> Callable[[Results], Any]:
     def paint(results: Results) -> Any:
         curves = results.studies[name]
         splits = sorted({s.extra["split"] for curve in curves.values() for s in curve})
-        figure, axes = _axes(results, len(splits))
+        figure, axes = _axes(results, len(splits), top1=False)
         for axis, split in zip(axes, splits, strict=True):
             for title, curve in curves.items():
                 if curve[0].extra["split"] == split:
