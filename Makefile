@@ -43,8 +43,9 @@ format: $(INSTALLED)  ## format the code
 stubs: $(INSTALLED)  ## generate shared/bitneck/v1 from proto/
 	$(BIN)/python scripts/generate_stubs.py
 
-bench: $(BUNDLE)/manifest.json  ## overhead and throughput, as ratios of one run
+bench: $(BUNDLE)/manifest.json  ## overhead, throughput, switches, reloads and memory, as ratios of one run
 	$(BIN)/python benchmarks/serving.py --bundle $(BUNDLE)
+	$(BIN)/python benchmarks/operation.py --bundle $(BUNDLE)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import sys
 from contextvars import ContextVar
 from typing import Literal
 
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 __all__ = ["REQUEST_ID_HEADER", "LogFormat", "configure_logging", "new_request_id", "request_id"]
@@ -48,6 +49,7 @@ def configure_logging(level: str, fmt: LogFormat) -> None:
                 style="{",
                 rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
                 json_ensure_ascii=False,
+                reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's own, for terminals
             )
         )
     else:

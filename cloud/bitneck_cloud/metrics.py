@@ -1,6 +1,7 @@
 """Prometheus metrics of the server: base units, low cardinality; no label ever holds a client, session or seq."""
 
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS_TYPE
@@ -24,6 +25,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._children: dict[tuple[object, ...], Any] = {}  # `labels` takes a lock and builds strings at each call
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"bitneck_{name}", text, labels, registry=self.registry)
@@ -50,30 +52,37 @@ class Metrics:
         """A value that is read when metrics are asked for."""
         Gauge(f"bitneck_{name}", text, registry=self.registry).set_function(value)
 
+    def _of(self, metric: Counter | Histogram, *labels: str) -> Any:
+        key = (metric, *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child
+
     def frame(self, model: str, outcome: str) -> None:
         """A frame's end."""
-        self._frames.labels(model, outcome).inc()
+        self._of(self._frames, model, outcome).inc()
 
     def accepted(self, model: str, point: str, payload_bytes: int, *, switched: bool) -> None:
         """A frame that will be computed."""
-        self._points.labels(model, point).inc()
-        self._bytes.labels(model, point).inc(payload_bytes)
-        self._payload.labels(model).observe(payload_bytes)
+        self._of(self._points, model, point).inc()
+        self._of(self._bytes, model, point).inc(payload_bytes)
+        self._of(self._payload, model).observe(payload_bytes)
         if switched:
-            self._switches.labels(model).inc()
+            self._of(self._switches, model).inc()
 
     def waited(self, model: str, seconds: float) -> None:
         """A frame was taken into a batch."""
-        self._wait.labels(model).observe(seconds)
+        self._of(self._wait, model).observe(seconds)
 
     def decoded(self, model: str, seconds: float) -> None:
         """A frame was decoded."""
-        self._decode.labels(model).observe(seconds)
+        self._of(self._decode, model).observe(seconds)
 
     def computed(self, model: str, frames: int, seconds: float) -> None:
         """A pass is done."""
-        self._batch.labels(model).observe(frames)
-        self._compute.labels(model).observe(seconds)
+        self._of(self._batch, model).observe(frames)
+        self._of(self._compute, model).observe(seconds)
 
     def session(self, model: str, how: str) -> None:
         """A stream was opened: ``new``, ``resumed``, or ``adopted`` from another replica."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
-from bitneck.runtime import ModulePool
+from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck_cloud.metrics import Metrics
 from bitneck_cloud.models import ServedModel
 from bitneck_cloud.registry import Registry
@@ -95,6 +95,7 @@ class Reloader:
             )
         before = self._pool.loads
         model = ServedModel(bundle, threads=self._threads, pool=self._pool)
+        return_freed_memory()
         return model, self._pool.loads - before
 
 

@@ -21,7 +21,7 @@ from bitneck.bundle import Bundle
 from bitneck.config import Address
 from bitneck.errors import InvalidConfig
 from bitneck.frames import MAX_MESSAGE_BYTES
-from bitneck.runtime import ModulePool, check_providers
+from bitneck.runtime import ModulePool, check_providers, return_freed_memory
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck_cloud.engine import Engine
@@ -85,6 +85,7 @@ def load_models(bundles: Sequence[Path], threads: int, pool: ModulePool) -> dict
         models[model.name] = model
     if not models:
         raise InvalidConfig("no bundle to serve: give --bundle DIR")
+    return_freed_memory()
     return models
 
 

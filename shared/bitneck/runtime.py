@@ -1,5 +1,7 @@
 """ONNX Runtime: one file, one input, one output; and a pool in which equal files are loaded once."""
 
+import contextlib
+import ctypes
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from bitneck.errors import InvalidConfig, ModelFailure
 
-__all__ = ["CPU", "ModulePool", "OnnxModule", "check_providers"]
+__all__ = ["CPU", "ModulePool", "OnnxModule", "check_providers", "return_freed_memory"]
 
 CPU = ("CPUExecutionProvider",)
 """The execution providers that every build of ONNX Runtime has."""
@@ -54,6 +56,8 @@ class OnnxModule:
         # A process holds many sessions; threads that spin while they wait would take the cores from one another.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        # A bundle has many small modules; an arena each costs as much memory as their weights, and is no faster here.
+        options.enable_cpu_mem_arena = False
         try:
             self._session = ort.InferenceSession(path, options, providers=list(providers))
         except Exception as exc:  # ONNX Runtime raises a kind of its own for every status
@@ -117,3 +121,9 @@ class ModulePool:
                 self._modules[sha256, threads] = module
                 self.loads += 1
             return module
+
+
+def return_freed_memory() -> None:
+    """Give the system back what loading files has freed: glibc keeps it otherwise, half as much as the weights."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
