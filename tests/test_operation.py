@@ -1,12 +1,14 @@
 """What an operator relies on: TLS and tokens, reload, metrics, logs, draining, replicas. Real servers, real sockets."""
 
 import asyncio
+import contextlib
 import datetime
 import json
 import shutil
 import signal
 import ssl
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import grpc
 import httpx
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -121,6 +124,10 @@ async def test_devices_and_control_have_tokens_of_their_own(tiny_bundle: Bundle,
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await call
                 assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        async with grpc.aio.insecure_channel(server.grpc) as channel:  # nothing is parsed for a stranger
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await channel.unary_unary("/bitneck.v1.SplitInference/Infer")(b"\xff\xff")
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         async with edge(server, tmp_path / "cache", token="for-devices") as client:
             assert (await client.infer(photo(1))).labels
         async with httpx.AsyncClient(base_url=server.http) as http:
@@ -305,6 +312,40 @@ async def test_draining_is_announced_before_it_begins(tiny_bundle: Bundle, frame
             await stream.call.done_writing()
             await late.call.done_writing()
         assert server.process.wait(20) == 0
+
+
+def test_bodies_of_the_control_api_are_bounded(tiny_bundle: Bundle) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b" " * 100_000
+
+    with running_server(tiny_bundle.root, options=("--http-token", "secret")) as server:
+        large = httpx.put(f"{server.http}/v1/rate", content=b" " * 1_000_000)
+        assert (large.status_code, large.headers["content-type"]) == (413, "application/problem+json")
+        with contextlib.suppress(httpx.HTTPError):  # the answer may come before the body is sent
+            assert httpx.put(f"{server.http}/v1/rate", content=pieces()).status_code == 411
+        right = httpx.put(f"{server.http}/v1/rate", json={"auto": True}, headers={"Authorization": "Bearer secret"})
+        assert right.status_code == 200
+
+
+def test_an_encrypted_key_is_refused_and_not_asked_about(
+    authority: Authority, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    cert, key = authority.issue("encrypted")
+    locked = tmp_path / "locked.key"
+    private = serialization.load_pem_private_key(key.read_bytes(), None)
+    locked.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"a passphrase"),
+        )
+    )
+    command = [BIN / "bitneck-cloud", "serve", "--bundle", tiny_bundle.root, "--tls-cert", cert, "--tls-key", locked]
+    addresses = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    done = subprocess.run([*command, *addresses], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "passphrase" in done.stderr
 
 
 def test_open_inference_paths(tiny_bundle: Bundle) -> None:

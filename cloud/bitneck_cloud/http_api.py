@@ -29,6 +29,8 @@ from bitneck_cloud.session import Session
 __all__ = ["RateRequest", "Readiness", "build_app"]
 
 PROBLEM_TYPE = "application/problem+json"
+MAX_BODY_BYTES = 16384
+"""Of a request; it is looked at before anything is read, and before the credential."""
 
 
 class Readiness:
@@ -206,7 +208,13 @@ def build_app(
     @app.middleware("http")
     async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         value = new_request_id(request.headers.get(REQUEST_ID_HEADER, ""))
-        response = await call_next(request)
+        size = request.headers.get("content-length", "0")
+        if "transfer-encoding" in request.headers:
+            response: Response = _problem(request, 411, None, "send the body with a Content-Length")
+        elif not size.isdecimal() or int(size) > MAX_BODY_BYTES:
+            response = _problem(request, 413, None, f"a body has at most {MAX_BODY_BYTES} bytes here")
+        else:
+            response = await call_next(request)
         response.headers[REQUEST_ID_HEADER] = value
         return response
 

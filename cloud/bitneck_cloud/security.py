@@ -54,16 +54,17 @@ class DeviceTokens(grpc.aio.ServerInterceptor):
 def _aborting(handler: Any) -> Any:
     exc = Unauthenticated("this server asks devices for a bearer token; give it with --token or BITNECK_EDGE_TOKEN")
 
-    async def unary(_request: Any, context: Any) -> None:
+    async def refuse(_request: Any, context: Any) -> None:
         await context.abort(grpc.StatusCode[exc.grpc_status], str(exc))
 
+    # Without a deserializer: who may not call has nothing parsed.
     if handler.request_streaming and handler.response_streaming:
-        return grpc.stream_stream_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(refuse)
     if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+        return grpc.unary_stream_rpc_method_handler(refuse)
     if handler.request_streaming:
-        return grpc.stream_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
-    return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(refuse)
+    return grpc.unary_unary_rpc_method_handler(refuse)
 
 
 def grpc_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
@@ -87,10 +88,11 @@ def tls_files_usable(cert: Path, key: Path, client_ca: Path | None) -> None:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(cert, key)
+        context.load_cert_chain(cert, key, password=lambda: "")  # an encrypted key is refused, not asked about
     except (OSError, ssl.SSLError) as exc:
         raise InvalidConfig(
-            f"tls_cert {cert} and tls_key {key} cannot be used ({exc}); give a PEM certificate and its PEM key"
+            f"tls_cert {cert} and tls_key {key} cannot be used ({exc}); "
+            "give a PEM certificate and its PEM key, without a passphrase"
         ) from exc
     if client_ca is not None:
         try:

@@ -66,7 +66,8 @@ async def fetch_bundle(
                 if attempt > settings.retries:
                     raise Unavailable(
                         f"no bitneck server answers at {settings.server} ({attempt} attempts): {exc}; "
-                        "check the address, and that `bitneck-cloud serve` runs there"
+                        "check the address, that `bitneck-cloud serve` runs there, and whether it wants TLS "
+                        "(--tls-ca, --tls-cert)"
                     ) from exc
                 await asyncio.sleep(_RETRY_PAUSE_S * 2 ** min(attempt, 4) * random.uniform(0.5, 1.5))  # noqa: S311
         if settings.bundle_id and offer.bundle_id != settings.bundle_id:

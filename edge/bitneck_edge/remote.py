@@ -80,11 +80,11 @@ class Access:
             if self.ca is not None:
                 context.load_verify_locations(self.ca)
             if self.cert is not None:
-                context.load_cert_chain(self.cert, self.key)
+                context.load_cert_chain(self.cert, self.key, password=lambda: "")  # never asks
         except (OSError, ssl.SSLError) as exc:
             raise InvalidConfig(
                 f"tls_ca {self.ca}, tls_cert {self.cert} or tls_key {self.key} cannot be used ({exc}); "
-                "give PEM files, and a key that belongs to its certificate"
+                "give PEM files, and a key without a passphrase that belongs to its certificate"
             ) from exc
         return grpc.ssl_channel_credentials(
             root_certificates=self.ca.read_bytes() if self.ca is not None else None,
