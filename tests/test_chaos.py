@@ -69,10 +69,15 @@ async def test_ten_thousand_requests_of_which_a_third_is_bad(tiny_bundle: Bundle
                     frame.payload = frame.payload[: dice.randint(0, len(frame.payload))] + b"x"
                 elif fate < 0.3:
                     frame.point = dice.choice(["", "s9-r9", "../../etc/passwd", "s1-r1\0", "ü" * 40])
+                elif fate < 0.35:
+                    frame.deadline_ms = 1  # late, or just in time
                 answer = await stream.ask(frame)
                 kind = answer.WhichOneof("message")
                 outcomes[str(kind)] += 1
-                assert kind == ("result" if fate >= 0.3 else "fault")
+                if fate < 0.3 or fate >= 0.35:
+                    assert kind == ("result" if fate >= 0.3 else "fault")
+                elif kind == "fault":
+                    assert answer.fault.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
                 assert getattr(answer, str(kind)).seq == seq
             if dice.random() < 0.5:
                 stream.call.cancel()  # cut, without a word
@@ -83,7 +88,7 @@ async def test_ten_thousand_requests_of_which_a_third_is_bad(tiny_bundle: Bundle
         after_some = resident_mib(server)
         await asyncio.gather(*[client(k) for k in range(2, 8)])
         assert sum(outcomes.values()) == REQUESTS
-        assert 0.27 < outcomes["fault"] / REQUESTS < 0.33
+        assert 0.27 < outcomes["fault"] / REQUESTS < 0.38
         assert resident_mib(server) < after_some + 24
         async with stub(server.grpc) as cloud:
             stream = await open_stream(cloud, tiny_bundle.bundle_id)
@@ -218,7 +223,7 @@ async def test_the_load_generator_tells_what_it_did(tiny_bundle: Bundle, tmp_pat
     assert document["frames"] > 20
     if plan.fps:
         assert document["offered_per_s"] == 60
-        assert 30 < document["frames"] < 100
+        assert 20 < document["frames"] < 120
     assert document["ms"]["round_trip"]["p99"] >= document["ms"]["round_trip"]["p50"] > 0
     assert document["batch_mean"] >= 1
 

@@ -208,7 +208,7 @@ async def test_the_engine_batches_what_waits_and_drops_what_is_late_or_gone(slow
 
 async def test_frames_are_decoded_beside_the_tail(slow: Slow, tiny_bundle: Bundle) -> None:
     good = Frames(tiny_bundle).payload("s1-r2", 1)
-    slow.seconds = 0.2
+    slow.seconds = 1.0
     engine = Engine(max_batch=8, max_queue=8, decode_threads=2)
     engine.start()
     jobs = [Job(slow, "s1-r2", good, None)]  # type: ignore[arg-type]

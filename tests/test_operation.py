@@ -266,7 +266,7 @@ async def test_reload_swaps_while_frames_flow(own_tiny_bundle: Bundle, tmp_path:
 
 
 async def test_a_silent_stream_ends_and_its_session_can_be_resumed(tiny_bundle: Bundle, frames: Frames) -> None:
-    with running_server(tiny_bundle.root, options=("--idle-s", "0.3")) as server:
+    with running_server(tiny_bundle.root, options=("--idle-s", "1.5")) as server:
         async with stub(server.grpc) as cloud:
             stream = await open_stream(cloud, tiny_bundle.bundle_id)
             assert (await stream.ask(frames.frame(1))).HasField("result")
@@ -296,7 +296,7 @@ async def test_a_session_that_sends_too_much_is_refused_frame_by_frame(tiny_bund
 
 
 async def test_draining_is_announced_before_it_begins(tiny_bundle: Bundle, frames: Frames) -> None:
-    with running_server(tiny_bundle.root, options=("--drain-delay-s", "1.0")) as server:
+    with running_server(tiny_bundle.root, options=("--drain-delay-s", "4.0")) as server:
         async with httpx.AsyncClient(base_url=server.http) as http, stub(server.grpc) as cloud:
             stream = await open_stream(cloud, tiny_bundle.bundle_id)
             server.process.send_signal(signal.SIGTERM)
