@@ -1,6 +1,8 @@
 """Overhead and throughput of the whole path on loopback, as ratios of one run.
 
 - overhead: round trip of a frame minus the time inside ONNX Runtime on both sides, one client, one frame at a time;
+- floor: the same for a bare exchange over grpc.aio with the same work inside ONNX Runtime and one thread on each side,
+  and nothing of bitneck: no coding, no protobuf, no batcher, no session;
 - throughput: 8 clients at once against one bare loop that calls the same ONNX files with no network between.
 
     python benchmarks/serving.py --bundle build/efficientnet_lite0 [--json]
@@ -11,14 +13,17 @@ Timings are compared within one run only: the machines that run this are shared.
 import argparse
 import asyncio
 import json
+import multiprocessing
 import select
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
+import grpc
 import numpy as np
 import skimage
 from PIL import Image
@@ -72,6 +77,87 @@ async def overhead(server: str, cache: Path, image: Image.Image, point: str) -> 
                 onnx = watch.seconds - before + answer.ms.compute / 1e3
                 outside.append((total - onnx) * 1e3 - answer.ms.preprocess - answer.ms.load)
     kept = np.array(outside[WARM:])
+    return {"p50_ms": float(np.percentile(kept, 50)), "p99_ms": float(np.percentile(kept, 99))}
+
+
+class Bare:
+    """What both sides of the bare exchange compute: the work inside ONNX Runtime and nothing else, timed."""
+
+    def __init__(self, bundle: Bundle, point_id: str) -> None:
+        self._point = bundle.manifest.ladder[point_id]
+        self._chain, self._pool = SegmentChain(bundle), ThreadPoolExecutor(1)
+        self._encoder, self._decoder = PointEncoder(bundle, self._point), PointDecoder(bundle, self._point)
+        self._head = self._chain.head_length(self._point.split)
+        self._x = np.zeros((1, 3, bundle.manifest.input.size, bundle.manifest.input.size), np.float32)
+        self._y = np.zeros((1, *self._point.latent_shape), np.float32)
+
+    async def edge(self) -> float:
+        """Seconds inside ONNX Runtime."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._edge)
+
+    async def cloud(self) -> float:
+        """Seconds inside ONNX Runtime."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._cloud)
+
+    def _edge(self) -> float:
+        begin = time.perf_counter()
+        self._encoder.latent(self._chain.run(self._x, 0, self._head))
+        return time.perf_counter() - begin
+
+    def _cloud(self) -> float:
+        begin = time.perf_counter()
+        self._chain.run(self._decoder.decode(self._y), self._head, len(self._chain))
+        return time.perf_counter() - begin
+
+
+def bare_server(bundle: Path, point: str, port: "multiprocessing.Queue[int]") -> None:
+    """Answers each message with the seconds that its computation took; its own process."""
+
+    async def main() -> None:
+        bare = Bare(Bundle.open(bundle), point)
+
+        async def handle(_: Any, context: Any) -> None:
+            while (await context.read()) is not grpc.aio.EOF:
+                await context.write(np.float64(await bare.cloud()).tobytes() + bytes(200))
+
+        server = grpc.aio.server()
+        method = grpc.stream_stream_rpc_method_handler(handle)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare.Bare", {"Exchange": method}),))
+        port.put(server.add_insecure_port("127.0.0.1:0"))
+        await server.start()
+        await server.wait_for_termination()
+
+    asyncio.run(main())
+
+
+def floor(bundle: Path, image: Image.Image, point: str) -> dict[str, float]:
+    """Milliseconds outside ONNX Runtime per exchange of 200 bytes for 208."""
+    context = multiprocessing.get_context("spawn")
+    port: multiprocessing.Queue[int] = context.Queue()
+    process = context.Process(target=bare_server, args=(bundle, point, port), daemon=True)
+    process.start()
+
+    async def exchange(address: str) -> list[float]:
+        outside = []
+        opened = Bundle.open(bundle)
+        bare = Bare(opened, point)
+        async with grpc.aio.insecure_channel(address) as channel:
+            call = channel.stream_stream("/bare.Bare/Exchange")()
+            for _ in range(FRAMES + WARM):
+                await asyncio.to_thread(preprocess, image, opened.manifest.input)  # as long a pause as in `overhead`
+                begin = time.perf_counter()
+                inside = await bare.edge()
+                await call.write(bytes(200))
+                inside += float(np.frombuffer((await call.read())[:8])[0])
+                outside.append((time.perf_counter() - begin - inside) * 1e3)
+            call.cancel()
+        return outside[WARM:]
+
+    try:
+        kept = np.array(asyncio.run(exchange(f"127.0.0.1:{port.get(timeout=120)}")))
+    finally:
+        process.terminate()
+        process.join()
     return {"p50_ms": float(np.percentile(kept, 50)), "p99_ms": float(np.percentile(kept, 99))}
 
 
@@ -129,6 +215,7 @@ def main() -> None:
             select.select([server.stdout], [], [], 120)
             address = json.loads(server.stdout.readline())["grpc"]
             result["outside_onnx"] = asyncio.run(overhead(address, Path(cache), image, best))
+            result["floor"] = floor(arguments.bundle, image, best)
             bare = [bare_loop(bundle, image, best)]
             one = asyncio.run(clients(address, Path(cache), image, [best]))
             all_points = asyncio.run(clients(address, Path(cache), image, points))
@@ -144,6 +231,8 @@ def main() -> None:
     print(
         f"outside ONNX Runtime, per frame, both sides: p50 {outside['p50_ms']:.2f} ms, p99 {outside['p99_ms']:.2f} ms"
     )
+    floor_ms = result["floor"]
+    print(f"a bare gRPC exchange with the same work: p50 {floor_ms['p50_ms']:.2f} ms, p99 {floor_ms['p99_ms']:.2f} ms")
     print(f"8 clients / bare loop, frames a second: {result['throughput_8_clients_over_bare_loop']:.2f}")
     print(f"8 clients on {len(points)} points / all on one: {result['throughput_all_points_over_one_point']:.2f}")
 

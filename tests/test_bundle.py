@@ -56,7 +56,7 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "text"),
     [
         (_set("surprise", 1), "surprise"),
-        (_set("format_version", 2), "format_version"),
+        (_set("format_version", 1), "format_version"),
         (_set("name", "../x"), "name"),
         (lambda m: m["files"].__setitem__("../evil", m["files"]["labels.json"]), "malformed"),
         (lambda m: m["files"].__setitem__("/etc/passwd", m["files"]["labels.json"]), "malformed"),
@@ -67,7 +67,7 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["files"].pop("labels.json"), "missing"),
         (lambda m: m["input"].__setitem__("std", [0, 1, 1]), "std"),
         (lambda m: m["points"][0].__setitem__("step", -1), "step"),
-        (_set("format_version", "1"), "format_version"),
+        (_set("format_version", "2"), "format_version"),
         (_set("name", "tiny\n"), "name"),
         (_set("points", []), "points"),
         (_set("uncompressed_accuracy", float("nan")), "uncompressed_accuracy"),

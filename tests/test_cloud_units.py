@@ -345,17 +345,19 @@ async def test_a_bug_in_a_batch_fails_its_frames_and_the_next_are_served(tiny_bu
 async def test_an_outbox_is_bounded_and_control_goes_first() -> None:
     box = Outbox(limit=2)
     answers = [pb.ServerMessage(result=pb.Result(seq=k)) for k in range(3)]
-    await box.put(answers[0])
-    await box.put(answers[1])
-    blocked = asyncio.create_task(box.put(answers[2]))
+    box.put(answers[0])
+    box.put(answers[1])
+    waiting = asyncio.create_task(box.room())
     for point in ("old", "new"):
-        await box.control(pb.ServerMessage(set_point=pb.SetPoint(point=point)))
+        box.control(pb.ServerMessage(set_point=pb.SetPoint(point=point)))
     await asyncio.sleep(0)
-    assert not blocked.done()
+    assert not waiting.done()
     first = await box.get()
     assert first is not None
     assert first.set_point.point == "new"
     assert await box.get() == answers[0]
-    await blocked
-    await box.close()
+    await asyncio.wait_for(waiting, 1)
+    box.put(answers[2])
+    box.close()
+    await asyncio.wait_for(box.room(), 1)  # nobody waits for room in a closed one
     assert [await box.get() for _ in range(3)] == [answers[1], answers[2], None]

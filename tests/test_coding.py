@@ -118,6 +118,33 @@ def test_codec_refuses_what_does_not_fit() -> None:
         FactorizedCodec(model, (3, 1, 1))
 
 
+@settings(max_examples=60, deadline=None)
+@given(coded())
+def test_one_matrix_and_one_model_a_channel_write_the_same_bytes(
+    case: tuple[FactorizedModel, NDArray[np.int32]],
+) -> None:
+    model, s = case
+    shape: tuple[int, int, int] = s.shape  # type: ignore[assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitneck.codec._MATRIX_ENTRIES", 0)
+        by_channel = FactorizedCodec(model, shape)
+    payload = FactorizedCodec(model, shape).encode(s)
+    assert by_channel.encode(s) == payload
+    np.testing.assert_array_equal(by_channel.decode(payload), s)
+
+
+def test_a_payload_that_means_a_missing_symbol_is_refused() -> None:
+    """A narrow channel's model has the widest one's length: what lies beyond its own symbols is nobody's."""
+    counts = (np.array([1, 2**16 - 1]), np.array([2**16 // 8] * 8))
+    narrow = FactorizedModel(lo=np.zeros(2, np.int32), counts=counts)
+    codec = FactorizedCodec(narrow, (2, 1, 1))
+    with pytest.raises(MalformedFrame, match="outside its table"):
+        codec.decode(b"\xff\xff\xfc")  # in the top six parts of 2**24, which the six missing symbols share
+    for s in ([0, 7], [1, 0], [1, 7]):
+        symbols = np.array(s, np.int32).reshape(2, 1, 1)
+        np.testing.assert_array_equal(codec.decode(codec.encode(symbols)), symbols)
+
+
 def test_golden_bytes() -> None:
     """Payloads of an earlier version still decode, and are still what is written."""
     cases = json.loads(GOLDEN.read_text())

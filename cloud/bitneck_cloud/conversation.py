@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from typing import Any
 
 import grpc
@@ -65,7 +65,8 @@ class Conversation:
         self._tracer = tracer
         self._trace: Any = None
         self._idle_s = idle_s
-        self._tasks: dict[asyncio.Task[None], Job] = {}
+        self._jobs: dict[Job, tuple[int, float]] = {}
+        self._none_left: asyncio.Future[None] | None = None
         self._writer: asyncio.Task[None] | None = None
 
     async def run(self, requests: AsyncIterator[pb.ClientMessage], context: Context) -> None:
@@ -74,7 +75,7 @@ class Conversation:
         older = self._streams.get(self._session.session_id)
         self._streams[self._session.session_id] = self
         if older is not None:
-            await older.supersede()
+            older.supersede()
         writer = self._writer = asyncio.create_task(self._write(context))
         reader = asyncio.create_task(self._read(requests))
         try:
@@ -86,9 +87,10 @@ class Conversation:
                     and not isinstance(exc, grpc.aio.UsageError)
                 ):
                     _LOG.error("session %s: reading failed: %r", self._session.session_id, exc)
-                while self._tasks:  # the client has sent everything: answer it
-                    await asyncio.wait(self._tasks)
-                await self._outbox.close()
+                if self._jobs:  # the client has sent everything: answer it
+                    self._none_left = asyncio.get_running_loop().create_future()
+                    await self._none_left
+                self._outbox.close()
                 await writer
         finally:
             self._state.on(Event.CLOSE)
@@ -96,21 +98,22 @@ class Conversation:
             writer.cancel()
             if self._streams.get(self._session.session_id) is self:
                 del self._streams[self._session.session_id]
-                for job in self._tasks.values():
-                    if not job.started:
-                        job.result.cancel()  # nobody waits for it; what is being computed is kept for a resume
+                for job, (seq, _) in list(self._jobs.items()):
+                    if not job.started:  # nobody waits for it; what is being computed is kept for a resume
+                        job.result.cancel()
+                        self._session.drop(seq)
             await asyncio.gather(reader, writer, return_exceptions=True)
 
-    async def supersede(self) -> None:
+    def supersede(self) -> None:
         """A newer stream has taken the session over: end this one; its frames are answered on the newer."""
-        await self._outbox.control(go_away("the session was resumed on another stream"))
-        await self._outbox.close()
+        self._outbox.control(go_away("the session was resumed on another stream"))
+        self._outbox.close()
         if self._writer is not None:
             asyncio.get_running_loop().call_later(_SUPERSEDED_GRACE_S, self._writer.cancel)
 
-    async def push(self, message: pb.ServerMessage) -> None:
+    def push(self, message: pb.ServerMessage) -> None:
         """Send a control message, ahead of the answers."""
-        await self._outbox.control(message)
+        self._outbox.control(message)
 
     async def _write(self, context: Context) -> None:
         with contextlib.suppress(grpc.aio.UsageError, asyncio.InvalidStateError):
@@ -120,24 +123,25 @@ class Conversation:
     async def _read(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
         messages = aiter(requests)
         while True:
+            await self._outbox.room()
             try:
                 async with asyncio.timeout(self._idle_s or None):
                     message = await anext(messages)
             except StopAsyncIteration:
                 return
             except MalformedFrame as exc:
-                await self._fault(0, exc)
+                self._fault(0, exc)
                 continue
             except TimeoutError:
-                await self._outbox.control(go_away(f"no message for {self._idle_s:.0f} s; come back with your token"))
+                self._outbox.control(go_away(f"no message for {self._idle_s:.0f} s; come back with your token"))
                 return
             if message.HasField("frame"):
-                await self._frame(message.frame)
+                self._frame(message.frame)
             else:
                 kind = message.WhichOneof("message") or "an empty message"
-                await self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
+                self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
 
-    async def _frame(self, frame: pb.Frame) -> None:
+    def _frame(self, frame: pb.Frame) -> None:
         received = time.time()
         try:
             self._state.on(Event.FRAME)
@@ -146,57 +150,58 @@ class Conversation:
             before = self._session.last_point
             verdict = self._session.accept(frame.seq, frame.point, len(frame.payload), time.monotonic())
         except BitneckError as exc:
-            await self._fault(frame.seq, exc)
+            self._fault(frame.seq, exc)
             return
         if verdict is Verdict.ANSWERED:
             self._metrics.frame(self._model.name, "RESENT")
-            await self._outbox.put(self._session.kept_answer(frame.seq))
+            self._outbox.put(self._session.kept_answer(frame.seq))
         elif verdict is Verdict.NEW:
-            job = job_of(self._model, frame)
-            switched = before is not None and before != frame.point
-            self._metrics.accepted(self._model.name, frame.point, len(frame.payload), switched=switched)
+            job = job_of(self._model, frame, self._answer)
             try:
                 self._engine.submit(job)
             except BitneckError as exc:
                 self._session.drop(frame.seq)
-                await self._fault(frame.seq, exc)
+                self._fault(frame.seq, exc)
                 return
-            task = asyncio.create_task(self._answer(job, frame.seq, received))
-            self._tasks[task] = job
-            task.add_done_callback(self._tasks.pop)
+            self._jobs[job] = frame.seq, received
+            switched = before is not None and before != frame.point
+            self._metrics.accepted(self._model.name, frame.point, len(frame.payload), switched=switched)
             if (point := self._session.weigh_again()) is not None:
                 reason = f"max_kbps at {self._session.frames_per_s:.1f} frames per second"
-                await self._outbox.control(set_point(point, reason))
+                self._outbox.control(set_point(point, reason))
 
-    async def _answer(self, job: Job, seq: int, received: float) -> None:
-        """Wait for a job and hand its answer to the session's newest stream."""
-        try:
-            computed = await computed_of(job)
+    def _answer(self, job: Job, computed: Computed | BitneckError) -> None:
+        """A frame is done: its answer goes to the session's newest stream."""
+        seq, received = self._jobs.pop(job)
+        if isinstance(computed, BitneckError):
+            self._session.fail(seq, computed.grpc_code)
+            message = fault(seq, computed)
+            outcome = computed.grpc_status
+        else:
             message = pb.ServerMessage(result=result_of(computed, seq, received))
-            self._tracer.frame(self._model.name, job.point, seq, received, computed, self._trace)
             self._session.complete(seq, message)
-            self._metrics.frame(self._model.name, "OK")
-        except BitneckError as exc:
-            self._session.fail(seq, exc.grpc_code)
-            self._metrics.frame(self._model.name, exc.grpc_status)
-            message = fault(seq, exc)
-        except asyncio.CancelledError:
-            self._session.drop(seq)
-            return
+            outcome = "OK"
         newest = self._streams.get(self._session.session_id)
         if newest is not None:
-            await newest._outbox.put(message)
+            newest._outbox.put(message)
+        self._metrics.frame(self._model.name, outcome)
+        if isinstance(computed, Computed):
+            self._tracer.frame(self._model.name, job.point, seq, received, computed, self._trace)
+        if self._none_left is not None and not self._jobs and not self._none_left.done():
+            self._none_left.set_result(None)
 
-    async def _fault(self, seq: int, exc: BitneckError) -> None:
+    def _fault(self, seq: int, exc: BitneckError) -> None:
         self._session.faults[exc.grpc_code] += 1
         self._metrics.frame(self._model.name, exc.grpc_status)
-        await self._outbox.put(fault(seq, exc))
+        self._outbox.put(fault(seq, exc))
 
 
-def job_of(model: ServedModel, frame: pb.Frame) -> Job:
-    """A frame as the engine takes it; its deadline begins now."""
+def job_of(
+    model: ServedModel, frame: pb.Frame, on_settled: Callable[[Job, Computed | BitneckError], None] | None = None
+) -> Job:
+    """A frame as the engine takes it; its deadline begins now. `on_settled`: see `Job`."""
     deadline = time.monotonic() + frame.deadline_ms / 1e3 if frame.deadline_ms else None
-    return Job(model, frame.point, frame.payload, deadline)
+    return Job(model, frame.point, frame.payload, deadline, on_settled)
 
 
 async def computed_of(job: Job) -> Computed:

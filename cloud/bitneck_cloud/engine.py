@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -47,9 +48,18 @@ class Job:
         point: its operating point.
         payload: its coded bytes.
         deadline: on `time.monotonic`'s clock, or None.
+        on_settled: called once on the event loop with what became of it, unless it was cancelled; None to await
+            ``result``.
     """
 
-    def __init__(self, model: ServedModel, point: str, payload: bytes, deadline: float | None) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        point: str,
+        payload: bytes,
+        deadline: float | None,
+        on_settled: "Callable[[Job, Computed | BitneckError], None] | None" = None,
+    ) -> None:
         self.model = model
         self.point = point
         self.deadline = deadline
@@ -58,6 +68,7 @@ class Job:
         self.taken = 0.0
         self.decode_s = 0.0
         self.result: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
+        self._on_settled = on_settled
         self._payload = payload
         self._latent: NDArray[np.float32] | BitneckError | None = None
         self._lock = threading.Lock()
@@ -66,6 +77,18 @@ class Job:
     def gone(self) -> bool:
         """Whether nobody waits for it any more."""
         return self.result.cancelled()
+
+    def settle(self, result: Computed | BitneckError) -> None:
+        """Tell whoever waits what became of it; what comes after that, or after a cancellation, is ignored."""
+        if self.result.done():
+            return
+        if self._on_settled is not None:
+            self.result.cancel()
+            self._on_settled(self, result)
+        elif isinstance(result, BitneckError):
+            self.result.set_exception(result)
+        else:
+            self.result.set_result(result)
 
     def late(self, now: float) -> DeadlineExceeded | None:
         """The error of a frame whose deadline has passed."""
@@ -113,13 +136,15 @@ class Engine:
         self._max_queue = max_queue
         self._metrics = metrics or Metrics()
         self._queue: deque[Job] = deque()
-        self._wake = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="bitneck-engine")
         self._decoders = (
             ThreadPoolExecutor(decode_threads, thread_name_prefix="bitneck-decode") if decode_threads else None
         )
-        self._task: asyncio.Task[None] | None = None
-        self._busy = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waking = False
+        self._in_hand: list[Job] = []
+        self._idle: asyncio.Event = asyncio.Event()
+        self._idle.set()
         self.dropped = 0
         self.batches = 0
         self.frames = 0
@@ -131,22 +156,24 @@ class Engine:
 
     def start(self) -> None:
         """Begin to compute."""
-        self._task = asyncio.get_running_loop().create_task(self._work(), name="bitneck-engine")
+        self._loop = asyncio.get_running_loop()
+        self._wake()
 
     async def stop(self) -> None:
         """Stop after the batch in hand; what still waits fails with `Unavailable`."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        self._loop = None
+        stopping = Unavailable("the server is stopping; connect again and resend")
         while self._queue:
-            _settle(self._queue.popleft(), Unavailable("the server is stopping; connect again and resend"))
+            self._queue.popleft().settle(stopping)
+        for job in self._in_hand:
+            job.settle(stopping)
         if self._decoders is not None:
             await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
         await asyncio.to_thread(self._executor.shutdown)
+        await self._idle.wait()
 
     def submit(self, job: Job) -> None:
-        """Queue a frame; await ``job.result``.
+        """Queue a frame; await ``job.result``, or be called.
 
         Raises:
             Overloaded: the queue is full.
@@ -154,36 +181,45 @@ class Engine:
         if len(self._queue) >= self._max_queue:
             raise Overloaded(f"{self._max_queue} frames wait already; send more slowly, or try again later")
         self._queue.append(job)
-        if self._busy and self._decoders is not None:
-            self._decoders.submit(job.decode_ahead)
-        self._wake.set()
+        if self._in_hand:
+            if self._decoders is not None:
+                self._decoders.submit(job.decode_ahead)
+        else:
+            self._wake()
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            while not self._queue:
-                self._wake.clear()
-                await self._wake.wait()
-            batch = self._take()
-            if not batch:
-                continue
-            self._busy = True
-            try:
-                results = await loop.run_in_executor(self._executor, _pass, batch)
-            except asyncio.CancelledError:
-                for job in batch:
-                    _settle(job, Unavailable("the server is stopping; connect again and resend"))
-                raise
-            except Exception:  # noqa: BLE001  a bug must not end the engine: these frames fail, the next are served
-                _LOG.exception("the engine failed on a batch of %d frames", len(batch))
-                results = [ModelFailure("an internal error; the server's log says why")] * len(batch)
-            finally:
-                self._busy = False
-            self.batches += 1
-            self.frames += len(batch)
-            self._count(batch, results)
-            for job, result in zip(batch, results, strict=True):
-                _settle(job, result)
+    def _wake(self) -> None:
+        """Take a batch once the event loop has read what else has arrived."""
+        if self._loop is not None and not self._waking and self._queue:
+            self._waking = True
+            self._loop.call_soon(self._begin)
+
+    def _begin(self) -> None:
+        """Give the next batch to the engine's thread, unless it is at work."""
+        self._waking = False
+        while self._loop is not None and self._queue and not self._in_hand:
+            self._in_hand = self._take()
+            if self._in_hand:
+                self._idle.clear()
+                self._executor.submit(self._compute, self._in_hand, self._loop)
+
+    def _compute(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
+        """In the engine's thread: one pass, and back to the loop with it."""
+        try:
+            results = _pass(batch)
+        except Exception:  # noqa: BLE001  a bug must not end the engine: these frames fail, the next are served
+            _LOG.exception("the engine failed on a batch of %d frames", len(batch))
+            results = [ModelFailure("an internal error; the server's log says why")] * len(batch)
+        loop.call_soon_threadsafe(self._finish, results)
+
+    def _finish(self, results: list[Computed | BitneckError]) -> None:
+        batch, self._in_hand = self._in_hand, []
+        self._idle.set()
+        self._begin()  # the thread goes on while answers are sent
+        self.batches += 1
+        self.frames += len(batch)
+        for job, result in zip(batch, results, strict=True):
+            job.settle(result)
+        self._count(batch, results)
 
     def _count(self, batch: list[Job], results: list[Computed | BitneckError]) -> None:
         model = batch[0].model.name
@@ -206,7 +242,7 @@ class Engine:
                 self.dropped += 1
                 self._metrics.frame(job.model.name, "GONE")
             elif (late := job.late(now)) is not None:
-                _settle(job, late)
+                job.settle(late)
             elif batch and job.model is not batch[0].model:
                 passed.append(job)
             else:
@@ -247,12 +283,3 @@ def _pass(batch: list[Job]) -> list[Computed | BitneckError]:
             )
         )
     return [result if result is not None else ModelFailure("the frame was not computed") for result in results]
-
-
-def _settle(job: Job, result: Computed | BitneckError) -> None:
-    if job.result.done():
-        return
-    if isinstance(result, BitneckError):
-        job.result.set_exception(result)
-    else:
-        job.result.set_result(result)

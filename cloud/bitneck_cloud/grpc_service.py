@@ -143,13 +143,13 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         )
         try:
             await context.write(pb.ServerMessage(opened=opened_message))
-            await self._tell_if_draining(conversation)
+            self._tell_if_draining(conversation)
             await conversation.run(request_iterator, context)
         finally:
             if not self.connected(session):
                 self._registry.disconnect(session, time.monotonic())
 
-    async def push_point(self, session: Session, point: str, reason: str) -> bool:
+    def push_point(self, session: Session, point: str, reason: str) -> bool:
         """Ask a session's client for another operating point, now.
 
         Returns:
@@ -158,23 +158,23 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         stream = self._streams.get(session.session_id)
         if stream is None:
             return False
-        await stream.push(set_point(point, reason))
+        stream.push(set_point(point, reason))
         return True
 
-    async def _tell_if_draining(self, conversation: Conversation) -> None:
+    def _tell_if_draining(self, conversation: Conversation) -> None:
         """A stream that opened in the moment when the others were told."""
         if self._draining:
-            await conversation.push(go_away("the server is stopping"))
+            conversation.push(go_away("the server is stopping"))
 
     def connected(self, session: Session) -> bool:
         """Whether a session has a stream."""
         return session.session_id in self._streams
 
-    async def drain(self, reason: str) -> None:
+    def drain(self, reason: str) -> None:
         """Tell every client that the server is going away; new streams are refused from now on."""
         self._draining = True
         for stream in list(self._streams.values()):
-            await stream.push(go_away(reason))
+            stream.push(go_away(reason))
 
     @property
     def streams(self) -> int:

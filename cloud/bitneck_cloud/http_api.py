@@ -281,7 +281,7 @@ def build_app(
         policy = request.policy()
         point = found.set_policy(policy)
         text = ", ".join(f"{k}={v}" for k, v in _policy_dict(policy).items())
-        pushed = await service.push_point(found, point or "", f"control API: {text}")
+        pushed = service.push_point(found, point or "", f"control API: {text}")
         return RateAnswer(policy=_policy_dict(policy), point=point, pushed=pushed)
 
     @app.put("/v1/rate", dependencies=guarded, responses=problems, tags=["rate"])

@@ -9,50 +9,61 @@ __all__ = ["Outbox"]
 
 
 class Outbox:
-    """Answers in order, at most `limit` of them; of SetPoint and GoAway only the newest counts, and goes first.
+    """Answers in order, and of SetPoint and GoAway only the newest, which goes first.
 
-    A reader that stalls fills it, and `put` then waits: the stream's frames are no longer read, and nothing grows.
+    A reader that stalls fills it; whoever accepts frames waits for `room` before the next one, so nothing grows. For
+    one writer and one waiter for room.
 
     Args:
-        limit: answers that may wait.
+        limit: answers that may wait before there is no room.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._answers: deque[pb.ServerMessage] = deque()
         self._control: dict[str, pb.ServerMessage] = {}
-        self._changed = asyncio.Condition()
         self._closing = False
+        self._writer: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
 
-    async def put(self, message: pb.ServerMessage) -> None:
-        """Queue an answer; waits while the outbox is full."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: len(self._answers) < self._limit or self._closing)
-            if not self._closing:
-                self._answers.append(message)
-                self._changed.notify_all()
+    def put(self, message: pb.ServerMessage) -> None:
+        """Queue an answer."""
+        if not self._closing:
+            self._answers.append(message)
+            _wake(self._writer)
 
-    async def control(self, message: pb.ServerMessage) -> None:
-        """Queue a control message in place of an older one of its kind; never waits for room."""
-        async with self._changed:
-            self._control[message.WhichOneof("message") or ""] = message
-            self._changed.notify_all()
+    def control(self, message: pb.ServerMessage) -> None:
+        """Queue a control message in place of an older one of its kind."""
+        self._control[message.WhichOneof("message") or ""] = message
+        _wake(self._writer)
+
+    async def room(self) -> None:
+        """Wait until fewer answers than the limit wait, or the outbox is closed."""
+        while len(self._answers) >= self._limit and not self._closing:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
 
     async def get(self) -> pb.ServerMessage | None:
         """The next message; None once the outbox is closed and empty."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._control or self._answers or self._closing)
-            if self._control:
-                message = self._control.pop(next(iter(self._control)))
-            elif self._answers:
-                message = self._answers.popleft()
-            else:
+        while not self._control and not self._answers:
+            if self._closing:
                 return None
-            self._changed.notify_all()
-            return message
+            self._writer = asyncio.get_running_loop().create_future()
+            await self._writer
+        if self._control:
+            return self._control.pop(next(iter(self._control)))
+        message = self._answers.popleft()
+        if len(self._answers) < self._limit:
+            _wake(self._room)
+        return message
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """No more answers; what waits is still handed out."""
-        async with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        self._closing = True
+        _wake(self._writer)
+        _wake(self._room)
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)

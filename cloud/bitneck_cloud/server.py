@@ -157,7 +157,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
             _LOG.info("not ready any more; stopping in %.1f s", settings.drain_delay_s)
             await asyncio.sleep(settings.drain_delay_s)
         _LOG.info("stopping: waiting up to %.1f s for unanswered frames", settings.drain_s)
-        await service.drain("the server is stopping")
+        service.drain("the server is stopping")
         await _streams_end(service, settings.drain_s)
         await server.stop(grace=1.0)
         await engine.stop()

@@ -6,6 +6,10 @@ The range coder is `constriction`'s. It writes 32-bit words; what is sent is sho
 interval ``[low, low + range)`` decodes to the same symbols, so the payload is the one with the most trailing zero
 bytes, and those are left out (measured: 3 bytes less a frame than whole words). Shapes and tables come from the
 operating point, never from the payload, and a payload carries nothing that tells damage: the frame's CRC does.
+
+Every channel's model has as many symbols as the widest one's, the missing ones with the frequency zero, which the range
+coder raises to 2**-24. So one call codes a whole latent from a matrix of probabilities: five times faster than a call
+for each channel, above all when the caches are cold. A payload that decodes to a missing symbol is refused.
 """
 
 from typing import Any
@@ -22,6 +26,8 @@ __all__ = ["FactorizedCodec"]
 _WORD_BYTES = 4
 # constriction keeps two words of state behind the words it has written.
 _STATE_WORDS = 2
+_MATRIX_ENTRIES = 1 << 17
+"""Up to so many probabilities a latent's models are one matrix (1 MiB); beyond, one model is kept for each channel."""
 
 
 class FactorizedCodec:
@@ -43,15 +49,22 @@ class FactorizedCodec:
         self.tables = tables
         self.latent_shape = latent_shape
         self.max_payload_bytes = tables.max_payload_bytes(latent_shape[1] * latent_shape[2])
-        # A channel with one symbol needs no bits, and a Categorical needs two symbols.
-        self._models: list[tuple[int, Any]] = [
-            (c, constriction.stream.model.Categorical(row / TOTAL, perfect=False))
-            for c, row in enumerate(tables.counts)
-            if row.shape[0] > 1
-        ]
-        self._coded = [c for c, _ in self._models]
-        self._lo = tables.lo
-        self._hi = tables.hi
+        positions = latent_shape[1] * latent_shape[2]
+        # A channel with one symbol needs no bits.
+        self._coded = np.array([c for c, row in enumerate(tables.counts) if row.shape[0] > 1], dtype=np.intp)
+        widths = np.array([tables.counts[c].shape[0] for c in self._coded], dtype=np.int32)
+        self._widths = widths[:, None]
+        widest = int(widths.max(initial=0))
+        rows = [np.pad(tables.counts[c] / TOTAL, (0, widest - tables.counts[c].shape[0])) for c in self._coded]
+        self._family = constriction.stream.model.Categorical(lazy=True, perfect=False)
+        self._matrix: NDArray[np.float64] | None = None
+        self._models: list[Any] = []
+        if len(rows) * widest * positions <= _MATRIX_ENTRIES:
+            self._matrix = np.repeat(np.reshape(rows, (len(rows), widest)), positions, axis=0)
+        else:
+            self._models = [constriction.stream.model.Categorical(row, perfect=False) for row in rows]
+        self._lo_column = tables.lo[:, None]
+        self._sizes = np.array([len(row) for row in tables.counts], dtype=np.uint32)[:, None]
 
     def encode(self, s: NDArray[np.int32]) -> bytes:
         """The payload of one latent's symbols.
@@ -64,19 +77,20 @@ class FactorizedCodec:
         """
         if s.shape != self.latent_shape or s.dtype != np.int32:
             raise InvalidConfig(f"symbols are {s.shape} {s.dtype}, expected {self.latent_shape} int32")
-        flat = s.reshape(self.latent_shape[0], -1)
-        if (flat.min(axis=1) < self._lo).any() or (flat.max(axis=1) > self._hi).any():
+        index = s.reshape(self.latent_shape[0], -1) - self._lo_column
+        if (index.view(np.uint32) >= self._sizes).any():  # what is below lo wraps around
             raise InvalidConfig("a symbol is outside its table; quantize() clips to the tables")
-        index = flat - self._lo[:, None]
+        return self._write(index[self._coded])
+
+    def _write(self, index: NDArray[np.int32]) -> bytes:
+        """The payload of the coded channels' table indices, (coded, positions)."""
         encoder = constriction.stream.queue.RangeEncoder()  # a fresh one: clear() does not fully reset
         try:  # its PanicException is a BaseException
-            if index.shape[1] == 1:  # five times faster than arrays of one symbol
-                symbols = index[:, 0].tolist()
-                for c, model in self._models:
-                    encoder.encode(symbols[c], model)
-            else:
-                for c, model in self._models:
-                    encoder.encode(index[c], model)
+            if self._matrix is None:
+                for symbols, model in zip(index, self._models, strict=True):
+                    encoder.encode(symbols, model)
+            elif index.size:
+                encoder.encode(index.ravel(), self._family, self._matrix)
         except BaseException as exc:
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -106,24 +120,27 @@ class FactorizedCodec:
         padding = -len(payload) % _WORD_BYTES + _STATE_WORDS * _WORD_BYTES
         words = np.frombuffer(payload + bytes(padding), dtype=">u4").astype(np.uint32)
         positions = self.latent_shape[1] * self.latent_shape[2]
-        index = np.zeros((self.latent_shape[0], positions), dtype=np.int32)
+        coded = np.zeros((len(self._coded), positions), dtype=np.int32)
         try:
             decoder = constriction.stream.queue.RangeDecoder(words)
-            if positions == 1:
-                index[self._coded, 0] = [decoder.decode(model) for _, model in self._models]
-            else:
-                for c, model in self._models:
-                    index[c] = decoder.decode(model, positions)
+            if self._matrix is None:
+                for row, model in zip(coded, self._models, strict=True):
+                    row[:] = decoder.decode(model, positions)
+            elif coded.size:
+                coded = decoder.decode(self._family, self._matrix).reshape(coded.shape)
         except BaseException as exc:
             if isinstance(exc, (KeyboardInterrupt, SystemExit)):
                 raise
             raise MalformedFrame(f"payload of {len(payload)} bytes is no range code ({exc})") from exc
-        s = (index + self._lo[:, None]).reshape(self.latent_shape)
-        if len(self.encode(s)) < len(payload):
+        if (coded >= self._widths).any():
+            raise MalformedFrame(f"payload of {len(payload)} bytes holds a symbol outside its table")
+        if len(self._write(coded)) < len(payload):
             raise MalformedFrame(
                 f"payload of {len(payload)} bytes is longer than its symbols need; it was not made by this codec"
             )
-        return s
+        index = np.zeros((self.latent_shape[0], positions), dtype=np.int32)
+        index[self._coded] = coded
+        return (index + self._lo_column).reshape(self.latent_shape)
 
 
 def _shortest(encoder: Any) -> bytes:

@@ -24,7 +24,7 @@ __all__ = [
     "sha256_hex",
 ]
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 
 FileRole = Literal["edge", "cloud", "both"]
 """Which machine needs a file."""
@@ -134,7 +134,7 @@ class FileEntry(_Strict):
 class Manifest(_Strict):
     """All that edge and cloud must agree on. Its digest is the bundle's id."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     name: Id
     backbone: Id
     task: Literal["classification"]
