@@ -306,7 +306,7 @@ async def test_leaving_a_stream_early_and_a_source_that_fails(tiny_bundle: Bundl
 async def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for values, text in (
         ({"server": "nowhere"}, "not HOST:PORT"),
-        ({"retries": -1}, "retries"),
+        ({"retries": -2}, "retries"),
         ({"bundle_id": "abc"}, "bundle_id"),
         ({"surprise": 1}, "surprise"),
     ):

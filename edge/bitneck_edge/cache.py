@@ -1,6 +1,7 @@
 """Bundles that were fetched once, kept on the device: verified when written, and again when opened.
 
     <cache>/bundles/<digest of the manifest>/manifest.json, segments/..., points/<id>/...
+    <cache>/servers/<digest of its address and the model>    the bundle that a server had last
 
 A file gets its name only when its size and digest are right, so nothing half-written stays, and two processes may fill
 the same cache at once.
@@ -9,6 +10,7 @@ the same cache at once.
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
@@ -16,10 +18,10 @@ from pathlib import Path
 import platformdirs
 
 from bitneck.bundle import MANIFEST_NAME, Bundle, verify_file
-from bitneck.errors import BundleCorrupt, BundleMismatch, InvalidConfig
+from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig
 from bitneck.manifest import FileEntry, Manifest, bundle_id_of
 
-__all__ = ["cached_bundle", "default_cache_dir"]
+__all__ = ["cached_bundle", "default_cache_dir", "recall", "remember"]
 
 Fetch = Callable[[str], AsyncGenerator[bytes]]
 """Gives a file of the bundle in chunks, by its path in the manifest."""
@@ -76,6 +78,48 @@ async def cached_bundle(
     except OSError as exc:
         raise InvalidConfig(f"the cache {cache_dir} cannot be written ({exc.strerror}); choose another folder") from exc
     return Bundle.open(root, side="edge")
+
+
+def remember(cache_dir: Path, server: str, model: str, bundle_id: str) -> None:
+    """Note which bundle a server has, for a start while it cannot be reached.
+
+    Raises:
+        InvalidConfig: the cache cannot be written.
+    """
+    note = _note(cache_dir, server, model)
+    try:
+        if note.is_file() and note.read_text() == bundle_id:
+            return
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with _new_file(note) as descriptor:
+            _write_all(descriptor, bundle_id.encode())
+    except (OSError, ValueError) as exc:
+        raise InvalidConfig(f"the cache {cache_dir} cannot be written ({exc}); choose another folder") from exc
+
+
+def recall(cache_dir: Path, server: str, model: str) -> Bundle | None:
+    """The bundle that a server had last, verified; None where it is not in the cache, or damaged there."""
+    try:
+        bundle_id = _note(cache_dir, server, model).read_text()
+        bundle = Bundle.open(cache_dir / "bundles" / _digits(bundle_id), side="edge")
+    except (OSError, ValueError, BitneckError):
+        return None
+    return bundle if bundle.bundle_id == bundle_id else None
+
+
+def _digits(bundle_id: str) -> str:
+    """The hexadecimal digits of a bundle's id.
+
+    Raises:
+        BundleMismatch: it is none.
+    """
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", bundle_id):
+        raise BundleMismatch(f"{bundle_id[:80]!r} is no bundle id, expected sha256: and 64 hexadecimal digits")
+    return bundle_id.removeprefix("sha256:")
+
+
+def _note(cache_dir: Path, server: str, model: str) -> Path:
+    return cache_dir / "servers" / hashlib.sha256(f"{server}\n{model}".encode()).hexdigest()[:32]
 
 
 def _good(path: Path, entry: FileEntry) -> bool:

@@ -4,45 +4,60 @@ async with EdgeClient("cloud.example:50051") as client:
     answer = await client.infer(Path("photo.jpg"))
     async for answer in client.stream(paths):
         ...
+
+`bitneck_edge.sync.SyncEdgeClient` does the same without ``async``.
 """
 
 import asyncio
 import contextlib
 import logging
 import math
+import os
 import random
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self
-
-from PIL import Image
+from typing import Any, Self, TypeVar
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, BundleMismatch, ProtocolError, Unavailable
 from bitneck.frames import crc32c_hex
+from bitneck.runtime import ModulePool
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_edge.cache import cached_bundle, default_cache_dir
+from bitneck_edge.cache import cached_bundle, default_cache_dir, recall, remember
+from bitneck_edge.capture import Capture, Slots, captures, newest
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
 from bitneck_edge.link import Link, LinkSettings, Received, Sent
+from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.remote import fetch_file, fetch_manifest, stub_of
 from bitneck_edge.results import Answer, Failure, Label, StageTimes, Switch
-from bitneck_edge.settings import EdgeSettings
+from bitneck_edge.settings import AUTO, EdgeSettings
 
 __all__ = ["EdgeClient", "fetch_bundle"]
 
+T = TypeVar("T")
+
 _LOG = logging.getLogger(__name__)
-_RETRY_PAUSE_S = 0.3
+_RETRY_PAUSE_S, _MAX_RETRY_PAUSE_S = 0.3, 5.0
+_KEPT_SWITCHES = 1000
+_BUNDLE_CHANGES = 3
+"""So often one photograph is encoded again because the server came back with another bundle."""
 
 
 async def fetch_bundle(
-    settings: EdgeSettings, progress: Callable[[int, int], None] = lambda _done, _all: None
+    settings: EdgeSettings,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
+    *,
+    offline: bool = False,
 ) -> Bundle:
     """The edge's half of the server's bundle, from the cache or from the server.
 
     Args:
         settings: server, cache and limits.
         progress: called with (bytes fetched, bytes to fetch).
+        offline: where no server answers at the first attempt, take the bundle that it had last, if that is cached.
 
     Raises:
         Unavailable: no server after the retries.
@@ -51,6 +66,7 @@ async def fetch_bundle(
         InvalidConfig: the cache cannot be written.
     """
     access = settings.access
+    cache_dir = settings.cache_dir or default_cache_dir()
     async with access.channel() as channel:
         stub = stub_of(channel)
         attempt = 0
@@ -63,21 +79,27 @@ async def fetch_bundle(
                 passing = isinstance(exc, Unavailable) or exc.grpc_status == "DEADLINE_EXCEEDED"
                 if not passing:
                     raise
-                if attempt > settings.retries:
+                kept = await asyncio.to_thread(recall, cache_dir, settings.server, settings.model) if offline else None
+                if kept is not None and settings.bundle_id in ("", kept.bundle_id):
+                    _LOG.warning("%s; starting with the bundle that it had last, %s", exc, kept.bundle_id)
+                    return kept
+                if 0 <= settings.retries < attempt:
                     raise Unavailable(
                         f"no bitneck server answers at {settings.server} ({attempt} attempts): {exc}; "
                         "check the address, that `bitneck-cloud serve` runs there, and whether it wants TLS "
                         "(--tls-ca, --tls-cert)"
                     ) from exc
-                await asyncio.sleep(_RETRY_PAUSE_S * 2 ** min(attempt, 4) * random.uniform(0.5, 1.5))  # noqa: S311
+                pause = min(_MAX_RETRY_PAUSE_S, _RETRY_PAUSE_S * 2 ** min(attempt, 8))
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
         if settings.bundle_id and offer.bundle_id != settings.bundle_id:
             raise BundleMismatch(f"{settings.server} serves bundle {offer.bundle_id}, expected {settings.bundle_id}")
 
         def fetch(path: str) -> AsyncGenerator[bytes]:
             return fetch_file(stub, offer.model, offer.bundle_id, path, access, settings.answer_timeout_s)
 
-        cache_dir = settings.cache_dir or default_cache_dir()
-        return await cached_bundle(cache_dir, offer.manifest_json, offer.bundle_id, fetch, progress)
+        bundle = await cached_bundle(cache_dir, offer.manifest_json, offer.bundle_id, fetch, progress)
+        remember(cache_dir, settings.server, settings.model, offer.bundle_id)
+        return bundle
 
 
 class EdgeClient:
@@ -104,44 +126,43 @@ class EdgeClient:
         **values: Any,
     ) -> None:
         self.settings = settings or EdgeSettings.load({"server": server, **values})
-        self.switches: list[Switch] = []
+        self.switches: deque[Switch] = deque(maxlen=_KEPT_SWITCHES)
+        self.dropped = 0
+        self.workers = self.settings.workers or min(2, os.cpu_count() or 1)
         self._on_fetch = on_fetch
         self._on_switch = on_switch
+        self._pool = ModulePool()
         self._encoder: EdgeEncoder | None = None
         self._link: Link | None = None
+        self._rate: RateController | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._renewing = asyncio.Lock()
+        self._auto = self.settings.point == AUTO
         self._point = ""
         self._last_seq = 0
-        self._encoding = asyncio.Lock()
+        self._reconnects = 0
+        self._interval_s = 0.0
+        self._captured_at: float | None = None
 
     async def __aenter__(self) -> Self:
         """Fetch what is missing of the bundle, load the head, open the session.
 
+        A server that cannot be reached is no hindrance where its last bundle is in the cache: the head is loaded, and
+        the link goes on trying.
+
         Raises:
             BitneckError: see `fetch_bundle` and `bitneck_edge.link.Link.open`.
         """
-        bundle = await fetch_bundle(self.settings, self._on_fetch)
-        encoder = EdgeEncoder(bundle, threads=self.settings.threads)
-        if self.settings.point:
-            encoder.ladder[self.settings.point]  # refuse an unknown one before a session is opened
-        link = Link(
-            LinkSettings(
-                access=self.settings.access,
-                model=bundle.manifest.name,
-                bundle_id=bundle.bundle_id,
-                client=self.settings.client,
-                connect_timeout_s=self.settings.connect_timeout_s,
-                answer_timeout_s=self.settings.answer_timeout_s,
-                retries=self.settings.retries,
-            ),
-            self._switch,
-        )
-        self._encoder, self._link = encoder, link
+        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="bitneck-edge")
         try:
-            await link.open()
-            self._point = self.settings.point or link.initial_point or encoder.ladder.best.id
-            await asyncio.to_thread(encoder.point_encoder, self._point)
+            try:
+                await self._begin(offline=True)
+            except BundleMismatch:
+                if self.settings.bundle_id:
+                    raise
+                await self._begin(offline=False)  # the bundle of last time is not the server's any more
         except BaseException:
-            await link.close()
+            self._threads.shutdown(wait=False, cancel_futures=True)
             raise
         return self
 
@@ -155,6 +176,8 @@ class EdgeClient:
         """End the session now; frames that are not answered fail with `Unavailable`. Leaving the block does it too."""
         if self._link is not None:
             await self._link.close()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def encoder(self) -> EdgeEncoder:
@@ -180,114 +203,255 @@ class EdgeClient:
     @property
     def reconnects(self) -> int:
         """How often the link was opened again."""
-        return self._opened().reconnects
+        return self._reconnects + self._opened().reconnects
 
     @property
     def failure(self) -> BitneckError | None:
         """Why the link is of no more use: no further photograph can be answered. None while it is."""
-        return self._opened().failure
+        failure = self._opened().failure
+        return None if self._may_renew(failure) else failure
 
     @property
     def point(self) -> str:
-        """The operating point of the next frame. Assign another to switch; the control API can do so too."""
+        """The operating point of the next frame. Assign another, or ``"auto"``; the control API can do so too."""
         return self._point
 
     @point.setter
     def point(self, point_id: str) -> None:
-        self.encoder.ladder[point_id]
-        self._change(point_id, "set by the program")
+        self._auto = point_id == AUTO
+        if not self._auto:
+            self.encoder.ladder[point_id]
+            self._change(point_id, "set by the program")
 
-    async def infer(self, photo: Photo) -> Answer:
-        """One photograph, one answer.
-
-        Raises:
-            ImageError: it cannot be read.
-            BitneckError: the cloud could not answer, or cannot be reached.
-        """
-        encoded, sent = await self._encode_and_send(photo)
-        return await self._answer(_name(photo), encoded, sent)
-
-    async def stream(
-        self, photos: Iterable[Photo] | AsyncIterable[Photo], *, stop: asyncio.Event | None = None
-    ) -> AsyncGenerator[Answer | Failure]:
-        """Many photographs: encoding goes on while earlier frames are answered. Results come in order.
-
-        A photograph that cannot be read or answered gives a `Failure`, and the next one goes on. Once the link has
-        failed for good (see `failure`) every further photograph gives one at once. Memory is bounded by the window.
-
-        Args:
-            photos: in order; taken one by one.
-            stop: set it to end after the frames that are under way.
-        """
-        under_way: asyncio.Queue[tuple[str, EncodedPhoto, Sent] | Failure | None] = asyncio.Queue(
-            maxsize=max(1, self.window)
-        )
-        producer = asyncio.create_task(self._produce(photos, under_way, stop or asyncio.Event()))
-        try:
-            while (item := await under_way.get()) is not None:
-                if isinstance(item, Failure):
-                    yield item
-                    continue
-                name, encoded, sent = item
-                try:
-                    yield await self._answer(name, encoded, sent)
-                except BitneckError as exc:
-                    yield Failure(name, exc)
-            await producer
-        finally:
-            producer.cancel()
-            await asyncio.gather(producer, return_exceptions=True)
+    @property
+    def auto(self) -> bool:
+        """Whether the operating point is chosen for each frame by what the link and the device can do."""
+        return self._auto
 
     @property
     def window(self) -> int:
         """Frames that may be unanswered, as the server granted."""
         return self._opened().window
 
-    async def _produce(
+    async def infer(self, photo: Photo | Capture) -> Answer:
+        """One photograph, one answer.
+
+        Raises:
+            ImageError: it cannot be read.
+            BitneckError: the cloud could not answer, or cannot be reached.
+        """
+        return await self._process(Capture.of(photo))
+
+    async def stream(
         self,
-        photos: Iterable[Photo] | AsyncIterable[Photo],
-        under_way: asyncio.Queue[tuple[str, EncodedPhoto, Sent] | Failure | None],
-        stop: asyncio.Event,
-    ) -> None:
-        """Encode and send one after another; None marks the end, also where the source of photographs fails."""
+        photos: Iterable[Photo | Capture] | AsyncIterable[Photo | Capture],
+        *,
+        stop: asyncio.Event | None = None,
+        ordered: bool = True,
+        newest_first: bool = False,
+    ) -> AsyncGenerator[Answer | Failure]:
+        """Many photographs: loading, encoding, sending and answering overlap.
+
+        A photograph that cannot be read or answered gives a `Failure`, and the next one goes on. Once the link has
+        failed for good (see `failure`) every further photograph gives one at once. Memory is bounded: by the window, or
+        `EdgeSettings.in_flight`.
+
+        Args:
+            photos: in order; taken one by one, when there is room for one.
+            stop: set it to end after the frames that are under way.
+            ordered: results in the order of the photographs; else as they come.
+            newest_first: read `photos` as fast as they come, as from a camera, and send the newest whenever the link
+                has room; the ones that were overtaken are dropped and counted in `dropped`.
+        """
+        results: asyncio.Queue[asyncio.Task[Answer | Failure] | None] = asyncio.Queue()
+        slots = Slots(self._live_limit if newest_first else self._limit)
+        tasks: set[asyncio.Task[Answer | Failure]] = set()
+        source = captures(photos)
+        if newest_first:
+            source = newest(self._timed(source), self._drop)
+
+        async def produce() -> None:
+            turn: asyncio.Event | None = None
+            encoding = asyncio.Semaphore(self.workers)
+            try:
+                async with contextlib.aclosing(source):
+                    while stop is None or not stop.is_set():
+                        await encoding.acquire()
+                        await slots.take()
+                        capture = await anext(source, None)
+                        if capture is None or (stop is not None and stop.is_set()):
+                            break
+                        before, turn = turn, asyncio.Event()
+                        task = asyncio.create_task(self._guarded(capture, before, turn, encoding))
+                        tasks.add(task)
+                        task.add_done_callback(tasks.discard)
+                        if ordered:
+                            results.put_nowait(task)
+                        else:
+                            task.add_done_callback(results.put_nowait)
+            finally:
+                if not ordered and tasks:
+                    await asyncio.wait(tasks)
+
+        producer = asyncio.create_task(produce())
+        producer.add_done_callback(lambda _: results.put_nowait(None))
         try:
-            async with contextlib.aclosing(_each(photos)) as source:
-                async for photo in source:
-                    if stop.is_set():
-                        break
-                    try:
-                        encoded, sent = await self._encode_and_send(photo)
-                    except BitneckError as exc:
-                        await under_way.put(Failure(_name(photo), exc))
-                        continue
-                    await under_way.put((_name(photo), encoded, sent))
-        except Exception:
-            await under_way.put(None)
+            while (task := await results.get()) is not None:
+                result = await task
+                slots.give()
+                yield result
+            producer.result()
+        finally:
+            for each in (producer, *tasks):
+                each.cancel()
+            await asyncio.gather(producer, *tasks, return_exceptions=True)
+
+    async def _begin(self, *, offline: bool) -> None:
+        """The server's bundle, its head loaded, and a session."""
+        settings = self.settings
+        bundle = await fetch_bundle(settings, self._on_fetch, offline=offline)
+        encoder = EdgeEncoder(bundle, threads=settings.threads, pool=self._pool)
+        wanted = "" if self._auto else self._point or settings.point
+        if wanted and wanted != AUTO and not (self._point and wanted not in encoder.ladder):
+            encoder.ladder[wanted]  # refuse an unknown one before a session is opened
+        link = Link(
+            LinkSettings(
+                access=settings.access,
+                model=bundle.manifest.name,
+                bundle_id=bundle.bundle_id,
+                client=settings.client,
+                connect_timeout_s=settings.connect_timeout_s,
+                answer_timeout_s=settings.answer_timeout_s,
+                retries=settings.retries,
+            ),
+            self._switch,
+            self._reconnected,
+        )
+        edge_s = await self._in_thread(encoder.time_splits) if self._auto else {}
+        self._encoder, self._link = encoder, link
+        self._rate = RateController(
+            encoder.ladder,
+            target_s=settings.latency_ms / 1e3,
+            max_edge_s=settings.max_edge_ms / 1e3 or None,
+            edge_s=edge_s,
+        )
+        try:
+            await link.open()
+            if link.initial_point and not self._point and settings.point in ("", AUTO):
+                self._auto = False  # the cloud asks for one
+            if self._auto:
+                self._point = self._rate.choose(time.perf_counter()).point
+            else:
+                known = wanted if wanted in encoder.ladder else ""
+                self._point = known or link.initial_point or encoder.ladder.best.id
+            await self._in_thread(encoder.point_encoder, self._point)
+        except BaseException:
+            await link.close()
             raise
-        await under_way.put(None)
 
-    async def _encode_and_send(self, photo: Photo) -> tuple[EncodedPhoto, Sent]:
-        """One photograph at a time is encoded, in a thread, at the point of that moment."""
-        link = self._opened()
-        async with self._encoding:
-            if link.failure is not None:
-                raise link.failure
-            encoded = await asyncio.to_thread(self.encoder.encode, photo, self._point)
-            sent = await link.send(encoded.point, encoded.encoded.payload, deadline_ms=self.settings.deadline_ms)
-            self._last_seq = sent.seq
-        return encoded, sent
+    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        assert self._threads is not None
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    async def _answer(self, name: str, encoded: EncodedPhoto, sent: Sent) -> Answer:
-        received: Received = await sent.answer
+    def _may_renew(self, failure: BitneckError | None) -> bool:
+        return isinstance(failure, BundleMismatch) and not self.settings.bundle_id
+
+    async def _renew(self, old: Link) -> None:
+        """The server has another bundle now: fetch it, and begin a new session. Equal segments stay loaded."""
+        async with self._renewing:
+            if self._link is not old:
+                return
+            _LOG.warning("%s; fetching the server's bundle again", old.failure)
+            before = self.bundle.bundle_id
+            self._reconnects += old.reconnects + 1
+            await old.close()
+            await self._begin(offline=False)
+            if self.bundle.bundle_id == before:
+                raise BundleMismatch(f"{self.settings.server} refuses the bundle that it offers, {before}")
+
+    async def _guarded(
+        self, capture: Capture, before: asyncio.Event | None, turn: asyncio.Event, encoding: asyncio.Semaphore
+    ) -> Answer | Failure:
+        """One photograph of a stream: sent after the one before it, whatever became of that."""
+        try:
+            return await self._process(capture, before, turn, encoding)
+        except BitneckError as exc:
+            return Failure(capture.name, exc)
+        finally:
+            if not turn.is_set():
+                turn.set()
+                encoding.release()
+
+    async def _process(
+        self,
+        capture: Capture,
+        before: asyncio.Event | None = None,
+        turn: asyncio.Event | None = None,
+        encoding: asyncio.Semaphore | None = None,
+    ) -> Answer:
+        changes = 0
+        while True:
+            link = self._opened()
+            try:
+                decision, encoded = await self._encode(link, capture)
+                if before is not None:
+                    await before.wait()
+                sent = await self._send(link, capture, decision, encoded)
+                if turn is not None and encoding is not None and not turn.is_set():
+                    turn.set()
+                    encoding.release()
+                return self._answer(capture, encoded, sent, await sent.answer)
+            except BundleMismatch:
+                changes += 1
+                if not self._may_renew(link.failure) or changes > _BUNDLE_CHANGES:
+                    raise
+                await self._renew(link)
+
+    async def _encode(self, link: Link, capture: Capture) -> tuple[Decision, EncodedPhoto]:
+        """In a thread, at the point of this moment."""
+        if link.failure is not None:
+            raise link.failure
+        decision = self._decide()
+        return decision, await self._in_thread(self.encoder.encode, capture.photo, decision.point)
+
+    def _decide(self) -> Decision:
+        assert self._rate is not None
+        if not self._auto:
+            return Decision(self._point, "")
+        decision = self._rate.choose(time.perf_counter())
+        if not decision.probe:
+            self._change(decision.point, decision.reason)
+        return decision
+
+    async def _send(self, link: Link, capture: Capture, decision: Decision, encoded: EncodedPhoto) -> Sent:
+        settings = self.settings
+        sent = await link.send(
+            encoded.point,
+            encoded.encoded.payload,
+            deadline_ms=settings.deadline_ms,
+            captured_unix_us=capture.unix_us,
+            in_flight=settings.in_flight,
+        )
+        self._last_seq = sent.seq
+        rate = self._rate
+        if rate is not None:
+            edge_s = (encoded.head_ms + encoded.encode_ms) / 1e3
+            other_s = max(0.0, sent.at - capture.at - edge_s)
+            rate.sent(sent.seq, decision, len(encoded.encoded.payload), sent.at, edge_s=edge_s, other_s=other_s)
+            sent.answer.add_done_callback(lambda answer: _tell(rate, sent.seq, answer))
+        return sent
+
+    def _answer(self, capture: Capture, encoded: EncodedPhoto, sent: Sent, received: Received) -> Answer:
         labels = _labels(received.result)
         timings = received.result.timings
         queued, decode, compute = timings.queued_us / 1e3, timings.decode_us / 1e3, timings.compute_us / 1e3
         round_trip = (received.at - sent.at) * 1e3
         edge = encoded.load_ms + encoded.preprocess_ms + encoded.head_ms + encoded.encode_ms
+        wait = max(0.0, (sent.at - capture.at) * 1e3 - edge)
         payload = encoded.encoded.payload
         pixels = self.bundle.manifest.input.pixels
         return Answer(
-            file=name,
+            file=capture.name,
             seq=sent.seq,
             point=encoded.point,
             split=encoded.split,
@@ -299,6 +463,7 @@ class EdgeClient:
             symbols_crc32c=crc32c_hex(encoded.encoded.symbols.astype("<i4").tobytes()),
             labels=labels,
             ms=StageTimes(
+                wait=wait,
                 load=encoded.load_ms,
                 preprocess=encoded.preprocess_ms,
                 head=encoded.head_ms,
@@ -307,7 +472,7 @@ class EdgeClient:
                 queued=queued,
                 decode=decode,
                 compute=compute,
-                total=edge + round_trip,
+                total=wait + edge + round_trip,
             ),
         )
 
@@ -316,14 +481,45 @@ class EdgeClient:
             raise Unavailable("the client is not open: use it inside `async with`")
         return self._link
 
+    def _limit(self) -> int:
+        """Frames of a stream that may be under way: unanswered ones, and those that are being encoded."""
+        return (self.settings.in_flight or self.window) + self.workers
+
+    def _live_limit(self) -> int:
+        """The same where every frame more would only wait: as many as are on their way at once, and one."""
+        if self.settings.in_flight:
+            return self.settings.in_flight
+        base_s = self._rate.base_s if self._rate is not None else 0.0
+        on_their_way = math.ceil(base_s / self._interval_s) if self._interval_s > 0 else 1
+        return min(max(1, on_their_way) + 1, self.window)
+
+    async def _timed(self, source: AsyncGenerator[Capture]) -> AsyncGenerator[Capture]:
+        """Measures the interval between pictures."""
+        async with contextlib.aclosing(source):
+            async for capture in source:
+                if self._captured_at is not None:
+                    interval = max(1e-4, capture.at - self._captured_at)
+                    self._interval_s += (interval - self._interval_s) * (0.1 if self._interval_s else 1.0)
+                self._captured_at = capture.at
+                yield capture
+
+    def _drop(self, _capture: Capture) -> None:
+        self.dropped += 1
+
+    def _reconnected(self) -> None:
+        if self._rate is not None:
+            self._rate.reconnected(time.perf_counter())
+
     def _switch(self, point_id: str, reason: str) -> None:
-        """The cloud asks for another operating point; for none where it leaves the choice to us again."""
+        """The cloud asks for another operating point; for none where it leaves the choice to us."""
         if not point_id:
-            _LOG.info("%s: the cloud leaves the choice to this client; staying at %s", reason, self._point)
+            _LOG.info("%s: the point is chosen here from now on", reason)
+            self._auto = True
             return
         if point_id not in self.encoder.ladder:
             _LOG.warning("the cloud asks for %r, which this bundle does not have; staying at %s", point_id, self._point)
             return
+        self._auto = False
         self._change(point_id, reason)
 
     def _change(self, point_id: str, reason: str) -> None:
@@ -331,18 +527,21 @@ class EdgeClient:
             self._point = point_id
             return
         switch = Switch(self._last_seq, self._point, point_id, reason)
+        _LOG.info("after frame %d: %s -> %s: %s", switch.after_seq, switch.old, switch.new, reason)
         self._point = point_id
         self.switches.append(switch)
         self._on_switch(switch)
 
 
-async def _each(photos: Iterable[Photo] | AsyncIterable[Photo]) -> AsyncGenerator[Photo]:
-    if isinstance(photos, AsyncIterable):
-        async for photo in photos:
-            yield photo
-    else:
-        for photo in photos:
-            yield photo
+def _tell(rate: RateController, seq: int, answer: "asyncio.Future[Received]") -> None:
+    """What a frame's end says of the link."""
+    if answer.cancelled() or answer.exception() is not None:
+        rate.lost(seq, time.perf_counter())
+        return
+    received = answer.result()
+    timings = received.result.timings
+    server_s = (timings.queued_us + timings.decode_us + timings.compute_us) / 1e6
+    rate.answered(seq, received.at, server_s=server_s)
 
 
 def _labels(result: pb.Result) -> tuple[Label, ...]:
@@ -357,13 +556,3 @@ def _labels(result: pb.Result) -> tuple[Label, ...]:
             f"the answer to frame {result.seq} has {len(labels)} labels, expected one or more, each with a finite score"
         )
     return labels
-
-
-def _name(photo: Photo) -> str:
-    match photo:
-        case Path():
-            return str(photo)
-        case Image.Image():
-            return str(getattr(photo, "filename", "") or "<image>")
-        case _:
-            return f"<{len(photo)} bytes>"

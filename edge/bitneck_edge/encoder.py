@@ -1,6 +1,7 @@
 """Photograph to symbols and payload: the edge's half of the network, with the time that each stage took."""
 
 import itertools
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from bitneck.bundle import Bundle
 from bitneck.chain import Encoded, PointEncoder, SegmentChain
 from bitneck.errors import ImageError
 from bitneck.image import load_photo, preprocess
+from bitneck.runtime import ModulePool
 
 __all__ = ["EdgeEncoder", "EncodedPhoto", "Photo"]
 
@@ -34,18 +36,21 @@ class EncodedPhoto:
 class EdgeEncoder:
     """Head segments, loaded once, and one bottleneck encoder per operating point, loaded when first used.
 
-    Switching the operating point reads no segment again. Use it from one thread at a time.
+    Switching the operating point reads no segment again. Several threads may use it at once.
 
     Args:
         bundle: the edge's half.
         threads: of ONNX Runtime inside one operator of the head; 0 for every core.
+        pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None) -> None:
         self.bundle = bundle
         self.ladder = bundle.manifest.ladder
-        self.chain = SegmentChain(bundle, threads=threads)
+        self._pool = pool or ModulePool()
+        self.chain = SegmentChain(bundle, threads=threads, pool=self._pool)
         self._encoders: dict[str, PointEncoder] = {}
+        self._loading = threading.Lock()
 
     def point_encoder(self, point_id: str) -> PointEncoder:
         """The encoder of an operating point.
@@ -57,8 +62,11 @@ class EdgeEncoder:
         encoder = self._encoders.get(point_id)
         if encoder is None:
             point = self.ladder[point_id]
-            self.chain.load(0, self.chain.head_length(point.split))
-            encoder = self._encoders[point_id] = PointEncoder(self.bundle, point)
+            with self._loading:
+                encoder = self._encoders.get(point_id)
+                if encoder is None:
+                    self.chain.load(0, self.chain.head_length(point.split))
+                    encoder = self._encoders[point_id] = PointEncoder(self.bundle, point, pool=self._pool)
         return encoder
 
     def encode(self, photo: Photo, point_id: str) -> EncodedPhoto:
@@ -89,6 +97,16 @@ class EdgeEncoder:
             head_ms=head,
             encode_ms=encode,
         )
+
+    def time_splits(self, runs: int = 3) -> dict[str, float]:
+        """Seconds that head and encoder take on this device, the best of some runs, for every split point."""
+        best: dict[str, float] = {}
+        blank = Image.new("RGB", (self.bundle.manifest.input.size,) * 2, (128, 128, 128))
+        for split in dict.fromkeys(point.split for point in self.ladder):
+            point = next(point for point in self.ladder if point.split == split)
+            times = [self.encode(blank, point.id) for _ in range(runs)]
+            best[split] = min(t.head_ms + t.encode_ms for t in times) / 1e3
+        return best
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

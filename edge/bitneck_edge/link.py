@@ -80,12 +80,19 @@ class Link:
     Args:
         settings: addresses and limits.
         on_point: called with (point, reason) when the cloud asks for another operating point.
+        on_reconnect: called when the link was opened again and unanswered frames have been sent again.
     """
 
-    def __init__(self, settings: LinkSettings, on_point: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        settings: LinkSettings,
+        on_point: Callable[[str, str], None],
+        on_reconnect: Callable[[], None] = lambda: None,
+    ) -> None:
         self._settings = settings
         self._address = settings.access.address
         self._on_point = on_point
+        self._on_reconnect = on_reconnect
         self._flow = Flow(window=1)
         self._answers: dict[int, asyncio.Future[Received]] = {}
         self._sent_at: dict[int, float] = {}
@@ -138,21 +145,46 @@ class Link:
             await asyncio.gather(self._task, return_exceptions=True)
         await self._fail(Unavailable("the link was closed before the answer came"))
 
-    async def send(self, point: str, payload: bytes, *, deadline_ms: int = 0) -> Sent:
+    @property
+    def unanswered(self) -> int:
+        """Frames that wait for their answer."""
+        return self._flow.unanswered
+
+    async def send(
+        self, point: str, payload: bytes, *, deadline_ms: int = 0, captured_unix_us: int = 0, in_flight: int = 0
+    ) -> Sent:
         """Send a frame; waits while the window is full.
+
+        Args:
+            point: its operating point.
+            payload: its coded bytes.
+            deadline_ms: from its receipt in the cloud; 0 for none.
+            captured_unix_us: when the picture was taken; 0 if unknown.
+            in_flight: frames that may be unanswered with this one; 0 for the window.
 
         Raises:
             Overloaded: the frame is larger than any server takes; the link is not harmed.
             BitneckError: the link has failed for good.
         """
         async with self._room:
-            await self._room.wait_for(lambda: self._flow.has_room or self._failure is not None)
+            await self._room.wait_for(
+                lambda: (
+                    (self._flow.has_room and not 0 < in_flight <= self._flow.unanswered) or self._failure is not None
+                )
+            )
             if self._failure is not None:
                 raise self._failure
-            frame = seal_frame(seq=self._flow.next_seq(), point=point, payload=payload, deadline_ms=deadline_ms)
-            if wire_bytes(frame) > MAX_MESSAGE_BYTES:  # gRPC would end the call, and again at each resend
+            frame = seal_frame(
+                seq=self._flow.next_seq(),
+                point=point,
+                payload=payload,
+                deadline_ms=deadline_ms,
+                captured_unix_us=captured_unix_us,
+            )
+            size = wire_bytes(frame)
+            if size > MAX_MESSAGE_BYTES:  # gRPC would end the call, and again at each resend
                 raise Overloaded(
-                    f"a frame of {wire_bytes(frame)} bytes at {point}, the limit is {MAX_MESSAGE_BYTES}; "
+                    f"a frame of {size} bytes at {point}, the limit is {MAX_MESSAGE_BYTES}; "
                     "it is not sent: choose an operating point of a lower rate"
                 )
             answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
@@ -160,7 +192,7 @@ class Link:
             at = self._sent_at[frame.seq] = time.perf_counter()
             self._flow.add(frame)
         await self._write(frame)
-        return Sent(frame.seq, wire_bytes(frame), at, answer)
+        return Sent(frame.seq, size, at, answer)
 
     async def _write(self, frame: pb.Frame) -> None:
         """Write a frame, if there is a connection; else it goes out with the resends of the next one."""
@@ -200,7 +232,7 @@ class Link:
             if fairly or answered_before != (self._flow.unanswered, self._flow.next_seq()):
                 failures, backoff = 0, _FIRST_BACKOFF_S  # this connection was of use
             failures += 1
-            if failures > self._settings.retries:
+            if 0 <= self._settings.retries < failures:
                 raise Unavailable(f"{error}; gave up after {failures} attempts") from error
             _LOG.warning("%s; connecting again in about %.1f s", error, backoff)
             await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311  jitter is no secret
@@ -263,6 +295,8 @@ class Link:
             raise DeadlineExceeded(
                 f"{self._address}: the server does not read; waited {s.answer_timeout_s:.1f} s"
             ) from exc
+        if self.reconnects:
+            self._on_reconnect()
         async with self._room:
             self._room.notify_all()
 

@@ -14,7 +14,7 @@ from bitneck_edge.results import Answer, Failure
 
 __all__ = ["line", "load_table", "points_table", "run_document", "run_table"]
 
-_STAGES = ("load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
+_STAGES = ("wait", "load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
 
 
 def run_document(client: EdgeClient, results: Sequence[Answer | Failure]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class StageTimes:
     """Where a frame's time went, in milliseconds.
 
     Attributes:
+        wait: from the picture's capture to its turn, and from its encoding to its sending.
         load: reading and decoding the photograph.
         preprocess: resize, crop, normalize.
         head: the network's first part.
@@ -33,6 +34,7 @@ class StageTimes:
         total: all of these.
     """
 
+    wait: float
     load: float
     preprocess: float
     head: float

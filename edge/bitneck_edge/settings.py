@@ -9,7 +9,10 @@ from pydantic_settings import SettingsConfigDict
 from bitneck.config import Address, Settings
 from bitneck_edge.remote import Access
 
-__all__ = ["EdgeSettings"]
+__all__ = ["AUTO", "EdgeSettings"]
+
+AUTO = "auto"
+"""In place of an operating point: the client chooses, frame by frame."""
 
 
 class EdgeSettings(Settings):
@@ -23,14 +26,20 @@ class EdgeSettings(Settings):
         tls_key: its PEM key.
         token: this device's bearer token, where the server asks for one.
         model: which of the server's models; empty for the only one.
-        point: operating point to begin with; empty for the cloud's wish, or the ladder's best.
+        point: operating point to begin with, or ``auto`` to choose one for each frame by what the link and the device
+            can do; empty for the cloud's wish, or the ladder's best.
+        latency_ms: with ``auto``, from a picture to its answer, at most.
+        max_edge_ms: with ``auto``, head and encoder may take so long, which decides among split points; 0 for any time.
         bundle_id: refuse a server with any other bundle; empty for whatever it serves.
         client: name for the cloud's logs and sessions list.
         cache_dir: where bundles are kept; None for the user's cache folder.
         threads: of ONNX Runtime inside one operator of the head; 0 for every core.
+        workers: photographs that are loaded and encoded at once; 0 for two, or one where there is only one core.
+        in_flight: frames that may be unanswered; 0 for the server's window, and with ``newest`` for as many as the
+            distance asks for.
         deadline_ms: from a frame's receipt in the cloud; 0 for none.
         connect_timeout_s: for one attempt to connect.
-        retries: attempts after the first, before the server counts as unreachable.
+        retries: attempts after the first, before the server counts as unreachable; -1 for no end.
         answer_timeout_s: an unanswered frame of this age means that the link is dead; so does a download that pauses
             as long.
     """
@@ -45,13 +54,17 @@ class EdgeSettings(Settings):
     token: SecretStr | None = None
     model: str = ""
     point: str = ""
+    latency_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 300
+    max_edge_ms: Annotated[float, Field(ge=0, le=3_600_000)] = 0.0
     bundle_id: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
     client: Annotated[str, Field(max_length=128)] = "bitneck-edge"
     cache_dir: Path | None = None
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    workers: Annotated[int, Field(ge=0, le=64)] = 0
+    in_flight: Annotated[int, Field(ge=0, le=1024)] = 0
     deadline_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
     connect_timeout_s: Annotated[float, Field(gt=0, le=600)] = 3.0
-    retries: Annotated[int, Field(ge=0, le=1000)] = 3
+    retries: Annotated[int, Field(ge=-1, le=1_000_000)] = 3
     answer_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 15.0
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ Dimensions: N batch, C x Hf x Wf feature, Cr x h x w latent.
 
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -102,13 +103,16 @@ class PointEncoder:
         bundle: where the files are.
         point: the operating point.
         threads: see `OnnxModule`; the unit is tiny, one thread is fastest.
+        pool: from which its module comes; None for one of its own.
     """
 
-    def __init__(self, bundle: Bundle, point: OperatingPoint, *, threads: int = 1) -> None:
+    def __init__(
+        self, bundle: Bundle, point: OperatingPoint, *, threads: int = 1, pool: ModulePool | None = None
+    ) -> None:
         self.point = point
         self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
         self._lo, self._hi = self.codec.tables.lo, self.codec.tables.hi
-        self._module = OnnxModule(bundle.encoder_path(point.id), threads=threads)
+        self._module = _load(bundle, bundle.encoder_path(point.id), threads, pool)
 
     def latent(self, f: NDArray[np.float32]) -> NDArray[np.float32]:
         """Feature to latent, before the quantizer.
@@ -153,9 +157,7 @@ class PointDecoder:
         self.point = point
         self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
         self.feature_shape = bundle.manifest.split(point.split).feature_shape
-        path = bundle.decoder_path(point.id)
-        digest = bundle.manifest.files[path.relative_to(bundle.root).as_posix()].sha256
-        self._module = (pool or ModulePool()).load(path, digest, threads=threads)
+        self._module = _load(bundle, bundle.decoder_path(point.id), threads, pool)
 
     def dequantize(self, payload: bytes) -> NDArray[np.float32]:
         """Payload to the latent that the decoder gets, (Cr, h, w) float32.
@@ -181,6 +183,11 @@ class PointDecoder:
         if f_hat.shape[1:] != self.feature_shape:
             raise ModelFailure(f"decoder of {self.point.id} gave {f_hat.shape[1:]}, expected {self.feature_shape}")
         return f_hat
+
+
+def _load(bundle: Bundle, path: Path, threads: int, pool: ModulePool | None) -> OnnxModule:
+    digest = bundle.manifest.files[path.relative_to(bundle.root).as_posix()].sha256
+    return (pool or ModulePool()).load(path, digest, threads=threads)
 
 
 def segments_of(bundle: Bundle, side: Literal["edge", "cloud"]) -> range:

@@ -4,8 +4,11 @@ Equal to torchvision's ``Resize(resize, interpolation)``, ``CenterCrop(size)``, 
 images (a test holds 1e-6), so a network sees at the edge what it saw in training.
 """
 
+import contextlib
 import io
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -69,19 +72,20 @@ def load_photo(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
     """
     where = str(source) if isinstance(source, Path) else f"<{len(source)} bytes>"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb and metadata warnings; the limit below is ours
-            with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageError(
-                        f"{where}: {width}x{height} pixels, more than the limit of {max_pixels}; shrink the photograph"
-                    )
-                if max(width, height) > MAX_ASPECT * min(width, height):
-                    raise ImageError(f"{where}: {width}x{height} pixels, too long and narrow; crop it first")
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                return _to_rgb(upright if upright is not None else image)
+        with (
+            _QUIET(),  # Pillow warns of bombs and metadata; the limit below is ours
+            Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image,
+        ):
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    f"{where}: {width}x{height} pixels, more than the limit of {max_pixels}; shrink the photograph"
+                )
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ImageError(f"{where}: {width}x{height} pixels, too long and narrow; crop it first")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return _to_rgb(upright if upright is not None else image)
     except ImageError:
         raise
     except FileNotFoundError as exc:
@@ -95,6 +99,34 @@ def load_photo(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
         raise ImageError(f"{where}: {reason}") from exc
     except Exception as exc:  # Pillow's decoders raise SyntaxError, ValueError, struct.error and more
         raise ImageError(f"{where}: damaged or cut short ({exc})") from exc
+
+
+class _Quiet:
+    """`warnings.catch_warnings` for threads: the first one in silences them, the last one out restores the filters."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._caught = warnings.catch_warnings()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._caught.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

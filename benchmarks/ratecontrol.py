@@ -1,0 +1,265 @@
+"""Automatic rate on link traces, against fixed rates, a throughput rule, and an oracle that knows the trace.
+
+A link carries so many bits a second at each moment, first in first out, behind a delay that varies. A camera takes a
+picture at each interval; a frame whose answer comes after the target is a miss and counts as accuracy zero, and so does
+a picture that is skipped because the window is full. The oracle takes for each picture the most accurate point that the
+trace carries in time without delaying the next picture's lowest.
+
+    python benchmarks/ratecontrol.py --zoo models/zoo/efficientnet_lite0 [--json]
+
+Nothing is timed here: the clock is the trace's own, so the figures are the same on every machine.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bitneck.ladder import Ladder, OperatingPoint
+from bitneck_edge.ratecontrol import OVERHEAD_BYTES, Decision, RateController, rungs
+
+EDGE_S, SERVER_S = 0.02, 0.004
+SECONDS, WINDOW = 180.0, 4
+STEP_S = 0.02
+
+Rate = Callable[[float], float]
+"""Bits per second at a moment."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A link and a camera.
+
+    Attributes:
+        rate: of the link.
+        splits: split points that the device can afford.
+        delay_s: both ways, without transfer.
+        jitter_s: mean of what is added to it, exponential.
+        interval_s: between pictures.
+        target_s: capture to answer.
+    """
+
+    rate: Rate
+    splits: tuple[str, ...] = ("s1",)
+    delay_s: float = 0.05
+    jitter_s: float = 0.004
+    interval_s: float = 0.2
+    target_s: float = 0.4
+
+
+def walk(seed: int, low: float, high: float) -> Rate:
+    """A mobile link: the logarithm of the rate wanders, a step a second."""
+    dice = random.Random(seed)  # noqa: S311
+    level, levels = math.sqrt(low * high), []
+    for _ in range(int(SECONDS) + 10):
+        level = min(high, max(low, level * math.exp(dice.gauss(0.0, 0.25))))
+        levels.append(level)
+    return lambda t: levels[min(len(levels) - 1, int(t))]
+
+
+def cells(seed: int, levels: Sequence[float]) -> Rate:
+    """A device that moves from cell to cell: it stays at a level for some seconds, then jumps to another."""
+    dice = random.Random(seed)  # noqa: S311
+    changes, t = [], 0.0
+    while t < SECONDS + 10:
+        changes.append((t, dice.choice(levels)))
+        t += dice.uniform(5.0, 20.0)
+    return lambda now: next(level for begin, level in reversed(changes) if begin <= now)
+
+
+SCENES: dict[str, Scene] = {
+    "steady 40 kbit/s": Scene(lambda _t: 40e3),
+    "steady 9 kbit/s": Scene(lambda _t: 9e3),
+    "wide 1 Mbit/s": Scene(lambda _t: 1e6),
+    "fourfold drop and back": Scene(lambda t: 7e3 if 60 <= t < 120 else 28e3),
+    "square wave, 15 s": Scene(lambda t: 40e3 if int(t / 15) % 2 == 0 else 9e3),
+    "ramp down and up": Scene(lambda t: 9e3 + 40e3 * abs(1 - t / (SECONDS / 2))),
+    "wandering 1": Scene(walk(1, 9e3, 80e3)),
+    "wandering 2": Scene(walk(2, 9e3, 80e3)),
+    "wandering 3": Scene(walk(3, 9e3, 80e3)),
+    "cells": Scene(cells(4, (9e3, 14e3, 25e3, 60e3, 200e3)), jitter_s=0.01),
+    "satellite, 600 ms": Scene(lambda _t: 40e3, delay_s=0.6, target_s=0.9),
+    "s3 on cells": Scene(cells(5, (40e3, 60e3, 120e3, 400e3)), splits=("s3",), jitter_s=0.01),
+    "s3, fourfold drop": Scene(lambda t: 50e3 if 60 <= t < 120 else 200e3, splits=("s3",)),
+}
+
+
+class Link:
+    """First in, first out, at the trace's rate."""
+
+    def __init__(self, rate: Rate) -> None:
+        self._rate = rate
+        self.free = 0.0
+
+    def carry(self, size: float, at: float) -> float:
+        """When a frame of `size` bytes that is sent `at` has arrived; the link is taken until then."""
+        t, bits = max(at, self.free), size * 8
+        while bits > 1e-6:
+            rate = self._rate(t)
+            step = min(STEP_S, bits / rate)
+            bits -= rate * step
+            t += step
+        self.free = t
+        return t
+
+    def copy(self) -> "Link":
+        """Another one in the same state."""
+        twin = Link(self._rate)
+        twin.free = self.free
+        return twin
+
+
+@dataclass
+class Outcome:
+    """One policy in one scene; `points` is what each picture was sent with."""
+
+    accuracy: float
+    misses: float
+    switches_per_min: float
+    points: list[str]
+
+
+@dataclass(frozen=True)
+class Luck:
+    """What only the oracle knows of a picture beforehand: its size over the mean, and the link's extra delay."""
+
+    size: float
+    jitter_s: float
+
+
+Policy = Callable[[float, Link, Luck], Decision]
+
+
+def simulate(
+    scene: Scene, points: Sequence[OperatingPoint], policy: Policy, controller: RateController | None, seed: int = 0
+) -> Outcome:
+    """Pictures, one after another."""
+    dice, link = random.Random(seed), Link(scene.rate)  # noqa: S311
+    by_id = {p.id: p for p in points}
+    pending: list[tuple[float, int]] = []
+    hits, accuracy, used = 0, 0.0, []
+    count = int(SECONDS / scene.interval_s)
+    for seq in range(1, count + 1):
+        now = seq * scene.interval_s
+        luck = Luck(math.exp(dice.gauss(-0.01, 0.12)), dice.expovariate(1 / scene.jitter_s))
+        for answered_at, number in [p for p in pending if p[0] <= now]:
+            pending.remove((answered_at, number))
+            if controller is not None:
+                controller.answered(number, answered_at, server_s=SERVER_S)
+        if len(pending) >= WINDOW:
+            used.append("skipped")
+            continue
+        decision = policy(now, link, luck)
+        payload = by_id[decision.point].payload_bytes * luck.size
+        sent = now + EDGE_S
+        if controller is not None:
+            controller.sent(seq, decision, round(payload), sent, edge_s=EDGE_S)
+        answered_at = link.carry(payload + OVERHEAD_BYTES, sent) + scene.delay_s + luck.jitter_s + SERVER_S
+        if pending:
+            answered_at = max(answered_at, pending[-1][0])  # one stream: answers do not overtake
+        pending.append((answered_at, seq))
+        used.append(decision.point)
+        if answered_at - now <= scene.target_s:
+            hits += 1
+            accuracy += by_id[decision.point].accuracy
+    switches = sum(a != b for a, b in itertools.pairwise(used))
+    return Outcome(accuracy / count, 1 - hits / count, switches / (SECONDS / 60), used)
+
+
+def oracle(scene: Scene, points: Sequence[OperatingPoint]) -> Policy:
+    """Knows the trace."""
+
+    def decide(now: float, link: Link, luck: Luck) -> Decision:
+        rest = scene.delay_s + SERVER_S
+        after = now + scene.interval_s
+        for point in reversed(points):
+            twin = link.copy()
+            done = twin.carry(point.payload_bytes * luck.size + OVERHEAD_BYTES, now + EDGE_S) + rest + luck.jitter_s
+            following = twin.carry(points[0].payload_bytes * 1.3 + OVERHEAD_BYTES, after + EDGE_S) + rest
+            if done - now <= scene.target_s and following + 3 * scene.jitter_s - after <= scene.target_s:
+                return Decision(point.id, "oracle")
+        return Decision(points[0].id, "oracle")
+
+    return decide
+
+
+def fixed(point: OperatingPoint) -> Policy:
+    """Always the same."""
+    return lambda _now, _link, _luck: Decision(point.id, "fixed")
+
+
+def run(scene: Scene, ladder: Ladder) -> dict[str, Outcome]:
+    """Every policy in one scene."""
+    points = rungs(ladder, scene.splits)
+    controller = RateController(Ladder(points), target_s=scene.target_s, edge_s=dict.fromkeys(scene.splits, EDGE_S))
+    return {
+        "auto": simulate(scene, points, lambda now, _link, _luck: controller.choose(now), controller),
+        "oracle": simulate(scene, points, oracle(scene, points), None),
+        "lowest": simulate(scene, points, fixed(points[0]), None),
+        "highest": simulate(scene, points, fixed(points[-1]), None),
+    }
+
+
+def frames_to_react(scene: Scene, ladder: Ladder, at: float, outcome: Outcome) -> int:
+    """Frames that are sent after a drop with more than the link then carries: in time, and one an interval."""
+    points = rungs(ladder, scene.splits)
+
+    def carried(point: OperatingPoint) -> bool:
+        transfer = (point.payload_bytes + OVERHEAD_BYTES) * 8 / scene.rate(at)
+        return transfer <= min(
+            scene.interval_s, scene.target_s - EDGE_S - SERVER_S - scene.delay_s - 2 * scene.jitter_s
+        )
+
+    allowed = {point.id for point in points if carried(point)} | {points[0].id}
+    first = round(at / scene.interval_s) - 1  # pictures are counted from one
+    after = outcome.points[first:]
+    return next((k for k, point in enumerate(after) if point in allowed), len(after))
+
+
+def ladder_of(zoo: Path) -> Ladder:
+    """The measured ladder of a zoo folder."""
+    points = json.loads((zoo / "ladder.json").read_text())["points"]
+    return Ladder(
+        OperatingPoint(
+            id=name, split=name.split("-")[0], step=1.0, stride=1, latent_shape=(1, 1, 1),
+            payload_bytes=p["payload_bytes"], bpp_payload=p["bpp_payload"], accuracy=p["accuracy"],
+        )
+        for name, p in points.items()
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", type=Path, default=Path("models/zoo/efficientnet_lite0"))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    ladder = ladder_of(arguments.zoo)
+    results = {name: run(scene, ladder) for name, scene in SCENES.items()}
+    document: dict[str, Any] = {
+        name: {policy: {k: v for k, v in asdict(o).items() if k != "points"} for policy, o in outcomes.items()}
+        for name, outcomes in results.items()
+    }
+    for name, at in (("fourfold drop and back", 60.0), ("s3, fourfold drop", 60.0)):
+        document[name]["frames_to_react"] = frames_to_react(SCENES[name], ladder, at, results[name]["auto"])
+    if arguments.json:
+        print(json.dumps(document))
+        return
+    print(f"{'scene':<24} auto/oracle  misses  (oracle)  switches/min  lowest/oracle  highest/oracle")
+    for name, r in results.items():
+        best = r["oracle"].accuracy
+        print(
+            f"{name:<24} {r['auto'].accuracy / best:>11.3f}  {r['auto'].misses:>6.2%}  {r['oracle'].misses:>8.2%}"
+            f"  {r['auto'].switches_per_min:>12.1f}  {r['lowest'].accuracy / best:>13.3f}"
+            f"  {r['highest'].accuracy / best:>14.3f}"
+        )
+        if "frames_to_react" in document[name]:
+            print(f"{'':<24} reacts to the drop within {document[name]['frames_to_react']} frames")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""A picture and the moment it was taken; and of pictures that come faster than they can be sent, the newest."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from bitneck_edge.encoder import Photo
+
+__all__ = ["Capture", "Slots", "captures", "newest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """A picture on its way in.
+
+    Attributes:
+        photo: itself.
+        name: what its answer is called by.
+        at: when it was taken, on `time.perf_counter`'s clock.
+        unix_us: the same by the wall clock, microseconds since 1970; 0 for a file, whose picture is older.
+    """
+
+    photo: Photo
+    name: str
+    at: float = field(default_factory=time.perf_counter)
+    unix_us: int = 0
+
+    @classmethod
+    def of(cls, photo: "Photo | Capture") -> "Capture":
+        """A capture as it is; a photograph as one that is taken now."""
+        if isinstance(photo, Capture):
+            return photo
+        match photo:
+            case Path():
+                name = str(photo)
+            case Image.Image():
+                name = str(getattr(photo, "filename", "") or "<image>")
+            case _:
+                name = f"<{len(photo)} bytes>"
+        return cls(photo, name)
+
+
+async def captures(photos: Iterable[Photo | Capture] | AsyncIterable[Photo | Capture]) -> AsyncGenerator[Capture]:
+    """Any source as an asynchronous one."""
+    if isinstance(photos, AsyncIterable):
+        async for photo in photos:
+            yield Capture.of(photo)
+    else:
+        for photo in photos:
+            yield Capture.of(photo)
+
+
+async def newest(source: AsyncGenerator[Capture], on_drop: Callable[[Capture], None]) -> AsyncGenerator[Capture]:
+    """The newest picture whenever one is asked for; a picture that a newer one overtakes is dropped.
+
+    Args:
+        source: read all the time, whether anyone asks or not; it is closed at the end.
+        on_drop: told of each picture that is dropped.
+    """
+    waiting: Capture | None = None
+    arrived = asyncio.Event()
+
+    async def read() -> None:
+        nonlocal waiting
+        async with contextlib.aclosing(source):
+            async for capture in source:
+                if waiting is not None:
+                    on_drop(waiting)
+                waiting = capture
+                arrived.set()
+
+    reader = asyncio.create_task(read())
+    reader.add_done_callback(lambda _: arrived.set())
+    try:
+        while True:
+            await arrived.wait()
+            arrived.clear()
+            if waiting is not None:
+                capture, waiting = waiting, None
+                if reader.done():
+                    arrived.set()
+                yield capture
+            elif reader.done():
+                reader.result()
+                return
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+class Slots:
+    """So many things at once, where the number may change.
+
+    Args:
+        limit: asked whenever one is taken.
+    """
+
+    def __init__(self, limit: Callable[[], int]) -> None:
+        self._limit = limit
+        self._changed = asyncio.Event()
+        self.taken = 0
+
+    async def take(self) -> None:
+        """Take one; waits while there is none. For one taker at a time."""
+        while self.taken >= max(1, self._limit()):
+            self._changed.clear()
+            await self._changed.wait()
+        self.taken += 1
+
+    def give(self) -> None:
+        """Give one back."""
+        self.taken -= 1
+        self._changed.set()

@@ -1,0 +1,306 @@
+"""Automatic rate: the operating point of the next frame. Pure: times come in as arguments.
+
+Frames of a few hundred bytes leave a link idle most of the time, so what comes back says little about its bandwidth:
+only that it was not less than so much. What a frame's network delay (round trip less the cloud's own time) does say is
+how long a larger frame can take *at most*: were all of it transfer and none of it distance, a frame of twice the bytes
+would take twice the time. Hence four rules:
+
+- *Select* the most accurate point whose predicted time is well within the target, by that pessimistic bound.
+- *Probe* where the bound forbids what the link may allow, as over a satellite: one frame at the next point, now and
+  then; the wait grows by half with each failure (as in LiveKit's probes).
+- *Step down at once* when the point in use is predicted to be late. An unanswered frame that is older than the last
+  answers' delay is such a prediction, before any answer comes (delay-based, as in WebRTC).
+- *Wait before climbing again* after that, longer each time it happens again soon.
+
+Dimensions: bytes on the wire, seconds.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bitneck.errors import InvalidConfig
+from bitneck.ladder import Ladder, OperatingPoint
+
+__all__ = ["OVERHEAD_BYTES", "Decision", "RateController", "rungs"]
+
+OVERHEAD_BYTES = 110
+"""What a frame costs beside its payload: protobuf, gRPC and HTTP/2 framing, TCP and IP headers, the acknowledgement."""
+
+_LARGE = 1.2
+"""A photograph may take so many times the bytes of its point's mean."""
+_UP, _DOWN = 0.7, 0.87
+"""Climb to what is predicted to need this share of the time that is not fixed; leave what needs more than that one."""
+_BASE_WINDOW_S = 20.0
+_LATE = 1.25
+_NOISE_S = 0.02
+"""An unanswered frame counts as slow when it is older than `_LATE` times the usual delay and this much."""
+_FIRST_PROBE_S, _PROBE_GROWTH, _MAX_PROBE_S = 3.0, 1.5, 60.0
+_FIRST_HOLD_S, _HOLD_GROWTH, _MAX_HOLD_S, _FORGIVE_S = 0.6, 2.0, 20.0, 15.0
+_EDGE_WEIGHT = 0.2
+_OUT_OF_BUDGET, _INTO_BUDGET = 1.0, 0.9
+"""A split point is left when its time at the edge exceeds the budget, and taken again at 0.9 of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The operating point of the next frame, and why."""
+
+    point: str
+    reason: str
+    probe: bool = False
+
+
+@dataclass(slots=True)
+class _Flight:
+    size: float
+    sent: float
+    rung: int
+    probe: bool
+
+
+def rungs(ladder: Ladder, splits: Sequence[str] | None = None) -> tuple[OperatingPoint, ...]:
+    """The points worth choosing, in order of rate: each more accurate than every cheaper one.
+
+    Args:
+        ladder: a bundle's.
+        splits: split points that may be used; None for all.
+    """
+    kept: list[OperatingPoint] = []
+    for point in ladder:
+        if (splits is None or point.split in splits) and (not kept or point.accuracy > kept[-1].accuracy):
+            kept.append(point)
+    return tuple(kept)
+
+
+class RateController:
+    """Chooses an operating point for each frame.
+
+    Args:
+        ladder: of the bundle.
+        target_s: from a frame's capture to its answer, at most.
+        max_edge_s: head and encoder may take so long; None for any time. Where no split point keeps it, the fastest is
+            used.
+        edge_s: how long head and encoder took when tried, by split point; what `sent` measures replaces it.
+
+    Raises:
+        InvalidConfig: an empty ladder, or a time that is not positive.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        *,
+        target_s: float,
+        max_edge_s: float | None = None,
+        edge_s: Mapping[str, float] | None = None,
+    ) -> None:
+        if not len(ladder) or target_s <= 0 or (max_edge_s is not None and max_edge_s <= 0):
+            raise InvalidConfig("automatic rate needs operating points and times above zero")
+        self._ladder = ladder
+        self._target = target_s
+        self._budget = max_edge_s
+        self._edge = dict(edge_s or {})
+        self._other = 0.0  # from capture to sending, beside head and encoder
+        self._server = 0.0
+        self._flights: OrderedDict[int, _Flight] = OrderedDict()
+        self._delay: float | None = None  # network delay of a frame of `_size` bytes
+        self._size = 0.0
+        self._samples: deque[tuple[float, float, float]] = deque()  # (when, delay, delay per byte)
+        self._hold_until = 0.0
+        self._hold = _FIRST_HOLD_S
+        self._fell_at = -_FORGIVE_S
+        self._probe_at = 0.0
+        self._probe_wait = _FIRST_PROBE_S
+        self._probing = False
+        self._splits: tuple[str, ...] = ()
+        self._points: tuple[OperatingPoint, ...] = ()
+        self._rung = 0
+        self._weigh_splits()
+
+    @property
+    def points(self) -> tuple[OperatingPoint, ...]:
+        """The points among which it chooses now, in order of rate."""
+        return self._points
+
+    @property
+    def delay_s(self) -> float | None:
+        """The network's delay of late, seconds; None before the first answer."""
+        return self._delay
+
+    @property
+    def base_s(self) -> float:
+        """The least network delay of the last seconds; 0 before the first answer."""
+        return min((delay for _, delay, _ in self._samples), default=0.0)
+
+    def choose(self, now: float) -> Decision:
+        """The operating point of a frame that is captured now."""
+        waiting = self._waiting(now)
+        if self._delay is None and waiting is None:
+            return self._decision("nothing is known of the link yet")
+        delay = max(self._delay or 0.0, waiting or 0.0)
+        if waiting is not None and self._total(self._rung, waiting) > self._limit(self._rung, _DOWN):
+            return self._fall(now, delay, f"a frame has waited {waiting * 1e3:.0f} ms")
+        if self._total(self._rung, delay) > self._limit(self._rung, _DOWN):
+            return self._fall(now, delay, f"answers take {delay * 1e3:.0f} ms on the link")
+        above = self._rung + 1
+        if above >= len(self._points) or waiting is not None or now < self._hold_until:
+            return self._decision("the link carries it")
+        if self._total(above, delay) <= self._limit(above, _UP):
+            self._rung = above
+            return self._decision(f"answers take {delay * 1e3:.0f} ms on the link: up")
+        if not self._flights and not self._probing and now >= self._probe_at and self._promising(above, delay):
+            self._probing = True
+            return Decision(self._points[above].id, "does the link carry more?", probe=True)
+        return self._decision("the link carries it")
+
+    def sent(
+        self,
+        seq: int,
+        decision: Decision,
+        payload_bytes: int,
+        now: float,
+        *,
+        edge_s: float | None = None,
+        other_s: float = 0.0,
+    ) -> None:
+        """A frame was sent.
+
+        Args:
+            seq: its number.
+            decision: what `choose` said for it.
+            payload_bytes: its coded size.
+            now: when.
+            edge_s: how long head and encoder took; None where it is not known.
+            other_s: what else passed between capture and sending.
+        """
+        rung = next((k for k, point in enumerate(self._points) if point.id == decision.point), self._rung)
+        self._flights[seq] = _Flight(float(payload_bytes + OVERHEAD_BYTES), now, rung, decision.probe)
+        self._other += (other_s - self._other) * _EDGE_WEIGHT
+        if edge_s is not None and decision.point in self._ladder:
+            split = self._ladder[decision.point].split
+            before = self._edge.get(split, edge_s)
+            self._edge[split] = before + (edge_s - before) * _EDGE_WEIGHT
+            if self._budget is not None:
+                self._weigh_splits()
+
+    def answered(self, seq: int, now: float, *, server_s: float) -> None:
+        """An answer came.
+
+        Args:
+            seq: of its frame.
+            now: when.
+            server_s: the cloud's own time, as it reports it.
+        """
+        flight = self._flights.pop(seq, None)
+        if flight is None:
+            return
+        self._server += (server_s - self._server) * (0.3 if self._server else 1.0)
+        delay = max(1e-4, now - flight.sent - server_s)
+        self._samples.append((now, delay, delay / flight.size))
+        while now - self._samples[0][0] > _BASE_WINDOW_S:
+            self._samples.popleft()
+        if self._delay is None:
+            self._delay, self._size = delay, flight.size
+        else:  # worse news counts at once, better news by half
+            self._size += (flight.size - self._size) * 0.5
+            self._delay = delay if delay > self._delay else self._delay + (delay - self._delay) * 0.5
+        if flight.probe:
+            self._probing = False
+            rung = min(flight.rung, len(self._points) - 1)
+            if self._edge_of(rung) + delay + server_s <= self._limit(rung, _UP):
+                self._rung = max(self._rung, rung)
+                self._probe_wait, self._probe_at = _FIRST_PROBE_S, now
+            else:
+                self._probe_failed(now)
+
+    def lost(self, seq: int, now: float) -> None:
+        """A frame was given up."""
+        flight = self._flights.pop(seq, None)
+        if flight is not None and flight.probe:
+            self._probe_failed(now)
+
+    def reconnected(self, now: float) -> None:
+        """The link is a new one: unanswered frames go out again now, and what was known of the old one is forgotten."""
+        self._delay, self._rung, self._probing = None, 0, False
+        self._samples.clear()
+        for flight in self._flights.values():
+            flight.sent, flight.probe = now, False
+
+    def _decision(self, reason: str) -> Decision:
+        return Decision(self._points[self._rung].id, reason)
+
+    def _fall(self, now: float, delay: float, reason: str) -> Decision:
+        """Down to what is predicted in time; one rung at least."""
+        if self._rung == 0:
+            return self._decision(f"{reason}; this is the lowest rate")
+        rung = self._rung - 1
+        while rung > 0 and self._total(rung, delay) > self._limit(rung, _UP):
+            rung -= 1
+        self._rung = rung
+        self._hold = _FIRST_HOLD_S if now - self._fell_at > _FORGIVE_S else min(_MAX_HOLD_S, self._hold * _HOLD_GROWTH)
+        self._fell_at, self._hold_until = now, now + self._hold
+        self._probe_failed(now)
+        return self._decision(f"{reason}: down")
+
+    def _waiting(self, now: float) -> float | None:
+        """Network delay that an unanswered frame has reached already, where that is more than usual."""
+        if not self._flights:
+            return None
+        oldest = next(iter(self._flights.values()))
+        waited = now - oldest.sent - self._server
+        usual = self._delay if self._delay is not None else self._target / 2
+        return waited if waited > usual * _LATE + _NOISE_S else None
+
+    def _bytes(self, rung: int) -> float:
+        return self._points[rung].payload_bytes * _LARGE + OVERHEAD_BYTES
+
+    def _edge_of(self, rung: int) -> float:
+        return self._edge.get(self._points[rung].split, 0.0) + self._other
+
+    def _total(self, rung: int, delay: float) -> float:
+        """Capture to answer at a rung, at most: a larger frame's delay by the bound, a smaller one's by what is sure.
+
+        Above the least delay of late everything is transfer, or waiting behind transfers; that shrinks with the frame.
+        """
+        size, known = self._bytes(rung), max(self._size, 1.0)
+        if size > known:
+            per_byte = min((bound for _, _, bound in self._samples), default=delay / known)
+            network = delay + (size - known) * max(per_byte, (delay - self.base_s) / known)
+        else:
+            network = delay - (delay - self.base_s) * (1.0 - size / known)
+        return self._edge_of(rung) + self._server + network
+
+    def _promising(self, rung: int, delay: float) -> bool:
+        """Whether a probe could succeed at all."""
+        return self._edge_of(rung) + self._server + delay < self._limit(rung, _UP)
+
+    def _limit(self, rung: int, share: float) -> float:
+        """How long a frame may be predicted to take: what no rate can change, and a share of the rest of the target."""
+        fixed = self._edge_of(rung) + self._server + self.base_s
+        return fixed + max(0.0, self._target - fixed) * share
+
+    def _probe_failed(self, now: float) -> None:
+        self._probing = False
+        self._probe_at = now + self._probe_wait
+        self._probe_wait = min(_MAX_PROBE_S, self._probe_wait * _PROBE_GROWTH)
+
+    def _weigh_splits(self) -> None:
+        """The split points within the budget at the edge; the rung of a new set is the nearest in accuracy."""
+        names = tuple(dict.fromkeys(point.split for point in self._ladder))
+        splits = names
+        if self._budget is not None and self._edge:
+            splits = tuple(
+                name
+                for name in names
+                if self._edge.get(name, 0.0)
+                <= self._budget * (_OUT_OF_BUDGET if name in self._splits or not self._splits else _INTO_BUDGET)
+            )
+            if not splits:
+                splits = (min(names, key=lambda name: self._edge.get(name, float("inf"))),)
+        if splits == self._splits:
+            return
+        accuracy = self._points[self._rung].accuracy if self._points else 0.0
+        self._splits, self._points = splits, rungs(self._ladder, splits)
+        below = [k for k, point in enumerate(self._points) if point.accuracy <= accuracy]
+        self._rung = max(below, default=0)
