@@ -14,7 +14,7 @@ help:  ## show this list
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "bitneck needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[edge,cloud,traces,models,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[edge,video,cloud,traces,models,dev]'
 	touch $@
 
 $(BUNDLE)/manifest.json: $(INSTALLED) $(wildcard $(ZOO)/*) $(wildcard $(ZOO)/points/*/*) $(wildcard models/bitneck_models/*.py)

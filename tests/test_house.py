@@ -50,7 +50,8 @@ def test_what_is_imported_is_declared(component: str) -> None:
     """In the dependencies that everyone gets, or in the component's own extra: not in another one's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"].get(component, [])]
-    wanted += project["optional-dependencies"]["traces"] if component == "cloud" else []  # imported only if asked for
+    on_demand = {"cloud": "traces", "edge": "video"}  # imported only if asked for
+    wanted += project["optional-dependencies"].get(on_demand.get(component, ""), [])
     declared = {re.split(r"[<>=!~; \[]", line)[0].lower().replace("-", "_") for line in wanted}
     declared |= {"starlette"} if "fastapi" in declared else set()  # fastapi is a layer of it, and hands its types out
     provided_by = importlib.metadata.packages_distributions()

@@ -8,9 +8,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -19,14 +20,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import bitneck
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, InvalidConfig
+from bitneck.errors import BitneckError, CallerError, InvalidConfig
 from bitneck.frames import crc32c_hex, seal_frame
 from bitneck.image import find_photos
 from bitneck_edge.settings import EdgeSettings
 
 if TYPE_CHECKING:
+    from bitneck_edge.capture import Capture
     from bitneck_edge.client import EdgeClient
     from bitneck_edge.results import Failure
+    from bitneck_edge.sources import Source
 
 __all__ = ["app", "main"]
 
@@ -46,6 +49,9 @@ app = typer.Typer(
 Server = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.  [default: 127.0.0.1:50051]")]
 Model = Annotated[str | None, typer.Option(help="Which of the server's models; not needed if it has one.")]
 Point = Annotated[str | None, typer.Option(help="Operating point to begin with; else the cloud's wish or the best.")]
+PointOrAuto = Annotated[
+    str | None, typer.Option(help="Operating point to begin with, or 'auto'; else the cloud's wish or the best.")
+]
 Tls = Annotated[bool | None, typer.Option("--tls", help="Encrypt the link.")]
 TlsCa = Annotated[Path | None, typer.Option(help="PEM authorities of the server's certificate; else the system's.")]
 TlsCert = Annotated[Path | None, typer.Option(help="This device's PEM certificate.")]
@@ -55,7 +61,7 @@ Pin = Annotated[str | None, typer.Option(help="Refuse a server with any other bu
 Cache = Annotated[Path | None, typer.Option(help="Where bundles are kept; else the user's cache folder.")]
 Threads = Annotated[int | None, typer.Option(help="ONNX Runtime threads; 0 for every core.  [default: 0]")]
 Connect = Annotated[float | None, typer.Option(help="Seconds for one attempt to connect.  [default: 3]")]
-Retries = Annotated[int | None, typer.Option(help="Attempts after the first.  [default: 3]")]
+Retries = Annotated[int | None, typer.Option(help="Attempts after the first; -1 for no end.  [default: 3]")]
 Overdue = Annotated[float | None, typer.Option(help="Seconds until an answer is overdue.  [default: 15]")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings.", envvar="BITNECK_EDGE_CONFIG")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -64,15 +70,39 @@ BundleDir = Annotated[Path | None, typer.Option("--bundle", help="A bundle's fol
 
 @app.command()
 def run(
-    photos: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="PHOTO|FOLDER ...")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Photographs, folders of them, video files, URLs of video streams, camera:N, or - for paths on "
+            "standard input.",
+            metavar="PHOTO|FOLDER|VIDEO|camera:N|- ...",
+        ),
+    ],
     server: Server = None,
     model: Model = None,
-    point: Point = None,
+    point: PointOrAuto = None,
+    latency_ms: Annotated[
+        int | None, typer.Option(help="With --point auto: from a picture to its answer.  [default: 300]")
+    ] = None,
+    max_edge_ms: Annotated[
+        float | None,
+        typer.Option(help="With --point auto: head and encoder may take so long; decides the split point."),
+    ] = None,
     bundle_id: Pin = None,
     client: Annotated[str | None, typer.Option(help="This device's name in the cloud's lists.")] = None,
     deadline_ms: Annotated[int | None, typer.Option(help="Of a frame, from its receipt; 0 for none.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Send the photographs this many times.")] = 1,
-    fps: Annotated[float | None, typer.Option(min=0.001, help="Send at most this many frames a second.")] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Send at most this many frames a second; a video then plays in time."),
+    ] = None,
+    newest: Annotated[
+        bool | None,
+        typer.Option("--newest/--every", help="Drop pictures that newer ones overtake.  [default: cameras and URLs]"),
+    ] = None,
+    as_they_come: Annotated[
+        bool, typer.Option("--as-they-come", help="Answers as they come, not in the order of the pictures.")
+    ] = False,
     tls: Tls = None,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
@@ -80,14 +110,26 @@ def run(
     token: Token = None,
     cache_dir: Cache = None,
     threads: Threads = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Pictures that are encoded at once; 0 for two.  [default: 0]")
+    ] = None,
+    in_flight: Annotated[
+        int | None, typer.Option(help="Frames that may be unanswered; 0 for what the server grants.  [default: 0]")
+    ] = None,
     connect_timeout_s: Connect = None,
     answer_timeout_s: Overdue = None,
     retries: Retries = None,
     config: Config = None,
     as_json: Json = False,
+    json_lines: Annotated[
+        bool,
+        typer.Option("--json-lines", help="Print a line of JSON for each answer, and the summary as the last one."),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each answer as it comes.")] = False,
 ) -> None:
-    """Send photographs through the split network and print the answers."""
+    """Send pictures through the split network and print the answers."""
+    from bitneck_edge.sources import parse_sources
+
     logging.basicConfig(level="INFO" if verbose else "WARNING", stream=sys.stderr, format="%(levelname)s: %(message)s")
     settings = EdgeSettings.load(
         {
@@ -95,34 +137,74 @@ def run(
             "deadline_ms": deadline_ms, "cache_dir": cache_dir, "threads": threads, "retries": retries,
             "connect_timeout_s": connect_timeout_s, "answer_timeout_s": answer_timeout_s,
             "tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key, "token": token,
+            "latency_ms": latency_ms, "max_edge_ms": max_edge_ms, "workers": workers, "in_flight": in_flight,
         },
         config,
     )  # fmt: skip
-    paths = [path for source in photos for path in find_photos(source)]
-    sys.exit(asyncio.run(_run(settings, paths, repeat, fps, as_json=as_json, verbose=verbose)))
+    parsed = parse_sources(sources)
+    live = any(source.live for source in parsed)
+    if as_json and (json_lines or live):
+        raise InvalidConfig("--json prints one document at the end; for pictures without an end use --json-lines")
+    plan = _Plan(
+        sources=parsed,
+        repeat=repeat,
+        fps=fps,
+        newest=live if newest is None else newest,
+        ordered=not as_they_come,
+        output="json" if as_json else "lines" if json_lines else "verbose" if verbose or live else "table",
+    )
+    sys.exit(asyncio.run(_run(settings, plan)))
 
 
-async def _run(
-    settings: EdgeSettings, paths: Sequence[Path], repeat: int, fps: float | None, *, as_json: bool, verbose: bool
-) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What `run` does beside the settings of the client."""
+
+    sources: "Sequence[Source]"
+    repeat: int
+    fps: float | None
+    newest: bool
+    ordered: bool
+    output: Literal["json", "lines", "verbose", "table"]
+
+    @property
+    def total(self) -> int | None:
+        """Photographs, where their number is known."""
+        countable = all(source.photos for source in self.sources)
+        return sum(len(source.photos) for source in self.sources) * self.repeat if countable else None
+
+
+async def _run(settings: EdgeSettings, plan: _Plan) -> int:
     from bitneck_edge.client import EdgeClient
-    from bitneck_edge.report import line, run_document, run_table
+    from bitneck_edge.report import RunSummary, line, run_document, run_table
     from bitneck_edge.results import Answer, Failure, Switch
 
     stop = asyncio.Event()
     received: list[int] = []
     _stop_on_signals(stop, received)
     errors = Console(stderr=True)
-    total = len(paths) * repeat
     results: list[Answer | Failure] = []
+    summary = RunSummary()
 
     def on_switch(switch: Switch) -> None:
-        if verbose and not as_json:
+        if plan.output == "verbose":
             print(f"       {switch.old} -> {switch.new}: {switch.reason}", flush=True)  # noqa: T201
+
+    def take(result: Answer | Failure) -> None:
+        summary.add(result)
+        if plan.output in ("json", "table"):
+            results.append(result)
+        if isinstance(result, Failure):
+            errors.print(f"error: {_about(result)}", style="red", markup=False, highlight=False, soft_wrap=True)
+        elif plan.output == "verbose":
+            print(line(result), flush=True)  # noqa: T201
+        if plan.output == "lines":
+            failed = {"file": result.file, "error": str(result.error)} if isinstance(result, Failure) else None
+            print(json.dumps(failed or result.to_dict()), flush=True)  # type: ignore[union-attr]  # noqa: T201
 
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        console=errors, transient=True, disable=not errors.is_terminal or verbose,
+        console=errors, transient=True, disable=not errors.is_terminal or plan.output == "verbose",
     ) as progress:  # fmt: skip
         fetching = progress.add_task("fetching the bundle (bytes)", total=None, visible=False)
 
@@ -136,23 +218,33 @@ async def _run(
                 return 128 + received[0]
             closing = asyncio.create_task(_close_after(client, stop))
             stack.callback(closing.cancel)
-            sending = progress.add_task("photographs", total=total, visible=total > 20)
-            async for result in client.stream(_paced(client, paths, repeat, fps, stop), stop=stop):
-                results.append(result)
-                progress.update(sending, completed=len(results))
-                if isinstance(result, Failure):
-                    errors.print(f"error: {_about(result)}", style="red", markup=False, highlight=False, soft_wrap=True)
-                elif verbose and not as_json:
-                    print(line(result), flush=True)  # noqa: T201
-            document = run_document(client, results)
-    if as_json:
+            sending = progress.add_task("photographs", total=plan.total, visible=(plan.total or 0) > 20)
+            pictures = _pictures(client, plan, settings.retries, stop)
+            try:
+                async for result in client.stream(pictures, stop=stop, ordered=plan.ordered, newest_first=plan.newest):
+                    take(result)
+                    progress.update(sending, completed=summary.answers + summary.failures)
+            except CallerError as exc:  # a source that cannot be read any more: the answers so far count
+                take(Failure(_first(plan.sources), exc))
+            totals = summary.to_dict(client)
+            document = run_document(client, results, summary)
+    if plan.output == "json":
         print(json.dumps(document))  # noqa: T201
-    elif not verbose and results:
+    elif plan.output == "lines":
+        print(json.dumps({"summary": totals}))  # noqa: T201
+    elif plan.output == "table" and results:
         Console().print(run_table(results))
-    if received:
-        return 128 + received[0]
-    failures = [r.error for r in results if isinstance(r, Failure)]
-    return max((error.exit_code for error in failures), default=0)
+    elif plan.output == "verbose" and summary.answers:
+        errors.print(
+            f"{summary.answers} answers, {totals['frames_per_s']:.1f} a second, {summary.failures} failed, "
+            f"{client.dropped} dropped, {totals['payload_bytes_mean']:.0f} bytes a frame",
+            highlight=False,
+        )
+    return 128 + received[0] if received else summary.exit_code
+
+
+def _first(sources: "Sequence[Source]") -> str:
+    return ", ".join(source.name for source in sources if not source.photos) or sources[0].name
 
 
 def _about(failure: "Failure") -> str:
@@ -198,23 +290,32 @@ def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
         loop.add_signal_handler(signum, handle, signum)
 
 
-async def _paced(
-    client: "EdgeClient", paths: Sequence[Path], repeat: int, fps: float | None, stop: asyncio.Event
-) -> AsyncIterator[Path]:
-    """The paths, over and over, not faster than `fps` while they can be answered."""
-    loop = asyncio.get_running_loop()
-    begin, count = loop.time(), 0
-    for _ in range(repeat):
-        for path in paths:
-            if fps is not None and client.failure is None:
-                pause = begin + count / fps - loop.time()
-                if pause > 0:
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(stop.wait(), pause)
-            if stop.is_set():
+async def _pictures(client: "EdgeClient", plan: _Plan, retries: int, stop: asyncio.Event) -> "AsyncGenerator[Capture]":
+    """The pictures of the plan until `stop` is set, at their pace while they can be answered."""
+    from bitneck_edge.sources import read_sources
+
+    stopping = asyncio.create_task(stop.wait())
+    pictures = read_sources(
+        plan.sources, repeat=plan.repeat, fps=plan.fps, retries=retries, hurry=lambda: client.failure is not None
+    )
+    try:
+        while True:
+            following = asyncio.ensure_future(anext(pictures, None))
+            await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
                 return
-            count += 1
-            yield path
+            picture = following.result()
+            if picture is None or stop.is_set():
+                return
+            yield picture
+            if client.failure is not None and any(not source.photos for source in plan.sources):
+                return  # no end of failures where the source has no end
+    finally:
+        stopping.cancel()
+        with contextlib.suppress(RuntimeError):
+            await pictures.aclose()
 
 
 @app.command()

@@ -1,8 +1,9 @@
 """What `bitneck-edge run` prints: one JSON document, or lines and a table for people."""
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -12,34 +13,72 @@ from bitneck.ladder import Ladder
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.results import Answer, Failure
 
-__all__ = ["line", "load_table", "points_table", "run_document", "run_table"]
+__all__ = ["RunSummary", "line", "load_table", "points_table", "run_document", "run_table"]
 
 _STAGES = ("wait", "load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
 
 
-def run_document(client: EdgeClient, results: Sequence[Answer | Failure]) -> dict[str, Any]:
-    """Everything about a run, for ``--json``."""
-    answers = [r for r in results if isinstance(r, Answer)]
-    failures = [r for r in results if isinstance(r, Failure)]
-    summary: dict[str, Any] = {"frames": len(answers), "failed": len(failures), "reconnects": client.reconnects}
-    if answers:
-        summary |= {
-            "payload_bytes_mean": fmean(a.payload_bytes for a in answers),
-            "bpp_payload": fmean(a.bpp_payload for a in answers),
-            "bpp_wire": fmean(a.bpp_wire for a in answers),
-            "ms": {stage: fmean(getattr(a.ms, stage) for a in answers) for stage in _STAGES},
+class RunSummary:
+    """Sums over a run; it keeps no result, so a run may be endless."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.exit_code = 0
+        self.failures = 0
+        self._begin = time.perf_counter()
+        self._cpu = time.process_time()
+        self._sums: Counter[str] = Counter()
+        self._points: Counter[str] = Counter()
+
+    def add(self, result: Answer | Failure) -> None:
+        """Count a result."""
+        if isinstance(result, Failure):
+            self.failures += 1
+            self.exit_code = max(self.exit_code, result.error.exit_code)
+            return
+        self.answers += 1
+        self._points[result.point] += 1
+        for name in ("payload_bytes", "bpp_payload", "bpp_wire"):
+            self._sums[name] += getattr(result, name)
+        for stage in _STAGES:
+            self._sums[stage] += getattr(result.ms, stage)
+
+    def to_dict(self, client: EdgeClient) -> dict[str, Any]:
+        """For JSON: counts, means, and milliseconds of processor time a frame."""
+        seconds = time.perf_counter() - self._begin
+        summary: dict[str, Any] = {
+            "frames": self.answers,
+            "failed": self.failures,
+            "dropped": client.dropped,
+            "reconnects": client.reconnects,
         }
+        if self.answers:
+            mean = {name: value / self.answers for name, value in self._sums.items()}
+            summary |= {
+                "frames_per_s": self.answers / seconds,
+                "cpu_ms": (time.process_time() - self._cpu) * 1e3 / self.answers,
+                "payload_bytes_mean": mean["payload_bytes"],
+                "bpp_payload": mean["bpp_payload"],
+                "bpp_wire": mean["bpp_wire"],
+                "points": dict(self._points),
+                "ms": {stage: mean[stage] for stage in _STAGES},
+            }
+        return summary
+
+
+def run_document(client: EdgeClient, results: Sequence[Answer | Failure], summary: RunSummary) -> dict[str, Any]:
+    """Everything about a run, for ``--json``."""
     return {
         "server": client.settings.server,
         "model": client.bundle.manifest.name,
         "bundle_id": client.bundle.bundle_id,
         "session_id": client.session_id,
-        "frames": [a.to_dict() for a in answers],
-        "failed": [{"file": f.file, "error": str(f.error)} for f in failures],
+        "frames": [r.to_dict() for r in results if isinstance(r, Answer)],
+        "failed": [{"file": r.file, "error": str(r.error)} for r in results if isinstance(r, Failure)],
         "switches": [
             {"after_seq": s.after_seq, "from": s.old, "to": s.new, "reason": s.reason} for s in client.switches
         ],
-        "summary": summary,
+        "summary": summary.to_dict(client),
     }
 
 

@@ -1,0 +1,139 @@
+"""The edge client without ``async``.
+
+with SyncEdgeClient("cloud.example:50051", point="auto") as client:
+    answer = client.infer(Path("photo.jpg"))
+    for answer in client.stream(paths):
+        ...
+
+An event loop runs in a thread of its own; the client's methods may be called from any thread.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from bitneck.errors import Unavailable
+from bitneck_edge.capture import Capture
+from bitneck_edge.client import EdgeClient
+from bitneck_edge.encoder import Photo
+from bitneck_edge.results import Answer, Failure, Switch
+from bitneck_edge.settings import EdgeSettings
+from bitneck_edge.sources import in_thread
+
+__all__ = ["SyncEdgeClient"]
+
+T = TypeVar("T")
+
+
+class SyncEdgeClient:
+    """A session with a cloud server. Use it as a context manager.
+
+    Args:
+        server: HOST:PORT; None for the settings' own.
+        settings: everything else.
+        on_switch: called, in the client's own thread, when the operating point changes.
+        **values: single settings, such as ``point="s1-r2"``, in place of a `settings` object.
+
+    Raises:
+        InvalidConfig: a setting is refused.
+    """
+
+    def __init__(
+        self,
+        server: str | None = None,
+        *,
+        settings: EdgeSettings | None = None,
+        on_switch: Callable[[Switch], None] = lambda _switch: None,
+        **values: Any,
+    ) -> None:
+        self.client = EdgeClient(server, settings=settings, on_switch=on_switch, **values)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        """See `EdgeClient.__aenter__`."""
+        loop = self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=loop.run_forever, name="bitneck-client", daemon=True)
+        self._thread.start()
+        try:
+            self._run(self.client.__aenter__())
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the session."""
+        self.close()
+
+    def close(self) -> None:
+        """End the session; frames that are not answered fail with `Unavailable`."""
+        if self._loop is not None:
+            self._run(self.client.close())
+            self._end()
+
+    def infer(self, photo: Photo | Capture) -> Answer:
+        """One photograph, one answer; see `EdgeClient.infer`."""
+        return self._run(self.client.infer(photo))
+
+    def stream(
+        self, photos: Iterable[Photo | Capture], *, ordered: bool = True, newest_first: bool = False
+    ) -> Iterator[Answer | Failure]:
+        """Many photographs; see `EdgeClient.stream`. `photos` is read in a thread of its own."""
+
+        async def begin() -> AsyncGenerator[Answer | Failure]:
+            source = in_thread(lambda: iter(photos))
+            return self.client.stream(source, ordered=ordered, newest_first=newest_first)
+
+        results = self._run(begin())
+        try:
+            while (result := self._run(_next(results))) is not None:
+                yield result
+        finally:
+            with contextlib.suppress(Unavailable):
+                self._run(results.aclose())
+
+    @property
+    def point(self) -> str:
+        """The operating point of the next frame; see `EdgeClient.point`."""
+        return self.client.point
+
+    @point.setter
+    def point(self, point_id: str) -> None:
+        async def change() -> None:
+            self.client.point = point_id
+
+        self._run(change())
+
+    @property
+    def session_id(self) -> str:
+        """The session's id, for the control API."""
+        return self.client.session_id
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        loop = self._loop
+        if loop is None:
+            work.close()
+            raise Unavailable("the client is not open: use it inside `with`")
+        future = asyncio.run_coroutine_threadsafe(work, loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # an interrupt here must not leave it running there
+            raise
+
+    def _end(self) -> None:
+        loop, self._loop = self._loop, None
+        if loop is not None and self._thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join()
+            loop.close()
+
+
+async def _next(results: AsyncGenerator[Answer | Failure]) -> Answer | Failure | None:
+    return await anext(results, None)
