@@ -419,6 +419,31 @@ def load(
 
 
 @app.command()
+def bench(
+    photos: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="PHOTO|FOLDER ...")],
+    bundle: BundleDir = None,
+    server: Server = None,
+    model: Model = None,
+    frames: Annotated[int, typer.Option(min=1, help="Of each split point.")] = 50,
+    threads: Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 for every core.")] = 0,
+    cache_dir: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what this device needs for a frame: time per stage, processor time, memory, for every split point."""
+    from bitneck_edge.bench import bench as measure
+    from bitneck_edge.report import bench_table
+
+    opened = _bundle(bundle, server, model, cache_dir)
+    paths: list[Path] = [path for source in photos for path in find_photos(source)]
+    document = measure(opened, paths, frames=frames, threads=threads)
+    if as_json:
+        print(json.dumps(document))  # noqa: T201
+    else:
+        Console().print(bench_table(document))
+        print(f"peak of resident memory: {document['peak_mb']:.0f} MiB")  # noqa: T201
+
+
+@app.command()
 def points(
     bundle: BundleDir = None,
     server: Server = None,

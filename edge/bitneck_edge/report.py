@@ -13,7 +13,7 @@ from bitneck.ladder import Ladder
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.results import Answer, Failure
 
-__all__ = ["RunSummary", "line", "load_table", "points_table", "run_document", "run_table"]
+__all__ = ["RunSummary", "bench_table", "line", "load_table", "points_table", "run_document", "run_table"]
 
 _STAGES = ("wait", "load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
 
@@ -134,4 +134,21 @@ def load_table(document: dict[str, Any]) -> Table:
         column.justify = "right"
     for name, values in document.get("ms", {}).items():
         table.add_row(name.replace("_", " "), *[f"{values[key]:.2f}" for key in ("p50", "p90", "p99", "mean")])
+    return table
+
+
+def bench_table(document: dict[str, Any]) -> Table:
+    """Medians of `bitneck_edge.bench.bench`."""
+    table = Table("split", "point", "load", "preprocess", "head", "encode", "total ms", "p95", "CPU ms", "bytes")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for split in document["splits"]:
+        ms = split["ms"]
+        table.add_row(
+            split["split"],
+            split["point"],
+            *[f"{ms[stage]:.1f}" for stage in ("load", "preprocess", "head", "encode", "total", "total_p95")],
+            f"{split['cpu_ms']:.1f}",
+            f"{split['payload_bytes_mean']:.0f}",
+        )
     return table
