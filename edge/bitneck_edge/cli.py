@@ -235,10 +235,9 @@ async def _run(settings: EdgeSettings, plan: _Plan) -> int:
     elif plan.output == "table" and results:
         Console().print(run_table(results))
     elif plan.output == "verbose" and summary.answers:
-        errors.print(
+        print(  # noqa: T201
             f"{summary.answers} answers, {totals['frames_per_s']:.1f} a second, {summary.failures} failed, "
-            f"{client.dropped} dropped, {totals['payload_bytes_mean']:.0f} bytes a frame",
-            highlight=False,
+            f"{client.dropped} dropped, {totals['payload_bytes_mean']:.0f} bytes a frame"
         )
     return 128 + received[0] if received else summary.exit_code
 
