@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from typing import Any
@@ -68,6 +69,7 @@ class Conversation:
         self._jobs: dict[Job, tuple[int, float]] = {}
         self._none_left: asyncio.Future[None] | None = None
         self._writer: asyncio.Task[None] | None = None
+        self._silent_since = math.inf
 
     async def run(self, requests: AsyncIterator[pb.ClientMessage], context: Context) -> None:
         """Until the client has finished, or is gone."""
@@ -78,6 +80,7 @@ class Conversation:
             older.supersede()
         writer = self._writer = asyncio.create_task(self._write(context))
         reader = asyncio.create_task(self._read(requests))
+        watchdog = asyncio.create_task(self._watch(reader))
         try:
             await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             if reader.done() and not writer.done():
@@ -94,15 +97,15 @@ class Conversation:
                 await writer
         finally:
             self._state.on(Event.CLOSE)
-            reader.cancel()
-            writer.cancel()
+            for task in (reader, writer, watchdog):
+                task.cancel()
             if self._streams.get(self._session.session_id) is self:
                 del self._streams[self._session.session_id]
                 for job, (seq, _) in list(self._jobs.items()):
                     if not job.started:  # nobody waits for it; what is being computed is kept for a resume
                         job.result.cancel()
                         self._session.drop(seq)
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            await asyncio.gather(reader, writer, watchdog, return_exceptions=True)
 
     def supersede(self) -> None:
         """A newer stream has taken the session over: end this one; its frames are answered on the newer."""
@@ -122,24 +125,35 @@ class Conversation:
 
     async def _read(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
         messages = aiter(requests)
+        loop = asyncio.get_running_loop()
         while True:
             await self._outbox.room()
+            self._silent_since = loop.time()
             try:
-                async with asyncio.timeout(self._idle_s or None):
-                    message = await anext(messages)
+                message = await anext(messages)
             except StopAsyncIteration:
                 return
             except MalformedFrame as exc:
                 self._fault(0, exc)
                 continue
-            except TimeoutError:
-                self._outbox.control(go_away(f"no message for {self._idle_s:.0f} s; come back with your token"))
-                return
+            finally:
+                self._silent_since = math.inf
             if message.HasField("frame"):
                 self._frame(message.frame)
             else:
                 kind = message.WhichOneof("message") or "an empty message"
                 self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
+
+    async def _watch(self, reader: "asyncio.Task[None]") -> None:
+        """End reading when no message has come for too long: one clock for the stream, no timer for each message."""
+        loop = asyncio.get_running_loop()
+        while self._idle_s:
+            left = min(self._idle_s, self._silent_since + self._idle_s - loop.time())
+            if left <= 0:
+                self._outbox.control(go_away(f"no message for {self._idle_s:.0f} s; come back with your token"))
+                reader.cancel()
+                return
+            await asyncio.sleep(left)
 
     def _frame(self, frame: pb.Frame) -> None:
         received = time.time()
@@ -165,10 +179,14 @@ class Conversation:
                 return
             self._jobs[job] = frame.seq, received
             switched = before is not None and before != frame.point
-            self._metrics.accepted(self._model.name, frame.point, len(frame.payload), switched=switched)
-            if (point := self._session.weigh_again()) is not None:
-                reason = f"max_kbps at {self._session.frames_per_s:.1f} frames per second"
-                self._outbox.control(set_point(point, reason))
+            asyncio.get_running_loop().call_soon(self._accepted, frame.point, len(frame.payload), switched)
+
+    def _accepted(self, point: str, payload_bytes: int, switched: bool) -> None:
+        """What can wait until the frame is on its way to the engine's thread."""
+        self._metrics.accepted(self._model.name, point, payload_bytes, switched=switched)
+        if (wanted := self._session.weigh_again()) is not None:
+            reason = f"max_kbps at {self._session.frames_per_s:.1f} frames per second"
+            self._outbox.control(set_point(wanted, reason))
 
     def _answer(self, job: Job, computed: Computed | BitneckError) -> None:
         """A frame is done: its answer goes to the session's newest stream."""
@@ -184,11 +202,15 @@ class Conversation:
         newest = self._streams.get(self._session.session_id)
         if newest is not None:
             newest._outbox.put(message)
-        self._metrics.frame(self._model.name, outcome)
-        if isinstance(computed, Computed):
-            self._tracer.frame(self._model.name, job.point, seq, received, computed, self._trace)
+        asyncio.get_running_loop().call_soon(self._done, job.point, seq, received, computed, outcome)
         if self._none_left is not None and not self._jobs and not self._none_left.done():
             self._none_left.set_result(None)
+
+    def _done(self, point: str, seq: int, received: float, computed: Computed | BitneckError, outcome: str) -> None:
+        """What can wait until the answer is written."""
+        self._metrics.frame(self._model.name, outcome)
+        if isinstance(computed, Computed):
+            self._tracer.frame(self._model.name, point, seq, received, computed, self._trace)
 
     def _fault(self, seq: int, exc: BitneckError) -> None:
         self._session.faults[exc.grpc_code] += 1

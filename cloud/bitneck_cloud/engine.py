@@ -8,12 +8,12 @@ late is dropped before each step: before it is taken, before it is decoded, and 
 """
 
 import asyncio
+import functools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from bitneck.errors import BitneckError, DeadlineExceeded, ModelFailure, Overloaded, Unavailable
 from bitneck.v1 import inference_pb2 as pb
+from bitneck.workers import Workers
 from bitneck_cloud.metrics import Metrics
 from bitneck_cloud.models import ServedModel
 
@@ -136,10 +137,8 @@ class Engine:
         self._max_queue = max_queue
         self._metrics = metrics or Metrics()
         self._queue: deque[Job] = deque()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="bitneck-engine")
-        self._decoders = (
-            ThreadPoolExecutor(decode_threads, thread_name_prefix="bitneck-decode") if decode_threads else None
-        )
+        self._thread = Workers(1, "bitneck-engine")
+        self._decoders = Workers(decode_threads, "bitneck-decode") if decode_threads else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waking = False
         self._in_hand: list[Job] = []
@@ -168,9 +167,9 @@ class Engine:
         for job in self._in_hand:
             job.settle(stopping)
         if self._decoders is not None:
-            await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
-        await asyncio.to_thread(self._executor.shutdown)
+            await asyncio.to_thread(self._decoders.close, wait=True)
         await self._idle.wait()
+        await asyncio.to_thread(self._thread.close, wait=True)
 
     def submit(self, job: Job) -> None:
         """Queue a frame; await ``job.result``, or be called.
@@ -183,7 +182,7 @@ class Engine:
         self._queue.append(job)
         if self._in_hand:
             if self._decoders is not None:
-                self._decoders.submit(job.decode_ahead)
+                self._decoders.post(job.decode_ahead)
         else:
             self._wake()
 
@@ -200,7 +199,7 @@ class Engine:
             self._in_hand = self._take()
             if self._in_hand:
                 self._idle.clear()
-                self._executor.submit(self._compute, self._in_hand, self._loop)
+                self._thread.post(functools.partial(self._compute, self._in_hand, self._loop))
 
     def _compute(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
         """In the engine's thread: one pass, and back to the loop with it."""
@@ -219,7 +218,7 @@ class Engine:
         self.frames += len(batch)
         for job, result in zip(batch, results, strict=True):
             job.settle(result)
-        self._count(batch, results)
+        asyncio.get_running_loop().call_soon(self._count, batch, results)  # behind the answers
 
     def _count(self, batch: list[Job], results: list[Computed | BitneckError]) -> None:
         model = batch[0].model.name

@@ -17,7 +17,6 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -26,6 +25,7 @@ from bitneck.errors import BitneckError, BundleMismatch, ProtocolError, Unavaila
 from bitneck.frames import crc32c_hex
 from bitneck.runtime import ModulePool
 from bitneck.v1 import inference_pb2 as pb
+from bitneck.workers import Workers
 from bitneck_edge.cache import cached_bundle, default_cache_dir, recall, remember
 from bitneck_edge.capture import Capture, Slots, captures, newest
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
@@ -135,7 +135,7 @@ class EdgeClient:
         self._encoder: EdgeEncoder | None = None
         self._link: Link | None = None
         self._rate: RateController | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads: Workers | None = None
         self._renewing = asyncio.Lock()
         self._auto = self.settings.point == AUTO
         self._point = ""
@@ -153,7 +153,7 @@ class EdgeClient:
         Raises:
             BitneckError: see `fetch_bundle` and `bitneck_edge.link.Link.open`.
         """
-        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="bitneck-edge")
+        self._threads = Workers(self.workers, "bitneck-edge")
         try:
             try:
                 await self._begin(offline=True)
@@ -162,7 +162,7 @@ class EdgeClient:
                     raise
                 await self._begin(offline=False)  # the bundle of last time is not the server's any more
         except BaseException:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads.close()
             raise
         return self
 
@@ -177,7 +177,7 @@ class EdgeClient:
         if self._link is not None:
             await self._link.close()
         if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads.close()
 
     @property
     def encoder(self) -> EdgeEncoder:
@@ -351,7 +351,7 @@ class EdgeClient:
 
     async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
         assert self._threads is not None
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        return await self._threads.run(function, *args)
 
     def _may_renew(self, failure: BitneckError | None) -> bool:
         return isinstance(failure, BundleMismatch) and not self.settings.bundle_id

@@ -1,0 +1,102 @@
+"""A few threads for what would block the event loop, with as little between a call and its result as can be.
+
+`concurrent.futures` does the same in more steps, which cost a lone frame 0.1 ms on each side where the caches are cold
+(``benchmarks/serving.py``).
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from bitneck.errors import Unavailable
+
+__all__ = ["Workers"]
+
+T = TypeVar("T")
+
+
+class Workers:
+    """Daemon threads that take calls in order; started at the first one.
+
+    Args:
+        count: threads.
+        name: of the threads.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._count, self._name = count, name
+        self._calls: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def post(self, call: Callable[[], None], dropped: Callable[[], None] = lambda: None) -> None:
+        """Run `call` in a thread; it must not raise. Where `close` comes first, `dropped` is called in place of it."""
+        if self._closed:
+            dropped()
+            return
+        if len(self._threads) < self._count:
+            thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._calls.put((call, dropped))
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """The result of a call in a thread; a caller who is cancelled leaves it running.
+
+        Raises:
+            Unavailable: `close` came first.
+            Exception: whatever `function` raises.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def call() -> None:
+            if done.cancelled():
+                return
+            try:
+                result = function(*args)
+            except BaseException as exc:  # noqa: BLE001  raised where it is awaited
+                tell(_set_exception, exc)
+            else:
+                tell(_set_result, result)
+
+        def tell(how: Callable[[asyncio.Future[T], Any], None], what: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(how, done, what)
+
+        self.post(call, lambda: _set_exception(done, Unavailable(f"closed: {self._name} takes no more calls")))
+        return await done
+
+    def close(self, *, wait: bool = False) -> None:
+        """No more calls; those that have not begun are dropped.
+
+        Args:
+            wait: until the threads have ended.
+        """
+        self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while (left := self._calls.get_nowait()) is not None:
+                left[1]()
+        for _ in self._threads:
+            self._calls.put(None)
+        if wait:
+            for thread in self._threads:
+                thread.join()
+
+    def _work(self) -> None:
+        while (taken := self._calls.get()) is not None:
+            taken[0]()
+            del taken  # what it holds is free while the thread waits
+
+
+def _set_result(done: asyncio.Future[T], result: T) -> None:
+    if not done.done():
+        done.set_result(result)
+
+
+def _set_exception(done: asyncio.Future[Any], exc: BaseException) -> None:
+    if not done.done():
+        done.set_exception(exc)
