@@ -26,10 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import grpc
-from links import Proxy, proxy_process
-from operation import BIN, PHOTO, Server
 from PIL import Image
-from serving import Bare
 
 import bitneck_edge.encoder
 from bitneck.bundle import Bundle
@@ -38,6 +35,9 @@ from bitneck.runtime import OnnxModule
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
 from bitneck_edge.results import Answer
+from links import Proxy, proxy_process
+from operation import BIN, PHOTO, Server
+from serving import Bare
 
 DELAY_S = 0.02
 FRAMES, WARM = 200, 20
