@@ -83,9 +83,9 @@ async def overhead(server: str, cache: Path, image: Image.Image, point: str) -> 
 class Bare:
     """What both sides of the bare exchange compute: the work inside ONNX Runtime and nothing else, timed."""
 
-    def __init__(self, bundle: Bundle, point_id: str) -> None:
+    def __init__(self, bundle: Bundle, point_id: str, threads: int = 0) -> None:
         self._point = bundle.manifest.ladder[point_id]
-        self._chain, self._pool = SegmentChain(bundle), ThreadPoolExecutor(1)
+        self._chain, self._pool = SegmentChain(bundle, threads=threads), ThreadPoolExecutor(1)
         self._encoder, self._decoder = PointEncoder(bundle, self._point), PointDecoder(bundle, self._point)
         self._head = self._chain.head_length(self._point.split)
         self._x = np.zeros((1, 3, bundle.manifest.input.height, bundle.manifest.input.width), np.float32)

@@ -1,7 +1,5 @@
 """What this device needs for a frame: time per stage, processor time and memory, for every split point."""
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from statistics import fmean, median
@@ -10,6 +8,7 @@ from typing import Any
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
 from bitneck_edge.encoder import EdgeEncoder, Photo
+from bitneck_edge.memory import peak_mib
 
 __all__ = ["STAGES", "bench"]
 
@@ -62,14 +61,13 @@ def bench(bundle: Bundle, photos: Sequence[Photo], *, frames: int = 50, threads:
                 "frames_per_s": frames / seconds,
             }
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "model": bundle.manifest.name,
         "bundle_id": bundle.bundle_id,
         "frames": frames,
         "threads": threads,
         "splits": splits,
-        "peak_mb": peak / (1 << 20 if sys.platform == "darwin" else 1 << 10),
+        "peak_mb": peak_mib(),
     }
 
 

@@ -200,11 +200,11 @@ class RateController:
         self._samples.append((now, delay, delay / flight.size))
         while now - self._samples[0][0] > _BASE_WINDOW_S:
             self._samples.popleft()
-        if self._delay is None:
+        if self._delay is None or delay > self._delay:  # worse news counts at once, better news by half
             self._delay, self._size = delay, flight.size
-        else:  # worse news counts at once, better news by half
+        else:
             self._size += (flight.size - self._size) * 0.5
-            self._delay = delay if delay > self._delay else self._delay + (delay - self._delay) * 0.5
+            self._delay += (delay - self._delay) * 0.5
         if flight.probe:
             self._probing = False
             rung = min(flight.rung, len(self._points) - 1)

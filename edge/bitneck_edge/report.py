@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bitneck.ladder import Ladder
 from bitneck_edge.client import EdgeClient
+from bitneck_edge.memory import peak_mib
 from bitneck_edge.results import Answer, Failure
 
 __all__ = ["RunSummary", "bench_table", "line", "load_table", "points_table", "run_document", "run_table"]
@@ -51,6 +52,7 @@ class RunSummary:
             "failed": self.failures,
             "dropped": client.dropped,
             "reconnects": client.reconnects,
+            "peak_mb": peak_mib(),
         }
         if self.answers:
             mean = {name: value / self.answers for name, value in self._sums.items()}
