@@ -100,7 +100,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             model.check(frame)
             job = job_of(model, frame)
             self._engine.submit(job)
-            self._metrics.accepted(name, frame.point, len(frame.payload), switched=False)
+            self._metrics.accepted(name, frame.point, len(frame.payload))
             computed = await computed_of(job)
         except BitneckError as exc:
             self._metrics.frame(name, exc.grpc_status)
@@ -130,6 +130,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         except BitneckError as exc:
             await _abort(context, exc)
         session = admission.session
+        session.keeps = opened.open.references and model.similar
         self._metrics.session(model.name, admission.how)
         _LOG.info("session %s (%s) opened by client %r", session.session_id, admission.how, session.client)
         conversation = Conversation(
@@ -140,6 +141,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             resume_token=admission.token,
             window=session.window,
             point=session.asked_point or "",
+            references=session.reach,
         )
         try:
             await context.write(pb.ServerMessage(opened=opened_message))
