@@ -47,9 +47,9 @@ class Proxy:
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
         self.cut()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._passing.set()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     def cut(self) -> None:
         """End every connection, and each new one at once, until `mend`."""
@@ -67,6 +67,10 @@ class Proxy:
         self._passing.set()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         if not self._open:
             writer.transport.abort()
             return
@@ -80,12 +84,10 @@ class Proxy:
         self._writers |= pair
         try:
             both = [asyncio.create_task(self._pump(a, b)) for a, b in ((reader, there), (there_reader, writer))]
-            self._tasks |= set(both)
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             for task in both:
                 task.cancel()
             await asyncio.gather(*both, return_exceptions=True)
-            self._tasks -= set(both)
         finally:
             self._writers -= pair
             for one in pair:

@@ -176,7 +176,7 @@ def test_files_that_verify_and_are_wrong_inside(own_tiny_bundle: Bundle) -> None
 
 
 def test_a_writer_that_does_not_finish_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), BundleWriter(tmp_path / "b") as writer:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="stop"), BundleWriter(tmp_path / "b") as writer:
         writer.add("labels.json", b"[]", "cloud")
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
@@ -204,7 +204,7 @@ def test_a_bundle_that_fails_its_check_leaves_the_old_one(tiny_bundle: Bundle, t
         assert staged.root != tmp_path / "b"
         raise RuntimeError("the proof fails")
 
-    with pytest.raises(RuntimeError, match="proof"), BundleWriter(tmp_path / "b") as writer:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="proof"), BundleWriter(tmp_path / "b") as writer:
         for name, entry in tiny_bundle.manifest.files.items():
             writer.add(name, tiny_bundle.path(name).read_bytes(), entry.role)
         writer.finish(tiny_bundle.manifest, refuse)
@@ -213,7 +213,7 @@ def test_a_bundle_that_fails_its_check_leaves_the_old_one(tiny_bundle: Bundle, t
 
 
 def test_a_manifest_of_other_files_is_not_finished(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BundleCorrupt, match="the manifest says"), BundleWriter(tmp_path / "b") as writer:  # noqa: PT012
+    with pytest.raises(BundleCorrupt, match="the manifest says"), BundleWriter(tmp_path / "b") as writer:
         writer.add("labels.json", b"[]", "cloud")
         writer.finish(tiny_bundle.manifest)
     assert list(tmp_path.iterdir()) == []

@@ -51,7 +51,8 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._draining = False
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
-        """The manifest of a served model."""
+        """The manifest of a served model, compressed: a link may be thin, and it is text."""
+        context.set_compression(grpc.Compression.Gzip)
         await _identify(context)
         try:
             bundle = self._registry.model(request.model).bundle

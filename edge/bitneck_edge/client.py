@@ -73,7 +73,8 @@ async def fetch_bundle(
         while True:
             attempt += 1
             try:
-                offer = await fetch_manifest(stub, settings.model, access, settings.connect_timeout_s)
+                await access.connected(channel, settings.connect_timeout_s)
+                offer = await fetch_manifest(stub, settings.model, access, settings.answer_timeout_s)
                 break
             except BitneckError as exc:
                 passing = isinstance(exc, Unavailable) or exc.grpc_status == "DEADLINE_EXCEEDED"

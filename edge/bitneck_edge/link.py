@@ -242,13 +242,7 @@ class Link:
     async def _connection(self, opened: asyncio.Future[None]) -> None:
         """One connection, from connecting to its end."""
         async with self._settings.access.channel() as channel:
-            try:
-                async with asyncio.timeout(self._settings.connect_timeout_s):
-                    await channel.channel_ready()
-            except TimeoutError as exc:
-                raise Unavailable(
-                    f"{self._address}: no server answered within {self._settings.connect_timeout_s:.1f} s"
-                ) from exc
+            await self._settings.access.connected(channel, self._settings.connect_timeout_s)
             call = stub_of(channel).Stream(metadata=self._settings.access.metadata)
             try:
                 await self._handshake(call)

@@ -68,6 +68,18 @@ class Access:
             return grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
         return grpc.aio.secure_channel(self.address, self._credentials(), options=_CHANNEL_OPTIONS)
 
+    async def connected(self, channel: grpc.aio.Channel, timeout_s: float) -> None:
+        """Wait for the connection alone: over a thin link what is asked for then takes as long as it takes.
+
+        Raises:
+            Unavailable: no server in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await channel.channel_ready()
+        except TimeoutError as exc:
+            raise Unavailable(f"{self.address}: no server answered within {timeout_s:.1f} s") from exc
+
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What every call carries."""
