@@ -131,7 +131,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         except BitneckError as exc:
             await _abort(context, exc)
         session = admission.session
-        session.keeps = opened.open.references and model.similar
+        session.keep(opened.open.references and model.similar)
         self._metrics.session(model.name, admission.how)
         _LOG.info("session %s (%s) opened by client %r", session.session_id, admission.how, session.client)
         conversation = Conversation(

@@ -45,7 +45,7 @@ class ServedModel:
         self._chain = SegmentChain(bundle, threads=threads, pool=pool)
         self.decoders = {point.id: PointDecoder(bundle, point, pool=pool) for point in self.ladder}
         self._tail_start = {point.id: self._chain.head_length(point.split) for point in self.ladder}
-        self.similar = any(decoder.conditional is not None for decoder in self.decoders.values())
+        self.similar = bundle.has_conditional
         tails = segments_of(bundle, "cloud")
         self._chain.load(tails.start, tails.stop)
 

@@ -200,6 +200,12 @@ class Session:
         """The answer of a seq that `accept` called ANSWERED."""
         return self._answers[seq]
 
+    def keep(self, wanted: bool) -> None:
+        """Whether frames of this session may refer to earlier ones, as its client says when it opens a stream."""
+        self.keeps = wanted
+        if not wanted:
+            self._kept.clear()
+
     @property
     def reach(self) -> int:
         """How far back in seq a frame's reference may lie; 0 where symbols are not kept.

@@ -109,6 +109,11 @@ class Bundle:
             raise BundleCorrupt(f"{path} has tables of {tables.channels} channels, the manifest says {channels}")
         return tables
 
+    @property
+    def has_conditional(self) -> bool:
+        """Whether any operating point has a conditional model."""
+        return any(f"points/{point.id}/conditional.npz" in self.manifest.files for point in self.manifest.points)
+
     def conditional(self, point_id: str) -> ConditionalModel | None:
         """An operating point's conditional model; None where the bundle has none.
 

@@ -6,8 +6,8 @@ integer arithmetic. Given the symbol s' that stood at a place before, the symbol
     1 + keep / 64 * near(|s - s'|) / sum near  +  (1 - keep / 64) * counts[s] * like(|s - s'|) / sum (counts * like)
 
 in units of `TOTAL`, rounded down; what is missing to `TOTAL` goes to s = s'. The first part says that the place has
-stayed as it was. The second is Bayes' rule: the channel's own table times how likely s' would follow from s; so what was
-extreme before moves towards the middle. `near` and `like` are rows of one small list of kernels.
+stayed as it was. The second is Bayes' rule: the channel's own table times how likely s' would follow from s; so what
+was extreme before moves towards the middle. `near` and `like` are rows of one small list of kernels.
 
 A *motion* is one such set of numbers for every channel, from a still scene to a fast one; a payload names the motion
 that codes it best.
@@ -78,12 +78,12 @@ class ConditionalModel:
     @property
     def motions(self) -> int:
         """M."""
-        return self.near.shape[0]
+        return len(self.near)
 
     @property
     def channels(self) -> int:
         """Cr."""
-        return self.near.shape[1]
+        return int(self.near.shape[1])
 
     def check_fits(self, tables: FactorizedModel) -> None:
         """Check that it belongs to these tables as far as that can be seen.
@@ -95,7 +95,9 @@ class ConditionalModel:
             raise InvalidConfig(f"conditional tables of {self.channels} channels, the tables have {tables.channels}")
         sizes = [len(row) for row in tables.counts]
         if sum(sizes) * max(sizes) > MAX_ENTRIES:
-            raise InvalidConfig(f"tables of up to {max(sizes)} symbols are too wide to be conditioned; use a larger step")
+            raise InvalidConfig(
+                f"tables of up to {max(sizes)} symbols are too wide to be conditioned; use a larger step"
+            )
 
     def rows(self, tables: FactorizedModel, motion: int) -> NDArray[np.int64]:
         """Every table of one motion: a row for each channel and each symbol that stood there before.
@@ -150,6 +152,4 @@ class ConditionalModel:
                 raise InvalidConfig("kernels must be integers")
             return cls(kernels.astype(np.int64), near, like, keep)
         except Exception as exc:  # numpy raises many kinds for a broken file
-            raise BundleCorrupt(
-                f"conditional tables are unreadable ({exc}); export or fetch the bundle again"
-            ) from exc
+            raise BundleCorrupt(f"conditional tables are unreadable ({exc}); export or fetch the bundle again") from exc

@@ -193,7 +193,7 @@ class ConditionalCodec:
         return (index.reshape(len(self._coded), -1) + self._first_rows).ravel()
 
     def _counts(self, motion: int) -> NDArray[np.uint16]:
-        """`ConditionalModel.rows` of a motion; a frequency of `TOTAL` itself occurs in channels that are not coded only."""
+        """`ConditionalModel.rows` of a motion; `TOTAL` itself stands only in channels that are not coded."""
         rows = self._rows.get(motion)
         if rows is None:
             with self._lock:
