@@ -28,6 +28,8 @@ __all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]
 _RATE_SAMPLES = 32
 _MIN_RATE_SAMPLES = 4
 _MIN_BURST_BYTES = 65536.0
+_WAITING = 8
+"""Frames that a client may have coded before there is room for them in its window."""
 _HYSTERESIS = 0.15
 """`MaxKbps` is weighed again when the frame rate has moved by this share."""
 
@@ -210,10 +212,11 @@ class Session:
     def reach(self) -> int:
         """How far back in seq a frame's reference may lie; 0 where symbols are not kept.
 
-        Of the newest frames that were answered one more than the window is kept. So the newest one whose answer the
-        client has is among them, whatever was answered since then.
+        Of the answered frames so many and one more are kept, the newest. The newest whose answer the client has is
+        among them, whatever was answered since: so is the one that was its newest while it coded a frame that then had
+        to wait for its turn.
         """
-        return self.window if self.keeps else 0
+        return self.window + _WAITING if self.keeps else 0
 
     def reference(self, seq: int, distance: int, point: str) -> Reference | None:
         """What a frame is coded against; None for one that is coded by itself.
@@ -247,7 +250,7 @@ class Session:
         """
         if kept is not None and self.keeps:
             self._kept[seq] = kept
-            if len(self._kept) > self.window + 1:
+            if len(self._kept) > self.window + _WAITING + 1:
                 del self._kept[min(self._kept)]
         self._in_flight.discard(seq)
         self._answers[seq] = message

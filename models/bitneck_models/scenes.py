@@ -101,12 +101,14 @@ def moving(
 def _view(photo: Image.Image, spec: InputSpec, x: float, y: float, zoom: float) -> Image.Image:
     """A part of the input's aspect, its centre at (x, y) as shares, as large as fits times `zoom`."""
     scale = min(photo.width / spec.width, photo.height / spec.height) * zoom
-    w, h = spec.width * scale, spec.height * scale
-    left = min(max(x * photo.width - w / 2, 0.0), photo.width - w)
-    top = min(max(y * photo.height - h / 2, 0.0), photo.height - h)
+    w, h = min(spec.width * scale, photo.width), min(spec.height * scale, photo.height)  # not an ulp more
+    left = max(min(x * photo.width - w / 2, photo.width - w), 0.0)
+    top = max(min(y * photo.height - h / 2, photo.height - h), 0.0)
     enlarge = max(_SHORT_SIDE, spec.height, spec.width) / min(spec.height, spec.width)
     size = (round(spec.width * enlarge), round(spec.height * enlarge))
-    return photo.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    return photo.resize(
+        size, Image.Resampling.BICUBIC, box=(left, top, min(left + w, photo.width), min(top + h, photo.height))
+    )
 
 
 def _light(camera: Camera, frames: int, rng: np.random.Generator) -> Iterator[float]:

@@ -83,7 +83,7 @@ class ConditionalCodec:
         self._coded = coded
         self._lo, self._sizes = tables.lo[:, None], sizes[:, None]
         self._widths = np.repeat(sizes[coded], positions)
-        self._first_rows = (np.cumsum(sizes, dtype=np.int32) - sizes)[coded, None]
+        self._first_rows = np.repeat((np.cumsum(sizes, dtype=np.int32) - sizes)[coded], positions)
         self._chunk = max(1, _CHUNK_ENTRIES // int(sizes.max()))
         self._motion = constriction.stream.model.Uniform(self.motions) if self.motions > 1 else None
         self._rows: dict[int, NDArray[np.uint16]] = {}
@@ -172,8 +172,9 @@ class ConditionalCodec:
             raise MalformedFrame(
                 f"payload of {len(payload)} bytes is longer than its symbols need; it was not made by this codec"
             )
-        s = np.zeros((self.latent_shape[0], self.latent_shape[1] * self.latent_shape[2]), dtype=np.int32)
-        s[self._coded] = index.reshape(len(self._coded), -1)
+        positions = self.latent_shape[1] * self.latent_shape[2]
+        s = np.zeros((self.latent_shape[0], positions), dtype=np.int32)
+        s[self._coded] = index.reshape(len(self._coded), positions)
         return (s + self._lo).reshape(self.latent_shape)
 
     def _indices(self, s: NDArray[np.integer]) -> NDArray[np.int32] | None:
@@ -190,7 +191,7 @@ class ConditionalCodec:
         index = self._indices(reference.symbols)
         if index is None:
             return None
-        return (index.reshape(len(self._coded), -1) + self._first_rows).ravel()
+        return index + self._first_rows
 
     def _counts(self, motion: int) -> NDArray[np.uint16]:
         """`ConditionalModel.rows` of a motion; `TOTAL` itself stands only in channels that are not coded."""
