@@ -419,7 +419,7 @@ class EdgeClient:
         assert self._rate is not None
         if not self._auto:
             return Decision(self._point, "")
-        decision = self._rate.choose(time.perf_counter())
+        decision = self._rate.choose(time.perf_counter(), self._interval_s)
         if not decision.probe:
             self._change(decision.point, decision.reason)
         return decision
@@ -490,9 +490,8 @@ class EdgeClient:
         """The same where every frame more would only wait: as many as are on their way at once, and one."""
         if self.settings.in_flight:
             return self.settings.in_flight
-        base_s = self._rate.base_s if self._rate is not None else 0.0
-        on_their_way = math.ceil(base_s / self._interval_s) if self._interval_s > 0 else 1
-        return min(max(1, on_their_way) + 1, self.window)
+        room = 1 if self._rate is None else self._rate.room(time.perf_counter(), self._interval_s, fixed=not self._auto)
+        return min(room, self.window)
 
     async def _timed(self, source: AsyncGenerator[Capture]) -> AsyncGenerator[Capture]:
         """Measures the interval between pictures."""
