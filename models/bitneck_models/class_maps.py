@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from bitneck.errors import InvalidConfig
-from bitneck.image import find_photos, load_photo
+from bitneck.image import find_photos
 
 __all__ = ["VOID", "ViewRange", "confusion", "load_class_map", "mapped_photos", "mean_iou", "random_view"]
 
@@ -58,7 +58,7 @@ class ViewRange:
     Attributes:
         height: of a view, pixels.
         width: likewise.
-        scale_min: smallest enlargement of the photograph before the view is cut out; what lies outside is grey and void.
+        scale_min: smallest enlargement of the photograph before the view is cut out; outside it is grey and void.
         scale_max: largest.
         light: brightness and contrast vary by up to this share, and colour too.
     """
@@ -71,22 +71,29 @@ class ViewRange:
 
 
 def random_view(
-    photo: Path, labels: Path, classes: int, views: ViewRange, rng: np.random.Generator
+    image: Image.Image, classes: NDArray[np.uint8] | None, views: ViewRange, rng: np.random.Generator
 ) -> tuple[Image.Image, NDArray[np.uint8]]:
     """A random view of a photograph and of its class map: scale, place, flip, light and colour.
 
+    Args:
+        image: RGB.
+        classes: its class map, (H, W); None where there is none. What is drawn from `rng` does not depend on it.
+        views: of what kind.
+        rng: source of randomness.
+
     Returns:
-        RGB of the view's size, and its classes (height, width) uint8.
+        RGB of the view's size, and its classes (height, width) uint8, `VOID` where unknown.
     """
-    image, indices = load_photo(photo), Image.fromarray(load_class_map(labels, classes))
     scale = float(np.exp(rng.uniform(np.log(views.scale_min), np.log(views.scale_max))))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     spare = views.width - size[0], views.height - size[1]
-    place = tuple(round(float(rng.uniform(min(0, s), max(0, s)))) for s in spare)
+    left, top = (round(float(rng.uniform(min(0, s), max(0, s)))) for s in spare)
+    place = left, top
     view = Image.new("RGB", (views.width, views.height), _GREY)
     view.paste(image.resize(size, Image.Resampling.BILINEAR), place)
     mapped = Image.new("L", view.size, VOID)
-    mapped.paste(indices.resize(size, Image.Resampling.NEAREST), place)
+    if classes is not None:
+        mapped.paste(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST), place)
     if rng.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         mapped = mapped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

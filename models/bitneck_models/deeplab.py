@@ -3,9 +3,9 @@
     x --stem, blocks--> 320 at 1/16 --aspp--> 256 at 1/16 --refine, classes--> K at 1/4 --upsample--> K at 1/1
                                            ^ linear: a cut here lets ONE tensor through, there is no low-level skip
 
-The head is DeepLab v3's (Chen et al., arXiv 1706.05587, section 3.3) with depthwise separable atrous convolutions, as in
-v3+ (arXiv 1802.02611), and with rates for a map of 23 x 30. Without a skip, 1/16 is too coarse for poles and signs, so
-the classifier gives 4 x 4 places for each position (a pixel shuffle; cf. data-dependent upsampling, arXiv 1903.02120).
+The head is DeepLab v3's (Chen et al., arXiv 1706.05587, section 3.3) with depthwise separable atrous convolutions, as
+in v3+ (arXiv 1802.02611), and with rates for a map of 23 x 30. Without a skip, 1/16 is too coarse for poles and signs,
+so the classifier gives 4 x 4 places for each position (a pixel shuffle; cf. data-dependent upsampling, 1903.02120).
 
 Dimensions: N batch, K classes, H x W input, h x w = ceil(H / 16) x ceil(W / 16) map.
 """
@@ -15,6 +15,8 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bitneck.errors import InvalidConfig
 
 __all__ = ["Aspp", "AtrousConv2d", "Upsample", "deeplab_stages"]
 
@@ -30,9 +32,9 @@ _PROJECTED = 256
 class AtrousConv2d(nn.Conv2d):
     """Depthwise K x K with holes, stride 1, output as large as the input.
 
-    In torch it runs as a dense convolution on the d x d phases of the map, because depthwise convolutions with holes are
-    slow on a CPU there, above all backwards (measured, 6 x 672 x 18 x 24, 5 x 5, d = 2, two AVX2 cores: a block forth and
-    back takes 55 ms an image, and 12 ms this way). It is exported as what it is.
+    In torch it runs as a dense convolution on the d x d phases of the map, because depthwise convolutions with holes
+    are slow on a CPU there, above all backwards (measured, 6 x 672 x 18 x 24, 5 x 5, d = 2, two AVX2 cores: a block
+    forth and back takes 55 ms an image, and 12 ms this way). It is exported as what it is.
     """
 
     def __init__(self, channels: int, kernel: int, rate: int) -> None:
@@ -105,8 +107,25 @@ class Aspp(nn.Module):
         return projected
 
 
+class _CutPadding(nn.Module):
+    """What the padding answers, cut off.
+
+    Args:
+        height: largest that is left.
+        width: likewise.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """(N, K, 4 h, 4 w) to (N, K, H / 4, W / 4)."""
+        return logits[..., : self.height, : self.width]
+
+
 class Upsample(nn.Module):
-    """Logits at a quarter of the padded input's size to the input's, bilinear; what the padding answers is cut off.
+    """Logits to the input's size, bilinear.
 
     Args:
         height: of the input.
@@ -118,9 +137,8 @@ class Upsample(nn.Module):
         self.height, self.width = height, width
 
     def forward(self, logits: Tensor) -> Tensor:
-        """(N, K, 4 h, 4 w) to (N, K, H, W)."""
-        full = F.interpolate(logits, scale_factor=STRIDE // PLACES, mode="bilinear", align_corners=False)
-        return full[..., : self.height, : self.width]
+        """(N, K, H / 4, W / 4) to (N, K, H, W)."""
+        return F.interpolate(logits, size=(self.height, self.width), mode="bilinear", align_corners=False)
 
 
 def deeplab_stages(net: nn.Module, classes: int, height: int, width: int) -> "OrderedDict[str, nn.Module]":
@@ -129,11 +147,14 @@ def deeplab_stages(net: nn.Module, classes: int, height: int, width: int) -> "Or
     Args:
         net: timm's EfficientNet-Lite0 with ``output_stride=16``.
         classes: K.
-        height: of the input.
-        width: of the input.
+        height: of the input; a multiple of 4.
+        width: likewise.
+
+    Raises:
+        InvalidConfig: an input of another size.
     """
     stages: OrderedDict[str, nn.Module] = OrderedDict()
-    stages["stem"] = nn.Sequential(PadToStride(), net.conv_stem, net.bn1)
+    stages["stem"] = nn.Sequential(PadToStride(), net.get_submodule("conv_stem"), net.get_submodule("bn1"))
     for i, stack in enumerate(net.blocks):  # type: ignore[arg-type, unused-ignore]
         for j, block in enumerate(stack):
             _replace_atrous(block)
@@ -148,7 +169,14 @@ def deeplab_stages(net: nn.Module, classes: int, height: int, width: int) -> "Or
         _pointwise(_PROJECTED, _PROJECTED),
         *_norm_relu(_PROJECTED),
     )
-    stages["classes"] = nn.Sequential(nn.Conv2d(_PROJECTED, classes * PLACES**2, 1), nn.PixelShuffle(PLACES))
+    step = STRIDE // PLACES
+    if height % step or width % step:
+        raise InvalidConfig(f"an input of {height}x{width} is no multiple of {step}, as the class map's places need")
+    stages["classes"] = nn.Sequential(
+        nn.Conv2d(_PROJECTED, classes * PLACES**2, 1),
+        nn.PixelShuffle(PLACES),
+        _CutPadding(height // step, width // step),
+    )
     stages["upsample"] = Upsample(height, width)
     return stages
 

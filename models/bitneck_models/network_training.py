@@ -11,7 +11,7 @@ Dimensions: N batch, K classes, H x W view.
 import copy
 import tomllib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -22,16 +22,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 import bitneck
 from bitneck.errors import InvalidConfig, ModelFailure
-from bitneck.image import load_photo, normalize
+from bitneck.image import load_photo, normalize, preprocess
 from bitneck.manifest import sha256_hex
 from bitneck.runtime import OnnxModule
-from bitneck_models.backbones import Backbone
+from bitneck_models.backbones import NETWORK_FILE, Backbone, stages_state
 from bitneck_models.class_maps import (
     VOID,
     ViewRange,
@@ -205,6 +206,11 @@ class _Run:
             height=recipe.height, width=recipe.width, scale_min=recipe.scale_min, scale_max=recipe.scale_max,
             light=recipe.light,
         )  # fmt: skip
+        if recipe.height > backbone.input.height or recipe.width > backbone.input.width:
+            raise InvalidConfig(
+                f"views of {recipe.height}x{recipe.width} are larger than the input, {backbone.input.height}x"
+                f"{backbone.input.width}"
+            )
         cut = backbone.stage_index(recipe.train_from)
         names = list(backbone.stages)
         head = names.index("aspp")
@@ -228,6 +234,9 @@ class _Run:
         self.done, self.best, self.best_step = 0, -1.0, 0
         self._modules: dict[tuple[int, int], OnnxModule] = {}
 
+    def _read(self, photo: Path, labels: Path) -> tuple[Image.Image, NDArray[np.uint8]]:
+        return load_photo(photo), load_class_map(labels, self.classes)
+
     def _class_weights(self) -> Tensor:
         counts = np.zeros(256, np.int64)
         for _, labels in self.photos:
@@ -250,7 +259,7 @@ class _Run:
         def one(step: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
             rng = np.random.default_rng([self.recipe.seed, step])
             rows = rng.choice(len(self.photos), self.recipe.batch, replace=False)
-            views = [random_view(*self.photos[row], self.classes, self.views, rng) for row in rows]
+            views = [random_view(*self._read(*self.photos[row]), self.views, rng) for row in rows]
             x = np.concatenate([normalize(view, self.backbone.input) for view, _ in views])
             return x, np.stack([labels for _, labels in views])
 
@@ -280,7 +289,7 @@ class _Run:
         if not torch.isfinite(loss):
             raise ModelFailure(f"the loss is not finite at step {self.done}; lower the learning rate")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
         self.optimizer.step()
         self.done += 1
@@ -306,8 +315,7 @@ class _Run:
         spec, upsample = self.backbone.input, list(self.backbone.stages.values())[-1]
         matrix = np.zeros((self.classes, self.classes), np.int64)
         for photo, labels in photos:
-            image = load_photo(photo)
-            x = normalize(image.resize((spec.width, spec.height), image_filter(spec)), spec)
+            x = preprocess(load_photo(photo), spec)
             f = torch.from_numpy(self._frozen(spec.height, spec.width).run(x))
             logits = upsample(net(f.contiguous(memory_format=torch.channels_last)))
             truth = load_class_map(labels, self.classes)
@@ -355,7 +363,7 @@ class _Run:
         """Write the best weights as float16, and what they do on ``val`` and ``test``."""
         self.net.load_state_dict(torch.load(self.folder / "best.pt", weights_only=True))
         self.net.eval()
-        state = whole_state(self.backbone.stages)
+        state = stages_state(self.backbone.stages)
         for value in state.values():
             if value.is_floating_point():
                 value.copy_(value.half().float())
@@ -383,15 +391,5 @@ class _Run:
         (out / "network.json").write_text(record.model_dump_json(indent=1) + "\n")
         temporary = out / "network.part"
         temporary.write_bytes(data)
-        temporary.rename(out / "network.safetensors")
+        temporary.rename(out / NETWORK_FILE)
         return record
-
-
-def whole_state(stages: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Every tensor of a network's stages, keys ``stage/name`` (stages have dots of their own); batch counters left out."""
-    return {
-        f"{name}/{key}": value
-        for name, stage in stages.items()
-        for key, value in stage.state_dict().items()
-        if not key.endswith("num_batches_tracked")
-    }
