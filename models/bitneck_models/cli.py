@@ -408,16 +408,22 @@ def report(
         "docs/results.md"
     ),
 ) -> None:
-    """Draw the curves and write the tables of what was measured."""
+    """Draw the curves and write the tables of what was measured; every folder in the folder is a part of the page."""
     from bitneck_models.report import draw, markdown, read_results
 
-    found = read_results(results)
-    notes = {path.stem: path.read_text(encoding="utf-8") for path in sorted(results.glob("*.md"))}
-    pictures = draw(found, results)
-    commands = notes.pop("commands", "")
-    text = markdown(found, commands, notes, pictures, results.resolve().name)
-    out.write_text(text, encoding="utf-8")
-    print(f"{out}: {len(found.studies)} studies, {len(found.baselines)} baselines, {len(pictures)} pictures")  # noqa: T201
+    parts, counts = [], [0, 0, 0]
+    for folder in (results, *sorted(path for path in results.iterdir() if path.is_dir())):
+        found = read_results(folder)
+        notes = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))}
+        pictures = draw(found, folder)
+        place, title = results.resolve().name, "Results"
+        if folder != results:
+            place, title = f"{place}/{folder.name}", folder.name.capitalize()
+        parts.append(markdown(found, notes.pop("commands", ""), notes, pictures, place, title))
+        for k, count in enumerate((len(found.studies), len(found.baselines), len(pictures))):
+            counts[k] += count
+    out.write_text("\n".join(parts), encoding="utf-8")
+    print(f"{out}: {counts[0]} studies, {counts[1]} baselines, {counts[2]} pictures")  # noqa: T201
 
 
 @contextmanager
