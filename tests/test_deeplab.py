@@ -210,6 +210,32 @@ def test_terms_at_every_pixel_are_torchs_own() -> None:
     torch.testing.assert_close(got, kl + 2 * ce)
 
 
+def test_rare_classes_count_more() -> None:
+    torch.manual_seed(0)
+    tail = nn.Sequential()
+    tail.add_module("classes", nn.Identity())
+    a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    a[:, 0] += 6.0  # nearly everywhere class 0, but in one corner
+    a[:, 2, 0, 0] += 12.0
+    p = a.softmax(1)
+    weights = (p * (1 / (1.05 + p.mean((0, 2, 3))).log())[None, :, None, None]).sum(1)
+    divergence = (p * (p.log() - b.log_softmax(1))).sum(1)
+    loss = TaskLoss([TaskTerm(kind="kl", rare=1.05)], tail)
+    torch.testing.assert_close(loss({0: b}, {0: a}, None), (divergence * weights).sum() / weights.sum())
+
+    classes = torch.zeros(2, 4, 4, dtype=torch.int64)
+    classes[:, 0, 0], classes[0, 3] = 2, NO_LABEL
+    loss = TaskLoss([TaskTerm(kind="ce", rare=1.05)], tail)
+    known = classes != NO_LABEL
+    counts = torch.tensor([(classes == k).sum().item() / classes.numel() for k in range(3)])
+    by_hand = (1 / (1.05 + counts).log())[classes.clamp(min=0)] * known
+    ce = F.cross_entropy(b, classes, ignore_index=NO_LABEL, reduction="none")
+    got = loss({0: b}, {}, Labels(classes, classes, torch.ones(2)))
+    torch.testing.assert_close(got, (by_hand * ce).sum() / by_hand.sum())
+    with pytest.raises(ValueError, match="rare is for kl and ce"):
+        TaskTerm(kind="mse", rare=1.05)
+
+
 # Training
 
 
