@@ -13,6 +13,7 @@ from bitneck.chain import Encoded, PointEncoder, SegmentChain
 from bitneck.errors import ImageError
 from bitneck.image import load_photo, preprocess
 from bitneck.runtime import ModulePool
+from bitneck_edge.answers import check_classes
 
 __all__ = ["EdgeEncoder", "EncodedPhoto", "Photo"]
 
@@ -38,10 +39,16 @@ class EdgeEncoder:
 
     Switching the operating point reads no segment again. Several threads may use it at once.
 
+    Attributes:
+        labels: names of the classes, of a network for segmentation; with labels the cloud sends the names.
+
     Args:
         bundle: the edge's half.
         threads: of ONNX Runtime inside one operator of the head; 0 for every core.
         pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
+
+    Raises:
+        BundleCorrupt: the names of the classes are unreadable.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None) -> None:
@@ -49,6 +56,10 @@ class EdgeEncoder:
         self.ladder = bundle.manifest.ladder
         self._pool = pool or ModulePool()
         self.chain = SegmentChain(bundle, threads=threads, pool=self._pool)
+        self.labels: tuple[str, ...] = ()
+        if bundle.manifest.task == "segmentation":
+            self.labels = bundle.labels()
+            check_classes(bundle.manifest, self.labels)
         self._encoders: dict[str, PointEncoder] = {}
         self._loading = threading.Lock()
 
@@ -81,7 +92,7 @@ class EdgeEncoder:
         times = [time.perf_counter()]
         image = _as_rgb(photo) if isinstance(photo, Image.Image) else load_photo(photo)
         times.append(time.perf_counter())
-        x = preprocess(image, self.bundle.manifest.input)  # (1, 3, size, size)
+        x = preprocess(image, self.bundle.manifest.input)  # (1, 3, H, W)
         times.append(time.perf_counter())
         f = self.chain.run(x, 0, self.chain.head_length(encoder.point.split))  # (1, C, Hf, Wf)
         times.append(time.perf_counter())
@@ -101,7 +112,8 @@ class EdgeEncoder:
     def time_splits(self, runs: int = 3) -> dict[str, float]:
         """Seconds that head and encoder take on this device, the best of some runs, for every split point."""
         best: dict[str, float] = {}
-        blank = Image.new("RGB", (self.bundle.manifest.input.size,) * 2, (128, 128, 128))
+        spec = self.bundle.manifest.input
+        blank = Image.new("RGB", (spec.width, spec.height), (128, 128, 128))
         for split in dict.fromkeys(point.split for point in self.ladder):
             point = next(point for point in self.ladder if point.split == split)
             times = [self.encode(blank, point.id) for _ in range(runs)]
