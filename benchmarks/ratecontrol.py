@@ -2,8 +2,8 @@
 
 A link carries so many bits a second at each moment, first in first out, behind a delay that varies. A camera takes a
 picture at each interval; a frame whose answer comes after the target is a miss and counts as accuracy zero, and so does
-a picture that is skipped because the window is full. The oracle takes for each picture the most accurate point that the
-trace carries in time without delaying the next picture's lowest.
+a picture that is left out because newer ones overtook it. The oracle takes for each picture the most accurate point
+that the trace carries in time without delaying the next picture's lowest.
 
     python benchmarks/ratecontrol.py --zoo models/zoo/efficientnet_lite0 [--json]
 
@@ -74,18 +74,18 @@ def cells(seed: int, levels: Sequence[float]) -> Rate:
 
 SCENES: dict[str, Scene] = {
     "steady 40 kbit/s": Scene(lambda _t: 40e3),
-    "steady 9 kbit/s": Scene(lambda _t: 9e3),
+    "steady 11 kbit/s": Scene(lambda _t: 11e3),
     "wide 1 Mbit/s": Scene(lambda _t: 1e6),
-    "fourfold drop and back": Scene(lambda t: 7e3 if 60 <= t < 120 else 28e3),
-    "square wave, 15 s": Scene(lambda t: 40e3 if int(t / 15) % 2 == 0 else 9e3),
-    "ramp down and up": Scene(lambda t: 9e3 + 40e3 * abs(1 - t / (SECONDS / 2))),
-    "wandering 1": Scene(walk(1, 9e3, 80e3)),
-    "wandering 2": Scene(walk(2, 9e3, 80e3)),
-    "wandering 3": Scene(walk(3, 9e3, 80e3)),
-    "cells": Scene(cells(4, (9e3, 14e3, 25e3, 60e3, 200e3)), jitter_s=0.01),
+    "fourfold drop and back": Scene(lambda t: 11e3 if 60 <= t < 120 else 44e3),
+    "square wave, 15 s": Scene(lambda t: 40e3 if int(t / 15) % 2 == 0 else 11e3),
+    "ramp down and up": Scene(lambda t: 11e3 + 40e3 * abs(1 - t / (SECONDS / 2))),
+    "wandering 1": Scene(walk(1, 11e3, 80e3)),
+    "wandering 2": Scene(walk(2, 11e3, 80e3)),
+    "wandering 3": Scene(walk(3, 11e3, 80e3)),
+    "cells": Scene(cells(4, (11e3, 16e3, 25e3, 60e3, 200e3)), jitter_s=0.01),
     "satellite, 600 ms": Scene(lambda _t: 40e3, delay_s=0.6, target_s=0.9),
-    "s3 on cells": Scene(cells(5, (40e3, 60e3, 120e3, 400e3)), splits=("s3",), jitter_s=0.01),
-    "s3, fourfold drop": Scene(lambda t: 50e3 if 60 <= t < 120 else 200e3, splits=("s3",)),
+    "s3 on cells": Scene(cells(5, (45e3, 60e3, 120e3, 400e3)), splits=("s3",), jitter_s=0.01),
+    "s3, fourfold drop": Scene(lambda t: 48e3 if 60 <= t < 120 else 192e3, splits=("s3",)),
 }
 
 
@@ -135,40 +135,83 @@ class Luck:
 Policy = Callable[[float, Link, Luck], Decision]
 
 
-def simulate(
-    scene: Scene, points: Sequence[OperatingPoint], policy: Policy, controller: RateController | None, seed: int = 0
-) -> Outcome:
-    """Pictures, one after another."""
-    dice, link = random.Random(seed), Link(scene.rate)  # noqa: S311
-    by_id = {p.id: p for p in points}
-    pending: list[tuple[float, int]] = []
-    hits, accuracy, used = 0, 0.0, []
-    count = int(SECONDS / scene.interval_s)
-    for seq in range(1, count + 1):
-        now = seq * scene.interval_s
-        luck = Luck(math.exp(dice.gauss(-0.01, 0.12)), dice.expovariate(1 / scene.jitter_s))
-        for answered_at, number in [p for p in pending if p[0] <= now]:
-            pending.remove((answered_at, number))
-            if controller is not None:
-                controller.answered(number, answered_at, server_s=SERVER_S)
-        if len(pending) >= WINDOW:
-            used.append("skipped")
-            continue
-        decision = policy(now, link, luck)
-        payload = by_id[decision.point].payload_bytes * luck.size
+class Camera:
+    """The client with newest first: a picture that finds no room waits, until there is some or a newer one comes."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        points: Sequence[OperatingPoint],
+        policy: Policy,
+        controller: RateController | None,
+        seed: int,
+        *,
+        fixed: bool,
+    ) -> None:
+        self._scene, self._policy, self._controller, self._fixed = scene, policy, controller, fixed
+        self._by_id = {p.id: p for p in points}
+        self._dice, self._link = random.Random(seed), Link(scene.rate)  # noqa: S311
+        self._pending: list[tuple[float, int]] = []
+        self._waiting: tuple[int, float] | None = None
+        self.used: dict[int, str] = {}
+        self.hits, self.accuracy = 0, 0.0
+
+    def until(self, now: float) -> None:
+        """Answers come; each may make room for the picture that waits."""
+        while self._pending and self._pending[0][0] <= now:
+            answered_at, number = self._pending.pop(0)
+            if self._controller is not None:
+                self._controller.answered(number, answered_at, server_s=SERVER_S)
+            self._send_if_room(answered_at)
+
+    def picture(self, number: int, now: float) -> None:
+        """A picture is taken."""
+        self.until(now)
+        self._waiting = number, now
+        self._send_if_room(now)
+
+    def _send_if_room(self, now: float) -> None:
+        scene, controller = self._scene, self._controller
+        room = WINDOW
+        if controller is not None:
+            room = min(room, controller.room(now, scene.interval_s, fixed=self._fixed))
+        if self._waiting is None or len(self._pending) >= room:
+            return
+        (number, taken), self._waiting = self._waiting, None
+        luck = Luck(math.exp(self._dice.gauss(-0.01, 0.12)), self._dice.expovariate(1 / scene.jitter_s))
+        decision = self._policy(now, self._link, luck)
+        payload = self._by_id[decision.point].payload_bytes * luck.size
         sent = now + EDGE_S
         if controller is not None:
-            controller.sent(seq, decision, round(payload), sent, edge_s=EDGE_S)
-        answered_at = link.carry(payload + OVERHEAD_BYTES, sent) + scene.delay_s + luck.jitter_s + SERVER_S
-        if pending:
-            answered_at = max(answered_at, pending[-1][0])  # one stream: answers do not overtake
-        pending.append((answered_at, seq))
-        used.append(decision.point)
-        if answered_at - now <= scene.target_s:
-            hits += 1
-            accuracy += by_id[decision.point].accuracy
-    switches = sum(a != b for a, b in itertools.pairwise(used))
-    return Outcome(accuracy / count, 1 - hits / count, switches / (SECONDS / 60), used)
+            controller.sent(number, decision, round(payload), sent, edge_s=EDGE_S)
+        answered_at = self._link.carry(payload + OVERHEAD_BYTES, sent) + scene.delay_s + luck.jitter_s + SERVER_S
+        if self._pending:
+            answered_at = max(answered_at, self._pending[-1][0])  # one stream: answers do not overtake
+        self._pending.append((answered_at, number))
+        self.used[number] = decision.point
+        if answered_at - taken <= scene.target_s:
+            self.hits += 1
+            self.accuracy += self._by_id[decision.point].accuracy
+
+
+def simulate(
+    scene: Scene,
+    points: Sequence[OperatingPoint],
+    policy: Policy,
+    controller: RateController | None,
+    seed: int = 0,
+    *,
+    fixed: bool = False,
+) -> Outcome:
+    """Pictures, one after another."""
+    camera = Camera(scene, points, policy, controller, seed, fixed=fixed)
+    count = int(SECONDS / scene.interval_s)
+    for number in range(1, count + 1):
+        camera.picture(number, number * scene.interval_s)
+    camera.until(math.inf)
+    used = [camera.used.get(number, "left out") for number in range(1, count + 1)]
+    switches = sum(a != b for a, b in itertools.pairwise(point for point in used if point != "left out"))
+    return Outcome(camera.accuracy / count, 1 - camera.hits / count, switches / (SECONDS / 60), used)
 
 
 def oracle(scene: Scene, points: Sequence[OperatingPoint]) -> Policy:
@@ -188,20 +231,27 @@ def oracle(scene: Scene, points: Sequence[OperatingPoint]) -> Policy:
     return decide
 
 
-def fixed(point: OperatingPoint) -> Policy:
+def always(point: OperatingPoint) -> Policy:
     """Always the same."""
-    return lambda _now, _link, _luck: Decision(point.id, "fixed")
+    return lambda _now, _link, _luck: Decision(point.id, "always")
 
 
 def run(scene: Scene, ladder: Ladder) -> dict[str, Outcome]:
-    """Every policy in one scene."""
+    """Every policy in one scene; all but the oracle with the client's own rule for how many frames may wait."""
     points = rungs(ladder, scene.splits)
-    controller = RateController(Ladder(points), target_s=scene.target_s, edge_s=dict.fromkeys(scene.splits, EDGE_S))
+
+    def client(policy: Callable[[RateController], Policy], *, fixed: bool) -> Outcome:
+        edge_s = dict.fromkeys(scene.splits, EDGE_S)
+        controller = RateController(Ladder(points), target_s=scene.target_s, edge_s=edge_s)
+        return simulate(scene, points, policy(controller), controller, fixed=fixed)
+
     return {
-        "auto": simulate(scene, points, lambda now, _link, _luck: controller.choose(now), controller),
+        "auto": client(
+            lambda controller: lambda now, _link, _luck: controller.choose(now, scene.interval_s), fixed=False
+        ),
         "oracle": simulate(scene, points, oracle(scene, points), None),
-        "lowest": simulate(scene, points, fixed(points[0]), None),
-        "highest": simulate(scene, points, fixed(points[-1]), None),
+        "lowest": client(lambda _: always(points[0]), fixed=True),
+        "highest": client(lambda _: always(points[-1]), fixed=True),
     }
 
 

@@ -5,8 +5,8 @@
 Wants BITNECK_DATA. Scenes are made from photographs that nothing was fitted to (`imagenet-eval-400`), by
 `bitneck_models.scenes`; `drive` are the street scenes of `camvid/test` as they were taken, a second apart; `video` is a
 still scene through H.264. Every frame is coded with the bundle's own codecs, decoded again and compared, and its size
-is that of the message on the stream. The reference is the newest frame that an answer could be there for, `--lag` frames
-back; frames are sent as the edge client sends them: the smaller one of the two, and one in a hundred by itself.
+is that of the message on the stream. The reference is the newest frame that an answer could be there for, `--lag`
+frames back; frames are sent as the edge client sends them: the smaller one of the two, and one in a hundred by itself.
 
 Ends with status 1 where a still scene saves less than 20 % of its bytes, or a moving one costs more than 2 % more.
 """

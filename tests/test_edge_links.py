@@ -1,7 +1,10 @@
 """The edge client on links that are slow, silent, cut, or gone; real servers, real sockets."""
 
 import asyncio
+import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -229,3 +232,17 @@ def test_the_client_without_async(server: Server, tmp_path: Path) -> None:
 def test_the_client_without_async_and_without_a_server(tmp_path: Path) -> None:
     with pytest.raises(Unavailable), SyncEdgeClient("127.0.0.1:9", **settings(tmp_path, retries=0)):
         pass
+
+
+def test_a_real_shaped_link(tiny_bundle: Bundle) -> None:
+    """Two network namespaces with a token bucket between them, where the machine allows."""
+    script = Path(__file__).parent.parent / "benchmarks" / "shaped.py"
+    command = [sys.executable, script, "--bundle", tiny_bundle.root, "--json", "--seconds", "6", "--policy", "auto"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=HANG_S, check=False)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)["auto"]
+    assert result["failed"] == 0
+    assert result["answered"] + result["dropped"] == 30
+    assert 100 < result["overhead_bytes"] < 400

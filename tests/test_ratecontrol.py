@@ -112,7 +112,7 @@ def test_every_decision_has_a_reason_and_a_fall_is_not_undone_at_once() -> None:
 
 def test_probes_that_fail_become_rare() -> None:
     """What small frames take says that there may be room for larger ones; there is none."""
-    drive = Drive(controller(target_s=0.35), base_s=0.2, bytes_per_s=1200.0)
+    drive = Drive(controller(target_s=0.35), base_s=0.2, bytes_per_s=1700.0)
     probes = []
     for _ in range(600):
         decision = drive.frame()

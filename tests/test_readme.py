@@ -1,4 +1,4 @@
-"""The README's blocks run: shell blocks in order, Python blocks, against a real server with the real bundle."""
+"""The blocks of README and docs/edge.md run: shell in order, Python, against a real server with the real bundle."""
 
 import os
 import re
@@ -15,13 +15,14 @@ from servers import BIN, Server, running_server
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / "build" / "efficientnet_lite0"
 README = (ROOT / "README.md").read_text()
+EDGE = (ROOT / "docs" / "edge.md").read_text()
 PHOTO = Path(skimage.__file__).parent / "data" / "coffee.png"
 
 needs_bundle = pytest.mark.skipif(not BUNDLE.is_dir(), reason="make bundle has not run")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,8 @@ def test_shell_blocks(server: Server, folder: Path) -> None:
 @needs_bundle
 def test_python_blocks(server: Server, folder: Path) -> None:
     assert blocks("python")
-    for block in blocks("python"):
+    assert len(blocks("python", EDGE)) == 2
+    for block in blocks("python") + blocks("python", EDGE):
         done = subprocess.run(
             [sys.executable, "-c", adapted(block, server)],
             cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=120,
@@ -78,7 +80,8 @@ def test_make_targets_exist() -> None:
 
 
 def test_options_in_the_readme_exist() -> None:
-    commands = re.findall(r"^(bitneck-\w+) (\w+)(.*)$", "\n".join(blocks("console") + blocks("bash")), re.MULTILINE)
+    shown_blocks = blocks("console") + blocks("bash") + blocks("console", EDGE)
+    commands = re.findall(r"^(bitneck-\w+) (\w+)(.*)$", "\n".join(shown_blocks), re.MULTILINE)
     assert {name for name, _, _ in commands} == {"bitneck-edge", "bitneck-cloud", "bitneck-models"}
     for name, command, rest in commands:
         shown = subprocess.run(

@@ -3,7 +3,7 @@
 Frames of a few hundred bytes leave a link idle most of the time, so what comes back says little about its bandwidth:
 only that it was not less than so much. What a frame's network delay (round trip less the cloud's own time) does say is
 how long a larger frame can take *at most*: were all of it transfer and none of it distance, a frame of twice the bytes
-would take twice the time. Hence four rules:
+would take twice the time. Hence five rules:
 
 - *Select* the most accurate point whose predicted time is well within the target, by that pessimistic bound.
 - *Probe* where the bound forbids what the link may allow, as over a satellite: one frame at the next point, now and
@@ -11,10 +11,15 @@ would take twice the time. Hence four rules:
 - *Step down at once* when the point in use is predicted to be late. An unanswered frame that is older than the last
   answers' delay is such a prediction, before any answer comes (delay-based, as in WebRTC).
 - *Wait before climbing again* after that, longer each time it happens again soon.
+- *Send no more than the link carries.* Where frames arrive further apart than they were sent, or closer together, there
+  is a queue, and the time between their arrivals is what the link needs for one: that is its rate and no bound. A point
+  whose frames take longer than pictures come apart only fills queues, and is left before anything is late; at the
+  lowest rate fresh pictures are left out in place of queueing (`RateController.room`).
 
 Dimensions: bytes on the wire, seconds.
 """
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +29,9 @@ from bitneck.ladder import Ladder, OperatingPoint
 
 __all__ = ["OVERHEAD_BYTES", "Decision", "RateController", "rungs"]
 
-OVERHEAD_BYTES = 110
-"""What a frame costs beside its payload: protobuf, gRPC and HTTP/2 framing, TCP and IP headers, the acknowledgement."""
+OVERHEAD_BYTES = 180
+"""What a frame costs beside its payload: protobuf, gRPC and HTTP/2 framing, TCP and IP headers, the acknowledgement of
+its answer, window updates (`benchmarks/shaped.py` counts the bytes on the device's interface)."""
 
 _LARGE = 1.2
 """A photograph may take so many times the bytes of its point's mean."""
@@ -37,6 +43,10 @@ _NOISE_S = 0.02
 """An unanswered frame counts as slow when it is older than `_LATE` times the usual delay and this much."""
 _FIRST_PROBE_S, _PROBE_GROWTH, _MAX_PROBE_S = 3.0, 1.5, 60.0
 _FIRST_HOLD_S, _HOLD_GROWTH, _MAX_HOLD_S, _FORGIVE_S = 0.6, 2.0, 20.0, 15.0
+_RATE_SAMPLES, _RATE_FRESH_S = 3, 10.0
+"""The link's rate is the mean over so many frames that had to wait, and is believed for so long."""
+_SUSTAINED, _OVERLOAD = 0.93, 1.05
+"""A rate is chosen if a frame takes this share of the time between two pictures, and left if it takes that one."""
 _EDGE_WEIGHT = 0.2
 _OUT_OF_BUDGET, _INTO_BUDGET = 1.0, 0.9
 """A split point is left when its time at the edge exceeds the budget, and taken again at 0.9 of it."""
@@ -107,6 +117,13 @@ class RateController:
         self._delay: float | None = None  # network delay of a frame of `_size` bytes
         self._size = 0.0
         self._samples: deque[tuple[float, float, float]] = deque()  # (when, delay, delay per byte)
+        self._last = (
+            0.0,
+            0.0,
+        )  # when the frame before was sent, and when it was in the cloud and back, the work left out
+        self._waited: deque[tuple[float, float]] = deque(maxlen=_RATE_SAMPLES)  # (bytes, seconds) of frames that waited
+        self._rate: float | None = None
+        self._rate_at = 0.0
         self._hold_until = 0.0
         self._hold = _FIRST_HOLD_S
         self._fell_at = -_FORGIVE_S
@@ -133,8 +150,39 @@ class RateController:
         """The least network delay of the last seconds; 0 before the first answer."""
         return min((delay for _, delay, _ in self._samples), default=0.0)
 
-    def choose(self, now: float) -> Decision:
-        """The operating point of a frame that is captured now."""
+    def bytes_per_s(self, now: float) -> float | None:
+        """The link's rate, where a queue has lately shown it; else None: it is not known."""
+        return self._rate if now - self._rate_at <= _RATE_FRESH_S else None
+
+    def room(self, now: float, interval_s: float, *, fixed: bool = False) -> int:
+        """Frames that may be unanswered when fresh pictures matter: what the distance holds, and one that waits.
+
+        None waits where even frames of the lowest rate would be late now, so that a queue drains, nor where pictures
+        come faster than the link carries those and two in a row would be late.
+
+        Args:
+            now: when.
+            interval_s: between pictures; 0 where it is not known.
+            fixed: the rate is not chosen here: what was sent last stands for the lowest.
+        """
+        rate, size = self.bytes_per_s(now), self._size if fixed else self._mean_bytes(0)
+        transfer_s = size / rate if rate is not None else 0.0
+        distance_s = max(0.0, self.base_s - transfer_s)
+        on_their_way = max(1, math.ceil(distance_s / interval_s)) if interval_s > 0 else 1
+        if rate is not None and self._delay is not None:
+            rest = self._edge_of(self._rung) + self._server
+            late = (rest + self._delay if fixed else self._total(0, self._delay)) > self._target * _DOWN
+            if late or (transfer_s > interval_s and rest + distance_s + 2 * transfer_s > self._target):
+                return on_their_way
+        return on_their_way + 1
+
+    def choose(self, now: float, interval_s: float = 0.0) -> Decision:
+        """The operating point of a frame that is captured now.
+
+        Args:
+            now: when.
+            interval_s: between pictures, where they come from a camera; 0 where they wait for the link.
+        """
         waiting = self._waiting(now)
         if self._delay is None and waiting is None:
             return self._decision("nothing is known of the link yet")
@@ -143,7 +191,13 @@ class RateController:
             return self._fall(now, delay, f"a frame has waited {waiting * 1e3:.0f} ms")
         if self._total(self._rung, delay) > self._limit(self._rung, _DOWN):
             return self._fall(now, delay, f"answers take {delay * 1e3:.0f} ms on the link")
-        above = self._rung + 1
+        above, rate = self._rung + 1, self.bytes_per_s(now)
+        if rate is not None and interval_s > 0:
+            if self._rung and self._size > rate * interval_s * _OVERLOAD:
+                reason = f"frames wait for each other: the link carries {rate * 8e-3:.1f} kbit/s"
+                return self._fall(now, delay, reason, limit_bytes=rate * interval_s * _SUSTAINED)
+            if above < len(self._points) and self._mean_bytes(above) > rate * interval_s * _SUSTAINED:
+                return self._decision(f"the link carries {rate * 8e-3:.1f} kbit/s, which is enough for this")
         if above >= len(self._points) or waiting is not None or now < self._hold_until:
             return self._decision("the link carries it")
         if self._total(above, delay) <= self._limit(above, _UP):
@@ -197,22 +251,43 @@ class RateController:
             return
         self._server += (server_s - self._server) * (0.3 if self._server else 1.0)
         delay = max(1e-4, now - flight.sent - server_s)
+        self._learn_rate(flight, now - server_s, delay, now)
         self._samples.append((now, delay, delay / flight.size))
         while now - self._samples[0][0] > _BASE_WINDOW_S:
             self._samples.popleft()
+        if flight.probe and not self._probed(flight, delay, now):
+            return  # what larger frames take is no news of those that are sent
         if self._delay is None or delay > self._delay:  # worse news counts at once, better news by half
             self._delay, self._size = delay, flight.size
         else:
             self._size += (flight.size - self._size) * 0.5
             self._delay += (delay - self._delay) * 0.5
-        if flight.probe:
-            self._probing = False
-            rung = min(flight.rung, len(self._points) - 1)
-            if self._edge_of(rung) + delay + server_s <= self._limit(rung, _UP):
-                self._rung = max(self._rung, rung)
-                self._probe_wait, self._probe_at = _FIRST_PROBE_S, now
-            else:
-                self._probe_failed(now)
+
+    def _learn_rate(self, flight: _Flight, arrived: float, delay: float, now: float) -> None:
+        """The link's rate, from frames that were queued."""
+        sent, before = self._last
+        gap = arrived - before
+        if flight.sent < before < arrived and abs(gap - (flight.sent - sent)) > _NOISE_S:
+            self._waited.append((flight.size, gap))  # the queue grows or drains, so the link was busy all the time
+            if len(self._waited) > 1:
+                self._rate = sum(size for size, _ in self._waited) / sum(seconds for _, seconds in self._waited)
+                self._rate_at = now
+        else:
+            self._waited.clear()
+        if self._rate is not None and flight.size / delay > self._rate:
+            self._rate = None  # faster than it may be
+        self._last = flight.sent, arrived
+
+    def _probed(self, flight: _Flight, delay: float, now: float) -> bool:
+        """Whether a probe came back in time; then its rate is used from now on."""
+        self._probing = False
+        rung = min(flight.rung, len(self._points) - 1)
+        if self._edge_of(rung) + self._server + delay > self._limit(rung, _UP):
+            self._probe_failed(now)
+            return False
+        self._rung = max(self._rung, rung)
+        self._probe_wait, self._probe_at = _FIRST_PROBE_S, now
+        return True
 
     def lost(self, seq: int, now: float) -> None:
         """A frame was given up."""
@@ -224,18 +299,24 @@ class RateController:
         """The link is a new one: unanswered frames go out again now, and what was known of the old one is forgotten."""
         self._delay, self._rung, self._probing = None, 0, False
         self._samples.clear()
+        self._waited.clear()
+        self._rate = None
         for flight in self._flights.values():
             flight.sent, flight.probe = now, False
 
     def _decision(self, reason: str) -> Decision:
         return Decision(self._points[self._rung].id, reason)
 
-    def _fall(self, now: float, delay: float, reason: str) -> Decision:
-        """Down to what is predicted in time; one rung at least."""
+    def _fall(self, now: float, delay: float, reason: str, limit_bytes: float = math.inf) -> Decision:
+        """Down to what is predicted in time, and has no more bytes than the limit; one rung at least."""
         if self._rung == 0:
             return self._decision(f"{reason}; this is the lowest rate")
         rung = self._rung - 1
-        while rung > 0 and self._total(rung, delay) > self._limit(rung, _UP):
+        while rung > 0 and (
+            self._total(rung, delay) > self._limit(rung, _UP)
+            if limit_bytes == math.inf
+            else self._mean_bytes(rung) > limit_bytes
+        ):
             rung -= 1
         self._rung = rung
         self._hold = _FIRST_HOLD_S if now - self._fell_at > _FORGIVE_S else min(_MAX_HOLD_S, self._hold * _HOLD_GROWTH)
@@ -251,6 +332,9 @@ class RateController:
         waited = now - oldest.sent - self._server
         usual = self._delay if self._delay is not None else self._target / 2
         return waited if waited > usual * _LATE + _NOISE_S else None
+
+    def _mean_bytes(self, rung: int) -> float:
+        return self._points[rung].payload_bytes + OVERHEAD_BYTES
 
     def _bytes(self, rung: int) -> float:
         return self._points[rung].payload_bytes * _LARGE + OVERHEAD_BYTES

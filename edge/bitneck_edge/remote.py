@@ -25,6 +25,7 @@ __all__ = ["Access", "fetch_file", "fetch_manifest", "from_rpc_error", "stub_of"
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 16 << 20),  # a manifest of a thousand points fits
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.bdp_probe", 0),  # pings that a thin link has to carry
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.enable_retries", 0),  # a stream gets none anyway; the link reconnects by itself
