@@ -154,13 +154,16 @@ def test_what_does_not_fit_is_refused() -> None:
         ConditionalCodec("p", tables, conditional(4), (5, 2, 2))
     with pytest.raises(InvalidConfig, match="5 channels, the tables have 4"):
         ConditionalCodec("p", tables, conditional(5), (4, 2, 2))
+    far = FactorizedModel.fit(np.full((1, 1, 1, 1), 40_000, np.int32))
+    with pytest.raises(InvalidConfig, match="up to 40001 are too wide"):
+        ConditionalCodec("p", far, conditional(1), (1, 1, 1))
     wide = FactorizedModel.fit(np.array([-3000, 3000], np.int32).reshape(2, 1, 1, 1))
     with pytest.raises(InvalidConfig, match="too wide"):
         ConditionalCodec("p", wide, conditional(1), (1, 1, 1))
 
 
 def test_symbols_are_kept_in_little_and_wide_ones_are_right() -> None:
-    for top, kind in ((5, np.int8), (300, np.int16), (70_000, np.int32)):
+    for top, kind in ((5, np.int8), (125, np.int8), (126, np.int16), (30_000, np.int16)):
         s = np.array([[[top]], [[-1]]], np.int32)
         tables = FactorizedModel.fit(np.stack([s, s + 1]))
         codec = ConditionalCodec("p", tables, conditional(2), (2, 1, 1))

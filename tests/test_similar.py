@@ -346,19 +346,28 @@ async def test_only_the_newest_are_kept_and_only_where_it_is_asked_for(
         assert no_tables.opened.references == 0
 
 
-def test_a_bundle_without_conditional_tables_is_told_at_the_opening(tiny_bundle: Bundle) -> None:
-    async def run(address: str) -> int:
-        async with stub(address) as cloud:
-            return int((await opened(cloud, tiny_bundle, references=True)).opened.references)
+@pytest.mark.parametrize(("kept_bytes", "reach"), [(0, 0), (32, 0), (64, 1), (200, 5)])
+def test_what_is_granted_is_bounded_in_bytes(bundle: Bundle, kept_bytes: int, reach: int) -> None:
+    """A frame's symbols take 32 bytes at most."""
+    granted = asyncio.run(_granted(bundle, "--similar-bytes", str(kept_bytes)))
+    assert granted == reach
 
-    with running_server(tiny_bundle.root) as server:
-        assert asyncio.run(run(server.grpc)) == 0
+
+def test_a_bundle_without_conditional_tables_is_told_at_the_opening(tiny_bundle: Bundle) -> None:
+    assert asyncio.run(_granted(tiny_bundle)) == 0
+
+
+async def _granted(bundle: Bundle, *options: str) -> int:
+    with running_server(bundle.root, options=options) as server:
+        async with stub(server.grpc) as cloud:
+            return int((await opened(cloud, bundle, references=True)).opened.references)
 
 
 @given(st.lists(st.integers(1, 60), max_size=120), st.integers(1, 6))
 def test_a_session_keeps_the_newest_and_no_more(seqs: list[int], window: int) -> None:
     session = Session(session_id="s", model="m", client="c", ladder=LADDER, window=window, assumed_fps=10.0, now=0.0)
-    session.keep(True)
+    session.keep(1000)
+    assert session.reach == window + 8
     answered: set[int] = set()
     for seq in seqs:
         if seq in answered:
@@ -374,7 +383,15 @@ def test_a_session_keeps_the_newest_and_no_more(seqs: list[int], window: int) ->
             else:
                 with pytest.raises(ReferenceUnknown):
                     session.reference(100, 100 - other, "p")
-    session.keep(False)
+    session.keep(3)
+    assert session.reach == 2
+    for rank, other in enumerate(sorted(answered, reverse=True)):
+        if rank < 3:
+            assert session.reference(100, 100 - other, "p") is not None
+        else:
+            with pytest.raises(ReferenceUnknown):
+                session.reference(100, 100 - other, "p")
+    session.keep(1)  # the newest alone would be gone before a frame that refers to it comes
     assert session.reach == 0
     for other in answered:
         with pytest.raises(ReferenceUnknown):

@@ -172,7 +172,7 @@ class Conversation:
             self._metrics.frame(self._model.name, "RESENT")
             self._outbox.put(self._session.kept_answer(frame.seq))
         elif verdict is Verdict.NEW:
-            job = job_of(self._model, frame, self._answer, reference=reference, keep=self._session.keeps)
+            job = job_of(self._model, frame, self._answer, reference=reference, keep=self._session.reach > 0)
             try:
                 self._engine.submit(job)
             except BitneckError as exc:

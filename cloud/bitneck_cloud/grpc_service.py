@@ -37,16 +37,25 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         metrics: what happens is counted there.
         tracer: where frames' spans go.
         idle_s: see `CloudSettings`.
+        similar_bytes: likewise.
     """
 
     def __init__(
-        self, registry: Registry, engine: Engine, metrics: Metrics, tracer: FrameTracer, *, idle_s: float
+        self,
+        registry: Registry,
+        engine: Engine,
+        metrics: Metrics,
+        tracer: FrameTracer,
+        *,
+        idle_s: float,
+        similar_bytes: int,
     ) -> None:
         self._registry = registry
         self._engine = engine
         self._metrics = metrics
         self._tracer = tracer
         self._idle_s = idle_s
+        self._similar_bytes = similar_bytes
         self._streams: dict[str, Conversation] = {}
         self._draining = False
 
@@ -131,7 +140,8 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         except BitneckError as exc:
             await _abort(context, exc)
         session = admission.session
-        session.keep(opened.open.references and model.similar)
+        wanted = opened.open.references and model.kept_bytes
+        session.keep(self._similar_bytes // model.kept_bytes if wanted else 0)
         self._metrics.session(model.name, admission.how)
         _LOG.info("session %s (%s) opened by client %r", session.session_id, admission.how, session.client)
         conversation = Conversation(

@@ -32,7 +32,7 @@ class ServedModel:
         pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
 
     Attributes:
-        similar: whether any operating point has conditional tables.
+        kept_bytes: of a frame that later ones may refer to, at most; 0 where no point has conditional tables.
 
     Raises:
         BundleCorrupt: tables or labels are unreadable, or more classes than a class map can name.
@@ -49,7 +49,8 @@ class ServedModel:
         self._chain = SegmentChain(bundle, threads=threads, pool=pool)
         self.decoders = {point.id: PointDecoder(bundle, point, pool=pool) for point in self.ladder}
         self._tail_start = {point.id: self._chain.head_length(point.split) for point in self.ladder}
-        self.similar = bundle.has_conditional
+        conditional = [d.conditional for d in self.decoders.values() if d.conditional is not None]
+        self.kept_bytes = max((codec.kept_bytes for codec in conditional), default=0)
         tails = segments_of(bundle, "cloud")
         self._chain.load(tails.start, tails.stop)
 

@@ -101,7 +101,7 @@ class Session:
         max_bytes_per_s: payload bytes that are accepted in the long run; 0 for any number.
 
     Attributes:
-        keeps: whether symbols of answered frames are kept, so that later frames may refer to them.
+        reach: how far back in seq a frame's reference may lie; 0 where no symbols are kept.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Session:
         self.dropped = 0
         self.payload_bytes = 0
         self.faults: Counter[int] = Counter()
-        self.keeps = False
+        self.reach = 0
         self._kept: dict[int, Reference] = {}
         self._ladder = ladder
         self._assumed_fps = assumed_fps
@@ -202,21 +202,18 @@ class Session:
         """The answer of a seq that `accept` called ANSWERED."""
         return self._answers[seq]
 
-    def keep(self, wanted: bool) -> None:
-        """Whether frames of this session may refer to earlier ones, as its client says when it opens a stream."""
-        self.keeps = wanted
-        if not wanted:
-            self._kept.clear()
+    def keep(self, most: int) -> None:
+        """Keep symbols of answered frames, so that later ones may refer to them, as the client asks at the opening.
 
-    @property
-    def reach(self) -> int:
-        """How far back in seq a frame's reference may lie; 0 where symbols are not kept.
+        The window and a few more are wanted. Then the newest frame whose answer the client has is among them, whatever
+        was answered since; and so is the one that was its newest while it coded a frame that had to wait for its turn.
 
-        Of the answered frames so many and one more are kept, the newest. The newest whose answer the client has is
-        among them, whatever was answered since: so is the one that was its newest while it coded a frame that then had
-        to wait for its turn.
+        Args:
+            most: frames that may be kept; 0 for none.
         """
-        return self.window + _WAITING if self.keeps else 0
+        self.reach = max(0, min(self.window + _WAITING, most - 1))
+        while len(self._kept) > (self.reach + 1 if self.reach else 0):
+            del self._kept[min(self._kept)]
 
     def reference(self, seq: int, distance: int, point: str) -> Reference | None:
         """What a frame is coded against; None for one that is coded by itself.
@@ -248,9 +245,9 @@ class Session:
             message: its answer.
             kept: its symbols, for frames that refer to it.
         """
-        if kept is not None and self.keeps:
+        if kept is not None and self.reach:
             self._kept[seq] = kept
-            if len(self._kept) > self.window + _WAITING + 1:
+            if len(self._kept) > self.reach + 1:
                 del self._kept[min(self._kept)]
         self._in_flight.discard(seq)
         self._answers[seq] = message

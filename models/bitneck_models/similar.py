@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 import bitneck
 from bitneck.bundle import Bundle
 from bitneck.chain import PointEncoder, SegmentChain
-from bitneck.conditional import KEEP_TOTAL, KERNEL_TOTAL, ConditionalModel
+from bitneck.conditional import KEEP_TOTAL, KERNEL_TOTAL, ConditionalModel, check_conditionable
 from bitneck.errors import InvalidConfig
 from bitneck.image import load_photo, preprocess
 from bitneck.manifest import InputSpec, sha256_hex
@@ -41,8 +41,8 @@ _GAUSSIAN_FLOOR = 32
 _NEAR_DECAYS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 _KEEPS = (0, 8, 16, 24, 32, 40, 48, 54, 58, 61, 63)
 
-Symbols = dict[str, NDArray[np.int32]]
-"""By operating point: (P, 2, Cr, h, w) int32, the frames of each pair."""
+Symbols = dict[str, NDArray[np.int16]]
+"""By operating point: (P, 2, Cr, h, w) int16, the frames of each pair. Wider tables are not conditioned."""
 
 
 class ConditionalRecord(BaseModel):
@@ -156,40 +156,41 @@ def pair_symbols(
     ladder = bundle.manifest.ladder
     encoders = {name: PointEncoder(bundle, ladder[name]) for name in points}
     spec = bundle.manifest.input
-    collected: dict[str, dict[str, list[NDArray[np.int32]]]] = {m: {name: [] for name in points} for m in MOTIONS}
-    for done, path in enumerate(photos, start=1):
-        photo = load_photo(path)
-        rng = np.random.default_rng([seed, done])
-        for motion in MOTIONS:
-            for name, s in _symbols(chain, encoders, spec, pair(photo, spec, motion, rng)):
-                collected[motion][name].append(s)
-        progress(done)
-    return {
-        motion: {name: np.stack(parts).reshape(-1, 2, *parts[0].shape) for name, parts in by_point.items()}
-        for motion, by_point in collected.items()
+    # In one piece each: small arrays that stay, between large ones that go, would scatter the heap.
+    collected: dict[str, Symbols] = {
+        motion: {name: np.empty((len(photos), 2, *ladder[name].latent_shape), np.int16) for name in points}
+        for motion in MOTIONS
     }
+    for row, path in enumerate(photos):
+        photo = load_photo(path)
+        rng = np.random.default_rng([seed, row])
+        for motion in MOTIONS:
+            for k, frame in enumerate(pair(photo, spec, motion, rng)):
+                for name, s in _symbols(chain, encoders, spec, frame):
+                    collected[motion][name][row, k] = s
+        progress(row + 1)
+    return collected
 
 
 def _symbols(
-    chain: SegmentChain, encoders: dict[str, PointEncoder], spec: InputSpec, frames: Sequence[Image.Image]
+    chain: SegmentChain, encoders: dict[str, PointEncoder], spec: InputSpec, frame: Image.Image
 ) -> Iterator[tuple[str, NDArray[np.int32]]]:
-    """Every point's symbols of each frame: the chain is walked once a frame."""
+    """Every point's symbols of a frame: the chain is walked once."""
     lengths = {name: chain.head_length(encoder.point.split) for name, encoder in encoders.items()}
-    for frame in frames:
-        f, at = preprocess(frame, spec), 0
-        for length in sorted(set(lengths.values())):
-            f, at = chain.run(f, at, length), length
-            for name, encoder in encoders.items():
-                if lengths[name] == length:
-                    yield name, encoder.symbols(f)
+    f, at = preprocess(frame, spec), 0
+    for length in sorted(set(lengths.values())):
+        f, at = chain.run(f, at, length), length
+        for name, encoder in encoders.items():
+            if lengths[name] == length:
+                yield name, encoder.symbols(f)
 
 
-def fit_conditional(tables: FactorizedModel, pairs: Sequence[NDArray[np.int32]]) -> ConditionalModel:
+def fit_conditional(tables: FactorizedModel, pairs: Sequence[NDArray[np.integer]]) -> ConditionalModel:
     """Fit a conditional model.
 
     Args:
         tables: the operating point's own.
-        pairs: for each motion (P, 2, Cr, h, w) int32, inside the tables.
+        pairs: for each motion (P, 2, Cr, h, w), inside the tables.
 
     Raises:
         InvalidConfig: tables that are too wide to be conditioned.
@@ -270,6 +271,7 @@ def fit_points(
         ImageError: a photograph cannot be read.
     """
     for name in points:
+        check_conditionable(bundle.tables(name))
         digest = sha256_hex(entry.tables(entry.recipe.point(name)).to_npz())
         if digest != sha256_hex(bundle.tables(name).to_npz()):
             raise InvalidConfig(f"{name}: the bundle's tables are not the zoo entry's; export the entry again")
@@ -282,8 +284,9 @@ def fit_points(
         tables = bundle.tables(name)
         model = fit_conditional(tables, [train[motion][name] for motion in MOTIONS])
         codec = ConditionalCodec(name, tables, model, bundle.manifest.ladder[name].latent_shape)
-        alone = {m: _mean([tables.ideal_bits(s) for s in held[m][name][:, 1]]) for m in MOTIONS}
-        similar = {m: _mean([codec.ideal_bits(b, codec.keep(a)) for a, b in held[m][name]]) for m in MOTIONS}
+        frames = {m: held[m][name].astype(np.int32) for m in MOTIONS}
+        alone = {m: _mean([tables.ideal_bits(s) for s in frames[m][:, 1]]) for m in MOTIONS}
+        similar = {m: _mean([codec.ideal_bits(b, codec.keep(a)) for a, b in frames[m]]) for m in MOTIONS}
         data = model.to_npz()
         records[name] = ConditionalRecord(
             photos=len(photos.train),

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.tables import TOTAL, FactorizedModel
 
-__all__ = ["KEEP_TOTAL", "KERNEL_TOTAL", "MAX_ENTRIES", "ConditionalModel"]
+__all__ = ["KEEP_TOTAL", "KERNEL_TOTAL", "MAX_ENTRIES", "ConditionalModel", "check_conditionable"]
 
 KEEP_TOTAL = 64
 KERNEL_TOTAL = 1 << 16
@@ -33,6 +33,7 @@ KERNEL_TOTAL = 1 << 16
 MAX_ENTRIES = 1 << 22
 """So many frequencies, sum K_c times W, may one motion's tables have: 8 MiB."""
 
+_MAX_SYMBOL = (1 << 15) - 1
 _MAX_MOTIONS, _MAX_KERNELS, _MAX_DISTANCES = 16, 255, 256
 
 
@@ -93,11 +94,7 @@ class ConditionalModel:
         """
         if self.channels != tables.channels:
             raise InvalidConfig(f"conditional tables of {self.channels} channels, the tables have {tables.channels}")
-        sizes = [len(row) for row in tables.counts]
-        if sum(sizes) * max(sizes) > MAX_ENTRIES:
-            raise InvalidConfig(
-                f"tables of up to {max(sizes)} symbols are too wide to be conditioned; use a larger step"
-            )
+        check_conditionable(tables)
 
     def rows(self, tables: FactorizedModel, motion: int) -> NDArray[np.int64]:
         """Every table of one motion: a row for each channel and each symbol that stood there before.
@@ -153,3 +150,18 @@ class ConditionalModel:
             return cls(kernels.astype(np.int64), near, like, keep)
         except Exception as exc:  # numpy raises many kinds for a broken file
             raise BundleCorrupt(f"conditional tables are unreadable ({exc}); export or fetch the bundle again") from exc
+
+
+def check_conditionable(tables: FactorizedModel) -> None:
+    """Check that tables can be conditioned: that they are not too wide, and their symbols below 2**15.
+
+    Raises:
+        InvalidConfig: they cannot.
+    """
+    sizes = [len(row) for row in tables.counts]
+    extreme = max(-int(tables.lo.min()), int(tables.hi.max()))
+    if sum(sizes) * max(sizes) > MAX_ENTRIES or extreme > _MAX_SYMBOL:
+        raise InvalidConfig(
+            f"tables of up to {max(sizes)} symbols and of symbols up to {extreme} are too wide to be conditioned; "
+            "use a larger step"
+        )

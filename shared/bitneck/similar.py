@@ -88,8 +88,10 @@ class ConditionalCodec:
         self._motion = constriction.stream.model.Uniform(self.motions) if self.motions > 1 else None
         self._rows: dict[int, NDArray[np.uint16]] = {}
         self._lock = threading.Lock()
-        widest = max(int(tables.lo.min()), -int(tables.lo.min()), abs(int(tables.hi.max())))
-        self._kept_type = next(t for t in (np.int8, np.int16, np.int32) if widest <= np.iinfo(t).max)
+        small = min(tables.lo.min(), -tables.hi.max()) >= -np.iinfo(np.int8).max
+        self._kept_type = np.int8 if small else np.int16
+        self.kept_bytes = sizes.size * positions * np.dtype(self._kept_type).itemsize
+        """Of the symbols in a `Reference`."""
         count = len(coded) * positions
         self.max_payload_bytes = -(-(count * TOTAL_BITS + 4) * 101 // 800) + 4
         """An upper bound: no symbol costs more than `TOTAL_BITS`."""
