@@ -17,6 +17,7 @@ from rich.table import Table
 
 import bitneck
 from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
+from bitneck_models.cli_spic import import_spic
 
 __all__ = ["app", "main"]
 
@@ -26,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command()(import_spic)
 
 Zoo = Annotated[Path, typer.Argument(help="A folder of the zoo, with recipe.toml.", metavar="ZOO")]
 Data = Annotated[Path | None, typer.Option(help="The folder of photographs.", envvar="BITNECK_DATA")]
