@@ -88,7 +88,7 @@ class Bare:
         self._chain, self._pool = SegmentChain(bundle), ThreadPoolExecutor(1)
         self._encoder, self._decoder = PointEncoder(bundle, self._point), PointDecoder(bundle, self._point)
         self._head = self._chain.head_length(self._point.split)
-        self._x = np.zeros((1, 3, bundle.manifest.input.size, bundle.manifest.input.size), np.float32)
+        self._x = np.zeros((1, 3, bundle.manifest.input.height, bundle.manifest.input.width), np.float32)
         self._y = np.zeros((1, *self._point.latent_shape), np.float32)
 
     async def edge(self) -> float:

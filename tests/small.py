@@ -21,7 +21,9 @@ def small_backbone() -> Backbone:
         name="small",
         stages=stages,
         splits={"s2": "stem", "s1": "body"},
-        input=InputSpec(size=32, resize=36, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        input=InputSpec(
+            height=32, width=32, resize=36, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+        ),
         labels=tuple(f"class {k}" for k in range(10)),
         wnids=(),
     )

@@ -56,7 +56,7 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "text"),
     [
         (_set("surprise", 1), "surprise"),
-        (_set("format_version", 1), "format_version"),
+        (_set("format_version", 2), "format_version"),
         (_set("name", "../x"), "name"),
         (lambda m: m["files"].__setitem__("../evil", m["files"]["labels.json"]), "malformed"),
         (lambda m: m["files"].__setitem__("/etc/passwd", m["files"]["labels.json"]), "malformed"),
@@ -67,7 +67,7 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["files"].pop("labels.json"), "missing"),
         (lambda m: m["input"].__setitem__("std", [0, 1, 1]), "std"),
         (lambda m: m["points"][0].__setitem__("step", -1), "step"),
-        (_set("format_version", "2"), "format_version"),
+        (_set("format_version", "3"), "format_version"),
         (_set("name", "tiny\n"), "name"),
         (_set("points", []), "points"),
         (_set("uncompressed_accuracy", float("nan")), "uncompressed_accuracy"),
@@ -83,6 +83,12 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["files"]["points/s1-r1/encoder.onnx"].__setitem__("role", "cloud"), "the edge needs it"),
         (lambda m: m["files"]["segments/01-seg1.onnx"].__setitem__("role", "edge"), "the cloud needs it"),
         (lambda m: m["input"].__setitem__("resize", 16), "smaller than the crop"),
+        (lambda m: m["input"].__setitem__("resize", None), "`crop` needs resize"),
+        (lambda m: m["input"].__setitem__("fit", "stretch"), "leave it out"),
+        (lambda m: m["input"].__setitem__("fit", "squeeze"), "fit"),
+        (lambda m: m["input"].update(height=5000, width=5000, resize=5000), "limit"),
+        (_set("task", "detection"), "task"),
+        (_set("task", "segmentation"), "the edge needs it"),
     ],
 )
 def test_manifests_that_are_refused(

@@ -22,26 +22,39 @@ SIZES = ((500, 375), (375, 500), (256, 256), (257, 256), (224, 300), (90, 61), (
 
 def spec(interpolation: str) -> InputSpec:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return InputSpec(size=224, resize=256, interpolation=interpolation, mean=mean, std=std)  # type: ignore[arg-type]
+    return InputSpec(height=224, width=224, resize=256, interpolation=interpolation, mean=mean, std=std)  # type: ignore[arg-type]
+
+
+def changed(spec: InputSpec, **values: object) -> InputSpec:
+    return InputSpec(**(spec.model_dump() | values))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
 @pytest.mark.parametrize("size", SIZES)
-def test_preprocess_equals_torchvision(interpolation: str, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "fit",
+    [
+        {},
+        {"height": 160},
+        {"width": 97, "resize": 230},
+        {"fit": "stretch", "resize": None},
+        {"fit": "stretch", "resize": None, "height": 90, "width": 61},
+        {"fit": "stretch", "resize": None, "height": 120},
+    ],
+)
+def test_preprocess_equals_torchvision(interpolation: str, size: tuple[int, int], fit: dict[str, object]) -> None:
     import_torchvision()
     from torchvision import transforms
 
-    image, s = photo(3, size), spec(interpolation)
-    reference = transforms.Compose(
-        [
-            transforms.Resize(s.resize, transforms.InterpolationMode(interpolation)),
-            transforms.CenterCrop(s.size),
-            transforms.ToTensor(),
-            transforms.Normalize(s.mean, s.std),
-        ]
-    )(image)
+    image, s = photo(3, size), changed(spec(interpolation), **fit)
+    mode = transforms.InterpolationMode(interpolation)
+    if s.fit == "crop":
+        fitted = [transforms.Resize(s.resize, mode), transforms.CenterCrop((s.height, s.width))]
+    else:
+        fitted = [transforms.Resize((s.height, s.width), mode)]
+    reference = transforms.Compose([*fitted, transforms.ToTensor(), transforms.Normalize(s.mean, s.std)])(image)
     x = preprocess(image, s)
-    assert x.shape == (1, 3, 224, 224)
+    assert x.shape == (1, 3, s.height, s.width)
     assert x.dtype == np.float32
     assert torch.allclose(torch.from_numpy(x[0]), reference, rtol=0, atol=1e-6)
 
@@ -175,17 +188,22 @@ def test_pictures_as_long_as_a_thread_are_refused_by_name(tmp_path: Path, size: 
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([(224, 224), (224, 256), (31, 33)]))
 @settings(max_examples=40, deadline=None)
 def test_any_picture_fills_the_input(width: int, height: int, sizes: tuple[int, int]) -> None:
-    s = InputSpec(**(spec("bilinear").model_dump() | {"size": sizes[0], "resize": sizes[1]}))
-    white = crop(Image.new("RGB", (width, height), "white"), s)
-    assert white.getextrema() == ((255, 255),) * 3  # nothing was filled in
-    assert white.size == (sizes[0], sizes[0])
+    cut = changed(spec("bilinear"), height=sizes[0], width=sizes[0] - 3, resize=sizes[1])
+    for s in (cut, changed(cut, fit="stretch", resize=None)):
+        white = crop(Image.new("RGB", (width, height), "white"), s)
+        assert white.getextrema() == ((255, 255),) * 3  # nothing was filled in
+        assert white.size == (sizes[0] - 3, sizes[0])
 
 
 def test_long_and_narrow_pictures() -> None:
     s = spec("bilinear")
     assert crop(Image.new("RGB", (5000, 10)), s).size == (224, 224)
     with pytest.raises(ImageError, match="too long and narrow"):
-        crop(Image.new("RGB", (5000, 1)), InputSpec(**(s.model_dump() | {"resize": 4096})))
+        crop(Image.new("RGB", (5000, 1)), changed(s, resize=4096))
+    stretched = changed(s, width=60_000, fit="stretch", resize=None)
+    assert crop(Image.new("RGB", (1, 1600)), stretched).size == (60_000, 224)
+    with pytest.raises(ImageError, match="too long and narrow"):
+        crop(Image.new("RGB", (1, 1700)), stretched)
 
 
 def test_find_photos(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from bitneck_models.training import StepReport, train_unit
 from bitneck_models.units import BottleneckUnit, Topology
 from bitneck_models.zoo import ZooEntry
 from small import small_backbone
-from tiny import photo
+from tiny import INPUT, photo
 
 TOPOLOGIES: tuple[Topology, ...] = ("separable", "separable2", "conv", "conv2", "inverted")
 
@@ -340,5 +340,7 @@ def test_augmented_views_of_tiny_photographs(tmp_path: Path) -> None:
     """Smaller than the network's input: enlarged, not refused."""
     from bitneck_models.photos import augment
 
-    view = augment(Image.new("RGB", (9, 5), "red"), 32, np.random.default_rng(0))
-    assert view.size == (32, 32)
+    for height, width in ((32, 32), (24, 40)):
+        spec = INPUT.model_copy(update={"height": height, "width": width})
+        view = augment(Image.new("RGB", (9, 5), "red"), spec, np.random.default_rng(0))
+        assert view.size == (width, height)

@@ -18,7 +18,7 @@ from bitneck.bundle import Bundle, BundleWriter
 from bitneck.manifest import InputSpec, Manifest, PointEntry, Segment, SplitPoint
 from bitneck.tables import FactorizedModel
 
-INPUT = InputSpec(size=32, resize=36, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+INPUT = InputSpec(height=32, width=32, resize=36, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CLASSES = tuple(f"class {i}" for i in range(10))
 
 

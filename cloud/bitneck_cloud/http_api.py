@@ -114,7 +114,8 @@ class ModelInfo(BaseModel):
     bundle_id: str
     task: str
     backbone: str
-    input_size: int
+    input_height: int = Field(description="pixels")
+    input_width: int
     uncompressed_accuracy: float
     points: list[PointInfo]
 
@@ -408,7 +409,8 @@ def _model_info(manifest: Manifest, bundle_id: str) -> ModelInfo:
         bundle_id=bundle_id,
         task=manifest.task,
         backbone=manifest.backbone,
-        input_size=manifest.input.size,
+        input_height=manifest.input.height,
+        input_width=manifest.input.width,
         uncompressed_accuracy=manifest.uncompressed_accuracy,
         points=points,
     )

@@ -81,7 +81,7 @@ class EdgeEncoder:
         times = [time.perf_counter()]
         image = _as_rgb(photo) if isinstance(photo, Image.Image) else load_photo(photo)
         times.append(time.perf_counter())
-        x = preprocess(image, self.bundle.manifest.input)  # (1, 3, size, size)
+        x = preprocess(image, self.bundle.manifest.input)  # (1, 3, H, W)
         times.append(time.perf_counter())
         f = self.chain.run(x, 0, self.chain.head_length(encoder.point.split))  # (1, C, Hf, Wf)
         times.append(time.perf_counter())
@@ -101,7 +101,8 @@ class EdgeEncoder:
     def time_splits(self, runs: int = 3) -> dict[str, float]:
         """Seconds that head and encoder take on this device, the best of some runs, for every split point."""
         best: dict[str, float] = {}
-        blank = Image.new("RGB", (self.bundle.manifest.input.size,) * 2, (128, 128, 128))
+        spec = self.bundle.manifest.input
+        blank = Image.new("RGB", (spec.width, spec.height), (128, 128, 128))
         for split in dict.fromkeys(point.split for point in self.ladder):
             point = next(point for point in self.ladder if point.split == split)
             times = [self.encode(blank, point.id) for _ in range(runs)]

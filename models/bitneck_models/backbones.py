@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
-from bitneck.manifest import InputSpec
+from bitneck.manifest import InputSpec, Task
 from bitneck_models.vision import import_timm
 
 __all__ = ["BACKBONES", "Backbone", "build_backbone"]
@@ -32,6 +32,7 @@ class Backbone:
         input: how photographs are prepared for it.
         labels: names of the classes.
         wnids: WordNet ids of the classes, or empty.
+        task: what the output is; see `output_shape`.
     """
 
     name: str
@@ -40,6 +41,18 @@ class Backbone:
     input: InputSpec
     labels: tuple[str, ...]
     wnids: tuple[str, ...]
+    task: Task = "classification"
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(3, H, W) of the input."""
+        return 3, self.input.height, self.input.width
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of one photograph's logits: (K,), or for segmentation (K, H, W) at the input's height and width."""
+        classes = len(self.labels)
+        return (classes, *self.input_shape[1:]) if self.task == "segmentation" else (classes,)
 
     def stage_index(self, stage: str) -> int:
         """Position of a stage.
@@ -78,12 +91,11 @@ class Backbone:
     @torch.no_grad()
     def feature_shape(self, split: str) -> tuple[int, int, int]:
         """(C, Hf, Wf) of the tensor that crosses a split point."""
-        x = torch.zeros(1, 3, self.input.size, self.input.size)
-        _, c, h, w = self.head(split)(x).shape
+        _, c, h, w = self.head(split)(torch.zeros(1, *self.input_shape)).shape
         return int(c), int(h), int(w)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The whole network: (N, 3, size, size) float32, normalized, to its output."""
+        """The whole network: (N, 3, H, W) float32, normalized, to its output."""
         for stage in self.stages.values():
             x = stage(x)
         return x
@@ -115,7 +127,9 @@ def _efficientnet_lite0(weights: Path | None) -> Backbone:
         name="efficientnet_lite0",
         stages=stages,
         splits={"s3": "blocks.4.2", "s2": "blocks.5.3", "s1": "blocks.6.0"},
-        input=InputSpec(size=224, resize=256, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        input=InputSpec(
+            height=224, width=224, resize=256, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+        ),
         labels=tuple(info.label_descriptions()),
         wnids=tuple(info.label_names()),
     )

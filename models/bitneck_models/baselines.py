@@ -87,8 +87,7 @@ class _Judge:
         self.backbone, self.folder = backbone, folder
         self.crops = [crop(load_photo(photo.path), backbone.input) for photo in photos]
         self.labels = np.array([photo.label for photo in photos])
-        size = backbone.input.size
-        self.network = self.module(backbone.segment(0), (3, size, size))
+        self.network = self.module(backbone.segment(0), backbone.input_shape)
         self.teacher = self.answers(self.network, self.inputs(self.crops))
 
     def module(self, module: torch.nn.Module, shape: tuple[int, int, int]) -> OnnxModule:
@@ -99,7 +98,7 @@ class _Judge:
         return OnnxModule(path)
 
     def inputs(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """(N, 3, size, size) float32."""
+        """(N, 3, H, W) float32."""
         return np.concatenate([normalize(image, self.backbone.input) for image in images])
 
     def answers(self, module: OnnxModule, x: NDArray[np.float32]) -> NDArray[np.intp]:
@@ -120,8 +119,7 @@ class _Judge:
 
     def cut(self, split: str) -> tuple[OnnxModule, NDArray[np.float32]]:
         """The tail of a split point, and the photographs' features, (N, C, Hf, Wf) float32."""
-        size = self.backbone.input.size
-        head = self.module(self.backbone.head(split), (3, size, size))
+        head = self.module(self.backbone.head(split), self.backbone.input_shape)
         x = self.inputs(self.crops)
         features = np.concatenate([head.run(x[i : i + _BATCH]) for i in range(0, len(x), _BATCH)])
         return self.module(self.backbone.tail(split), self.backbone.feature_shape(split)), features
@@ -250,25 +248,25 @@ def training_free(
     """
     judge = _Judge(backbone, photos, folder)
     tail, features = judge.cut(split)
-    size = features.shape[2]
+    height, width = features.shape[2:]
     points = []
     for share, step in sweep:
-        k = max(1, round(share * size))
+        k = max(1, round(share * height)), max(1, round(share * width))
         pooled = [
             F.adaptive_avg_pool2d(torch.from_numpy(f.astype(np.float32)), k) for f in (train_features, features)
-        ]  # (M, C, k, k) and (N, C, k, k)
-        flat = pooled[0].transpose(0, 1).flatten(1)  # (C, M * k * k)
+        ]  # (M, C, k0, k1) and (N, C, k0, k1)
+        flat = pooled[0].transpose(0, 1).flatten(1)  # (C, M * k0 * k1)
         mean = flat.mean(dim=1)[:, None, None]
         components = torch.linalg.eigh(torch.cov(flat)).eigenvectors.flip(1)  # (C, C), the most important first
         symbols = [torch.einsum("nchw,cd->ndhw", p - mean, components).div(step).round().int().numpy() for p in pooled]
         model = FactorizedModel.fit(symbols[0])
-        s = np.clip(symbols[1], model.lo[:, None, None], model.hi[:, None, None]).astype(np.int32)  # (N, C, k, k)
+        s = np.clip(symbols[1], model.lo[:, None, None], model.hi[:, None, None]).astype(np.int32)  # (N, C, k0, k1)
         back = (
             torch.einsum("ndhw,cd->nchw", torch.from_numpy(s.astype(np.float32) * np.float32(step)), components) + mean
         )
-        f_hat = F.interpolate(back, size=(size, features.shape[3]), mode="bilinear", align_corners=False).numpy()
+        f_hat = F.interpolate(back, size=(height, width), mode="bilinear", align_corners=False).numpy()
         coded = float(np.mean([model.ideal_bits(one) for one in s])) / 8
-        setting = f"{k}x{k}, step {step:g}"
+        setting = f"{k[0]}x{k[1]}, step {step:g}"
         points.append(judge.point("training-free", setting, split, coded, judge.answers(tail, f_hat)))
         progress(len(points), len(sweep))
     return points

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bitneck.bundle import Bundle, BundleWriter
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
 from bitneck.errors import InvalidConfig, ModelFailure
-from bitneck.manifest import Manifest, PointEntry, Segment, SplitPoint
+from bitneck.manifest import FileRole, Manifest, PointEntry, Segment, SplitPoint
 from bitneck_models.backbones import Backbone
 from bitneck_models.onnx_export import to_onnx
 from bitneck_models.recipe import PointRecipe
@@ -61,7 +61,7 @@ def export_bundle(
         entry: its trained points are exported; points without weights are left out.
         backbone: the network of the recipe.
         out: the bundle's folder.
-        images: for the proof, (N, 3, size, size) float32, normalized.
+        images: for the proof, (N, 3, H, W) float32, normalized.
         progress: called with what is being done.
 
     Raises:
@@ -93,11 +93,12 @@ def export_bundle(
             writer.add(f"points/{point.id}/encoder.onnx", to_onnx(unit.encoder, unit.feature_shape), "edge")
             writer.add(f"points/{point.id}/decoder.onnx", to_onnx(unit.decoder, unit.latent_shape), "cloud")
             writer.add(f"points/{point.id}/tables.npz", tables[point.id].to_npz(), "both")
-        writer.add("labels.json", (json.dumps(backbone.labels, indent=0) + "\n").encode(), "cloud")
+        users: FileRole = "both" if backbone.task == "segmentation" else "cloud"
+        writer.add("labels.json", (json.dumps(backbone.labels, indent=0) + "\n").encode(), users)
         manifest = Manifest(
             name=entry.recipe.name,
             backbone=backbone.name,
-            task="classification",
+            task=backbone.task,
             input=backbone.input,
             segments=tuple(segments),
             split_points=tuple(
@@ -116,8 +117,7 @@ def export_bundle(
 
 
 def _input_shape(backbone: Backbone, splits: Sequence[str], index: int) -> tuple[int, int, int]:
-    size = backbone.input.size
-    return (3, size, size) if index == 0 else backbone.feature_shape(splits[index - 1])
+    return backbone.input_shape if index == 0 else backbone.feature_shape(splits[index - 1])
 
 
 def _entry(point: PointRecipe, unit: BottleneckUnit, measured: MeasuredLadder | None) -> PointEntry:
@@ -150,13 +150,18 @@ def prove(bundle: Bundle, backbone: Backbone, units: dict[str, BottleneckUnit], 
         bundle: what was exported.
         backbone: what the chain must equal.
         units: by operating point.
-        images: (N, 3, size, size) float32, normalized.
+        images: (N, 3, H, W) float32, normalized.
 
     Raises:
-        ModelFailure: a difference of more than `TOLERANCE`.
+        ModelFailure: a difference of more than `TOLERANCE`, or an output that is not of the task's shape.
     """
     x = torch.from_numpy(images)
     output = backbone(x).numpy()
+    if output.shape[1:] != backbone.output_shape:
+        raise ModelFailure(
+            f"{backbone.name} gave an output of shape {output.shape[1:]}, {backbone.task} with {len(backbone.labels)} "
+            f"labels needs {backbone.output_shape}"
+        )
     chain = SegmentChain(bundle)
     whole: dict[str, float] = {}
     encoders: dict[str, float] = {}

@@ -57,9 +57,8 @@ def head_module(backbone: Backbone, split: str, folder: Path) -> OnnxModule:
     path = folder / f"{backbone.name}-{split}-head.onnx"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        size = backbone.input.size
         temporary = path.with_suffix(".part")
-        temporary.write_bytes(to_onnx(backbone.head(split), (3, size, size)))
+        temporary.write_bytes(to_onnx(backbone.head(split), backbone.input_shape))
         temporary.rename(path)
     return OnnxModule(path)
 
@@ -112,14 +111,14 @@ def cached_features(
 def _batches(
     backbone: Backbone, spec: FeatureSpec, views: Sequence[tuple[Path, int]], rows: NDArray[np.intp]
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-    """Batches of rows and their inputs (N, 3, size, size) float32; photographs are read ahead by one thread."""
+    """Batches of rows and their inputs (N, 3, H, W) float32; photographs are read ahead by one thread."""
 
     def one(row: int) -> NDArray[np.float32]:
         path, view = views[row]
         image = load_photo(path)
         if spec.augmented:
             digest = hashlib.sha256(f"{spec.seed} {view} {path.parent.name}/{path.name}".encode()).digest()
-            image = augment(image, backbone.input.size, np.random.default_rng(list(digest)))
+            image = augment(image, backbone.input, np.random.default_rng(list(digest)))
         else:
             image = crop(image, backbone.input)
         return normalize(image, backbone.input)

@@ -94,7 +94,7 @@ def proof_images(spec: InputSpec, source: Path | None, count: int = 8) -> NDArra
         count: how many.
 
     Returns:
-        (count or fewer, 3, size, size) float32, normalized.
+        (count or fewer, 3, H, W) float32, normalized.
 
     Raises:
         ImageError: no photographs, or unreadable ones.
@@ -117,21 +117,22 @@ def split_off_validation(photos: Sequence[Path], every: int) -> tuple[list[Path]
     return kept, held
 
 
-def augment(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """A random view: area 25 to 100 %, aspect 3:4 to 4:3, flip, mild light and colour.
+def augment(image: Image.Image, spec: InputSpec, rng: np.random.Generator) -> Image.Image:
+    """A random view: area 25 to 100 %, aspect 3:4 to 4:3 of the input's own, flip, mild light and colour.
 
     Args:
         image: RGB.
-        size: of the square view, pixels.
+        spec: of the input that it becomes; its height and width count.
         rng: source of randomness.
     """
     width, height = image.size
     area = width * height * rng.uniform(0.25, 1.0)
-    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3))) * spec.width / spec.height
     w = min(width, max(8, round(float(np.sqrt(area * aspect)))))
     h = min(height, max(8, round(float(np.sqrt(area / aspect)))))
     left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
-    view = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    box = (left, top, left + w, top + h)
+    view = image.resize((spec.width, spec.height), Image.Resampling.BICUBIC, box=box)
     if rng.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < 0.5:

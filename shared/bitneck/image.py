@@ -1,7 +1,8 @@
 """Photographs to the backbone's input, without torch.
 
-Equal to torchvision's ``Resize(resize, interpolation)``, ``CenterCrop(size)``, ``ToTensor`` and ``Normalize`` on PIL
-images (a test holds 1e-6), so a network sees at the edge what it saw in training.
+Equal to torchvision's ``Resize(resize, interpolation)`` and ``CenterCrop((height, width))``, or where the input is
+stretched to ``Resize((height, width), interpolation)``, then ``ToTensor`` and ``Normalize``, on PIL images (a test
+holds 1e-6): a network sees at the edge what it saw in training.
 """
 
 import contextlib
@@ -140,19 +141,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def crop(image: Image.Image, spec: InputSpec) -> Image.Image:
-    """Resize the short side to ``spec.resize`` and cut ``spec.size`` squared from the centre.
+    """A photograph's part that the network sees, at the input's height and width.
+
+    With ``crop`` the short side is resized to ``spec.resize`` and the centre is cut out; with ``stretch`` the whole
+    photograph is resized, whatever its shape.
 
     Args:
         image: RGB, any size.
         spec: the backbone's input.
 
     Returns:
-        RGB, ``spec.size`` squared.
+        RGB, ``spec.height`` x ``spec.width``.
 
     Raises:
         ImageError: the picture is so long and narrow that resizing it would exceed the pixel limit.
     """
     width, height = image.size
+    if spec.resize is None:
+        if spec.width * height > MAX_PIXELS:  # Pillow resizes along x first
+            raise ImageError(f"a picture of {width}x{height} pixels is too long and narrow; crop it first")
+        if (width, height) == (spec.width, spec.height):
+            return image
+        return image.resize((spec.width, spec.height), _RESAMPLING[spec.interpolation])
     short, long = min(width, height), max(width, height)
     resized_long = int(spec.resize * long / short)
     if resized_long * spec.resize > MAX_PIXELS:
@@ -160,9 +170,9 @@ def crop(image: Image.Image, spec: InputSpec) -> Image.Image:
     if short != spec.resize:
         new = (spec.resize, resized_long) if width <= height else (resized_long, spec.resize)
         image = image.resize(new, _RESAMPLING[spec.interpolation])
-    left = round((image.width - spec.size) / 2.0)
-    top = round((image.height - spec.size) / 2.0)
-    return image.crop((left, top, left + spec.size, top + spec.size))
+    left = round((image.width - spec.width) / 2.0)
+    top = round((image.height - spec.height) / 2.0)
+    return image.crop((left, top, left + spec.width, top + spec.height))
 
 
 def normalize(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
@@ -181,5 +191,5 @@ def normalize(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
 
 
 def preprocess(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
-    """`crop`, then `normalize`: (1, 3, size, size) float32."""
+    """`crop`, then `normalize`: (1, 3, H, W) float32."""
     return normalize(crop(image, spec), spec)

@@ -20,14 +20,21 @@ __all__ = [
     "PointEntry",
     "Segment",
     "SplitPoint",
+    "Task",
     "bundle_id_of",
     "sha256_hex",
 ]
 
-FORMAT_VERSION: Literal[2] = 2
+FORMAT_VERSION: Literal[3] = 3
 
 FileRole = Literal["edge", "cloud", "both"]
 """Which machine needs a file."""
+
+Task = Literal["classification", "segmentation"]
+"""What a chain's output is: (N, K) logits, or (N, K, H, W) logits at the input's height and width."""
+
+MAX_INPUT_PIXELS = 1 << 24
+"""Larger inputs are refused: both sides allocate by them, and a manifest comes from the other machine."""
 
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -44,23 +51,34 @@ class InputSpec(_Strict):
     """How a photograph becomes the backbone's input: resize, centre crop, normalize.
 
     Attributes:
-        size: height and width of the crop, pixels.
-        resize: the short side after resizing, pixels; at least `size`.
+        height: of the input, pixels.
+        width: likewise.
+        resize: with ``crop`` the short side after resizing, pixels; at least height and width. None with ``stretch``.
+        fit: ``crop`` cuts height x width from the centre of the resized photograph; ``stretch`` resizes the whole
+            photograph to height x width, whatever its shape, so that a class map covers all of it.
         interpolation: of the resize, always with antialiasing.
         mean: per channel R, G, B, of values scaled to 0..1.
         std: likewise.
     """
 
-    size: Dimension
-    resize: Dimension
+    height: Dimension
+    width: Dimension
+    resize: Dimension | None = None
+    fit: Literal["crop", "stretch"] = "crop"
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"]
     mean: Triple
     std: Triple
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.resize < self.size:
-            raise ValueError(f"resize {self.resize} is smaller than the crop {self.size}")
+        if self.height * self.width > MAX_INPUT_PIXELS:
+            raise ValueError(f"{self.height}x{self.width} input pixels, the limit is {MAX_INPUT_PIXELS}")
+        if self.fit == "stretch" and self.resize is not None:
+            raise ValueError(f"resize is {self.resize}, but `stretch` resizes to height x width; leave it out")
+        if self.fit == "crop" and self.resize is None:
+            raise ValueError("`crop` needs resize, the short side after resizing")
+        if self.resize is not None and self.resize < max(self.height, self.width):
+            raise ValueError(f"resize {self.resize} is smaller than the crop, {self.height}x{self.width}")
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
         return self
@@ -68,7 +86,7 @@ class InputSpec(_Strict):
     @property
     def pixels(self) -> int:
         """Input pixels, what bpp is divided by."""
-        return self.size * self.size
+        return self.height * self.width
 
 
 class Segment(_Strict):
@@ -134,10 +152,10 @@ class FileEntry(_Strict):
 class Manifest(_Strict):
     """All that edge and cloud must agree on. Its digest is the bundle's id."""
 
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[3] = FORMAT_VERSION
     name: Id
     backbone: Id
-    task: Literal["classification"]
+    task: Task
     input: InputSpec
     segments: Annotated[tuple[Segment, ...], Field(min_length=2, max_length=64)]
     split_points: Annotated[tuple[SplitPoint, ...], Field(min_length=1, max_length=63)]
@@ -191,6 +209,8 @@ class Manifest(_Strict):
             yield f"points/{point.id}/tables.npz", "edge"
             yield f"points/{point.id}/tables.npz", "cloud"
         yield self.labels, "cloud"
+        if self.task == "segmentation":
+            yield self.labels, "edge"  # which class indices an answer may have
 
     @property
     def ladder(self) -> Ladder:
