@@ -6,6 +6,7 @@
 Dimensions: N batch, C x Hf x Wf feature.
 """
 
+import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Backbone:
         labels: names of the classes.
         wnids: WordNet ids of the classes, or empty.
         task: what the output is; see `output_shape`.
+        weights_sha256: digest of the file of weights, where they are not the publisher's; feature caches are kept apart
+            by it.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Backbone:
     labels: tuple[str, ...]
     wnids: tuple[str, ...]
     task: Task = "classification"
+    weights_sha256: str = ""
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -156,7 +160,22 @@ def _load_in_order(net: nn.Module, path: Path) -> None:
     net.load_state_dict(dict(zip(own, state.values(), strict=True)))
 
 
-BACKBONES: Mapping[str, Callable[[Path | None], Backbone]] = {"efficientnet_lite0": _efficientnet_lite0}
+def _elsewhere(name: str) -> Callable[[Path | None], Backbone]:
+    """A builder of `bitneck_models.torchvision_networks`, which builds on this module."""
+
+    def build(weights: Path | None) -> Backbone:
+        module = importlib.import_module("bitneck_models.torchvision_networks")
+        backbone: Backbone = getattr(module, name)(weights)
+        return backbone
+
+    return build
+
+
+BACKBONES: Mapping[str, Callable[[Path | None], Backbone]] = {
+    "efficientnet_lite0": _efficientnet_lite0,
+    "resnet50": _elsewhere("resnet50"),
+    "deeplabv3_resnet50": _elsewhere("deeplabv3_resnet50"),
+}
 """Builders by name."""
 
 
