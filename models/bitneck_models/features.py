@@ -6,7 +6,7 @@ it was made from; another key makes another folder. Filling it can be cut off at
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
+from PIL import Image
 
 from bitneck.errors import InvalidConfig
 from bitneck.image import crop, load_photo, normalize
 from bitneck.runtime import OnnxModule
 from bitneck_models.backbones import Backbone
+from bitneck_models.class_maps import VOID, ViewRange, load_class_map, random_view
 from bitneck_models.onnx_export import to_onnx
 from bitneck_models.photos import augment
 
-__all__ = ["FeatureSpec", "cached_features", "head_module"]
+__all__ = ["FeatureSpec", "cached_features", "head_module", "view_maps"]
 
 _BATCH = 16
 
@@ -43,18 +45,56 @@ class FeatureSpec:
     augmented: bool
     seed: int
 
-    def key(self, backbone: str) -> str:
+    def key(self, backbone: Backbone) -> str:
         """Digest of all that decides the contents; of a photograph its path, size and time count."""
-        lines = [f"{backbone} {self.split} {self.augmented} {self.seed} 1"]
+        lines = [f"{backbone.name} {self.split} {self.augmented} {self.seed} 1"]
+        if backbone.weights_sha256 or backbone.task != "classification":
+            lines.append(f"{backbone.weights_sha256} {backbone.task} {_views(backbone)}")
         for path, views in self.photos:
             stat = path.stat()
             lines.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {views}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
+    def rng(self, path: Path, view: int) -> np.random.Generator:
+        """Source of one view's randomness."""
+        digest = hashlib.sha256(f"{self.seed} {view} {path.parent.name}/{path.name}".encode()).digest()
+        return np.random.default_rng(list(digest))
+
+
+def view_maps(backbone: Backbone, spec: FeatureSpec, maps: Mapping[Path, Path]) -> NDArray[np.uint8]:
+    """Class maps of the same views as `cached_features`, in the same order.
+
+    Args:
+        backbone: a segmentation network.
+        spec: the views.
+        maps: file of the class map of each photograph that has one.
+
+    Returns:
+        (M, H, W) uint8 at the input's height and width, `VOID` where nothing is known.
+    """
+    size = backbone.input.width, backbone.input.height
+    found = []
+    for path, count in spec.photos:
+        classes = load_class_map(maps[path], len(backbone.labels)) if path in maps else None
+        for view in range(count):
+            if classes is None:
+                found.append(np.full(size[::-1], VOID, np.uint8))
+            elif spec.augmented:
+                blank = Image.new("RGB", classes.shape[::-1])
+                found.append(random_view(blank, classes, _views(backbone), spec.rng(path, view))[1])
+            else:
+                found.append(np.array(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST)))
+    return np.stack(found)
+
+
+def _views(backbone: Backbone) -> ViewRange:
+    """Of segmentation networks: whole pictures or a part of them, nothing from outside the photograph."""
+    return ViewRange(height=backbone.input.height, width=backbone.input.width, scale_min=1.0, scale_max=1.5, light=0.3)
+
 
 def head_module(backbone: Backbone, split: str, folder: Path) -> OnnxModule:
     """The head as an ONNX Runtime module: several times faster on a CPU than eager torch."""
-    path = folder / f"{backbone.name}-{split}-head.onnx"
+    path = folder / f"{backbone.name}-{split}-head{backbone.weights_sha256[:16]}.onnx"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
@@ -84,7 +124,7 @@ def cached_features(
     views = [(path, view) for path, count in spec.photos for view in range(count)]
     if not views:
         raise InvalidConfig("no photographs to take features from")
-    key = spec.key(backbone.name)
+    key = spec.key(backbone)
     place = folder / f"{backbone.name}-{spec.split}-{key[:16]}"
     place.mkdir(parents=True, exist_ok=True)
     features_path, done_path = place / "features.npy", place / "done.npy"
@@ -116,9 +156,10 @@ def _batches(
     def one(row: int) -> NDArray[np.float32]:
         path, view = views[row]
         image = load_photo(path)
-        if spec.augmented:
-            digest = hashlib.sha256(f"{spec.seed} {view} {path.parent.name}/{path.name}".encode()).digest()
-            image = augment(image, backbone.input, np.random.default_rng(list(digest)))
+        if spec.augmented and backbone.task == "segmentation":
+            image, _ = random_view(image, None, _views(backbone), spec.rng(path, view))
+        elif spec.augmented:
+            image = augment(image, backbone.input, spec.rng(path, view))
         else:
             image = crop(image, backbone.input)
         return normalize(image, backbone.input)

@@ -1,7 +1,7 @@
 """From a recipe to trained points: features, initialization, training, tables, validation."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from bitneck.errors import InvalidConfig
 from bitneck.symbols import dequantize, quantize
 from bitneck.tables import FactorizedModel
 from bitneck_models.backbones import Backbone
-from bitneck_models.features import FeatureSpec, cached_features
+from bitneck_models.class_maps import confusion, mapped_photos, mean_iou
+from bitneck_models.features import FeatureSpec, cached_features, view_maps
 from bitneck_models.photos import labelled_photos, split_off_validation, unlabelled_photos
 from bitneck_models.recipe import PointRecipe, Recipe
 from bitneck_models.scalars import Scalars
@@ -37,8 +38,11 @@ __all__ = [
 ]
 
 _INIT_FEATURES = 4000
+_INIT_BYTES = 1 << 30
+"""Of the sample as float32: features of 23x30 are large."""
 _TABLE_FEATURES = 12000
 _CHUNK = 100
+_VALIDATION_CHUNK = 20
 _ALIVE = 0.02
 """A channel stays if more than this share of its symbols is not zero."""
 
@@ -52,20 +56,29 @@ class PhotoSets:
         validation: the files put aside.
         weights: probability of each view to be drawn, (M,).
         labels: class of each view, (M,) int64; -1 where the recipe gives none.
+        maps: segmentation: file of the class map of each photograph that has one.
     """
 
     train: tuple[tuple[Path, int], ...]
     validation: tuple[Path, ...]
     weights: NDArray[np.float64]
     labels: NDArray[np.int64]
+    maps: Mapping[Path, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """A unit on the photographs put aside: ideal code length of its tables, and agreement with the teacher."""
+    """A unit on the photographs put aside.
+
+    Attributes:
+        payload_bytes: ideal code length of its tables.
+        agreement: share of the photographs, or of the pixels, whose class is the teacher's.
+        mean_iou: segmentation: with the class maps of the photographs; None where there are none.
+    """
 
     payload_bytes: float
     agreement: float
+    mean_iou: float | None = None
 
 
 def photo_sets(recipe: Recipe, data: Path, backbone: Backbone) -> PhotoSets:
@@ -84,22 +97,32 @@ def photo_sets(recipe: Recipe, data: Path, backbone: Backbone) -> PhotoSets:
     validation: list[Path] = []
     weights: list[NDArray[np.float64]] = []
     labels: list[NDArray[np.int64]] = []
+    maps: dict[Path, Path] = {}
     for source in recipe.data:
-        photos = unlabelled_photos([data / source.folder])
         known: dict[Path, int] = {}
-        if source.labels:
+        if source.labels and backbone.task == "segmentation":
+            pairs = dict(mapped_photos(data / source.folder))
+            photos = list(pairs)
+            maps |= pairs
+        else:
+            photos = unlabelled_photos([data / source.folder])
+        if source.labels and backbone.task == "classification":
             known = {p.path: p.label for p in labelled_photos(data / source.folder, backbone.wnids, backbone.labels)}
         if source.validate_every:
             photos, held = split_off_validation(photos, source.validate_every)
             validation += held
+        if not photos:
+            continue
         train += [(photo, source.views) for photo in photos]
         count = len(photos) * source.views
         weights.append(np.full(count, source.share / count))
         labels.append(np.repeat([known.get(photo, NO_LABEL) for photo in photos], source.views).astype(np.int64))
     if not validation:
         raise InvalidConfig("the recipe puts no photograph aside: give one of its sources validate_every")
+    if not train:
+        raise InvalidConfig("the recipe puts every photograph aside and leaves none to train on")
     together = np.concatenate(weights)
-    return PhotoSets(tuple(train), tuple(validation), together / together.sum(), np.concatenate(labels))
+    return PhotoSets(tuple(train), tuple(validation), together / together.sum(), np.concatenate(labels), maps)
 
 
 def choose_device(name: str) -> str:
@@ -145,11 +168,16 @@ def train_point(
         on_step: progress of the training.
     """
     training = entry.recipe.training_of(point)
-    if any(term.kind == "ce" for term in point.task) and not (sets.labels != NO_LABEL).any():
+    supervised = any(term.kind == "ce" for term in point.task)
+    if supervised and not (sets.labels != NO_LABEL).any() and not sets.maps:
         raise InvalidConfig(
             f"{point.id} has a task term `ce`, and no photograph has a label: set `labels = true` at a source whose "
-            "folders are named by class"
+            "folders are named by class, or that has `images` and `labels`"
         )
+    train, held_out = _feature_specs(point.split, sets, training.seed)
+    labels: NDArray[np.integer] = sets.labels
+    if supervised and backbone.task == "segmentation":
+        labels = view_maps(backbone, train, sets.maps)
     features, held = split_features(backbone, point.split, sets, training.seed, runs, on_features)
     tail = backbone.tail(point.split)
     unit = initialized_unit(entry, point, backbone, features, sets.weights)
@@ -165,12 +193,13 @@ def train_point(
 
         train_unit(
             unit.to(device), tail.to(device), features, point, training,
-            weights=sets.weights, labels=sets.labels, checkpoint=folder / f"{point.id}.pt", report=report,
+            weights=sets.weights, labels=labels, checkpoint=folder / f"{point.id}.pt", report=report,
         )  # fmt: skip
     unit, tail = unit.cpu(), tail.cpu()
     round_weights(unit)
     unit, tables = prune_and_fit(unit, point, table_features(features, sets))
-    result = validate(unit, tail, point, tables, held)
+    truth = view_maps(backbone, held_out, sets.maps) if sets.maps else None
+    result = validate(unit, tail, point, tables, held, truth)
     record = PointRecord(
         recipe=point.model_dump(by_alias=True),
         training=training.model_dump(),
@@ -182,6 +211,7 @@ def train_point(
         estimated_bytes=float(np.mean([step.bits for step in last])) / 8 if last else 0.0,
         validation_bytes=result.payload_bytes,
         validation_agreement=result.agreement,
+        validation_mean_iou=result.mean_iou,
         trained=datetime.now(tz=UTC).date(),
     )
     entry.save(point, unit, tables, record)
@@ -197,11 +227,18 @@ def split_features(
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
     """Features of the training views and of the photographs put aside, from their caches: (M, C, Hf, Wf) each."""
-    train = FeatureSpec(split=split, photos=sets.train, augmented=True, seed=seed)
-    held = FeatureSpec(split=split, photos=tuple((p, 1) for p in sets.validation), augmented=False, seed=seed)
+    train, held = _feature_specs(split, sets, seed)
     return (
         cached_features(backbone, train, runs / "cache", progress),
         cached_features(backbone, held, runs / "cache", progress),
+    )
+
+
+def _feature_specs(split: str, sets: PhotoSets, seed: int) -> tuple[FeatureSpec, FeatureSpec]:
+    """Training views, and the photographs put aside."""
+    return (
+        FeatureSpec(split=split, photos=sets.train, augmented=True, seed=seed),
+        FeatureSpec(split=split, photos=tuple((p, 1) for p in sets.validation), augmented=False, seed=seed),
     )
 
 
@@ -232,7 +269,8 @@ def initialized_unit(
     tail = backbone.tail(point.split)
     unit = new_unit(backbone, point)
     if point.init in ("task", "principal", "next"):
-        rows = _sample(weights, _INIT_FEATURES, seed=1)
+        most = int(_INIT_BYTES // (4 * np.prod(features.shape[1:])))
+        rows = _sample(weights, min(_INIT_FEATURES, most), seed=1)
         f = torch.from_numpy(features[rows].astype(np.float32))
         if point.init == "next":
             init_next(unit, tail, f)
@@ -298,7 +336,12 @@ def prune_and_fit(
 
 
 def validate(
-    unit: BottleneckUnit, tail: nn.Module, point: PointRecipe, tables: FactorizedModel, features: NDArray[np.float16]
+    unit: BottleneckUnit,
+    tail: nn.Module,
+    point: PointRecipe,
+    tables: FactorizedModel,
+    features: NDArray[np.float16],
+    truth: NDArray[np.uint8] | None = None,
 ) -> Validation:
     """Rate and agreement on features that were not trained on.
 
@@ -308,16 +351,29 @@ def validate(
         point: gives the step.
         tables: of the unit.
         features: (M, C, Hf, Wf) float16.
+        truth: segmentation: class maps, (M, H, W) uint8; None where there are none.
     """
     symbols = symbols_of(unit, features, point.step, tables)
     bits = [tables.ideal_bits(s) for s in symbols]
-    agree = 0
-    for start in range(0, len(features), _CHUNK):
-        f = torch.from_numpy(features[start : start + _CHUNK].astype(np.float32))
-        y_hat = torch.from_numpy(dequantize(symbols[start : start + _CHUNK], point.step))
+    agree = 0.0
+    matrix: NDArray[np.int64] | None = None
+    for start in range(0, len(features), _VALIDATION_CHUNK):
+        rows = slice(start, start + _VALIDATION_CHUNK)
+        f = torch.from_numpy(features[rows].astype(np.float32))
+        y_hat = torch.from_numpy(dequantize(symbols[rows], point.step))
         with torch.no_grad():
-            agree += int((tail(unit.decoder(y_hat)).argmax(1) == tail(f).argmax(1)).sum())
-    return Validation(payload_bytes=float(np.mean(bits)) / 8, agreement=agree / len(features))
+            student, teacher = tail(unit.decoder(y_hat)), tail(f)  # (n, L) or (n, K, H, W)
+        answer = student.argmax(1)  # (n,) or (n, H, W)
+        same = (answer == teacher.argmax(1)).float()
+        agree += float(same.reshape(len(same), -1).mean(1).sum())
+        if truth is not None:
+            part = confusion(truth[rows], answer.numpy(), student.shape[1])
+            matrix = part if matrix is None else matrix + part
+    return Validation(
+        payload_bytes=float(np.mean(bits)) / 8,
+        agreement=agree / len(features),
+        mean_iou=None if matrix is None else mean_iou(matrix),
+    )
 
 
 def _sample(weights: NDArray[np.float64], size: int, seed: int) -> NDArray[np.intp]:

@@ -27,9 +27,9 @@ class Source(_Strict):
         folder: below the data folder.
         views: random views of each photograph.
         share: of every batch that comes from this source; shares are relative to each other.
-        validate_every: put every n-th photograph aside for validation; 0 for none.
-        labels: the folder has one folder for each class, or ``labels.csv``, and the labels may be used, which only a
-            task term ``ce`` does.
+        validate_every: put every n-th photograph aside for validation; 0 for none, 1 for all.
+        labels: the folder has one folder for each class, or ``labels.csv``, or for segmentation ``images`` and
+            ``labels``, and the labels may be used, which only a task term ``ce`` does.
     """
 
     folder: str
@@ -72,6 +72,7 @@ class TrainingRecipe(_Strict):
         rate_learning_rate: likewise for the rate term, which has to follow the unit.
         warmup_steps: over which the rates rise; then they fall along a cosine.
         mix: share of the features that are mixtures of two, for variety.
+        mirror: mirror half of the batches; not where the network's answer has a place and left differs from right.
         ema: decay of the running mean of the weights, which is what is kept.
         precision: of the arithmetic in the frozen tail and in the unit's layers at the feature's size; those at the
             latent and the rate term stay in float32. bfloat16 is faster where the processor, or the GPU, has it.
@@ -86,6 +87,7 @@ class TrainingRecipe(_Strict):
     rate_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     mix: Annotated[float, Field(ge=0, le=1)] = 0.3
+    mirror: bool = True
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0

@@ -6,12 +6,17 @@
 
 Paper, section 3.3. The tail is run only as far as the deepest layer that a term compares.
 
-Dimensions: N batch, L outputs.
+Segmentation: a network whose last stage is named ``upsample`` only enlarges logits there. What a term without a layer
+compares are the logits before it, position by position, and class maps are brought to their size by taking the nearest
+pixel: the gradient is as good as the enlarged logits', at a sixteenth of the work for a stage that enlarges 4 times.
+
+Dimensions: N batch, L outputs, K classes, H x W class map, h x w logits.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +26,8 @@ from bitneck_models.recipe import TaskTerm
 __all__ = ["Labels", "TaskLoss"]
 
 NO_LABEL = -1
+UPSAMPLE = "upsample"
+"""Name of a last stage that only enlarges logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +35,7 @@ class Labels:
     """Classes of a batch whose features may be mixtures of two.
 
     Attributes:
-        first: (N,) int64, -1 where unknown.
+        first: (N,) or (N, H, W) int64, -1 where unknown.
         second: likewise, of what was mixed in.
         share: of the first, (N,) float32.
     """
@@ -53,9 +60,10 @@ class TaskLoss:
         self.terms = tuple(terms)
         self.stages = list(tail.named_children()) if isinstance(tail, nn.Sequential) else [("output", tail)]
         names = [name for name, _ in self.stages]
+        output = names[-2] if names[-1] == UPSAMPLE and len(names) > 1 else names[-1]
         self.layers: list[int] = []
         for term in self.terms:
-            wanted = names[-1] if term.layer is None else term.layer.replace(".", "_")
+            wanted = output if term.layer is None else term.layer.replace(".", "_")
             if wanted not in names:
                 raise InvalidConfig(f"no layer {term.layer!r} after the split point; there are: {', '.join(names)}")
             self.layers.append(names.index(wanted))
@@ -96,9 +104,10 @@ class TaskLoss:
                 case "mse":
                     value = F.mse_loss(s, teacher[layer])
                 case "kl":
-                    value = F.kl_div(
-                        s.log_softmax(1), teacher[layer].log_softmax(1), reduction="batchmean", log_target=True
+                    divergence = F.kl_div(
+                        s.log_softmax(1), teacher[layer].log_softmax(1), reduction="none", log_target=True
                     )
+                    value = divergence.sum(1).mean()  # over the batch, and over positions where there are any
                 case "ce":
                     if labels is None:
                         raise InvalidConfig("a task term `ce` needs labels")
@@ -108,10 +117,27 @@ class TaskLoss:
 
 
 def _cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
-    """Mean over what has a label; a mixture counts for both of its classes. 0 where nothing has one."""
-    losses = labels.share * F.cross_entropy(logits, labels.first, ignore_index=NO_LABEL, reduction="none")
-    losses = losses + (1 - labels.share) * F.cross_entropy(
-        logits, labels.second, ignore_index=NO_LABEL, reduction="none"
+    """Mean over what has a label; a mixture counts for both of its classes. 0 where nothing has one.
+
+    Args:
+        logits: (N, L) or (N, K, h, w).
+        labels: of the batch; class maps may have any size.
+    """
+    share = labels.share.view(-1, *[1] * (logits.ndim - 2))  # (N,) or (N, 1, 1)
+    total, count = logits.new_zeros(()), logits.new_zeros(())
+    for classes, part in ((labels.first, share), (labels.second, 1 - share)):
+        wanted = _at_size(classes, logits)
+        total = total + (part * F.cross_entropy(logits, wanted, ignore_index=NO_LABEL, reduction="none")).sum()
+        count = count + (part * (wanted != NO_LABEL)).sum()
+    return total / count.clamp(min=1e-6)
+
+
+def _at_size(classes: Tensor, logits: Tensor) -> Tensor:
+    """Class maps (N, H, W) at the logits' h x w, the nearest pixel of each; (N,) as it is."""
+    if classes.ndim == 1 or classes.shape[1:] == logits.shape[2:]:
+        return classes
+    rows, columns = (
+        ((torch.arange(n, device=classes.device) + 0.5) * (m / n)).long()
+        for m, n in zip(classes.shape[1:], logits.shape[2:], strict=True)
     )
-    known = labels.share * (labels.first != NO_LABEL) + (1 - labels.share) * (labels.second != NO_LABEL)
-    return losses.sum() / known.sum().clamp(min=1e-6)
+    return classes[:, rows[:, None], columns[None, :]]

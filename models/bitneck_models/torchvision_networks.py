@@ -1,4 +1,4 @@
-"""The paper's own networks, from torchvision: ResNet-50 (ImageNet) and DeepLab v3 on ResNet-50 (COCO, 21 classes of VOC).
+"""The paper's own networks, from torchvision: ResNet-50, and DeepLab v3 on it.
 
     resnet50             stem layer1 layer2 layer3 [s3: layer3.4] layer4 [s2: layer4.0] [s1: layer4.2] pool classifier
     deeplabv3_resnet50   stem layer1 layer2 layer3 [s3: layer3.5] layer4 [s2: layer4.1] classifier.0 [s1] ... upsample
@@ -9,6 +9,7 @@ the other four pass around it uncoded; ours is the output of `classifier.0`, whe
 """
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -82,7 +83,7 @@ def deeplabv3_resnet50(weights: Path | None) -> Backbone:
     )
 
 
-def _body(net: nn.Module) -> dict[str, nn.Module]:
+def _body(net: Any) -> dict[str, nn.Module]:
     """The stages of a ResNet up to its last block."""
     stages: dict[str, nn.Module] = {"stem": nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)}
     for layer in ("layer1", "layer2", "layer3", "layer4"):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig, ModelFailure
+from bitneck_models.class_maps import VOID
 from bitneck_models.rate import RateTerm, build_rate
 from bitneck_models.recipe import PointRecipe, TrainingRecipe
 from bitneck_models.tasks import NO_LABEL, Labels, TaskLoss
@@ -54,7 +55,7 @@ def train_unit(
     training: TrainingRecipe,
     *,
     weights: NDArray[np.float64] | None = None,
-    labels: NDArray[np.int64] | None = None,
+    labels: NDArray[np.integer] | None = None,
     checkpoint: Path | None = None,
     report: Callable[[StepReport], None] = lambda _report: None,
     stop_after: int | None = None,
@@ -68,7 +69,8 @@ def train_unit(
         point: step, lambda and rate term.
         training: the schedule.
         weights: probability of each feature to be drawn, (M,), summing to 1; None for all alike.
-        labels: class of each feature, (M,), -1 where unknown; only task terms with labels need them.
+        labels: class of each feature, (M,), -1 where unknown, or class maps, (M, H, W) uint8, where 255 is no class;
+            only task terms with labels need them.
         checkpoint: a file to resume from, if it is there, and to save to.
         report: called after every step.
         stop_after: save and return after this many steps in all.
@@ -111,7 +113,7 @@ class _Run:
         tail: nn.Module,
         features: NDArray[np.float16],
         weights: NDArray[np.float64] | None,
-        labels: NDArray[np.int64] | None,
+        labels: NDArray[np.integer] | None,
         point: PointRecipe,
         training: TrainingRecipe,
     ) -> None:
@@ -128,7 +130,11 @@ class _Run:
 
     def _demand_labels(self, point: PointRecipe) -> None:
         """Without a teacher only what has a label is drawn."""
-        known = self.labels != NO_LABEL if self.labels is not None else np.zeros(len(self.features), np.bool_)
+        known = np.zeros(len(self.features), np.bool_)
+        if self.labels is not None:
+            known = self.labels != NO_LABEL if self.labels.ndim == 1 else np.ones(len(self.features), np.bool_)
+        if self.labels is not None and self.labels.ndim > 1 and self.training.mirror:
+            raise InvalidConfig(f"{point.id}: class maps are not mirrored; set `mirror = false` in [training]")
         if not np.any(known):
             raise InvalidConfig(f"{point.id} has a task term `ce`, and no feature has a label")
         if not self.task.needs_teacher:
@@ -228,7 +234,7 @@ class _Run:
         rows = np.sort(rng.choice(len(self.features), self.training.batch, replace=False, p=self.weights))
         order = rng.permutation(len(rows))
         f = torch.from_numpy(self.features[rows].astype(np.float32)[order]).to(self.device)
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and self.training.mirror:
             f = f.flip(3)
         share = np.ones(len(f), np.float32)
         mixed = int(len(f) * self.training.mix) // 2 * 2
@@ -238,7 +244,9 @@ class _Run:
             f[:mixed] = part * f[:mixed] + (1 - part) * f[:mixed].flip(0)
         if self.labels is None or not self.task.needs_labels:
             return f, None
-        first = self.labels[rows][order]
+        first = self.labels[rows][order].astype(np.int64)
+        if first.ndim > 1:
+            first[first == VOID] = NO_LABEL
         second = first.copy()
         second[:mixed] = first[:mixed][::-1]
         return f, Labels(*(torch.from_numpy(a).to(self.device) for a in (first, second, share)))

@@ -21,7 +21,7 @@ __all__ = ["RANDOM", "download", "fill", "load_state", "randomize"]
 RANDOM = Path("random")
 """In place of a file of weights: random ones, the same each time."""
 
-_CALIBRATION = 2
+_CALIBRATION = 6
 """Pictures that random weights' batch norms are adjusted to."""
 
 
@@ -100,8 +100,8 @@ def download(url: str) -> dict[str, Tensor]:
         )
     except Exception as exc:  # urllib, ssl, the file system, torch
         raise InvalidConfig(
-            f"the weights cannot be downloaded ({type(exc).__name__}: {exc}). Download {url} on a machine that can, and "
-            f"give the file with --weights FILE, or put it into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+            f"the weights cannot be downloaded ({type(exc).__name__}: {exc}). Download {url} on a machine that can, "
+            f"and give the file with --weights FILE, or put it into {Path(torch.hub.get_dir()) / 'checkpoints'}"
         ) from exc
 
 

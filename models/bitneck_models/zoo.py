@@ -1,6 +1,7 @@
 """Zoo entries on disk: a recipe, its trained units and tables, and what was measured.
 
 recipe.toml                     what was trained, and how
+network.safetensors             the network itself, where it was trained here (`network.toml`, `network.json`)
 points/<id>/unit.safetensors    weights
 points/<id>/tables.npz          the factorized model
 points/<id>/record.json         resolved recipe, code version, validation metrics
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.manifest import sha256_hex
 from bitneck.tables import FactorizedModel
-from bitneck_models.backbones import Backbone
+from bitneck_models.backbones import NETWORK_FILE, Backbone, build_backbone
 from bitneck_models.recipe import PointRecipe, Recipe, load_recipe
 from bitneck_models.units import BottleneckUnit
 
@@ -44,6 +45,7 @@ class PointRecord(_Strict):
     estimated_bytes: float
     validation_bytes: float
     validation_agreement: float
+    validation_mean_iou: float | None = None
     trained: date
     unit_sha256: str = ""
     tables_sha256: str = ""
@@ -81,6 +83,11 @@ class ZooEntry:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.recipe: Recipe = load_recipe(folder)
+
+    def backbone(self, weights: Path | None = None) -> Backbone:
+        """The network, from `weights`, from this entry's own ``network.safetensors``, or from where it has its own."""
+        own = self.folder / NETWORK_FILE
+        return build_backbone(self.recipe.backbone, weights or (own if own.is_file() else None))
 
     def trained(self) -> list[PointRecipe]:
         """The points of the recipe that have trained weights, in the recipe's order."""

@@ -1,0 +1,116 @@
+"""Photographs with a class for each pixel: pairs of files, random views of both, and intersection over union.
+
+Dimensions: H x W pixels, K classes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+
+from bitneck.errors import InvalidConfig
+from bitneck.image import find_photos
+
+__all__ = ["VOID", "ViewRange", "confusion", "load_class_map", "mapped_photos", "mean_iou", "random_view"]
+
+VOID = 255
+"""Of pixels that no class is given to, or that lie outside the photograph."""
+_GREY = (124, 116, 104)
+
+
+def mapped_photos(folder: Path) -> list[tuple[Path, Path]]:
+    """Photographs of ``images/`` with the maps of ``labels/`` that have the same name.
+
+    Raises:
+        ImageError: no photographs.
+        InvalidConfig: a photograph without a map.
+    """
+    pairs = [(photo, folder / "labels" / f"{photo.stem}.png") for photo in find_photos(folder / "images")]
+    missing = [str(labels) for _, labels in pairs if not labels.is_file()]
+    if missing:
+        raise InvalidConfig(f"{folder}: {len(missing)} photographs have no class map, the first is {missing[0]}")
+    return pairs
+
+
+def load_class_map(path: Path, classes: int) -> NDArray[np.uint8]:
+    """A PNG of class indices, (H, W) uint8; whatever is no class becomes `VOID`.
+
+    Raises:
+        InvalidConfig: unreadable, or not a picture of indices.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("L", "P"):
+                raise InvalidConfig(f"{path}: mode {image.mode}, expected a PNG of class indices (L or P)")
+            indices = np.array(image, dtype=np.uint8)
+    except OSError as exc:
+        raise InvalidConfig(f"{path}: not readable as a class map ({exc})") from exc
+    indices[indices >= classes] = VOID
+    return indices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewRange:
+    """What random views are drawn from.
+
+    Attributes:
+        height: of a view, pixels.
+        width: likewise.
+        scale_min: smallest enlargement of the photograph before the view is cut out; outside it is grey and void.
+        scale_max: largest.
+        light: brightness and contrast vary by up to this share, and colour too.
+    """
+
+    height: int
+    width: int
+    scale_min: float
+    scale_max: float
+    light: float
+
+
+def random_view(
+    image: Image.Image, classes: NDArray[np.uint8] | None, views: ViewRange, rng: np.random.Generator
+) -> tuple[Image.Image, NDArray[np.uint8]]:
+    """A random view of a photograph and of its class map: scale, place, flip, light and colour.
+
+    Args:
+        image: RGB.
+        classes: its class map, (H, W); None where there is none. What is drawn from `rng` does not depend on it.
+        views: of what kind.
+        rng: source of randomness.
+
+    Returns:
+        RGB of the view's size, and its classes (height, width) uint8, `VOID` where unknown.
+    """
+    scale = float(np.exp(rng.uniform(np.log(views.scale_min), np.log(views.scale_max))))
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    spare = views.width - size[0], views.height - size[1]
+    left, top = (round(float(rng.uniform(min(0, s), max(0, s)))) for s in spare)
+    place = left, top
+    view = Image.new("RGB", (views.width, views.height), _GREY)
+    view.paste(image.resize(size, Image.Resampling.BILINEAR), place)
+    mapped = Image.new("L", view.size, VOID)
+    if classes is not None:
+        mapped.paste(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST), place)
+    if rng.random() < 0.5:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        mapped = mapped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        view = enhance(view).enhance(float(rng.uniform(1 - views.light, 1 + views.light)))
+    return view, np.array(mapped, dtype=np.uint8)
+
+
+def confusion(truth: NDArray[np.integer], answer: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
+    """How often class i was answered as j, (K, K); pixels of no class are left out."""
+    known = truth < classes
+    pairs = truth[known].astype(np.int64) * classes + answer[known]
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def mean_iou(matrix: NDArray[np.int64]) -> float:
+    """Mean intersection over union of the classes that occur, of a confusion matrix (K, K)."""
+    hits = np.diag(matrix)
+    union = matrix.sum(0) + matrix.sum(1) - hits
+    return float((hits[union > 0] / union[union > 0]).mean())

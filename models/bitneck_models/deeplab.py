@@ -1,0 +1,190 @@
+"""DeepLab v3 on EfficientNet-Lite0: atrous spatial pyramid pooling, then classes at a quarter of the input's size.
+
+    x --stem, blocks--> 320 at 1/16 --aspp--> 256 at 1/16 --refine, classes--> K at 1/4 --upsample--> K at 1/1
+                                           ^ linear: a cut here lets ONE tensor through, there is no low-level skip
+
+The head is DeepLab v3's (Chen et al., arXiv 1706.05587, section 3.3) with depthwise separable atrous convolutions, as
+in v3+ (arXiv 1802.02611), and with rates for a map of 23 x 30. Without a skip, 1/16 is too coarse for poles and signs,
+so the classifier gives 4 x 4 places for each position (a pixel shuffle; cf. data-dependent upsampling, 1903.02120).
+
+Dimensions: N batch, K classes, H x W input, h x w = ceil(H / 16) x ceil(W / 16) map.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitneck.errors import InvalidConfig
+
+__all__ = ["Aspp", "AtrousConv2d", "Upsample", "deeplab_stages"]
+
+STRIDE = 16
+"""Input pixels a position of the map, each way."""
+PLACES = 4
+"""Places of the class map in a position of the map, each way."""
+RATES = (3, 6, 9)
+_BRANCH = 128
+_PROJECTED = 256
+
+
+class AtrousConv2d(nn.Conv2d):
+    """Depthwise K x K with holes, stride 1, output as large as the input.
+
+    In torch it runs as a dense convolution on the d x d phases of the map, because depthwise convolutions with holes
+    are slow on a CPU there, above all backwards (measured, 6 x 672 x 18 x 24, 5 x 5, d = 2, two AVX2 cores: a block
+    forth and back takes 55 ms an image, and 12 ms this way). It is exported as what it is.
+    """
+
+    def __init__(self, channels: int, kernel: int, rate: int) -> None:
+        super().__init__(
+            channels, channels, kernel, padding=rate * (kernel // 2), dilation=rate, groups=channels, bias=False
+        )
+
+    def forward(self, f: Tensor) -> Tensor:
+        """(N, C, h, w) to (N, C, h, w)."""
+        rate = self.dilation[0]
+        if rate == 1 or torch.compiler.is_exporting():
+            return super().forward(f)
+        n, c, h, w = f.shape
+        padded = F.pad(f, (0, -w % rate, 0, -h % rate))
+        rows, columns = padded.shape[2] // rate, padded.shape[3] // rate
+        phases = padded.view(n, c, rows, rate, columns, rate).permute(0, 3, 5, 1, 2, 4)
+        dense = phases.reshape(n * rate * rate, c, rows, columns)
+        t = F.conv2d(dense, self.weight, padding=self.kernel_size[0] // 2, groups=c)
+        t = t.view(n, rate, rate, c, rows, columns).permute(0, 3, 4, 1, 5, 2)
+        return t.reshape(n, c, rows * rate, columns * rate)[..., :h, :w]
+
+
+class PadToStride(nn.Module):
+    """Zeros below and to the right, so that the input is a whole number of positions.
+
+    Every stride-2 convolution then sees an even size, which puts the map's positions in the same places for pictures
+    of every size: crops in training, whole pictures afterwards.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 3, 16 h, 16 w)."""
+        return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE))
+
+
+def _norm_relu(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels), nn.ReLU()]
+
+
+def _pointwise(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 1, bias=False)
+
+
+class Aspp(nn.Module):
+    """Atrous spatial pyramid pooling: 1x1, three rates and the whole picture side by side, then a linear projection.
+
+    Args:
+        inputs: channels of the backbone.
+        branch: channels of each branch.
+        outputs: channels of the projection.
+        rates: of the atrous branches.
+    """
+
+    def __init__(self, inputs: int, branch: int, outputs: int, rates: tuple[int, ...] = RATES) -> None:
+        super().__init__()
+        self.point = nn.Sequential(_pointwise(inputs, branch), *_norm_relu(branch))
+        self.atrous = nn.ModuleList(
+            nn.Sequential(
+                AtrousConv2d(inputs, 3, rate), nn.BatchNorm2d(inputs), _pointwise(inputs, branch), *_norm_relu(branch)
+            )
+            for rate in rates
+        )
+        self.picture = nn.Sequential(nn.Conv2d(inputs, branch, 1), nn.ReLU())
+        self.project = nn.Sequential(_pointwise(branch * (len(rates) + 2), outputs), nn.BatchNorm2d(outputs))
+
+    def forward(self, f: Tensor) -> Tensor:
+        """(N, C, h, w) to (N, outputs, h, w)."""
+        whole = self.picture(f.mean(dim=(2, 3), keepdim=True))  # (N, branch, 1, 1)
+        branches = [self.point(f), *(atrous(f) for atrous in self.atrous), whole.expand(-1, -1, *f.shape[2:])]
+        projected: Tensor = self.project(torch.cat(branches, dim=1))
+        return projected
+
+
+class _CutPadding(nn.Module):
+    """What the padding answers, cut off.
+
+    Args:
+        height: largest that is left.
+        width: likewise.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """(N, K, 4 h, 4 w) to (N, K, H / 4, W / 4)."""
+        return logits[..., : self.height, : self.width]
+
+
+class Upsample(nn.Module):
+    """Logits to the input's size, bilinear.
+
+    Args:
+        height: of the input.
+        width: of the input.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """(N, K, H / 4, W / 4) to (N, K, H, W)."""
+        return F.interpolate(logits, size=(self.height, self.width), mode="bilinear", align_corners=False)
+
+
+def deeplab_stages(net: nn.Module, classes: int, height: int, width: int) -> "OrderedDict[str, nn.Module]":
+    """The stages of the network, its head with fresh weights.
+
+    Args:
+        net: timm's EfficientNet-Lite0 with ``output_stride=16``.
+        classes: K.
+        height: of the input; a multiple of 4.
+        width: likewise.
+
+    Raises:
+        InvalidConfig: an input of another size.
+    """
+    stages: OrderedDict[str, nn.Module] = OrderedDict()
+    stages["stem"] = nn.Sequential(PadToStride(), net.get_submodule("conv_stem"), net.get_submodule("bn1"))
+    for i, stack in enumerate(net.blocks):  # type: ignore[arg-type, unused-ignore]
+        for j, block in enumerate(stack):
+            _replace_atrous(block)
+            stages[f"blocks.{i}.{j}"] = block
+    inputs = 320
+    stages["aspp"] = Aspp(inputs, _BRANCH, _PROJECTED)
+    stages["refine"] = nn.Sequential(
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        AtrousConv2d(_PROJECTED, 3, 1),
+        nn.BatchNorm2d(_PROJECTED),
+        _pointwise(_PROJECTED, _PROJECTED),
+        *_norm_relu(_PROJECTED),
+    )
+    step = STRIDE // PLACES
+    if height % step or width % step:
+        raise InvalidConfig(f"an input of {height}x{width} is no multiple of {step}, as the class map's places need")
+    stages["classes"] = nn.Sequential(
+        nn.Conv2d(_PROJECTED, classes * PLACES**2, 1),
+        nn.PixelShuffle(PLACES),
+        _CutPadding(height // step, width // step),
+    )
+    stages["upsample"] = Upsample(height, width)
+    return stages
+
+
+def _replace_atrous(block: nn.Module) -> None:
+    """Depthwise convolutions with holes by the same ones that train fast."""
+    conv = block.conv_dw
+    if isinstance(conv, nn.Conv2d) and conv.dilation != (1, 1):
+        fast = AtrousConv2d(conv.in_channels, conv.kernel_size[0], conv.dilation[0])
+        fast.weight = conv.weight
+        block.conv_dw = fast
