@@ -34,7 +34,10 @@ Zoo = Annotated[Path, typer.Argument(help="A folder of the zoo, with recipe.toml
 Data = Annotated[Path | None, typer.Option(help="The folder of photographs.", envvar="BITNECK_DATA")]
 Runs = Annotated[Path, typer.Option(help="For feature caches and checkpoints; several gigabytes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Weights = Annotated[Path | None, typer.Option(help="A file of the backbone's weights; else its own.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="A file of the backbone's weights, .pth or .safetensors, or `random`; else its publisher's."),
+]
 
 
 @app.command()
@@ -299,15 +302,14 @@ def evaluate(
     --data is a folder with labels.csv (file, index) or with one folder for each class (WordNet id, index or label).
     """
     from bitneck.bundle import Bundle
-    from bitneck_models.backbones import build_backbone
     from bitneck_models.evaluation import evaluate as measure
     from bitneck_models.photos import labelled_photos
+    from bitneck_models.vision import imagenet_wnids
     from bitneck_models.zoo import ZooEntry
 
     opened = Bundle.open(bundle)
     folder = _data_folder(data)
-    wnids = build_backbone(opened.manifest.backbone).wnids
-    photos = labelled_photos(folder, wnids, opened.labels())
+    photos = labelled_photos(folder, imagenet_wnids(opened.labels()), opened.labels())
     console = Console(stderr=True)
     with _progress(console) as progress:
         task = progress.add_task("evaluating", total=len(photos))
@@ -335,7 +337,7 @@ def evaluate(
 @app.command()
 def baselines(
     data: Data = None,
-    backbone: Annotated[str, typer.Option(help="The network.")] = "efficientnet_lite0",
+    backbone: Annotated[str, typer.Option(help="The network: a name, or a network recipe.")] = "efficientnet_lite0",
     codec: Annotated[list[str] | None, typer.Option(help="This image codec only; repeatable.")] = None,
     zoo: Annotated[
         Path | None,
