@@ -13,7 +13,7 @@ from bitneck.frames import seal_frame
 from bitneck.image import preprocess
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
-from tiny import INPUT, photo
+from tiny import photo
 
 
 class Frames:
@@ -21,13 +21,14 @@ class Frames:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
+        self.spec = bundle.manifest.input
         self.chain = SegmentChain(bundle, threads=1)
         self.encoders = {p.id: PointEncoder(bundle, p) for p in bundle.manifest.ladder}
         self.decoders = {p.id: PointDecoder(bundle, p) for p in bundle.manifest.ladder}
 
     def payload(self, point: str, seed: int) -> bytes:
         encoder = self.encoders[point]
-        f = self.chain.run(preprocess(photo(seed), INPUT), 0, self.chain.head_length(encoder.point.split))
+        f = self.chain.run(preprocess(photo(seed), self.spec), 0, self.chain.head_length(encoder.point.split))
         return encoder.encode(f).payload
 
     def frame(self, seq: int, point: str = "s1-r2", seed: int = 0, **fields: Any) -> pb.Frame:
@@ -65,9 +66,10 @@ async def stub(address: str) -> AsyncIterator[Any]:
         yield pb_grpc.SplitInferenceStub(channel)
 
 
-async def open_stream(stub: Any, bundle_id: str, token: str = "", client: str = "test") -> Stream:
+async def open_stream(stub: Any, bundle_id: str, token: str = "", client: str = "test", model: str = "") -> Stream:
     call = stub.Stream()
-    await call.write(pb.ClientMessage(open=pb.Open(bundle_id=bundle_id, client=client, resume_token=token)))
+    opening = pb.Open(model=model, bundle_id=bundle_id, client=client, resume_token=token)
+    await call.write(pb.ClientMessage(open=opening))
     first = await call.read()
     assert isinstance(first, pb.ServerMessage)
     assert first.HasField("opened")

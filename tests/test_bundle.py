@@ -48,6 +48,12 @@ def test_every_damaged_file_is_named(own_tiny_bundle: Bundle) -> None:
     Bundle.open(own_tiny_bundle.root)
 
 
+STRETCHED = {"height": 32, "width": 32, "resize": None, "fit": "stretch", "interpolation": "bilinear"} | {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+}
+
+
 def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda manifest: manifest.__setitem__(key, value)
 
@@ -88,7 +94,8 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["input"].__setitem__("fit", "squeeze"), "fit"),
         (lambda m: m["input"].update(height=5000, width=5000, resize=5000), "limit"),
         (_set("task", "detection"), "task"),
-        (_set("task", "segmentation"), "the edge needs it"),
+        (_set("task", "segmentation"), "needs an input with fit `stretch`"),
+        (lambda m: m.update(task="segmentation", input=STRETCHED), "the edge needs it"),
     ],
 )
 def test_manifests_that_are_refused(

@@ -156,6 +156,7 @@ class Slow:
     def __init__(self, model: ServedModel, seconds: float = 0.05) -> None:
         self.model = model
         self.name = model.name
+        self.max_frames = model.max_frames
         self.seconds = seconds
         self.batches: list[int] = []
         self.decoded_by: list[str] = []

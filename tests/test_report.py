@@ -13,7 +13,7 @@ from bitneck_models.report import Sample, bytes_at, draw, markdown, rate_saving,
 
 def curve(*points: tuple[float, float]) -> tuple[Sample, ...]:
     return tuple(
-        Sample(name=str(k), payload_bytes=b, bpp=b / 6272, top1=a, agreement=a) for k, (b, a) in enumerate(points)
+        Sample(name=str(k), payload_bytes=b, bpp=b / 6272, accuracy=a, agreement=a) for k, (b, a) in enumerate(points)
     )
 
 

@@ -1,6 +1,10 @@
 """A small real bundle made with onnx alone: random weights, real ONNX files, tables fitted to its own symbols.
 
-x (3,32,32) -> [seg 0] -> s2 (8,8,8) -> [seg 1] -> s1 (16,4,4) -> [seg 2] -> logits (10)
+    x (3,32,32) -> [seg 0] -> s2 (8,8,8) -> [seg 1] -> s1 (16,4,4) -> [seg 2] -> logits (10)
+
+and one for segmentation:
+
+    x (3,24,40) -> [seg 0] -> s2 (8,6,10) -> [seg 1] -> s1 (16,3,5) -> [seg 2] -> logits (5,24,40)
 """
 
 import io
@@ -15,11 +19,15 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from bitneck.bundle import Bundle, BundleWriter
-from bitneck.manifest import InputSpec, Manifest, PointEntry, Segment, SplitPoint
+from bitneck.manifest import InputSpec, Manifest, PointEntry, Segment, SplitPoint, Task
 from bitneck.tables import FactorizedModel
 
 INPUT = InputSpec(height=32, width=32, resize=36, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CLASSES = tuple(f"class {i}" for i in range(10))
+SCENE_INPUT = InputSpec(
+    height=24, width=40, fit="stretch", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+SCENE_CLASSES = ("sky", "road", "tree", "car", "sign")
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -77,20 +85,46 @@ def _classifier(rng: np.random.Generator, name: str, cin: int) -> bytes:
     return _model(name, nodes, {"w": w}, cin, ["k"])
 
 
-def make_tiny_bundle(root: Path, *, seed: int = 0, name: str = "tiny", drop_points: tuple[str, ...] = ()) -> Bundle:
+def _segmenter(rng: np.random.Generator, name: str, cin: int) -> bytes:
+    """A 1x1 convolution to the classes, enlarged to the input's size."""
+    w = rng.normal(size=(len(SCENE_CLASSES), cin, 1, 1)).astype(np.float32) * 2
+    scales = np.array([1, 1, 8, 8], dtype=np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Resize", ["c", "", "s"], ["y"], mode="linear", coordinate_transformation_mode="half_pixel"),
+    ]
+    return _model(name, nodes, {"w": w, "s": scales}, cin, ["k", "h2", "w2"])
+
+
+PointRow = tuple[str, str, int, int, int, float, tuple[int, int, int], float, float]
+#    id       split  C   Cr stride step   latent      bytes top-1
+POINTS: tuple[PointRow, ...] = (
+    ("s1-r1", "s1", 16, 4, 4, 0.5, (4, 1, 1), 4.0, 0.6),
+    ("s1-r2", "s1", 16, 8, 2, 0.2, (8, 2, 2), 16.0, 0.8),
+    ("s2-r1", "s2", 8, 6, 4, 0.2, (6, 2, 2), 12.0, 0.7),
+)
+SCENE_POINTS: tuple[PointRow, ...] = (
+    ("s1-r1", "s1", 16, 4, 1, 0.5, (4, 3, 5), 20.0, 0.4),
+    ("s1-r2", "s1", 16, 12, 1, 0.1, (12, 3, 5), 90.0, 0.6),
+    ("s2-r1", "s2", 8, 6, 2, 0.2, (6, 3, 5), 60.0, 0.5),
+)
+
+
+def make_tiny_bundle(
+    root: Path, *, seed: int = 0, name: str = "tiny", drop_points: tuple[str, ...] = (), task: Task = "classification"
+) -> Bundle:
     """Write the bundle to `root`; another seed gives another bundle id."""
     from bitneck.chain import PointEncoder, SegmentChain
     from bitneck.image import preprocess
 
     rng = np.random.default_rng(seed)
-    segments = [_conv(rng, "seg0", 3, 8, 4), _conv(rng, "seg1", 8, 16, 2), _classifier(rng, "seg2", 16)]
+    scene = task == "segmentation"
+    spec, classes = (SCENE_INPUT, SCENE_CLASSES) if scene else (INPUT, CLASSES)
+    h, w = spec.height // 8, spec.width // 8
+    last = _segmenter if scene else _classifier
+    segments = [_conv(rng, "seg0", 3, 8, 4), _conv(rng, "seg1", 8, 16, 2), last(rng, "seg2", 16)]
     roles = ("edge", "both", "cloud")
-    #        id       split  C   Cr stride step   latent      bytes top-1
-    points = [
-        ("s1-r1", "s1", 16, 4, 4, 0.5, (4, 1, 1), 4.0, 0.6),
-        ("s1-r2", "s1", 16, 8, 2, 0.2, (8, 2, 2), 16.0, 0.8),
-        ("s2-r1", "s2", 8, 6, 4, 0.2, (6, 2, 2), 12.0, 0.7),
-    ]
+    points = list(SCENE_POINTS if scene else POINTS)
     points = [p for p in points if p[0] not in drop_points]
     units = {
         p[0]: (_conv(rng, "enc", p[2], p[3], p[4], relu=False), _deconv(rng, "dec", p[3], p[2], p[4])) for p in points
@@ -98,7 +132,7 @@ def make_tiny_bundle(root: Path, *, seed: int = 0, name: str = "tiny", drop_poin
     entries = [
         PointEntry(
             id=p[0], split=p[1], stride=p[4], channels=p[3], step=p[5], latent_shape=p[6], payload_bytes=p[7],
-            bpp_payload=p[7] * 8 / 1024, accuracy=p[8], agreement=p[8], dataset="random", images=10,
+            bpp_payload=p[7] * 8 / spec.pixels, accuracy=p[8], agreement=p[8], dataset="random", images=10,
             measured=date(2026, 1, 1),
         )
         for p in points
@@ -112,19 +146,19 @@ def make_tiny_bundle(root: Path, *, seed: int = 0, name: str = "tiny", drop_poin
                 writer.add(f"points/{p[0]}/encoder.onnx", units[p[0]][0], "edge")
                 writer.add(f"points/{p[0]}/decoder.onnx", units[p[0]][1], "cloud")
                 writer.add(f"points/{p[0]}/tables.npz", tables[p[0]].to_npz(), "both")
-            writer.add("labels.json", json.dumps(CLASSES).encode(), "cloud")
+            writer.add("labels.json", json.dumps(classes).encode(), "both" if scene else "cloud")
             return writer.finish(
                 Manifest(
                     name=name,
                     backbone="tiny",
-                    task="classification",
-                    input=INPUT,
+                    task=task,
+                    input=spec,
                     uncompressed_accuracy=0.9,
                     labels="labels.json",
                     segments=tuple(Segment(name=f"seg{i}", file=f"segments/{i:02d}-seg{i}.onnx") for i in range(3)),
                     split_points=(
-                        SplitPoint(name="s2", after_segment=0, feature_shape=(8, 8, 8)),
-                        SplitPoint(name="s1", after_segment=1, feature_shape=(16, 4, 4)),
+                        SplitPoint(name="s2", after_segment=0, feature_shape=(8, 2 * h, 2 * w)),
+                        SplitPoint(name="s1", after_segment=1, feature_shape=(16, h, w)),
                     ),
                     points=tuple(entries),
                     files=writer.files,
@@ -140,7 +174,7 @@ def make_tiny_bundle(root: Path, *, seed: int = 0, name: str = "tiny", drop_poin
     for p in points:
         encoder = PointEncoder(first, first.manifest.ladder[p[0]])
         symbols = [
-            encoder.symbols(chain.run(preprocess(photo(i), INPUT), 0, chain.head_length(p[1]))) for i in range(100, 130)
+            encoder.symbols(chain.run(preprocess(photo(i), spec), 0, chain.head_length(p[1]))) for i in range(100, 130)
         ]
         fitted[p[0]] = FactorizedModel.fit(np.stack(symbols))
     return write(fitted)

@@ -122,7 +122,15 @@ def decode(
         raise output
     if symbols is not None:
         np.save(symbols, s)
-    labels = [{"index": x.index, "name": x.name, "score": x.score} for x in output.classification.labels]
+    answer: dict[str, Any]
+    if output.HasField("segmentation"):
+        shares = [{"index": x.index, "name": x.name, "share": x.share} for x in output.segmentation.classes]
+        answer = {"classes": shares, "map_bytes": len(output.segmentation.map)}
+        lines = [f"  {x['share']:.3f}  {x['name']}" for x in shares]
+    else:
+        labels = [{"index": x.index, "name": x.name, "score": x.score} for x in output.classification.labels]
+        answer = {"labels": labels}
+        lines = [f"  {x['score']:.3f}  {x['name']}" for x in labels]
     document = {
         "file": str(frame),
         "bundle_id": model.bundle.bundle_id,
@@ -130,14 +138,14 @@ def decode(
         "payload_bytes": len(parsed.payload),
         "ideal_bytes": codec.tables.ideal_bits(s) / 8,
         "symbols_crc32c": crc32c_hex(s.astype("<i4").tobytes()),
-        "labels": labels,
+        **answer,
     }
     if as_json:
         print(json.dumps(document))  # noqa: T201
     else:
         print(f"{parsed.point}: {len(parsed.payload)} bytes, ideal {document['ideal_bytes']:.1f}")  # noqa: T201
-        for label in labels:
-            print(f"  {label['score']:.3f}  {label['name']}")  # noqa: T201
+        for line in lines:
+            print(line)  # noqa: T201
 
 
 @app.callback(invoke_without_command=True)

@@ -123,7 +123,7 @@ class Engine:
     """Runs on one event loop; `start` it there.
 
     Args:
-        max_batch: frames in one pass.
+        max_batch: frames in one pass; a model whose tensors are large takes fewer, see `ServedModel.max_frames`.
         max_queue: frames that may wait.
         decode_threads: that decode beside the tail; 0 leaves all to the engine's own thread.
         metrics: what happens is counted there.
@@ -236,7 +236,7 @@ class Engine:
         batch: list[Job] = []
         passed: list[Job] = []
         now = time.monotonic()
-        while self._queue and len(batch) < self._max_batch:
+        while self._queue and (not batch or len(batch) < min(self._max_batch, batch[0].model.max_frames)):
             job = self._queue.popleft()
             if job.gone:
                 self.dropped += 1

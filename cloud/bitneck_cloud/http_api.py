@@ -15,12 +15,12 @@ from starlette.exceptions import HTTPException
 import bitneck
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.ladder import ClientChooses, FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, RatePolicy, choose
-from bitneck.manifest import Manifest
 from bitneck_cloud.grpc_service import InferenceService
 from bitneck_cloud.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.messages import public_text
 from bitneck_cloud.metrics import Metrics
 from bitneck_cloud.models import ServedModel
+from bitneck_cloud.outputs import output_tensors
 from bitneck_cloud.registry import Registry
 from bitneck_cloud.reload import Reloader
 from bitneck_cloud.security import same_secret
@@ -107,6 +107,14 @@ class PointInfo(BaseModel):
     images: int
 
 
+class TensorInfo(BaseModel):
+    """A tensor, as the Open Inference Protocol describes one."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
 class ModelInfo(BaseModel):
     """A served model; its ladder is in order of rate."""
 
@@ -116,7 +124,9 @@ class ModelInfo(BaseModel):
     backbone: str
     input_height: int = Field(description="pixels")
     input_width: int
-    uncompressed_accuracy: float
+    classes: int
+    outputs: list[TensorInfo] = Field(description="of an answer")
+    uncompressed_accuracy: float = Field(description="top-1, or mean IoU for segmentation")
     points: list[PointInfo]
 
 
@@ -129,14 +139,6 @@ class ReloadAnswer(BaseModel):
     removed: list[str]
     altered: list[str]
     files_loaded: int = Field(description="ONNX files read; what the two bundles share was not")
-
-
-class TensorInfo(BaseModel):
-    """A tensor, as the Open Inference Protocol describes one."""
-
-    name: str
-    datatype: str
-    shape: list[int]
 
 
 class ModelMetadata(BaseModel):
@@ -233,13 +235,12 @@ def build_app(
     @app.get("/v1/models", dependencies=guarded, responses=problems, tags=["models"])
     async def models() -> list[ModelInfo]:
         """Every served model with its ladder."""
-        return [_model_info(m.manifest, m.bundle.bundle_id) for m in registry.models.values()]
+        return [_model_info(served) for served in registry.models.values()]
 
     @app.get("/v1/models/{name}", dependencies=guarded, responses=problems, tags=["models"])
     async def model(name: str) -> ModelInfo:
         """One served model with its ladder."""
-        served = registry.model(name)
-        return _model_info(served.manifest, served.bundle.bundle_id)
+        return _model_info(registry.model(name))
 
     @app.post("/v1/models/{name}/reload", dependencies=guarded, responses=problems, tags=["models"])
     async def reload(name: str) -> ReloadAnswer:
@@ -347,7 +348,7 @@ def _add_open_inference(app: FastAPI, registry: Registry, readiness: Readiness, 
                 TensorInfo(name="point", datatype="BYTES", shape=[1]),
                 TensorInfo(name="payload", datatype="BYTES", shape=[1]),
             ],
-            outputs=[TensorInfo(name="scores", datatype="FP32", shape=[1, len(served.labels)])],
+            outputs=_outputs(served),
         )
 
 
@@ -401,16 +402,24 @@ def _policy_dict(policy: RatePolicy) -> dict[str, str | float | bool]:
             return {"auto": True}
 
 
-def _model_info(manifest: Manifest, bundle_id: str) -> ModelInfo:
+def _outputs(served: ServedModel) -> list[TensorInfo]:
+    tensors = output_tensors(served.manifest, len(served.labels))
+    return [TensorInfo(name=tensor.name, datatype=tensor.datatype, shape=list(tensor.shape)) for tensor in tensors]
+
+
+def _model_info(served: ServedModel) -> ModelInfo:
+    manifest = served.manifest
     entries = {entry.id: entry for entry in manifest.points}
     points = [PointInfo.model_validate(entries[p.id].model_dump(exclude={"measured"})) for p in manifest.ladder]
     return ModelInfo(
         name=manifest.name,
-        bundle_id=bundle_id,
+        bundle_id=served.bundle.bundle_id,
         task=manifest.task,
         backbone=manifest.backbone,
         input_height=manifest.input.height,
         input_width=manifest.input.width,
+        classes=len(served.labels),
+        outputs=_outputs(served),
         uncompressed_accuracy=manifest.uncompressed_accuracy,
         points=points,
     )

@@ -12,15 +12,18 @@ from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
 from bitneck.runtime import ModulePool
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.batching import plan_batch
+from bitneck_cloud.outputs import frames_of_a_pass, output_of
 
 __all__ = ["ServedModel"]
 
 _LOG = logging.getLogger(__name__)
-_TOP = 5
 
 
 class ServedModel:
     """One bundle, ready to serve: every tail segment and every operating point's decoder is loaded.
+
+    Attributes:
+        max_frames: that one pass may take, see `bitneck_cloud.outputs.frames_of_a_pass`.
 
     Args:
         bundle: verified, the cloud's half.
@@ -28,7 +31,7 @@ class ServedModel:
         pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
 
     Raises:
-        BundleCorrupt: tables or labels are unreadable.
+        BundleCorrupt: tables or labels are unreadable, or more classes than a class map can name.
         ModelFailure: ONNX Runtime cannot load a file.
     """
 
@@ -38,6 +41,7 @@ class ServedModel:
         self.manifest = bundle.manifest
         self.ladder = bundle.manifest.ladder
         self.labels = bundle.labels()
+        self.max_frames = frames_of_a_pass(bundle.manifest, len(self.labels))
         self._chain = SegmentChain(bundle, threads=threads, pool=pool)
         self.decoders = {point.id: PointDecoder(bundle, point, pool=pool) for point in self.ladder}
         self._tail_start = {point.id: self._chain.head_length(point.split) for point in self.ladder}
@@ -89,13 +93,13 @@ class ServedModel:
             return [ModelFailure("the model failed on this frame's batch; the server's log says why")] * len(points)
         results: list[pb.Output | BitneckError] = [ModelFailure("not computed")] * len(points)
         for row, one in zip(order, logits, strict=True):
-            results[row] = self._output(one)
+            results[row] = output_of(self.manifest, self.labels, one)
         return results
 
     def _walk(
         self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]
     ) -> tuple[list[int], NDArray[np.float32]]:
-        """Which frame each row of the logits (N, K) belongs to, and the logits."""
+        """Which frame each row of the logits belongs to, and the logits: (N, K), or (N, K, H, W) for segmentation."""
         order: list[int] = []
         parts: list[NDArray[np.float32]] = []
         for step in plan_batch(points, self._tail_start, len(self._chain)):
@@ -105,14 +109,3 @@ class ServedModel:
             f = np.concatenate(parts) if len(parts) > 1 else parts[0]
             parts = [self._chain.run(f, step.segment, step.segment + 1)]
         return order, parts[0] if parts else np.empty((0, len(self.labels)), dtype=np.float32)
-
-    def _output(self, logits: NDArray[np.float32]) -> pb.Output | BitneckError:
-        """Logits (K,) to the best labels with their softmax scores; an error where they are no logits."""
-        if logits.shape != (len(self.labels),) or not np.isfinite(logits).all():
-            _LOG.error("the tail gave logits of shape %s for %d labels, or not finite", logits.shape, len(self.labels))
-            return ModelFailure("the tail gave no finite logits for this frame; the server's log says why")
-        scores = np.exp(logits - logits.max())
-        scores /= scores.sum()
-        best = np.argsort(-scores, kind="stable")[:_TOP]
-        labels = [pb.Label(index=int(i), name=self.labels[i], score=float(scores[i])) for i in best]
-        return pb.Output(classification=pb.Classification(labels=labels))

@@ -103,6 +103,10 @@ def run(
     as_they_come: Annotated[
         bool, typer.Option("--as-they-come", help="Answers as they come, not in the order of the pictures.")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Segmentation: write each class map and an overlay into this folder.", metavar="DIR"),
+    ] = None,
     tls: Tls = None,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
@@ -151,6 +155,7 @@ def run(
         fps=fps,
         newest=live if newest is None else newest,
         ordered=not as_they_come,
+        out=out,
         output="json" if as_json else "lines" if json_lines else "verbose" if verbose or live else "table",
     )
     sys.exit(asyncio.run(_run(settings, plan)))
@@ -165,6 +170,7 @@ class _Plan:
     fps: float | None
     newest: bool
     ordered: bool
+    out: Path | None
     output: Literal["json", "lines", "verbose", "table"]
 
     @property
@@ -176,6 +182,7 @@ class _Plan:
 
 async def _run(settings: EdgeSettings, plan: _Plan) -> int:
     from bitneck_edge.client import EdgeClient
+    from bitneck_edge.maps import MapWriter
     from bitneck_edge.report import RunSummary, line, run_document, run_table
     from bitneck_edge.results import Answer, Failure, Switch
 
@@ -193,7 +200,7 @@ async def _run(settings: EdgeSettings, plan: _Plan) -> int:
     def take(result: Answer | Failure) -> None:
         summary.add(result)
         if plan.output in ("json", "table"):
-            results.append(result)
+            results.append(result.without_map() if isinstance(result, Answer) else result)
         if isinstance(result, Failure):
             errors.print(f"error: {_about(result)}", style="red", markup=False, highlight=False, soft_wrap=True)
         elif plan.output == "verbose":
@@ -211,11 +218,16 @@ async def _run(settings: EdgeSettings, plan: _Plan) -> int:
         def on_fetch(done: int, size: int) -> None:
             progress.update(fetching, completed=done, total=size, visible=done < size)
 
-        client = EdgeClient(settings=settings, on_fetch=on_fetch, on_switch=on_switch)
+        writer = MapWriter(plan.out) if plan.out is not None else None
+        finish = writer.write if writer is not None else None
+        client = EdgeClient(settings=settings, on_fetch=on_fetch, on_switch=on_switch, finish=finish)
         async with contextlib.AsyncExitStack() as stack:
             if not await _opened(client, stack, stop):
                 errors.print("stopped before the session was open", highlight=False)
                 return 128 + received[0]
+            if writer is not None:
+                _check_writes_maps(client)
+                writer.prepare()
             closing = asyncio.create_task(_close_after(client, stop))
             stack.callback(closing.cancel)
             sending = progress.add_task("photographs", total=plan.total, visible=(plan.total or 0) > 20)
@@ -241,6 +253,12 @@ async def _run(settings: EdgeSettings, plan: _Plan) -> int:
             highlight=False,
         )
     return 128 + received[0] if received else summary.exit_code
+
+
+def _check_writes_maps(client: "EdgeClient") -> None:
+    manifest = client.bundle.manifest
+    if manifest.task != "segmentation":
+        raise InvalidConfig(f"--out is for class maps; {manifest.name} is for {manifest.task}, leave it out")
 
 
 def _first(sources: "Sequence[Source]") -> str:

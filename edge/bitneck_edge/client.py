@@ -22,17 +22,17 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, BundleMismatch, ProtocolError, Unavailable
+from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.frames import crc32c_hex
 from bitneck.runtime import ModulePool
-from bitneck.v1 import inference_pb2 as pb
+from bitneck_edge.answers import labels_of, segmentation_of
 from bitneck_edge.cache import cached_bundle, default_cache_dir, recall, remember
 from bitneck_edge.capture import Capture, Slots, captures, newest
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
 from bitneck_edge.link import Link, LinkSettings, Received, Sent
 from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.remote import fetch_file, fetch_manifest, stub_of
-from bitneck_edge.results import Answer, Failure, Label, StageTimes, Switch
+from bitneck_edge.results import Answer, Failure, StageTimes, Switch
 from bitneck_edge.settings import AUTO, EdgeSettings
 
 __all__ = ["EdgeClient", "fetch_bundle"]
@@ -110,6 +110,8 @@ class EdgeClient:
         settings: everything else.
         on_fetch: progress of a bundle's download, (bytes done, bytes in all).
         on_switch: called when the operating point changes.
+        finish: called in a thread with each photograph and its answer, such as to write it; what it gives back is the
+            answer.
         **values: single settings, such as ``point="s1-r2"``, in place of a `settings` object.
 
     Raises:
@@ -123,6 +125,7 @@ class EdgeClient:
         settings: EdgeSettings | None = None,
         on_fetch: Callable[[int, int], None] = lambda _done, _all: None,
         on_switch: Callable[[Switch], None] = lambda _switch: None,
+        finish: Callable[[Photo, Answer], Answer] | None = None,
         **values: Any,
     ) -> None:
         self.settings = settings or EdgeSettings.load({"server": server, **values})
@@ -131,6 +134,7 @@ class EdgeClient:
         self.workers = self.settings.workers or min(2, os.cpu_count() or 1)
         self._on_fetch = on_fetch
         self._on_switch = on_switch
+        self._finish = finish
         self._pool = ModulePool()
         self._encoder: EdgeEncoder | None = None
         self._link: Link | None = None
@@ -400,7 +404,8 @@ class EdgeClient:
                 if turn is not None and encoding is not None and not turn.is_set():
                     turn.set()
                     encoding.release()
-                return self._answer(capture, encoded, sent, await sent.answer)
+                answer = self._answer(capture, encoded, sent, await sent.answer)
+                return answer if self._finish is None else await self._in_thread(self._finish, capture.photo, answer)
             except BundleMismatch:
                 changes += 1
                 if not self._may_renew(link.failure) or changes > _BUNDLE_CHANGES:
@@ -442,14 +447,15 @@ class EdgeClient:
         return sent
 
     def _answer(self, capture: Capture, encoded: EncodedPhoto, sent: Sent, received: Received) -> Answer:
-        labels = _labels(received.result)
+        manifest, names = self.bundle.manifest, self.encoder.labels
+        segmented = manifest.task == "segmentation"
         timings = received.result.timings
         queued, decode, compute = timings.queued_us / 1e3, timings.decode_us / 1e3, timings.compute_us / 1e3
         round_trip = (received.at - sent.at) * 1e3
         edge = encoded.load_ms + encoded.preprocess_ms + encoded.head_ms + encoded.encode_ms
         wait = max(0.0, (sent.at - capture.at) * 1e3 - edge)
         payload = encoded.encoded.payload
-        pixels = self.bundle.manifest.input.pixels
+        pixels = manifest.input.pixels
         return Answer(
             file=capture.name,
             seq=sent.seq,
@@ -461,7 +467,8 @@ class EdgeClient:
             bpp_wire=sent.wire_bytes * 8 / pixels,
             payload_crc32c=crc32c_hex(payload),
             symbols_crc32c=crc32c_hex(encoded.encoded.symbols.astype("<i4").tobytes()),
-            labels=labels,
+            labels=() if segmented else labels_of(received.result),
+            segmentation=segmentation_of(received.result, manifest, names) if segmented else None,
             ms=StageTimes(
                 wait=wait,
                 load=encoded.load_ms,
@@ -542,17 +549,3 @@ def _tell(rate: RateController, seq: int, answer: "asyncio.Future[Received]") ->
     timings = received.result.timings
     server_s = (timings.queued_us + timings.decode_us + timings.compute_us) / 1e6
     rate.answered(seq, received.at, server_s=server_s)
-
-
-def _labels(result: pb.Result) -> tuple[Label, ...]:
-    """The labels of an answer.
-
-    Raises:
-        ProtocolError: none, or one whose score is no number.
-    """
-    labels = tuple(Label(x.index, x.name, x.score) for x in result.output.classification.labels)
-    if not labels or not all(math.isfinite(label.score) for label in labels):
-        raise ProtocolError(
-            f"the answer to frame {result.seq} has {len(labels)} labels, expected one or more, each with a finite score"
-        )
-    return labels

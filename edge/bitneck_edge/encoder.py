@@ -13,6 +13,7 @@ from bitneck.chain import Encoded, PointEncoder, SegmentChain
 from bitneck.errors import ImageError
 from bitneck.image import load_photo, preprocess
 from bitneck.runtime import ModulePool
+from bitneck_edge.answers import check_classes
 
 __all__ = ["EdgeEncoder", "EncodedPhoto", "Photo"]
 
@@ -38,10 +39,16 @@ class EdgeEncoder:
 
     Switching the operating point reads no segment again. Several threads may use it at once.
 
+    Attributes:
+        labels: names of the classes, of a network for segmentation; with labels the cloud sends the names.
+
     Args:
         bundle: the edge's half.
         threads: of ONNX Runtime inside one operator of the head; 0 for every core.
         pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
+
+    Raises:
+        BundleCorrupt: the names of the classes are unreadable.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None) -> None:
@@ -49,6 +56,10 @@ class EdgeEncoder:
         self.ladder = bundle.manifest.ladder
         self._pool = pool or ModulePool()
         self.chain = SegmentChain(bundle, threads=threads, pool=self._pool)
+        self.labels: tuple[str, ...] = ()
+        if bundle.manifest.task == "segmentation":
+            self.labels = bundle.labels()
+            check_classes(bundle.manifest, self.labels)
         self._encoders: dict[str, PointEncoder] = {}
         self._loading = threading.Lock()
 

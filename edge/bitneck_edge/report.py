@@ -11,11 +11,13 @@ from rich.text import Text
 
 from bitneck.ladder import Ladder
 from bitneck_edge.client import EdgeClient
-from bitneck_edge.results import Answer, Failure
+from bitneck_edge.results import Answer, Failure, Segmentation
 
 __all__ = ["RunSummary", "bench_table", "line", "load_table", "points_table", "run_document", "run_table"]
 
 _STAGES = ("wait", "load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
+_CLASSES = 3
+"""So many of an answer's classes are printed."""
 
 
 class RunSummary:
@@ -40,6 +42,8 @@ class RunSummary:
         self._points[result.point] += 1
         for name in ("payload_bytes", "bpp_payload", "bpp_wire"):
             self._sums[name] += getattr(result, name)
+        if result.segmentation is not None:
+            self._sums["map_bytes"] += result.segmentation.map_bytes
         for stage in _STAGES:
             self._sums[stage] += getattr(result.ms, stage)
 
@@ -63,6 +67,8 @@ class RunSummary:
                 "points": dict(self._points),
                 "ms": {stage: mean[stage] for stage in _STAGES},
             }
+            if "map_bytes" in mean:
+                summary["map_bytes_mean"] = mean["map_bytes"]
         return summary
 
 
@@ -84,37 +90,54 @@ def run_document(client: EdgeClient, results: Sequence[Answer | Failure], summar
 
 def line(answer: Answer) -> str:
     """One answer on one line."""
+    start = f"{answer.seq:>5}  {answer.point:<8} {answer.payload_bytes:>5} bytes"
+    if answer.segmentation is not None:
+        back = f"{answer.segmentation.map_bytes:>6} back"
+        return f"{start} {back}  {answer.ms.total:>7.1f} ms  {_shares(answer.segmentation):<44}  {answer.file}"
     best = answer.labels[0]
-    return (
-        f"{answer.seq:>5}  {answer.point:<8} {answer.payload_bytes:>5} bytes  {answer.ms.total:>7.1f} ms  "
-        f"{best.score:.3f}  {best.name:<28.28}  {answer.file}"
-    )
+    return f"{start}  {answer.ms.total:>7.1f} ms  {best.score:.3f}  {best.name:<28.28}  {answer.file}"
+
+
+def _shares(segmentation: Segmentation) -> str:
+    """The largest classes with their shares of the photograph."""
+    return ", ".join(f"{one.name:.20} {one.share:.0%}" for one in segmentation.classes[:_CLASSES])
 
 
 def run_table(results: Sequence[Answer | Failure]) -> Table:
     """Answers as a table, with the time at the edge, on the link and in the cloud."""
-    table = Table("photo", "point", "bytes", "bpp", "label", "score", "edge ms", "link ms", "cloud ms")
-    for column in table.columns[2:4] + table.columns[5:]:
-        column.justify = "right"
+    segmented = any(isinstance(result, Answer) and result.segmentation is not None for result in results)
+    said = ("back", "classes") if segmented else ("label", "score")
+    table = Table("photo", "point", "bytes", "bpp", *said, "edge ms", "link ms", "cloud ms")
+    for column in table.columns[2:]:
+        column.justify = "left" if column.header in ("label", "classes") else "right"
     for result in results:
         if isinstance(result, Failure):
             error = Text(type(result.error).__name__, style="red")
-            table.add_row(Text(Path(result.file).name), "", "", "", error, "", "", "", "")
+            table.add_row(
+                Text(Path(result.file).name), "", "", "", *(("", error) if segmented else (error, "")), "", "", ""
+            )
             continue
-        ms, best = result.ms, result.labels[0]
+        ms = result.ms
         edge, cloud = ms.load + ms.preprocess + ms.head + ms.encode, ms.queued + ms.decode + ms.compute
         table.add_row(
             Text(Path(result.file).name),  # a Text, since a name may look like markup
             result.point,
             str(result.payload_bytes),
             f"{result.bpp_payload:.4f}",
-            Text(best.name),
-            f"{best.score:.3f}",
+            *_said(result),
             f"{edge:.1f}",
             f"{ms.link:.1f}",
             f"{cloud:.1f}",
         )
     return table
+
+
+def _said(answer: Answer) -> tuple[str | Text, str | Text]:
+    """The two columns of what the network said."""
+    if answer.segmentation is not None:
+        return str(answer.segmentation.map_bytes), Text(_shares(answer.segmentation))
+    best = answer.labels[0]
+    return Text(best.name), f"{best.score:.3f}"
 
 
 def points_table(ladder: Ladder) -> Table:

@@ -1,11 +1,14 @@
 """What the edge gives back for each photograph."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bitneck.errors import BitneckError
 
-__all__ = ["Answer", "Failure", "Label", "StageTimes", "Switch"]
+__all__ = ["Answer", "ClassShare", "Failure", "Label", "Segmentation", "StageTimes", "Switch", "Written"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,42 @@ class Label:
     index: int
     name: str
     score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClassShare:
+    """A class and its share of the pixels, 0 to 1."""
+
+    index: int
+    name: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segmentation:
+    """The best class of every pixel of the network's input, which is the whole photograph, resized.
+
+    Attributes:
+        map: (H, W) uint8, class indices, read-only; two answers compare without it.
+        classes: those that occur, the largest share first.
+        map_bytes: coded bytes of the map on its way here.
+    """
+
+    map: NDArray[np.uint8] = field(repr=False, compare=False)
+    classes: tuple[ClassShare, ...]
+    map_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: without the pixels."""
+        return {"classes": [asdict(share) for share in self.classes], "map_bytes": self.map_bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The files that an answer was written to."""
+
+    map_file: str
+    overlay_file: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +100,10 @@ class Answer:
         bpp_wire: message bits per input pixel.
         payload_crc32c: of the payload, 8 hexadecimal digits.
         symbols_crc32c: of the symbols as little-endian int32.
-        labels: the best first.
         ms: per stage.
+        labels: the best first; of a network for classification.
+        segmentation: of a network for segmentation.
+        written: where it was written, if it was.
     """
 
     file: str
@@ -75,12 +116,29 @@ class Answer:
     bpp_wire: float
     payload_crc32c: str
     symbols_crc32c: str
-    labels: tuple[Label, ...]
     ms: StageTimes
+    labels: tuple[Label, ...] = ()
+    segmentation: Segmentation | None = None
+    written: Written | None = None
+
+    def without_map(self) -> "Answer":
+        """The same without the pixels of a class map, for those who keep many."""
+        if self.segmentation is None:
+            return self
+        return replace(self, segmentation=replace(self.segmentation, map=np.empty((0, 0), dtype=np.uint8)))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON: ``labels``, or ``classes`` and ``map_bytes``, and the files where there are any; no pixels."""
+        document = {each.name: getattr(self, each.name) for each in fields(self)}
+        document["ms"] = asdict(self.ms)
+        document["labels"] = [asdict(label) for label in self.labels]
+        del document["segmentation"], document["written"]
+        if self.segmentation is not None:
+            del document["labels"]
+            document |= self.segmentation.to_dict()
+        if self.written is not None:
+            document |= asdict(self.written)
+        return document
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ Dimensions: N photographs, C x Hf x Wf feature.
 import io
 import lzma
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,25 @@ from PIL import Image
 
 from bitneck.errors import InvalidConfig
 from bitneck.image import crop, load_photo, normalize
+from bitneck.manifest import Task
 from bitneck.runtime import OnnxModule
 from bitneck.tables import FactorizedModel
 from bitneck_models.backbones import Backbone
+from bitneck_models.class_maps import confusion, load_class_map, mean_iou
 from bitneck_models.onnx_export import to_onnx
 from bitneck_models.photos import LabelledPhoto
 
-__all__ = ["CODECS", "SWEEP", "BaselinePoint", "image_baselines", "raw_baselines", "training_free"]
+__all__ = [
+    "ACCURACY",
+    "CODECS",
+    "MAP_CODECS",
+    "MAP_SWEEP",
+    "SWEEP",
+    "BaselinePoint",
+    "image_baselines",
+    "raw_baselines",
+    "training_free",
+]
 
 CODECS: Mapping[str, tuple[int, ...]] = {
     "jpeg": (5, 10, 15, 25, 40, 60, 80, 95),
@@ -47,7 +59,23 @@ SWEEP: tuple[tuple[float, float], ...] = tuple(
 )
 """The training-free baseline's settings: k as a share of the feature's size, and the step."""
 
+MAP_CODECS: Mapping[str, tuple[int, ...]] = {
+    "jpeg": (5, 10, 20, 40, 70, 95),
+    "webp": (1, 10, 30, 60, 90),
+    "avif": (10, 20, 35, 50, 70),
+}
+"""Likewise for segmentation, where the whole network answers for each pixel and takes its time."""
+
+MAP_SWEEP: tuple[tuple[float, float], ...] = tuple(
+    (share, step) for share in (1.0, 0.5, 0.25) for step in (2.0, 6.0, 16.0)
+)
+"""The training-free baseline's settings for segmentation."""
+
+ACCURACY: Mapping[Task, str] = {"classification": "top1", "segmentation": "mean_iou"}
+"""What accuracy is called in documents."""
+
 _BATCH = 50
+_MAP_BATCH = 8
 Progress = Callable[[int, int], None]
 
 
@@ -65,8 +93,8 @@ class BaselinePoint:
         split: split point; empty for image codecs.
         bytes_mean: of one photograph.
         bpp: bits per input pixel.
-        top1: share whose best label is the true one.
-        agreement: share whose best label is the uncompressed network's.
+        accuracy: share whose best label is the true one; segmentation: mean IoU with the class maps.
+        agreement: share of the photographs, or of their pixels, whose class is the uncompressed network's.
     """
 
     codec: str
@@ -74,21 +102,48 @@ class BaselinePoint:
     split: str
     bytes_mean: float
     bpp: float
-    top1: float
+    accuracy: float
     agreement: float
+
+    def to_dict(self, task: Task) -> dict[str, object]:
+        """For the JSON document of ``bitneck-models baselines``: accuracy under its name, ``top1`` or ``mean_iou``."""
+        return {ACCURACY[task] if key == "accuracy" else key: value for key, value in asdict(self).items()}
+
+
+Photos = Sequence[LabelledPhoto] | Sequence[tuple[Path, Path]]
+"""With the index of a class; for segmentation with the file of a class map."""
 
 
 class _Judge:
     """Compares answers with labels and with the uncompressed network's answers."""
 
-    def __init__(self, backbone: Backbone, photos: Sequence[LabelledPhoto], folder: Path) -> None:
+    def __init__(self, backbone: Backbone, photos: Photos, folder: Path) -> None:
         if not photos:
             raise InvalidConfig("no photographs to measure baselines on")
         self.backbone, self.folder = backbone, folder
-        self.crops = [crop(load_photo(photo.path), backbone.input) for photo in photos]
-        self.labels = np.array([photo.label for photo in photos])
+        self.batch = _BATCH if backbone.task == "classification" else _MAP_BATCH
+        paths = [photo.path if isinstance(photo, LabelledPhoto) else photo[0] for photo in photos]
+        self.crops = [crop(load_photo(path), backbone.input) for path in paths]
+        self.labels: NDArray[np.integer] = np.stack([self._label(photo) for photo in photos])  # (N,) or (N, H, W)
         self.network = self.module(backbone.segment(0), backbone.input_shape)
         self.teacher = self.answers(self.network, self.inputs(self.crops))
+
+    def _label(self, photo: LabelledPhoto | tuple[Path, Path]) -> NDArray[np.integer]:
+        if isinstance(photo, LabelledPhoto):
+            return np.array(photo.label)
+        classes = Image.fromarray(load_class_map(photo[1], len(self.backbone.labels)))
+        return np.array(classes.resize(self.crops[0].size, Image.Resampling.NEAREST))
+
+    @property
+    def uncompressed(self) -> float:
+        """Accuracy of the network itself."""
+        return self.accuracy(self.teacher)
+
+    def accuracy(self, answers: NDArray[np.integer]) -> float:
+        """Share of right answers, or mean IoU."""
+        if self.backbone.task == "segmentation":
+            return mean_iou(confusion(self.labels, answers, len(self.backbone.labels)))
+        return float((answers == self.labels).mean())
 
     def module(self, module: torch.nn.Module, shape: tuple[int, int, int]) -> OnnxModule:
         """A module as an ONNX Runtime session."""
@@ -101,19 +156,19 @@ class _Judge:
         """(N, 3, H, W) float32."""
         return np.concatenate([normalize(image, self.backbone.input) for image in images])
 
-    def answers(self, module: OnnxModule, x: NDArray[np.float32]) -> NDArray[np.intp]:
-        """Best labels, (N,)."""
-        parts = [module.run(x[i : i + _BATCH]).argmax(axis=1) for i in range(0, len(x), _BATCH)]
-        return np.concatenate(parts)
+    def answers(self, module: OnnxModule, x: NDArray[np.float32]) -> NDArray[np.uint16]:
+        """Best labels, (N,) or (N, H, W)."""
+        parts = [module.run(x[i : i + self.batch]).argmax(axis=1) for i in range(0, len(x), self.batch)]
+        return np.concatenate([part.astype(np.uint16) for part in parts])
 
-    def point(self, codec: str, setting: str, split: str, sizes: float, answers: NDArray[np.intp]) -> BaselinePoint:
+    def point(self, codec: str, setting: str, split: str, sizes: float, answers: NDArray[np.uint16]) -> BaselinePoint:
         return BaselinePoint(
             codec=codec,
             setting=setting,
             split=split,
             bytes_mean=sizes,
             bpp=sizes * 8 / self.backbone.input.pixels,
-            top1=float((answers == self.labels).mean()),
+            accuracy=self.accuracy(answers),
             agreement=float((answers == self.teacher).mean()),
         )
 
@@ -121,13 +176,13 @@ class _Judge:
         """The tail of a split point, and the photographs' features, (N, C, Hf, Wf) float32."""
         head = self.module(self.backbone.head(split), self.backbone.input_shape)
         x = self.inputs(self.crops)
-        features = np.concatenate([head.run(x[i : i + _BATCH]) for i in range(0, len(x), _BATCH)])
+        features = np.concatenate([head.run(x[i : i + self.batch]) for i in range(0, len(x), self.batch)])
         return self.module(self.backbone.tail(split), self.backbone.feature_shape(split)), features
 
 
 def image_baselines(
     backbone: Backbone,
-    photos: Sequence[LabelledPhoto],
+    photos: Photos,
     folder: Path,
     *,
     codecs: Mapping[str, Sequence[int]] | Sequence[str] = tuple(CODECS),
@@ -145,7 +200,7 @@ def image_baselines(
         progress: called with (settings done, all).
 
     Returns:
-        The uncompressed network's top-1, and the points.
+        The uncompressed network's accuracy, and the points.
 
     Raises:
         InvalidConfig: a codec that is unknown, or that the installed libraries cannot write; no photographs.
@@ -165,7 +220,7 @@ def image_baselines(
             size = float(np.mean([len(data) for data in coded]))
             points.append(judge.point(name, f"quality {quality}", "", size, judge.answers(judge.network, x)))
             progress(len(points), total)
-    return float((judge.teacher == judge.labels).mean()), points
+    return judge.uncompressed, points
 
 
 def _encode(image: Image.Image, codec: str, quality: int) -> bytes:
@@ -189,7 +244,7 @@ def _decode(data: bytes) -> Image.Image:
 def raw_baselines(
     backbone: Backbone,
     split: str,
-    photos: Sequence[LabelledPhoto],
+    photos: Photos,
     folder: Path,
     *,
     progress: Progress = _silent,
@@ -229,7 +284,7 @@ def training_free(
     backbone: Backbone,
     split: str,
     train_features: NDArray[np.float16],
-    photos: Sequence[LabelledPhoto],
+    photos: Photos,
     folder: Path,
     *,
     sweep: Sequence[tuple[float, float]] = SWEEP,

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -350,15 +349,18 @@ def baselines(
     as_json: Json = False,
 ) -> None:
     """Measure what the units are compared with: image codecs, raw features, and pooling with principal components."""
+    from bitneck_models import baselines as of
     from bitneck_models.backbones import build_backbone
-    from bitneck_models.baselines import CODECS, SWEEP, image_baselines, raw_baselines, training_free
+    from bitneck_models.class_maps import mapped_photos
     from bitneck_models.photos import labelled_photos
     from bitneck_models.pipeline import photo_sets, split_features, table_features
     from bitneck_models.zoo import ZooEntry
 
-    net = build_backbone(backbone, weights)
+    net = ZooEntry(zoo).backbone(weights) if zoo is not None else build_backbone(backbone, weights)
     folder = _data_folder(data)
-    photos = labelled_photos(folder, net.wnids, net.labels)
+    maps = net.task == "segmentation"
+    photos = mapped_photos(folder) if maps else labelled_photos(folder, net.wnids, net.labels)
+    sweep = of.MAP_SWEEP if maps else of.SWEEP
     splits = split or list(net.splits)
     for name in splits:
         net.split_index(name)
@@ -370,33 +372,36 @@ def baselines(
             task = progress.add_task(what, total=None)
             return lambda done, total: progress.update(task, completed=done, total=total)
 
-        uncompressed, found = image_baselines(
-            net, photos, runs / "cache", codecs=codec or CODECS, progress=counter("image codecs")
+        known = {**of.CODECS, **(of.MAP_CODECS if maps else {})}
+        codecs = {name: known.get(name, ()) for name in codec or (of.MAP_CODECS if maps else of.CODECS)}
+        uncompressed, found = of.image_baselines(
+            net, photos, runs / "cache", codecs=codecs, progress=counter("image codecs")
         )
         points += found
         for name in splits:
-            points += raw_baselines(net, name, photos, runs / "cache", progress=counter(f"{name}: raw features"))
+            points += of.raw_baselines(net, name, photos, runs / "cache", progress=counter(f"{name}: raw features"))
             if zoo is not None:
                 sets = photo_sets(ZooEntry(zoo).recipe, _data_folder(train_data), net)
                 features, _ = split_features(net, name, sets, 0, runs, counter(f"{name}: training features"))
-                points += training_free(
+                points += of.training_free(
                     net, name, table_features(features, sets)[::4], photos, runs / "cache",
-                    sweep=SWEEP, progress=counter(f"{name}: training-free"),
+                    sweep=sweep, progress=counter(f"{name}: training-free"),
                 )  # fmt: skip
     document = {
         "dataset": folder.resolve().name,
         "images": len(photos),
-        "uncompressed": {"top1": uncompressed},
-        "baselines": [asdict(point) for point in points],
+        "uncompressed": {of.ACCURACY[net.task]: uncompressed},
+        "baselines": [point.to_dict(net.task) for point in points],
     }
     if as_json:
         print(json.dumps(document, indent=1))  # noqa: T201
         return
-    table = Table("codec", "split", "setting", "bytes", "bpp", "top-1", "agreement")
+    table = Table("codec", "split", "setting", "bytes", "bpp", "mean IoU" if maps else "top-1", "agreement")
     for p in points:
         table.add_row(
-            p.codec, p.split, p.setting, f"{p.bytes_mean:.0f}", f"{p.bpp:.4f}", f"{p.top1:.4f}", f"{p.agreement:.4f}"
-        )
+            p.codec, p.split, p.setting, f"{p.bytes_mean:.0f}", f"{p.bpp:.4f}", f"{p.accuracy:.4f}",
+            f"{p.agreement:.4f}",
+        )  # fmt: skip
     Console().print(table)
     print(f"uncompressed: {uncompressed:.4f} on {len(photos)} photographs")  # noqa: T201
 
@@ -408,16 +413,22 @@ def report(
         "docs/results.md"
     ),
 ) -> None:
-    """Draw the curves and write the tables of what was measured."""
+    """Draw the curves and write the tables of what was measured; every folder in the folder is a part of the page."""
     from bitneck_models.report import draw, markdown, read_results
 
-    found = read_results(results)
-    notes = {path.stem: path.read_text(encoding="utf-8") for path in sorted(results.glob("*.md"))}
-    pictures = draw(found, results)
-    commands = notes.pop("commands", "")
-    text = markdown(found, commands, notes, pictures, results.resolve().name)
-    out.write_text(text, encoding="utf-8")
-    print(f"{out}: {len(found.studies)} studies, {len(found.baselines)} baselines, {len(pictures)} pictures")  # noqa: T201
+    parts, counts = [], [0, 0, 0]
+    for folder in (results, *sorted(path for path in results.iterdir() if path.is_dir())):
+        found = read_results(folder)
+        notes = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))}
+        pictures = draw(found, folder)
+        place, title = results.resolve().name, "Results"
+        if folder != results:
+            place, title = f"{place}/{folder.name}", folder.name.capitalize()
+        parts.append(markdown(found, notes.pop("commands", ""), notes, pictures, place, title))
+        for k, count in enumerate((len(found.studies), len(found.baselines), len(pictures))):
+            counts[k] += count
+    out.write_text("\n".join(parts), encoding="utf-8")
+    print(f"{out}: {counts[0]} studies, {counts[1]} baselines, {counts[2]} pictures")  # noqa: T201
 
 
 @contextmanager

@@ -48,14 +48,19 @@ class TaskTerm(_Strict):
             student's class probabilities from the teacher's; ``ce``, cross-entropy with the labels.
         layer: name of a stage after the split point, for ``mae`` and ``mse``; None for the last.
         weight: of this summand.
+        rare: for ``kl`` and ``ce``: what has a class with share p of the batch counts ``1 / ln(rare + p)`` times,
+            relative to the rest: the nearer to 1, the more rare classes count, as in mean IoU. None for all alike.
     """
 
     kind: Literal["mae", "mse", "kl", "ce"]
     layer: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
+    rare: Annotated[float, Field(gt=1)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.rare is not None and self.kind in ("mae", "mse"):
+            raise ValueError(f"{self.kind} compares features, which have no classes; rare is for kl and ce")
         if self.layer is not None and self.kind in ("kl", "ce"):
             raise ValueError(f"{self.kind} compares the network's outputs and takes no layer, got {self.layer!r}")
         return self

@@ -20,7 +20,8 @@ from bitneck.errors import InvalidConfig
 __all__ = ["Curve", "Results", "Sample", "bytes_at", "draw", "markdown", "rate_saving", "read_results"]
 
 IMAGE_CODECS = ("jpeg", "webp", "avif", "heic")
-LADDER = "efficientnet_lite0"
+METRICS = {"top1": "top-1", "mean_iou": "mean IoU"}
+"""What accuracy is called in documents, and on the page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class Sample:
     name: str
     payload_bytes: float
     bpp: float
-    top1: float
+    accuracy: float
     agreement: float
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -46,16 +47,24 @@ class Results:
     Attributes:
         images: number of photographs.
         dataset: their name.
-        uncompressed: top-1 of the network without a unit.
-        studies: study to curve name to curve; `LADDER` is the ladder that is shipped, its curves the split points.
+        uncompressed: accuracy of the network without a unit.
+        metric: what accuracy is, as on the page.
+        studies: study to curve name to curve; the one that is no known study is the ladder that is shipped, its curves
+            the split points.
         baselines: codec to curve.
     """
 
     images: int
     dataset: str
     uncompressed: float
+    metric: str
     studies: Mapping[str, Mapping[str, Curve]]
     baselines: Mapping[str, Curve]
+
+    @property
+    def ladder(self) -> Mapping[str, Curve] | None:
+        """The curves of the ladder that is shipped, or None."""
+        return next((curves for name, curves in self.studies.items() if name not in _STUDIES), None)
 
 
 def read_results(folder: Path) -> Results:
@@ -67,15 +76,16 @@ def read_results(folder: Path) -> Results:
     """
     studies: dict[str, dict[str, Curve]] = {}
     baselines: dict[str, Curve] = {}
-    measured: set[tuple[str, int, float]] = set()
+    measured: set[tuple[str, int, str, float]] = set()
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise InvalidConfig(f"{folder}: no results (*.json); `evaluate --zoo` and `baselines` write them with --json")
     for path in paths:
         try:
             document = json.loads(path.read_bytes())
-            measured.add((document["dataset"], document["images"], document["uncompressed"]["top1"]))
-            samples = _baselines(document) if "baselines" in document else _evaluation(document)
+            ((key, uncompressed),) = document["uncompressed"].items()
+            measured.add((document["dataset"], document["images"], key, uncompressed))
+            samples = _baselines(document, key) if "baselines" in document else _evaluation(document, key)
             if "baselines" in document:
                 baselines |= _grouped(samples)
             else:
@@ -86,11 +96,14 @@ def read_results(folder: Path) -> Results:
             ) from exc
     if len(measured) > 1:
         raise InvalidConfig(f"{folder} mixes results of different photographs: {sorted(measured)}")
-    dataset, images, uncompressed = measured.pop()
-    return Results(images=images, dataset=dataset, uncompressed=uncompressed, studies=studies, baselines=baselines)
+    dataset, images, key, uncompressed = measured.pop()
+    return Results(
+        images=images, dataset=dataset, uncompressed=uncompressed, metric=METRICS[key], studies=studies,
+        baselines=baselines,
+    )  # fmt: skip
 
 
-def _evaluation(document: Mapping[str, Any]) -> list[tuple[str, Sample]]:
+def _evaluation(document: Mapping[str, Any], key: str) -> list[tuple[str, Sample]]:
     return [
         (
             p["recipe"]["curve"] or p["split"],
@@ -98,7 +111,7 @@ def _evaluation(document: Mapping[str, Any]) -> list[tuple[str, Sample]]:
                 name=p["id"],
                 payload_bytes=p["payload_bytes_mean"],
                 bpp=p["bpp_payload"],
-                top1=p["top1"],
+                accuracy=p[key],
                 agreement=p["agreement"],
                 extra=p,
             ),
@@ -107,7 +120,7 @@ def _evaluation(document: Mapping[str, Any]) -> list[tuple[str, Sample]]:
     ]
 
 
-def _baselines(document: Mapping[str, Any]) -> list[tuple[str, Sample]]:
+def _baselines(document: Mapping[str, Any], key: str) -> list[tuple[str, Sample]]:
     return [
         (
             f"{p['codec']} {p['split']}".strip(),
@@ -115,7 +128,7 @@ def _baselines(document: Mapping[str, Any]) -> list[tuple[str, Sample]]:
                 name=p["setting"],
                 payload_bytes=p["bytes_mean"],
                 bpp=p["bpp"],
-                top1=p["top1"],
+                accuracy=p[key],
                 agreement=p["agreement"],
                 extra={"split": p["split"]},
             ),
@@ -131,7 +144,7 @@ def _grouped(samples: Iterable[tuple[str, Sample]]) -> dict[str, Curve]:
     return {name: tuple(sorted(curve, key=lambda s: s.payload_bytes)) for name, curve in curves.items()}
 
 
-def bytes_at(curve: Curve, top1: float) -> float | None:
+def bytes_at(curve: Curve, accuracy: float) -> float | None:
     """Bytes that a curve takes to reach an accuracy, by log-linear interpolation of its rising envelope.
 
     Returns:
@@ -140,14 +153,14 @@ def bytes_at(curve: Curve, top1: float) -> float | None:
     best = -1.0
     before: Sample | None = None
     for sample in curve:
-        if sample.top1 >= top1:
+        if sample.accuracy >= accuracy:
             if before is None:
                 return sample.payload_bytes
-            t = (top1 - before.top1) / (sample.top1 - before.top1)
+            t = (accuracy - before.accuracy) / (sample.accuracy - before.accuracy)
             low, high = math.log(before.payload_bytes), math.log(sample.payload_bytes)
             return math.exp(low + t * (high - low))
-        if sample.top1 > best:
-            best, before = sample.top1, sample
+        if sample.accuracy > best:
+            best, before = sample.accuracy, sample
     return None
 
 
@@ -197,15 +210,14 @@ def draw(results: Results, folder: Path) -> list[str]:
     mpl.use("Agg")
     written = []
     for name, paint in _PICTURES.items():
-        wanted = LADDER if name in ("accuracy", "encoder") else name
-        if wanted in results.studies:
+        if results.ladder if name in ("accuracy", "encoder") else name in results.studies:
             figure = paint(results)
             figure.savefig(folder / f"{name}.png", dpi=110)
             written.append(f"{name}.png")
     return written
 
 
-def _axes(results: Results, panels: int = 1, width: float = 7.0, *, top1: bool = True) -> tuple[Any, list[Any]]:
+def _axes(results: Results, panels: int = 1, width: float = 7.0, *, accuracy: bool = True) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter
 
@@ -217,22 +229,26 @@ def _axes(results: Results, panels: int = 1, width: float = 7.0, *, top1: bool =
         axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("bits per input pixel (payload)")
-        if top1:
+        if accuracy:
             axis.axhline(results.uncompressed, color="0.5", linewidth=0.8, linestyle=":")
         axis.grid(visible=True, which="both", color="0.9", linewidth=0.5)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes[0].set_ylabel("top-1")
+    axes[0].set_ylabel(results.metric)
     return figure, axes
 
 
-def _plot(axis: Any, name: str, curve: Curve, value: str = "top1", **style: Any) -> None:
+def _plot(axis: Any, name: str, curve: Curve, value: str = "accuracy", **style: Any) -> None:
     axis.plot([s.bpp for s in curve], [getattr(s, value) for s in curve], label=name, marker="o", markersize=4, **style)
+
+
+def _ladder_of(results: Results) -> Mapping[str, Curve]:
+    return results.ladder or {}
 
 
 def _accuracy(results: Results) -> Any:
     figure, (axis,) = _axes(results, width=9.0)
-    colours = {name: f"C{k}" for k, name in enumerate(sorted(results.studies[LADDER]))}
-    for name, curve in sorted(results.studies[LADDER].items()):
+    colours = {name: f"C{k}" for k, name in enumerate(sorted(_ladder_of(results)))}
+    for name, curve in sorted(_ladder_of(results).items()):
         _plot(axis, f"bitneck {name}", curve, linewidth=2, color=colours[name])
     for k, (name, curve) in enumerate(sorted(results.baselines.items())):
         split = curve[0].extra.get("split", "")
@@ -250,7 +266,7 @@ def _front(curve: Curve) -> Curve:
     """The samples that no cheaper one equals."""
     kept: list[Sample] = []
     for sample in sorted(curve, key=lambda s: s.payload_bytes):
-        if not kept or sample.top1 > kept[-1].top1:
+        if not kept or sample.accuracy > kept[-1].accuracy:
             kept.append(sample)
     return tuple(kept)
 
@@ -258,12 +274,12 @@ def _front(curve: Curve) -> Curve:
 def _encoder(results: Results) -> Any:
     """Three ways at once: encoder size, data size, accuracy."""
     figure, (axis,) = _axes(results, width=8.0)
-    for name, curve in sorted(results.studies[LADDER].items()):
+    for name, curve in sorted(_ladder_of(results).items()):
         sizes = [_macs(s, "encoder") / 1e5 + 12 for s in curve]
-        axis.scatter([s.bpp for s in curve], [s.top1 for s in curve], s=sizes, alpha=0.55, label=name)
+        axis.scatter([s.bpp for s in curve], [s.accuracy for s in curve], s=sizes, alpha=0.55, label=name)
         for s in curve:
             axis.annotate(
-                f"{_macs(s, 'encoder') / 1e6:.2g} M", (s.bpp, s.top1), fontsize=6, xytext=(0, -14),
+                f"{_macs(s, 'encoder') / 1e6:.2g} M", (s.bpp, s.accuracy), fontsize=6, xytext=(0, -14),
                 textcoords="offset points", ha="center",
             )  # fmt: skip
     axis.set_title("area and figure: multiply-adds of the encoder, after the head's")
@@ -281,7 +297,7 @@ def _study(name: str) -> Callable[[Results], Any]:
     def paint(results: Results) -> Any:
         curves = results.studies[name]
         splits = sorted({s.extra["split"] for curve in curves.values() for s in curve})
-        figure, axes = _axes(results, len(splits), top1=False)
+        figure, axes = _axes(results, len(splits), accuracy=False)
         for axis, split in zip(axes, splits, strict=True):
             for title, curve in curves.items():
                 if curve[0].extra["split"] == split:
@@ -311,7 +327,12 @@ _PICTURES: dict[str, Callable[[Results], Any]] = {
 
 
 def markdown(
-    results: Results, commands: str, notes: Mapping[str, str], pictures: Sequence[str], folder: str = "results"
+    results: Results,
+    commands: str,
+    notes: Mapping[str, str],
+    pictures: Sequence[str],
+    folder: str = "results",
+    title: str = "Results",
 ) -> str:
     """The page of results.
 
@@ -321,18 +342,19 @@ def markdown(
         notes: by section, Markdown: what the figures mean, written by hand.
         pictures: see `draw`.
         folder: of the pictures, seen from the page.
+        title: of the page, or of its part.
     """
     parts = [
-        "# Results\n",
-        "Written by `bitneck-models report`; every number is in `docs/results/*.json`. Measured on "
-        f"{results.images} photographs of `{results.dataset}`, uncompressed top-1 {_percent(results.uncompressed)}. "
-        "bpp is per input pixel, bytes are coded payloads. Intervals are 95 %.\n",
+        f"# {title}\n",
+        f"Written by `bitneck-models report`; every number is in `docs/{folder}/*.json`. Measured on "
+        f"{results.images} photographs of `{results.dataset}`, uncompressed {results.metric} "
+        f"{_percent(results.uncompressed)}. bpp is per input pixel, bytes are coded payloads. Intervals are 95 %.\n",
         "```console",
         commands.strip(),
         "```\n",
     ]
     sections: list[tuple[str, str, list[str]]] = []
-    if LADDER in results.studies:
+    if results.ladder is not None:
         sections += [
             ("ladder", "The ladder", _ladder(results)),
             ("accuracy", "Against image codecs", _against(results)),
@@ -341,10 +363,10 @@ def markdown(
     sections += [
         (name, title, _study_table(results, name)) for name, title in _STUDIES.items() if name in results.studies
     ]
-    for name, title, table in sections:
-        parts.append(f"## {title}\n")
+    for name, heading, table in sections:
+        parts.append(f"## {heading}\n")
         if f"{name}.png" in pictures:
-            parts.append(f"![{title}]({folder}/{name}.png)\n")
+            parts.append(f"![{heading}]({folder}/{name}.png)\n")
         parts += [*table, ""]
         if name in notes:
             parts.append(notes[name].strip() + "\n")
@@ -363,7 +385,8 @@ def _row(*cells: object) -> str:
 
 def _ladder(results: Results) -> list[str]:
     rows = [
-        "| point | payload bytes (5th, 95th percentile) | estimated by its tables | bpp | top-1 (interval) | lost "
+        "| point | payload bytes (5th, 95th percentile) | estimated by its tables | bpp | "
+        f"{results.metric} (interval) | lost "
         "against uncompressed (paired) | agreement |",
         "|---|---|---:|---:|---|---|---:|",
     ]
@@ -376,8 +399,8 @@ def _ladder(results: Results) -> list[str]:
                     f"{s.payload_bytes:.1f} ({e['payload_bytes_p5']:.0f}, {e['payload_bytes_p95']:.0f})",
                     f"{e['ideal_bytes_mean']:.1f}",
                     f"{s.bpp:.4f}",
-                    f"{_percent(s.top1)} ({_interval(e['top1_interval'])})",
-                    f"{_percent(results.uncompressed - s.top1)} ({_interval(e['top1_lost_interval'])})",
+                    _percent(s.accuracy) + _interval(e.get("top1_interval")),
+                    _percent(results.uncompressed - s.accuracy) + _interval(e.get("top1_lost_interval")),
                     _percent(s.agreement),
                 )
             )
@@ -385,20 +408,24 @@ def _ladder(results: Results) -> list[str]:
 
 
 def _ladder_curves(results: Results) -> list[Curve]:
-    return [curve for _, curve in sorted(results.studies[LADDER].items())]
+    return [curve for _, curve in sorted(_ladder_of(results).items())]
 
 
-def _interval(interval: Sequence[float]) -> str:
-    return " to ".join(f"{value * 100:.1f}" for value in interval)
+def _interval(interval: Sequence[float] | None) -> str:
+    """Behind a share; mean IoU, which is no mean over photographs, has none."""
+    return "" if interval is None else f" ({' to '.join(f'{value * 100:.1f}' for value in interval)})"
 
 
 def _against(results: Results) -> list[str]:
     """For each point, what the best image codec needs for the same accuracy."""
     codecs = {name: curve for name, curve in results.baselines.items() if name in IMAGE_CODECS}
-    rows = ["| point | bytes | best image codec at the same top-1 | its bytes | share |", "|---|---:|---|---:|---:|"]
+    rows = [
+        f"| point | bytes | best image codec at the same {results.metric} | its bytes | share |",
+        "|---|---:|---|---:|---:|",
+    ]
     for curve in _ladder_curves(results):
         for s in curve:
-            needed = {name: value for name, c in codecs.items() if (value := bytes_at(c, s.top1)) is not None}
+            needed = {name: value for name, c in codecs.items() if (value := bytes_at(c, s.accuracy)) is not None}
             if not needed:
                 rows.append(_row(f"`{s.name}`", f"{s.payload_bytes:.1f}", "none reaches it", "", ""))
                 continue
@@ -410,7 +437,7 @@ def _against(results: Results) -> list[str]:
 
 def _complexity(results: Results) -> list[str]:
     rows = [
-        "| point | head | encoder | decoder | tail | bytes | top-1 |",
+        f"| point | head | encoder | decoder | tail | bytes | {results.metric} |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for curve in _ladder_curves(results):
@@ -419,14 +446,14 @@ def _complexity(results: Results) -> list[str]:
                 f"{c['parameters'] / 1e6:.2f} / {c['multiply_adds'] / 1e6:.1f}"
                 for c in (s.extra["complexity"][part] for part in ("head", "encoder", "decoder", "tail"))
             ]
-            rows.append(_row(f"`{s.name}`", *parts, f"{s.payload_bytes:.1f}", _percent(s.top1)))
+            rows.append(_row(f"`{s.name}`", *parts, f"{s.payload_bytes:.1f}", _percent(s.accuracy)))
     return [*rows, "", "Millions of parameters / millions of multiply-adds for one photograph."]
 
 
 def _study_table(results: Results, name: str) -> list[str]:
     curves = results.studies[name]
     rows = [
-        "| curve | point | bytes | bpp | top-1 | agreement | unit's parameters | estimated in training |",
+        f"| curve | point | bytes | bpp | {results.metric} | agreement | unit's parameters | estimated in training |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for title, curve in curves.items():
@@ -439,7 +466,7 @@ def _study_table(results: Results, name: str) -> list[str]:
                     f"`{s.name}`",
                     f"{s.payload_bytes:.1f}",
                     f"{s.bpp:.4f}",
-                    _percent(s.top1),
+                    _percent(s.accuracy),
                     _percent(s.agreement),
                     f"{unit / 1e6:.3f} M",
                     f"{estimated:.1f} bytes",
@@ -459,10 +486,10 @@ def _study_table(results: Results, name: str) -> list[str]:
 
 
 def _baseline_table(results: Results) -> list[str]:
-    rows = ["| codec | setting | bytes | bpp | top-1 | agreement |", "|---|---|---:|---:|---:|---:|"]
+    rows = [f"| codec | setting | bytes | bpp | {results.metric} | agreement |", "|---|---|---:|---:|---:|---:|"]
     for name, curve in results.baselines.items():
         rows += [
-            _row(name, s.name, f"{s.payload_bytes:.0f}", f"{s.bpp:.4f}", _percent(s.top1), _percent(s.agreement))
+            _row(name, s.name, f"{s.payload_bytes:.0f}", f"{s.bpp:.4f}", _percent(s.accuracy), _percent(s.agreement))
             for s in curve
         ]
     return rows

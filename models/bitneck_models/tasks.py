@@ -107,28 +107,48 @@ class TaskLoss:
                     divergence = F.kl_div(
                         s.log_softmax(1), teacher[layer].log_softmax(1), reduction="none", log_target=True
                     )
-                    value = divergence.sum(1).mean()  # over the batch, and over positions where there are any
+                    divergence = divergence.sum(1)  # (N,) or (N, h, w)
+                    if term.rare is not None:
+                        divergence = divergence * _rarity(teacher[layer].softmax(1), term.rare)
+                    value = divergence.mean()
                 case "ce":
                     if labels is None:
                         raise InvalidConfig("a task term `ce` needs labels")
-                    value = _cross_entropy(s, labels)
+                    value = _cross_entropy(s, labels, term.rare)
             total = total + term.weight * value
         return total
 
 
-def _cross_entropy(logits: Tensor, labels: Labels) -> Tensor:
+def _rarity(shares: Tensor, rare: float) -> Tensor:
+    """How much each sample or position counts, mean 1.
+
+    Args:
+        shares: probabilities of the classes, (N, K) or (N, K, h, w).
+        rare: see `TaskTerm`.
+    """
+    by_class = 1 / (rare + shares.transpose(0, 1).flatten(1).mean(1)).log()  # (K,)
+    weights = torch.einsum("nk...,k->n...", shares, by_class)
+    return weights / weights.mean()
+
+
+def _cross_entropy(logits: Tensor, labels: Labels, rare: float | None = None) -> Tensor:
     """Mean over what has a label; a mixture counts for both of its classes. 0 where nothing has one.
 
     Args:
         logits: (N, L) or (N, K, h, w).
         labels: of the batch; class maps may have any size.
+        rare: see `TaskTerm`.
     """
     share = labels.share.view(-1, *[1] * (logits.ndim - 2))  # (N,) or (N, 1, 1)
     total, count = logits.new_zeros(()), logits.new_zeros(())
     for classes, part in ((labels.first, share), (labels.second, 1 - share)):
         wanted = _at_size(classes, logits)
-        total = total + (part * F.cross_entropy(logits, wanted, ignore_index=NO_LABEL, reduction="none")).sum()
-        count = count + (part * (wanted != NO_LABEL)).sum()
+        counts = part * (wanted != NO_LABEL)
+        if rare is not None:
+            shares = F.one_hot(wanted.clamp(min=0), logits.shape[1]).movedim(-1, 1) * (wanted != NO_LABEL)[:, None]
+            counts = counts * _rarity(shares.to(logits.dtype), rare)
+        losses = F.cross_entropy(logits, wanted, ignore_index=NO_LABEL, reduction="none")
+        total, count = total + (counts * losses).sum(), count + counts.sum()
     return total / count.clamp(min=1e-6)
 
 

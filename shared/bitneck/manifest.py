@@ -172,6 +172,8 @@ class Manifest(_Strict):
             Ladder(entry.operating_point() for entry in self.points)
         except BitneckError as exc:
             raise ValueError(str(exc)) from exc
+        if self.task == "segmentation" and self.input.fit != "stretch":
+            raise ValueError("segmentation needs an input with fit `stretch`: a class map covers the whole photograph")
         after = [split.after_segment for split in self.split_points]
         if after != sorted(set(after)) or after[-1] > len(self.segments) - 2:
             raise ValueError("split points must stand in the chain's order, each before the last segment")

@@ -111,10 +111,12 @@ class Result(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("classification",)
+    __slots__ = ("classification", "segmentation")
     CLASSIFICATION_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTATION_FIELD_NUMBER: _ClassVar[int]
     classification: Classification
-    def __init__(self, classification: _Optional[_Union[Classification, _Mapping]] = ...) -> None: ...
+    segmentation: Segmentation
+    def __init__(self, classification: _Optional[_Union[Classification, _Mapping]] = ..., segmentation: _Optional[_Union[Segmentation, _Mapping]] = ...) -> None: ...
 
 class Classification(_message.Message):
     __slots__ = ("labels",)
@@ -131,6 +133,28 @@ class Label(_message.Message):
     name: str
     score: float
     def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., score: _Optional[float] = ...) -> None: ...
+
+class Segmentation(_message.Message):
+    __slots__ = ("height", "width", "map", "classes")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    MAP_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    width: int
+    map: bytes
+    classes: _containers.RepeatedCompositeFieldContainer[ClassShare]
+    def __init__(self, height: _Optional[int] = ..., width: _Optional[int] = ..., map: _Optional[bytes] = ..., classes: _Optional[_Iterable[_Union[ClassShare, _Mapping]]] = ...) -> None: ...
+
+class ClassShare(_message.Message):
+    __slots__ = ("index", "name", "share")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    name: str
+    share: float
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("received_unix_us", "queued_us", "decode_us", "compute_us", "batch")
