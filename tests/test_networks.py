@@ -24,8 +24,8 @@ from bitneck_models.cutting import cut_network
 from bitneck_models.network_recipe import NetworkRecipe, load_network
 from bitneck_models.onnx_export import to_onnx
 from bitneck_models.recipe import load_recipe
-from bitneck_models.torchvision_networks import VOC_CLASSES
 from bitneck_models.vision import import_torchvision
+from bitneck_models.voc import VOC_CLASSES
 from bitneck_models.weights import RANDOM, load_state, randomize
 
 SMALL = 65

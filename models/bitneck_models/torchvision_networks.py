@@ -16,15 +16,10 @@ from torch import nn
 from bitneck.manifest import InputSpec
 from bitneck_models.backbones import Backbone
 from bitneck_models.vision import import_timm, import_torchvision
+from bitneck_models.voc import VOC_CLASSES
 from bitneck_models.weights import download, fill
 
-__all__ = ["VOC_CLASSES", "deeplabv3_resnet50", "resnet50"]
-
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-"""The classes of Pascal VOC by index."""
+__all__ = ["deeplabv3_resnet50", "resnet50"]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SMALL = (3, 65, 65)
