@@ -13,6 +13,7 @@ from PIL import Image, ImageEnhance
 
 from bitneck.errors import InvalidConfig
 from bitneck.image import find_photos
+from bitneck_models.coco import coco_maps, find_instances
 
 __all__ = ["VOID", "ViewRange", "class_iou", "confusion", "load_class_map", "mapped_photos", "mean_iou", "random_view"]
 
@@ -22,12 +23,18 @@ _GREY = (124, 116, 104)
 
 
 def mapped_photos(folder: Path) -> list[tuple[Path, Path]]:
-    """Photographs of ``images/`` with the maps of ``labels/`` that have the same name.
+    """Photographs with their class maps.
+
+    Args:
+        folder: holds ``images/``, and ``labels/`` with maps of the same names; or it is a folder of COCO's photographs,
+            such as ``coco/train2017``, beside ``annotations/instances_train2017.json``: see `bitneck_models.coco`.
 
     Raises:
         ImageError: no photographs.
-        InvalidConfig: a photograph without a map.
+        InvalidConfig: a photograph without a map, or COCO's instances cannot be read.
     """
+    if find_instances(folder) is not None:
+        return coco_maps(folder)
     pairs = [(photo, folder / "labels" / f"{photo.stem}.png") for photo in find_photos(folder / "images")]
     missing = [str(labels) for _, labels in pairs if not labels.is_file()]
     if missing:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 import bitneck
 from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
+from bitneck_models.cli_spic import import_spic
 
 if TYPE_CHECKING:
     from bitneck.bundle import Bundle
@@ -31,11 +32,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(import_spic)
+
 Zoo = Annotated[Path, typer.Argument(help="A folder of the zoo, with recipe.toml.", metavar="ZOO")]
 Data = Annotated[Path | None, typer.Option(help="The folder of photographs.", envvar="BITNECK_DATA")]
 Runs = Annotated[Path, typer.Option(help="For feature caches and checkpoints; several gigabytes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Weights = Annotated[Path | None, typer.Option(help="A file of the backbone's weights; else its own.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="A file of the backbone's weights, .pth or .safetensors, or `random`; else its publisher's."),
+]
 
 
 @app.command()
@@ -306,7 +312,8 @@ def evaluate(
     """Measure a bundle on labelled photographs, through real bytes.
 
     --data is a folder with labels.csv (file, index) or with one folder for each class (WordNet id, index or label); for
-    segmentation a folder with images/ and, under the same names, labels/ (PNG of class indices).
+    segmentation a folder with images/ and, under the same names, labels/ (PNG of class indices), or COCO's photographs
+    (coco/val2017, beside coco/annotations/instances_val2017.json).
     """
     from bitneck.bundle import Bundle
     from bitneck_models.evaluation_table import evaluation_line, evaluation_table
@@ -335,24 +342,24 @@ def evaluate(
 def _measured(
     bundle: "Bundle", folder: Path, ignore: list[int], progress: Callable[[int, int], None]
 ) -> "Evaluation | MapEvaluation":
-    from bitneck_models.backbones import build_backbone
     from bitneck_models.class_maps import mapped_photos
     from bitneck_models.evaluation import evaluate as measure
     from bitneck_models.map_evaluation import evaluate_maps
     from bitneck_models.photos import labelled_photos
+    from bitneck_models.vision import imagenet_wnids
 
     if bundle.manifest.task == "segmentation":
         return evaluate_maps(bundle, mapped_photos(folder), ignore=ignore, progress=progress)
     if ignore:
         raise InvalidConfig(f"--ignore-index is for segmentation; {bundle.manifest.name} is for classification")
-    wnids = build_backbone(bundle.manifest.backbone).wnids
-    return measure(bundle, labelled_photos(folder, wnids, bundle.labels()), progress=progress)
+    labels = bundle.labels()
+    return measure(bundle, labelled_photos(folder, imagenet_wnids(labels), labels), progress=progress)
 
 
 @app.command()
 def baselines(
     data: Data = None,
-    backbone: Annotated[str, typer.Option(help="The network.")] = "efficientnet_lite0",
+    backbone: Annotated[str, typer.Option(help="The network: a name, or a network recipe.")] = "efficientnet_lite0",
     codec: Annotated[list[str] | None, typer.Option(help="This image codec only; repeatable.")] = None,
     zoo: Annotated[
         Path | None,
