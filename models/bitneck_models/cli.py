@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,11 @@ from rich.table import Table
 
 import bitneck
 from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
+
+if TYPE_CHECKING:
+    from bitneck.bundle import Bundle
+    from bitneck_models.evaluation import Evaluation
+    from bitneck_models.map_evaluation import MapEvaluation
 
 __all__ = ["app", "main"]
 
@@ -288,26 +293,33 @@ def evaluate(
     zoo: Annotated[
         Path | None, typer.Option(help="Add each point's recipe and training record, for `report`.", metavar="ZOO")
     ] = None,
+    ignore_index: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            max=255,
+            help="Segmentation: this index in class maps is void; repeatable.  [default: each that is no class]",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a bundle on labelled photographs, through real bytes.
 
-    --data is a folder with labels.csv (file, index) or with one folder for each class (WordNet id, index or label).
+    --data is a folder with labels.csv (file, index) or with one folder for each class (WordNet id, index or label); for
+    segmentation a folder with images/ and, under the same names, labels/ (PNG of class indices).
     """
     from bitneck.bundle import Bundle
-    from bitneck_models.backbones import build_backbone
-    from bitneck_models.evaluation import evaluate as measure
-    from bitneck_models.photos import labelled_photos
+    from bitneck_models.evaluation_table import evaluation_line, evaluation_table
     from bitneck_models.zoo import ZooEntry
 
     opened = Bundle.open(bundle)
     folder = _data_folder(data)
-    wnids = build_backbone(opened.manifest.backbone).wnids
-    photos = labelled_photos(folder, wnids, opened.labels())
     console = Console(stderr=True)
     with _progress(console) as progress:
-        task = progress.add_task("evaluating", total=len(photos))
-        result = measure(opened, photos, progress=lambda done, _all: progress.update(task, completed=done))
+        task = progress.add_task("evaluating", total=None)
+        result = _measured(
+            opened, folder, ignore_index or [], lambda done, total: progress.update(task, completed=done, total=total)
+        )
     if record is not None:
         ZooEntry(record).save_ladder(result.ladder(folder.resolve().name))
     if as_json:
@@ -316,16 +328,25 @@ def evaluate(
             document = ZooEntry(zoo).annotated(document)
         print(json.dumps(document, indent=1))  # noqa: T201
         return
-    table = Table("point", "split", "top-1 (95 %)", "agreement", "bytes (5th, 95th)", "estimated", "bpp", "on the wire")
-    for p in result.points:
-        low, high = p.top1_interval
-        table.add_row(
-            p.id, p.split, f"{p.top1:.4f} ({low:.3f} to {high:.3f})", f"{p.agreement:.4f}",
-            f"{p.payload_bytes_mean:.1f} ({p.payload_bytes_p5:.0f}, {p.payload_bytes_p95:.0f})",
-            f"{p.ideal_bytes_mean:.1f}", f"{p.bpp_payload:.4f}", f"{p.bpp_wire:.4f}",
-        )  # fmt: skip
-    Console().print(table)
-    print(f"uncompressed: {result.top1:.4f} on {result.images} photographs")  # noqa: T201
+    Console().print(evaluation_table(result))
+    print(evaluation_line(result))  # noqa: T201
+
+
+def _measured(
+    bundle: "Bundle", folder: Path, ignore: list[int], progress: Callable[[int, int], None]
+) -> "Evaluation | MapEvaluation":
+    from bitneck_models.backbones import build_backbone
+    from bitneck_models.class_maps import mapped_photos
+    from bitneck_models.evaluation import evaluate as measure
+    from bitneck_models.map_evaluation import evaluate_maps
+    from bitneck_models.photos import labelled_photos
+
+    if bundle.manifest.task == "segmentation":
+        return evaluate_maps(bundle, mapped_photos(folder), ignore=ignore, progress=progress)
+    if ignore:
+        raise InvalidConfig(f"--ignore-index is for segmentation; {bundle.manifest.name} is for classification")
+    wnids = build_backbone(bundle.manifest.backbone).wnids
+    return measure(bundle, labelled_photos(folder, wnids, bundle.labels()), progress=progress)
 
 
 @app.command()
