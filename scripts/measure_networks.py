@@ -78,8 +78,9 @@ def main() -> None:
             proof = document["proof"]
             worst = max([*proof["chain"].values(), *proof["encoders"].values(), *proof["decoders"].values()])
             print(
-                f"{name}: {seconds:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of processor, {peak:.0f} MB of memory, "
-                f"bundle of {document['bytes'] / 1e6:.0f} MB, largest difference {worst:.1e} on {proof['images']} images"
+                f"{name}: {seconds:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of processor, peak {peak:.0f} MB; "
+                f"bundle {document['bytes'] / 1e6:.0f} MB; proof on {proof['images']} images: {worst:.1e}",
+                flush=True,
             )
 
 
