@@ -328,9 +328,9 @@ def evaluate(
             opened, folder, ignore_index or [], lambda done, total: progress.update(task, completed=done, total=total)
         )
     if record is not None:
-        ZooEntry(record).save_ladder(result.ladder(folder.resolve().name))
+        ZooEntry(record).save_ladder(result.ladder(_dataset(folder)))
     if as_json:
-        document = {"dataset": folder.resolve().name} | result.to_dict()
+        document = {"dataset": _dataset(folder)} | result.to_dict()
         if zoo is not None:
             document = ZooEntry(zoo).annotated(document)
         print(json.dumps(document, indent=1))  # noqa: T201
@@ -411,7 +411,7 @@ def baselines(
                     sweep=sweep, progress=counter(f"{name}: training-free"),
                 )  # fmt: skip
     document = {
-        "dataset": folder.resolve().name,
+        "dataset": _dataset(folder),
         "images": len(photos),
         "uncompressed": {of.ACCURACY[net.task]: uncompressed},
         "baselines": [point.to_dict(net.task) for point in points],
@@ -459,6 +459,12 @@ def _progress(console: Console) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield progress
+
+
+def _dataset(folder: Path) -> str:
+    """A data set's name: its folder's, with the one above where that only says which part it is."""
+    path = folder.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name in ("train", "val", "test") else path.name
 
 
 def _data_folder(data: Path | None) -> Path:

@@ -30,7 +30,10 @@ class Source(_Strict):
         share: of every batch that comes from this source; shares are relative to each other.
         validate_every: put every n-th photograph aside for validation; 0 for none, 1 for all.
         labels: the folder has one folder for each class, or ``labels.csv``, or for segmentation ``images`` and
-            ``labels``, and the labels may be used, which only a task term ``ce`` does.
+            ``labels``, or it is one of COCO's photographs; and the labels may be used, which only a task term ``ce``
+            does.
+        limit: use at most so many photographs, spread evenly over the folder; None for all. Features are kept on disk,
+            so this bounds the room they take.
     """
 
     folder: str
@@ -38,6 +41,7 @@ class Source(_Strict):
     share: Annotated[float, Field(gt=0)] = 1.0
     validate_every: Annotated[int, Field(ge=0)] = 0
     labels: bool = False
+    limit: Annotated[int, Field(ge=1)] | None = None
 
 
 class TaskTerm(_Strict):

@@ -6,8 +6,9 @@ tables.npz                    the factorized model, only where features were giv
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -86,6 +87,42 @@ class SpicRecord(_Strict):
     prior_trained: bool
     estimate: SpicEstimate | None
     files: dict[str, str]
+
+    def annotation(self) -> dict[str, Any]:
+        """What an evaluation's document says of this point, in place of a recipe and a training record."""
+        shown = {"split": self.split, "stride": self.stride, "channels": self.channels, "step": self.step}
+        bits = self.estimate.tables_bits if self.estimate is not None else 0.0
+        return {
+            "recipe": shown | {"curve": f"{self.split} of the authors", "checkpoint": self.checkpoint},
+            "record": {"estimated_bytes": bits / 8},
+        }
+
+    def check_fits(self, point_id: str, backbone: str, feature_shapes: Mapping[str, Shape3]) -> None:
+        """Refuse a point that cannot run in a bundle.
+
+        Args:
+            point_id: its id.
+            backbone: name of the bundle's network.
+            feature_shapes: (C, Hf, Wf) by split point.
+
+        Raises:
+            InvalidConfig: another network's or split point's, no tables, trained where other tensors cross too, or a
+                decoder that does not return the feature's size.
+        """
+        expected = feature_shapes.get(self.split)
+        problem = None
+        if self.backbone != backbone or expected is None:
+            problem = f"is for {self.split} of {self.backbone}, the network is {backbone}"
+        elif not self.true_cut:
+            problem = f"was trained on the output of {self.module}, where other tensors cross too: it cannot be sent"
+        elif self.feature_shape != expected:
+            problem = f"is for features of {self.feature_shape}, the network's are {expected}"
+        elif self.output_shape != expected:
+            problem = f"decodes to {self.output_shape}, the network's next segment takes {expected}"
+        elif "tables.npz" not in self.files:
+            problem = "has no tables: import it with --features"
+        if problem is not None:
+            raise InvalidConfig(f"the imported point {point_id} {problem}; remove its folder to export the others")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
