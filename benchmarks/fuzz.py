@@ -65,13 +65,16 @@ def main() -> None:
     dice = random.Random(arguments.seed)  # noqa: S311  inputs that can be repeated, no secret
     numbers = np.random.default_rng(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        model = ServedModel(make_tiny_bundle(Path(folder) / "bundle"), threads=1)
+        model = ServedModel(make_tiny_bundle(Path(folder) / "bundle", similar=("s1-r2", "s2-r1")), threads=1)
     symbols = numbers.integers(-6, 7, (200, 24, 3, 3)).astype(np.int32)
     codecs = [FactorizedCodec(FactorizedModel.fit(symbols), (24, 3, 3))]
     codecs += [decoder.codec for decoder in model.decoders.values()]
     codecs.append(FactorizedCodec(FactorizedModel.fit(symbols[:, :, :1, :1]), (24, 1, 1)))
     right = [(codec, codec.encode(numbers.integers(codec.tables.lo[:, None, None], codec.tables.hi[:, None, None] + 1,
               codec.latent_shape).astype(np.int32))) for codec in codecs for _ in range(20)]  # fmt: skip
+    conditional = [decoder.conditional for decoder in model.decoders.values() if decoder.conditional is not None]
+    similar = [(codec, codec.encode(s, codec.keep(s)), codec.keep(s)) for codec in conditional
+               for s in [np.zeros(codec.latent_shape, np.int32)]]  # fmt: skip
     points = list(model.decoders)
     messages = [
         pb.ClientMessage(
@@ -79,11 +82,18 @@ def main() -> None:
         ).SerializeToString()
         for k, (_, payload) in enumerate(right)
     ]
+    messages += [
+        pb.ClientMessage(
+            frame=seal_frame(seq=k + 2, point=codec.point, payload=payload, reference=1, reference_crc32c=kept.crc32c)
+        ).SerializeToString()
+        for k, (codec, payload, kept) in enumerate(similar)
+    ]
     messages.append(pb.ClientMessage(open=pb.Open(bundle_id=model.bundle.bundle_id, client="x")).SerializeToString())
     session = Session(
         session_id="s-1", model="m", client="c", ladder=model.ladder, window=64, assumed_fps=10, now=0.0,
         max_bytes_per_s=1e9,
     )  # fmt: skip
+    session.keep(100)
     signer = TokenSigner(b"k" * 32, max_age_s=1e9)
     outcomes: Counter[str] = Counter()
     begin, warm = time.perf_counter(), 0.0
@@ -92,7 +102,13 @@ def main() -> None:
             warm = peak_mib()
         random_bytes = dice.random() < 0.3
         try:
-            if k % 2:
+            if k % 8 == 1:
+                codec, payload, kept = dice.choice(similar)
+                data = dice.randbytes(dice.randint(0, 400)) if random_bytes else mutated(dice, payload)
+                s = codec.decode(data, kept)
+                assert codec.keep(s).symbols.shape == codec.latent_shape
+                assert codec.encode(s, codec.keep(s)) is not None  # inside the tables
+            elif k % 2:
                 codec, payload = dice.choice(right)
                 data = dice.randbytes(dice.randint(0, 400)) if random_bytes else mutated(dice, payload)
                 s = codec.decode(data)
@@ -107,11 +123,12 @@ def main() -> None:
                 message.ParseFromString(data)
                 if message.HasField("frame"):
                     frame = message.frame
-                    check_frame(frame)
+                    reference = session.reference(frame.seq, frame.reference, frame.point)
+                    check_frame(frame, reference.crc32c if reference is not None else None)
                     model.check(frame)
                     session.accept(frame.seq, frame.point, len(frame.payload), k / 1e3)
-                    session.complete(frame.seq, pb.ServerMessage())
-                    model.decode(frame.point, frame.payload)
+                    session.complete(frame.seq, pb.ServerMessage(), dice.choice(similar)[2])
+                    model.decode_similar(frame.point, frame.payload, reference)
                 else:
                     assert signer.read(message.open.resume_token, 0.0) is None
             outcomes["taken"] += 1

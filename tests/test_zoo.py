@@ -15,6 +15,7 @@ from bitneck_models.evaluation import evaluate
 from bitneck_models.export import prove
 from bitneck_models.photos import labelled_photos, proof_images
 from bitneck_models.recipe import PointRecipe, TrainingRecipe
+from bitneck_models.similar import ConditionalRecord
 from bitneck_models.zoo import PointRecord, ZooEntry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,11 @@ def test_every_point_is_trained_measured_and_as_its_record_says() -> None:
         assert unit.latent_shape[0] == tables.channels <= point.channels
         assert record.unit_sha256 == sha256_hex((folder / "unit.safetensors").read_bytes())
         assert record.tables_sha256 == sha256_hex((folder / "tables.npz").read_bytes())
+        assert entry.conditional(point) is not None
+        similar = ConditionalRecord.model_validate_json((folder / "conditional.json").read_bytes())
+        assert similar.tables_sha256 == record.tables_sha256
+        assert similar.conditional_sha256 == sha256_hex((folder / "conditional.npz").read_bytes())
+        assert similar.bytes_similar["still"] < 0.5 * similar.bytes_alone["still"]
     for split in {p.split for p in trained}:
         points = sorted((ladder.points[p.id] for p in trained if p.split == split), key=lambda p: p.payload_bytes)
         assert len(points) >= (6 if split == "s1" else 4)
@@ -64,6 +70,10 @@ def test_the_bundle_is_the_zoos() -> None:
     for point in entry.shipped():
         ours, theirs = entry.tables(point), bundle.tables(point.id)
         assert all(np.array_equal(a, b) for a, b in zip(ours.counts, theirs.counts, strict=True))
+        conditional, shipped = entry.conditional(point), bundle.conditional(point.id)
+        assert conditional is not None
+        assert shipped is not None
+        assert conditional.to_npz() == shipped.to_npz()
     ladder = entry.ladder()
     assert ladder is not None
     assert {p.id: p.payload_bytes for p in bundle.manifest.ladder} == {

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from bitneck.bundle import Bundle, BundleWriter
+from bitneck.conditional import KERNEL_TOTAL, ConditionalModel
 from bitneck.manifest import InputSpec, Manifest, PointEntry, Segment, SplitPoint, Task
 from bitneck.tables import FactorizedModel
 
@@ -85,6 +86,20 @@ def _classifier(rng: np.random.Generator, name: str, cin: int) -> bytes:
     return _model(name, nodes, {"w": w}, cin, ["k"])
 
 
+def conditional(channels: int) -> ConditionalModel:
+    """Two motions: hardly any change, and some."""
+    distance = np.arange(16)
+    kernels = np.stack([np.maximum(decay**distance * KERNEL_TOTAL, 1) for decay in (0.02, 0.3, 0.7)])
+    rows = np.ones((2, channels), dtype=np.uint8)
+    still_and_moving = np.array([[56], [16]], dtype=np.uint8)
+    return ConditionalModel(
+        np.rint(kernels).astype(np.int64),
+        rows * 0,
+        rows + np.array([[0], [1]], dtype=np.uint8),
+        rows * still_and_moving,
+    )
+
+
 def _segmenter(rng: np.random.Generator, name: str, cin: int) -> bytes:
     """A 1x1 convolution to the classes, enlarged to the input's size."""
     w = rng.normal(size=(len(SCENE_CLASSES), cin, 1, 1)).astype(np.float32) * 2
@@ -111,9 +126,15 @@ SCENE_POINTS: tuple[PointRow, ...] = (
 
 
 def make_tiny_bundle(
-    root: Path, *, seed: int = 0, name: str = "tiny", drop_points: tuple[str, ...] = (), task: Task = "classification"
+    root: Path,
+    *,
+    seed: int = 0,
+    name: str = "tiny",
+    drop_points: tuple[str, ...] = (),
+    task: Task = "classification",
+    similar: tuple[str, ...] = (),
 ) -> Bundle:
-    """Write the bundle to `root`; another seed gives another bundle id."""
+    """Write the bundle to `root`; another seed gives another bundle id. `similar` points get conditional tables."""
     from bitneck.chain import PointEncoder, SegmentChain
     from bitneck.image import preprocess
 
@@ -146,6 +167,8 @@ def make_tiny_bundle(
                 writer.add(f"points/{p[0]}/encoder.onnx", units[p[0]][0], "edge")
                 writer.add(f"points/{p[0]}/decoder.onnx", units[p[0]][1], "cloud")
                 writer.add(f"points/{p[0]}/tables.npz", tables[p[0]].to_npz(), "both")
+                if p[0] in similar:
+                    writer.add(f"points/{p[0]}/conditional.npz", conditional(p[3]).to_npz(), "both")
             writer.add("labels.json", json.dumps(classes).encode(), "both" if scene else "cloud")
             return writer.finish(
                 Manifest(

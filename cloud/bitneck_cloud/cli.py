@@ -51,6 +51,9 @@ def serve(
     max_bytes_per_s: Annotated[
         float | None, typer.Option(help="Payload of a session; 0 for any.  [default: 0]")
     ] = None,
+    similar_bytes: Annotated[
+        int | None, typer.Option(help="Symbols kept of a session for similar frames; 0 for none.  [default: 262144]")
+    ] = None,
     idle_s: Annotated[float | None, typer.Option(help="Seconds until a silent stream ends.  [default: 900]")] = None,
     resume_s: Annotated[float | None, typer.Option(help="Seconds to resume a session.  [default: 60]")] = None,
     drain_s: Annotated[float | None, typer.Option(help="Seconds to finish when stopped.  [default: 10]")] = None,
@@ -79,7 +82,8 @@ def serve(
         "tls_key": tls_key, "tls_client_ca": tls_client_ca, "http_tls_client_ca": http_tls_client_ca,
         "providers": provider or None, "threads": threads, "decode_threads": decode_threads, "max_batch": max_batch,
         "max_queue": max_queue, "window": window, "max_sessions": max_sessions, "max_bytes_per_s": max_bytes_per_s,
-        "idle_s": idle_s, "resume_s": resume_s, "drain_s": drain_s, "drain_delay_s": drain_delay_s,
+        "similar_bytes": similar_bytes, "idle_s": idle_s, "resume_s": resume_s, "drain_s": drain_s,
+        "drain_delay_s": drain_delay_s,
         "assumed_fps": assumed_fps, "traces": traces, "trace_ratio": trace_ratio,
     }  # fmt: skip
     settings = CloudSettings.load(flags, config)

@@ -12,6 +12,7 @@ import grpc
 
 from bitneck.errors import BitneckError, MalformedFrame, ProtocolError
 from bitneck.frames import check_frame
+from bitneck.similar import Reference
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.engine import Computed, Engine, Job
 from bitneck_cloud.messages import fault, go_away, set_point
@@ -159,7 +160,8 @@ class Conversation:
         received = time.time()
         try:
             self._state.on(Event.FRAME)
-            check_frame(frame)
+            reference = self._session.reference(frame.seq, frame.reference, frame.point)
+            check_frame(frame, reference.crc32c if reference is not None else None)
             self._model.check(frame)
             before = self._session.last_point
             verdict = self._session.accept(frame.seq, frame.point, len(frame.payload), time.monotonic())
@@ -170,7 +172,7 @@ class Conversation:
             self._metrics.frame(self._model.name, "RESENT")
             self._outbox.put(self._session.kept_answer(frame.seq))
         elif verdict is Verdict.NEW:
-            job = job_of(self._model, frame, self._answer)
+            job = job_of(self._model, frame, self._answer, reference=reference, keep=self._session.reach > 0)
             try:
                 self._engine.submit(job)
             except BitneckError as exc:
@@ -179,11 +181,12 @@ class Conversation:
                 return
             self._jobs[job] = frame.seq, received
             switched = before is not None and before != frame.point
-            asyncio.get_running_loop().call_soon(self._accepted, frame.point, len(frame.payload), switched)
+            similar = reference is not None
+            asyncio.get_running_loop().call_soon(self._accepted, frame.point, len(frame.payload), switched, similar)
 
-    def _accepted(self, point: str, payload_bytes: int, switched: bool) -> None:
+    def _accepted(self, point: str, payload_bytes: int, switched: bool, similar: bool) -> None:
         """What can wait until the frame is on its way to the engine's thread."""
-        self._metrics.accepted(self._model.name, point, payload_bytes, switched=switched)
+        self._metrics.accepted(self._model.name, point, payload_bytes, switched=switched, similar=similar)
         if (wanted := self._session.weigh_again()) is not None:
             reason = f"max_kbps at {self._session.frames_per_s:.1f} frames per second"
             self._outbox.control(set_point(wanted, reason))
@@ -197,7 +200,7 @@ class Conversation:
             outcome = computed.grpc_status
         else:
             message = pb.ServerMessage(result=result_of(computed, seq, received))
-            self._session.complete(seq, message)
+            self._session.complete(seq, message, job.kept)
             outcome = "OK"
         newest = self._streams.get(self._session.session_id)
         if newest is not None:
@@ -219,11 +222,16 @@ class Conversation:
 
 
 def job_of(
-    model: ServedModel, frame: pb.Frame, on_settled: Callable[[Job, Computed | BitneckError], None] | None = None
+    model: ServedModel,
+    frame: pb.Frame,
+    on_settled: Callable[[Job, Computed | BitneckError], None] | None = None,
+    *,
+    reference: Reference | None = None,
+    keep: bool = False,
 ) -> Job:
-    """A frame as the engine takes it; its deadline begins now. `on_settled`: see `Job`."""
+    """A frame as the engine takes it; its deadline begins now. For the others see `Job`."""
     deadline = time.monotonic() + frame.deadline_ms / 1e3 if frame.deadline_ms else None
-    return Job(model, frame.point, frame.payload, deadline, on_settled)
+    return Job(model, frame.point, frame.payload, deadline, on_settled, reference=reference, keep=keep)
 
 
 async def computed_of(job: Job) -> Computed:

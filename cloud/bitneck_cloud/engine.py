@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.errors import BitneckError, DeadlineExceeded, ModelFailure, Overloaded, Unavailable
+from bitneck.similar import Reference
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.workers import Workers
 from bitneck_cloud.metrics import Metrics
@@ -51,6 +52,8 @@ class Job:
         deadline: on `time.monotonic`'s clock, or None.
         on_settled: called once on the event loop with what became of it, unless it was cancelled; None to await
             ``result``.
+        reference: what the payload is coded against; None where it is coded by itself.
+        keep: whether later frames may refer to this one: ``kept`` then has its symbols once it is decoded.
     """
 
     def __init__(
@@ -60,6 +63,9 @@ class Job:
         payload: bytes,
         deadline: float | None,
         on_settled: "Callable[[Job, Computed | BitneckError], None] | None" = None,
+        *,
+        reference: Reference | None = None,
+        keep: bool = False,
     ) -> None:
         self.model = model
         self.point = point
@@ -68,9 +74,12 @@ class Job:
         self.started = False
         self.taken = 0.0
         self.decode_s = 0.0
+        self.kept: Reference | None = None
         self.result: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
         self._on_settled = on_settled
         self._payload = payload
+        self._reference = reference
+        self._keep = keep
         self._latent: NDArray[np.float32] | BitneckError | None = None
         self._lock = threading.Lock()
 
@@ -105,7 +114,11 @@ class Job:
             if self._latent is None:
                 begin = time.perf_counter()
                 try:
-                    self._latent = self.model.decode(self.point, self._payload)
+                    if self._keep or self._reference is not None:
+                        latent, kept = self.model.decode_similar(self.point, self._payload, self._reference)
+                        self._latent, self.kept = latent, kept if self._keep else None
+                    else:
+                        self._latent = self.model.decode(self.point, self._payload)
                 except BitneckError as exc:
                     self._latent = exc
                 except Exception:  # noqa: BLE001  a bug: this frame fails alone

@@ -37,16 +37,25 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         metrics: what happens is counted there.
         tracer: where frames' spans go.
         idle_s: see `CloudSettings`.
+        similar_bytes: likewise.
     """
 
     def __init__(
-        self, registry: Registry, engine: Engine, metrics: Metrics, tracer: FrameTracer, *, idle_s: float
+        self,
+        registry: Registry,
+        engine: Engine,
+        metrics: Metrics,
+        tracer: FrameTracer,
+        *,
+        idle_s: float,
+        similar_bytes: int,
     ) -> None:
         self._registry = registry
         self._engine = engine
         self._metrics = metrics
         self._tracer = tracer
         self._idle_s = idle_s
+        self._similar_bytes = similar_bytes
         self._streams: dict[str, Conversation] = {}
         self._draining = False
 
@@ -101,7 +110,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             model.check(frame)
             job = job_of(model, frame)
             self._engine.submit(job)
-            self._metrics.accepted(name, frame.point, len(frame.payload), switched=False)
+            self._metrics.accepted(name, frame.point, len(frame.payload))
             computed = await computed_of(job)
         except BitneckError as exc:
             self._metrics.frame(name, exc.grpc_status)
@@ -131,6 +140,8 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         except BitneckError as exc:
             await _abort(context, exc)
         session = admission.session
+        wanted = opened.open.references and model.kept_bytes
+        session.keep(self._similar_bytes // model.kept_bytes if wanted else 0)
         self._metrics.session(model.name, admission.how)
         _LOG.info("session %s (%s) opened by client %r", session.session_id, admission.how, session.client)
         conversation = Conversation(
@@ -141,6 +152,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             resume_token=admission.token,
             window=session.window,
             point=session.asked_point or "",
+            references=session.reach,
         )
         try:
             await context.write(pb.ServerMessage(opened=opened_message))

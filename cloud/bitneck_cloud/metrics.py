@@ -38,6 +38,7 @@ class Metrics:
         self._bytes = counter(
             "payload_bytes", "Payload bytes of accepted frames, by operating point.", "model", "point"
         )
+        self._similar = counter("similar_frames", "Accepted frames that are coded against an earlier one.", "model")
         self._switches = counter("point_switches", "Frames at another operating point than the one before.", "model")
         self._sessions = counter("sessions", "Sessions, by how they began.", "model", "how")
         self._reloads = counter("reloads", "Reloads of a model, by outcome.", "model", "outcome")
@@ -63,11 +64,15 @@ class Metrics:
         """A frame's end."""
         self._of(self._frames, model, outcome).inc()
 
-    def accepted(self, model: str, point: str, payload_bytes: int, *, switched: bool) -> None:
+    def accepted(
+        self, model: str, point: str, payload_bytes: int, *, switched: bool = False, similar: bool = False
+    ) -> None:
         """A frame that will be computed."""
         self._of(self._points, model, point).inc()
         self._of(self._bytes, model, point).inc(payload_bytes)
         self._of(self._payload, model).observe(payload_bytes)
+        if similar:
+            self._of(self._similar, model).inc()
         if switched:
             self._of(self._switches, model).inc()
 

@@ -10,6 +10,7 @@ from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, SegmentChain, segments_of
 from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
 from bitneck.runtime import ModulePool
+from bitneck.similar import Reference
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.batching import plan_batch
 from bitneck_cloud.outputs import frames_of_a_pass, output_of
@@ -30,6 +31,9 @@ class ServedModel:
         threads: of ONNX Runtime inside one operator; 0 for every core.
         pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
 
+    Attributes:
+        kept_bytes: of a frame that later ones may refer to, at most; 0 where no point has conditional tables.
+
     Raises:
         BundleCorrupt: tables or labels are unreadable, or more classes than a class map can name.
         ModelFailure: ONNX Runtime cannot load a file.
@@ -45,6 +49,8 @@ class ServedModel:
         self._chain = SegmentChain(bundle, threads=threads, pool=pool)
         self.decoders = {point.id: PointDecoder(bundle, point, pool=pool) for point in self.ladder}
         self._tail_start = {point.id: self._chain.head_length(point.split) for point in self.ladder}
+        conditional = [d.conditional for d in self.decoders.values() if d.conditional is not None]
+        self.kept_bytes = max((codec.kept_bytes for codec in conditional), default=0)
         tails = segments_of(bundle, "cloud")
         self._chain.load(tails.start, tails.stop)
 
@@ -60,7 +66,9 @@ class ServedModel:
             UnknownPoint: no such operating point.
             MalformedFrame: more bytes than any payload of this point has.
         """
-        limit = self.decoders[self.ladder[frame.point].id].codec.max_payload_bytes
+        decoder = self.decoders[self.ladder[frame.point].id]
+        codec = decoder.conditional if frame.reference and decoder.conditional is not None else decoder.codec
+        limit = codec.max_payload_bytes
         if len(frame.payload) > limit:
             raise MalformedFrame(
                 f"frame {frame.seq}: payload of {len(frame.payload)} bytes, {frame.point} gives at most {limit}"
@@ -73,6 +81,26 @@ class ServedModel:
             MalformedFrame: a payload that no encoder of this point writes.
         """
         return self.decoders[point].dequantize(payload)
+
+    def decode_similar(
+        self, point: str, payload: bytes, reference: Reference | None
+    ) -> tuple[NDArray[np.float32], Reference | None]:
+        """`decode` for a frame of a session whose frames may refer to earlier ones. Any thread may call it.
+
+        Args:
+            point: the operating point.
+            payload: the coded bytes.
+            reference: what they are coded against; None where they are coded by themselves.
+
+        Returns:
+            The latent, and the frame as a reference for later ones; None where the point has no conditional tables.
+
+        Raises:
+            MalformedFrame: a payload that no encoder of this point writes.
+        """
+        decoder = self.decoders[point]
+        s = decoder.symbols(payload, reference)
+        return decoder.latent(s), decoder.conditional.keep(s) if decoder.conditional is not None else None
 
     def compute(self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]) -> list[pb.Output | BitneckError]:
         """One pass of a batch through the bottleneck decoders and the tail; see `bitneck_cloud.batching`.

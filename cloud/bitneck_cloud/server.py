@@ -127,7 +127,9 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         metrics=metrics,
     )
     tracer = open_traces(settings.traces, settings.trace_ratio)
-    service = InferenceService(registry, engine, metrics, tracer, idle_s=settings.idle_s)
+    service = InferenceService(
+        registry, engine, metrics, tracer, idle_s=settings.idle_s, similar_bytes=settings.similar_bytes
+    )
     folders = {model.name: model.bundle.root for model in models.values()}
     reloader = Reloader(registry, folders, pool, settings.threads, metrics)
     readiness = Readiness()

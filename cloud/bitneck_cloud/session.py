@@ -11,8 +11,16 @@ reconnects with its token and resends what is unanswered, and every seq is compu
 from collections import Counter, OrderedDict, deque
 from enum import Enum, auto
 
-from bitneck.errors import MalformedFrame, Overloaded, ProtocolError, RateUnreachable, UnknownPoint
+from bitneck.errors import (
+    MalformedFrame,
+    Overloaded,
+    ProtocolError,
+    RateUnreachable,
+    ReferenceUnknown,
+    UnknownPoint,
+)
 from bitneck.ladder import Ladder, MaxKbps, RatePolicy, choose
+from bitneck.similar import Reference
 from bitneck.v1 import inference_pb2 as pb
 
 __all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]
@@ -20,6 +28,8 @@ __all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]
 _RATE_SAMPLES = 32
 _MIN_RATE_SAMPLES = 4
 _MIN_BURST_BYTES = 65536.0
+_WAITING = 8
+"""Frames that a client may have coded before there is room for them in its window."""
 _HYSTERESIS = 0.15
 """`MaxKbps` is weighed again when the frame rate has moved by this share."""
 
@@ -89,6 +99,9 @@ class Session:
         now: seconds, any monotonic clock.
         bundle_id: of the model's bundle when the session was opened.
         max_bytes_per_s: payload bytes that are accepted in the long run; 0 for any number.
+
+    Attributes:
+        reach: how far back in seq a frame's reference may lie; 0 where no symbols are kept.
     """
 
     def __init__(
@@ -119,6 +132,8 @@ class Session:
         self.dropped = 0
         self.payload_bytes = 0
         self.faults: Counter[int] = Counter()
+        self.reach = 0
+        self._kept: dict[int, Reference] = {}
         self._ladder = ladder
         self._assumed_fps = assumed_fps
         self._weighed_fps = assumed_fps
@@ -134,6 +149,7 @@ class Session:
     def move(self, ladder: Ladder, bundle_id: str) -> None:
         """The client came back with another bundle: its rate is chosen anew from that ladder."""
         self._ladder, self.bundle_id = ladder, bundle_id
+        self._kept.clear()  # of other tables, perhaps
         if self.policy is not None:
             try:
                 self.set_policy(self.policy)
@@ -186,8 +202,53 @@ class Session:
         """The answer of a seq that `accept` called ANSWERED."""
         return self._answers[seq]
 
-    def complete(self, seq: int, message: pb.ServerMessage) -> None:
-        """A frame's result is there; it is kept for resends until twice the window has passed."""
+    def keep(self, most: int) -> None:
+        """Keep symbols of answered frames, so that later ones may refer to them, as the client asks at the opening.
+
+        The window and a few more are wanted. Then the newest frame whose answer the client has is among them, whatever
+        was answered since; and so is the one that was its newest while it coded a frame that had to wait for its turn.
+
+        Args:
+            most: frames that may be kept; 0 for none.
+        """
+        self.reach = max(0, min(self.window + _WAITING, most - 1))
+        while len(self._kept) > (self.reach + 1 if self.reach else 0):
+            del self._kept[min(self._kept)]
+
+    def reference(self, seq: int, distance: int, point: str) -> Reference | None:
+        """What a frame is coded against; None for one that is coded by itself.
+
+        Args:
+            seq: the frame's.
+            distance: back to its reference, as the frame says; 0 for none.
+            point: the frame's.
+
+        Raises:
+            ReferenceUnknown: there is no such frame, it is not kept (any more), or it is of another operating point.
+        """
+        if not distance:
+            return None
+        kept = self._kept.get(seq - distance)
+        if kept is None or kept.point != point:
+            what = "is not kept here" if kept is None else f"is of {kept.point}"
+            raise ReferenceUnknown(
+                f"frame {seq} at {point[:80]} refers {distance} back, to a frame that {what}; "
+                "send it again, coded by itself"
+            )
+        return kept
+
+    def complete(self, seq: int, message: pb.ServerMessage, kept: Reference | None = None) -> None:
+        """A frame's result is there; it is kept for resends until twice the window has passed.
+
+        Args:
+            seq: the frame's.
+            message: its answer.
+            kept: its symbols, for frames that refer to it.
+        """
+        if kept is not None and self.reach:
+            self._kept[seq] = kept
+            if len(self._kept) > self.reach + 1:
+                del self._kept[min(self._kept)]
         self._in_flight.discard(seq)
         self._answers[seq] = message
         self.answered += 1

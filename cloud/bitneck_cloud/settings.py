@@ -40,6 +40,7 @@ class CloudSettings(Settings):
         max_sessions: sessions kept, disconnected ones included.
         max_bytes_per_s: payload bytes that a session may send in the long run, with bursts of a second or 64 KiB; 0
             for any number.
+        similar_bytes: of answered frames' symbols that a session keeps, so that others may refer to them; 0 for none.
         idle_s: a stream that sends nothing for so long is closed; its session can be resumed. 0 for never.
         resume_s: how long a session outlives its connection.
         drain_delay_s: how long a stopping server, not ready any more, still takes streams: the time that a load
@@ -70,6 +71,7 @@ class CloudSettings(Settings):
     window: Annotated[int, Field(ge=1, le=1024)] = 16
     max_sessions: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     max_bytes_per_s: Annotated[float, Field(ge=0, le=1e12)] = 0.0
+    similar_bytes: Annotated[int, Field(ge=0, le=1 << 30)] = 1 << 18
     idle_s: Annotated[float, Field(ge=0, le=604_800)] = 900.0
     drain_delay_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
     resume_s: Annotated[float, Field(ge=0, le=86400)] = 60.0

@@ -23,12 +23,14 @@ class Capture:
         name: what its answer is called by.
         at: when it was taken, on `time.perf_counter`'s clock.
         unix_us: the same by the wall clock, microseconds since 1970; 0 for a file, whose picture is older.
+        similar: whether it resembles the one before it, as in a video.
     """
 
     photo: Photo
     name: str
     at: float = field(default_factory=time.perf_counter)
     unix_us: int = 0
+    similar: bool = False
 
     @classmethod
     def of(cls, photo: "Photo | Capture") -> "Capture":

@@ -120,6 +120,13 @@ def run(
     in_flight: Annotated[
         int | None, typer.Option(help="Frames that may be unanswered; 0 for what the server grants.  [default: 0]")
     ] = None,
+    similar: Annotated[
+        Literal["auto", "on", "off"] | None,
+        typer.Option(help="Code a picture against one before it.  [default: auto, for videos and cameras]"),
+    ] = None,
+    key_every: Annotated[
+        int | None, typer.Option(help="Of so many frames one is then coded by itself.  [default: 100]")
+    ] = None,
     connect_timeout_s: Connect = None,
     answer_timeout_s: Overdue = None,
     retries: Retries = None,
@@ -142,10 +149,13 @@ def run(
             "connect_timeout_s": connect_timeout_s, "answer_timeout_s": answer_timeout_s,
             "tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key, "token": token,
             "latency_ms": latency_ms, "max_edge_ms": max_edge_ms, "workers": workers, "in_flight": in_flight,
+            "similar": similar, "key_every": key_every,
         },
         config,
     )  # fmt: skip
     parsed = parse_sources(sources)
+    if settings.similar == "auto" and not any(source.video for source in parsed):
+        settings = settings.model_copy(update={"similar": "off"})  # the server need not keep anything for us
     live = any(source.live for source in parsed)
     if as_json and (json_lines or live):
         raise InvalidConfig("--json prints one document at the end; for pictures without an end use --json-lines")

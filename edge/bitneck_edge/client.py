@@ -10,6 +10,7 @@ async with EdgeClient("cloud.example:50051") as client:
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -30,6 +31,7 @@ from bitneck_edge.capture import Capture, Slots, captures, newest
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
 from bitneck_edge.link import Link, LinkSettings, Received, Sent
 from bitneck_edge.ratecontrol import Decision, RateController
+from bitneck_edge.references import Candidate, Coded
 from bitneck_edge.remote import fetch_file, fetch_manifest, stub_of
 from bitneck_edge.results import Answer, Failure, StageTimes, Switch
 from bitneck_edge.settings import AUTO, EdgeSettings
@@ -327,6 +329,8 @@ class EdgeClient:
                 connect_timeout_s=settings.connect_timeout_s,
                 answer_timeout_s=settings.answer_timeout_s,
                 retries=settings.retries,
+                references=settings.similar != "off" and bundle.has_conditional,
+                key_every=settings.key_every,
             ),
             self._switch,
             self._reconnected,
@@ -397,10 +401,10 @@ class EdgeClient:
         while True:
             link = self._opened()
             try:
-                decision, encoded = await self._encode(link, capture)
+                decision, encoded, candidate = await self._encode(link, capture)
                 if before is not None:
                     await before.wait()
-                sent = await self._send(link, capture, decision, encoded)
+                sent = await self._send(link, capture, decision, encoded, candidate)
                 if turn is not None and encoding is not None and not turn.is_set():
                     turn.set()
                     encoding.release()
@@ -412,12 +416,19 @@ class EdgeClient:
                     raise
                 await self._renew(link)
 
-    async def _encode(self, link: Link, capture: Capture) -> tuple[Decision, EncodedPhoto]:
+    async def _encode(self, link: Link, capture: Capture) -> tuple[Decision, EncodedPhoto, Candidate | None]:
         """In a thread, at the point of this moment."""
         if link.failure is not None:
             raise link.failure
         decision = self._decide()
-        return decision, await self._in_thread(self.encoder.encode, capture.photo, decision.point)
+        mode = self.settings.similar
+        similar = mode == "on" or (mode == "auto" and capture.similar)
+        # A probe asks what the link makes of a frame of its point's usual size.
+        candidate = link.candidate(decision.point) if similar and not decision.probe else None
+        encode = functools.partial(
+            self.encoder.encode, similar=similar, reference=candidate.reference if candidate is not None else None
+        )
+        return decision, await self._in_thread(encode, capture.photo, decision.point), candidate
 
     def _decide(self) -> Decision:
         assert self._rate is not None
@@ -428,21 +439,32 @@ class EdgeClient:
             self._change(decision.point, decision.reason)
         return decision
 
-    async def _send(self, link: Link, capture: Capture, decision: Decision, encoded: EncodedPhoto) -> Sent:
+    async def _send(
+        self,
+        link: Link,
+        capture: Capture,
+        decision: Decision,
+        encoded: EncodedPhoto,
+        candidate: Candidate | None,
+    ) -> Sent:
         settings = self.settings
+        similar = None
+        if encoded.symbols is not None:
+            similar = Coded(symbols=encoded.symbols, candidate=candidate, payload=encoded.encoded.similar)
         sent = await link.send(
             encoded.point,
             encoded.encoded.payload,
             deadline_ms=settings.deadline_ms,
             captured_unix_us=capture.unix_us,
             in_flight=settings.in_flight,
+            similar=similar,
         )
         self._last_seq = sent.seq
         rate = self._rate
         if rate is not None:
             edge_s = (encoded.head_ms + encoded.encode_ms) / 1e3
             other_s = max(0.0, sent.at - capture.at - edge_s)
-            rate.sent(sent.seq, decision, len(encoded.encoded.payload), sent.at, edge_s=edge_s, other_s=other_s)
+            rate.sent(sent.seq, decision, len(sent.payload), sent.at, edge_s=edge_s, other_s=other_s)
             sent.answer.add_done_callback(lambda answer: _tell(rate, sent.seq, answer))
         return sent
 
@@ -454,7 +476,7 @@ class EdgeClient:
         round_trip = (received.at - sent.at) * 1e3
         edge = encoded.load_ms + encoded.preprocess_ms + encoded.head_ms + encoded.encode_ms
         wait = max(0.0, (sent.at - capture.at) * 1e3 - edge)
-        payload = encoded.encoded.payload
+        payload = sent.payload
         pixels = manifest.input.pixels
         return Answer(
             file=capture.name,
@@ -462,6 +484,7 @@ class EdgeClient:
             point=encoded.point,
             split=encoded.split,
             payload_bytes=len(payload),
+            reference=sent.reference,
             wire_bytes=sent.wire_bytes,
             bpp_payload=len(payload) * 8 / pixels,
             bpp_wire=sent.wire_bytes * 8 / pixels,

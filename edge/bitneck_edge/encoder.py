@@ -13,6 +13,7 @@ from bitneck.chain import Encoded, PointEncoder, SegmentChain
 from bitneck.errors import ImageError
 from bitneck.image import load_photo, preprocess
 from bitneck.runtime import ModulePool
+from bitneck.similar import Reference
 from bitneck_edge.answers import check_classes
 
 __all__ = ["EdgeEncoder", "EncodedPhoto", "Photo"]
@@ -23,11 +24,12 @@ Photo = Path | bytes | Image.Image
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedPhoto:
-    """What goes on the link, and milliseconds per stage."""
+    """What goes on the link, and milliseconds per stage; `symbols` are there where later frames may refer to them."""
 
     point: str
     split: str
     encoded: Encoded
+    symbols: Reference | None
     load_ms: float
     preprocess_ms: float
     head_ms: float
@@ -80,8 +82,16 @@ class EdgeEncoder:
                     encoder = self._encoders[point_id] = PointEncoder(self.bundle, point, pool=self._pool)
         return encoder
 
-    def encode(self, photo: Photo, point_id: str) -> EncodedPhoto:
+    def encode(
+        self, photo: Photo, point_id: str, *, similar: bool = False, reference: Reference | None = None
+    ) -> EncodedPhoto:
         """Run one photograph through the edge's half.
+
+        Args:
+            photo: the picture.
+            point_id: the operating point.
+            similar: whether later frames may refer to this one.
+            reference: what it may itself be coded against.
 
         Raises:
             ImageError: it cannot be read.
@@ -96,13 +106,16 @@ class EdgeEncoder:
         times.append(time.perf_counter())
         f = self.chain.run(x, 0, self.chain.head_length(encoder.point.split))  # (1, C, Hf, Wf)
         times.append(time.perf_counter())
-        encoded = encoder.encode(f)
+        encoded = encoder.encode(f, reference)
+        conditional = encoder.conditional if similar else None
+        symbols = conditional.keep(encoded.symbols) if conditional is not None else None
         times.append(time.perf_counter())
         load, prepare, head, encode = ((b - a) * 1e3 for a, b in itertools.pairwise(times))
         return EncodedPhoto(
             point=point_id,
             split=encoder.point.split,
             encoded=encoded,
+            symbols=symbols,
             load_ms=load,
             preprocess_ms=prepare,
             head_ms=head,

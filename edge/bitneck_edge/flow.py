@@ -25,6 +25,7 @@ class Flow:
         self.duplicates = 0
         self._next = 1
         self._unanswered: dict[int, pb.Frame] = {}
+        self._alone: dict[int, pb.Frame] = {}
         self._attempts: dict[int, int] = {}
 
     @property
@@ -41,8 +42,12 @@ class Flow:
         """The number of the next frame."""
         return self._next
 
-    def add(self, frame: pb.Frame) -> None:
+    def add(self, frame: pb.Frame, alone: pb.Frame | None = None) -> None:
         """A frame is about to be sent for the first time.
+
+        Args:
+            frame: it.
+            alone: where it is coded against another one, the same coded by itself: so it is sent again.
 
         Raises:
             Overloaded: the window is full, or the frame does not carry `next_seq`.
@@ -52,6 +57,8 @@ class Flow:
         self._next += 1
         self._unanswered[frame.seq] = frame
         self._attempts[frame.seq] = 1
+        if alone is not None:
+            self._alone[frame.seq] = alone
 
     def answered(self, seq: int) -> bool:
         """An answer arrived; False, and counted, if this seq waits for none: each is answered once."""
@@ -59,6 +66,7 @@ class Flow:
             self.duplicates += 1
             return False
         del self._attempts[seq]
+        self._alone.pop(seq, None)
         return True
 
     def retry(self, seq: int) -> pb.Frame | None:
@@ -67,11 +75,15 @@ class Flow:
         if frame is None or self._attempts[seq] >= _MAX_ATTEMPTS:
             return None
         self._attempts[seq] += 1
-        return frame
+        return self._alone.get(seq, frame)
+
+    def refers(self, seq: int) -> bool:
+        """Whether an unanswered frame was coded against another one when it was first sent."""
+        return seq in self._alone
 
     def to_resend(self) -> list[pb.Frame]:
-        """Every unanswered frame, in order, for a new connection."""
-        return [self._unanswered[seq] for seq in sorted(self._unanswered)]
+        """Every unanswered frame, in order and coded by itself, for a new connection."""
+        return [self._alone.get(seq, self._unanswered[seq]) for seq in sorted(self._unanswered)]
 
     def restart(self) -> None:
         """The server has forgotten the session: the frames that remain are resent to a new one, numbers unchanged."""

@@ -27,6 +27,7 @@ from bitneck.errors import (
 from bitneck.frames import MAX_MESSAGE_BYTES, seal_frame, wire_bytes
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.flow import Flow
+from bitneck_edge.references import Candidate, Coded, References
 from bitneck_edge.remote import Access, from_rpc_error, stub_of
 
 __all__ = ["Link", "LinkSettings", "Received", "Sent"]
@@ -34,8 +35,10 @@ __all__ = ["Link", "LinkSettings", "Received", "Sent"]
 _LOG = logging.getLogger(__name__)
 _FIRST_BACKOFF_S = 0.2
 _MAX_BACKOFF_S = 5.0
-_PASSING = frozenset(GRPC_CODES[name] for name in ("DATA_LOSS", "RESOURCE_EXHAUSTED", "UNAVAILABLE"))
+_PASSING = frozenset(GRPC_CODES[name] for name in ("ABORTED", "DATA_LOSS", "RESOURCE_EXHAUSTED", "UNAVAILABLE"))
 """Faults that may not come again when the frame is sent again."""
+_REFERENCE = frozenset(GRPC_CODES[name] for name in ("ABORTED", "DATA_LOSS"))
+"""Faults of a frame whose reference the cloud does not have, or has otherwise."""
 _MAX_WINDOW = 1024
 _FAIR_S = 1.0
 """A server that sends us away after so long did its part; one that does it at once counts as failing."""
@@ -54,6 +57,8 @@ class LinkSettings:
     connect_timeout_s: float
     answer_timeout_s: float
     retries: int
+    references: bool = False
+    key_every: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +71,11 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A frame on its way: await ``answer``."""
+    """A frame on its way, as it was first sent: await ``answer``. `reference` is the distance in seq, 0 for none."""
 
     seq: int
+    payload: bytes
+    reference: int
     wire_bytes: int
     at: float
     answer: asyncio.Future[Received]
@@ -94,6 +101,7 @@ class Link:
         self._on_point = on_point
         self._on_reconnect = on_reconnect
         self._flow = Flow(window=1)
+        self._references = References(settings.key_every)
         self._answers: dict[int, asyncio.Future[Received]] = {}
         self._sent_at: dict[int, float] = {}
         self._room = asyncio.Condition()
@@ -150,8 +158,19 @@ class Link:
         """Frames that wait for their answer."""
         return self._flow.unanswered
 
+    def candidate(self, point: str) -> Candidate | None:
+        """What the next frame at a point may be coded against; None where it has to be coded by itself."""
+        return self._references.candidate(point, self._flow.next_seq())
+
     async def send(
-        self, point: str, payload: bytes, *, deadline_ms: int = 0, captured_unix_us: int = 0, in_flight: int = 0
+        self,
+        point: str,
+        payload: bytes,
+        *,
+        deadline_ms: int = 0,
+        captured_unix_us: int = 0,
+        in_flight: int = 0,
+        similar: Coded | None = None,
     ) -> Sent:
         """Send a frame; waits while the window is full.
 
@@ -161,6 +180,8 @@ class Link:
             deadline_ms: from its receipt in the cloud; 0 for none.
             captured_unix_us: when the picture was taken; 0 if unknown.
             in_flight: frames that may be unanswered with this one; 0 for the window.
+            similar: its symbols, and its payload coded against another frame: that is sent where it is the smaller one
+                and the reference still holds.
 
         Raises:
             Overloaded: the frame is larger than any server takes; the link is not harmed.
@@ -181,7 +202,10 @@ class Link:
                 deadline_ms=deadline_ms,
                 captured_unix_us=captured_unix_us,
             )
-            size = wire_bytes(frame)
+            alone, size = frame, wire_bytes(frame)
+            if similar is not None:
+                frame = self._smaller(alone, similar)
+                size = wire_bytes(frame)
             if size > MAX_MESSAGE_BYTES:  # gRPC would end the call, and again at each resend
                 raise Overloaded(
                     f"a frame of {size} bytes at {point}, the limit is {MAX_MESSAGE_BYTES}; "
@@ -190,9 +214,27 @@ class Link:
             answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
             self._answers[frame.seq] = answer
             at = self._sent_at[frame.seq] = time.perf_counter()
-            self._flow.add(frame)
+            self._flow.add(frame, alone if frame is not alone else None)
+            if similar is not None:
+                self._references.sent(frame.seq, similar.symbols, alone=frame is alone)
         await self._write(frame)
-        return Sent(frame.seq, size, at, answer)
+        return Sent(frame.seq, frame.payload, frame.reference, size, at, answer)
+
+    def _smaller(self, alone: pb.Frame, similar: Coded) -> pb.Frame:
+        """A frame coded by itself, or the same against its reference."""
+        distance = self._references.distance(similar.candidate, alone.seq)
+        if not distance or similar.candidate is None or similar.payload is None:
+            return alone
+        frame = seal_frame(
+            seq=alone.seq,
+            point=alone.point,
+            payload=similar.payload,
+            deadline_ms=alone.deadline_ms,
+            captured_unix_us=alone.captured_unix_us,
+            reference=distance,
+            reference_crc32c=similar.candidate.reference.crc32c,
+        )
+        return frame if wire_bytes(frame) < wire_bytes(alone) else alone
 
     async def _write(self, frame: pb.Frame) -> None:
         """Write a frame, if there is a connection; else it goes out with the resends of the next one."""
@@ -256,7 +298,13 @@ class Link:
     async def _handshake(self, call: Call) -> None:
         """Open the session, or resume it; then resend what is unanswered."""
         s = self._settings
-        request = pb.Open(model=s.model, bundle_id=s.bundle_id, client=s.client, resume_token=self._token)
+        request = pb.Open(
+            model=s.model,
+            bundle_id=s.bundle_id,
+            client=s.client,
+            resume_token=self._token,
+            references=s.references,
+        )
         try:
             async with asyncio.timeout(s.answer_timeout_s):
                 await _put(call, pb.ClientMessage(open=request))
@@ -273,6 +321,8 @@ class Link:
         if self.session_id and reply.session_id != self.session_id:
             _LOG.warning("the session is not known any more; going on in a new one")
             self._flow.restart()
+            self._references.forget()
+        self._references.opened(min(reply.references, _MAX_WINDOW) if s.references else 0)
         self.session_id, self._token = reply.session_id, reply.resume_token
         self._flow.window = min(max(1, reply.window), _MAX_WINDOW)
         if reply.point != self._asked_point:
@@ -344,6 +394,8 @@ class Link:
 
     async def _fault(self, fault: pb.Fault) -> None:
         error = error_from_status(fault.code, fault.message)
+        if fault.code in _REFERENCE and self._flow.refers(fault.seq):
+            self._references.forget()
         frame = self._flow.retry(fault.seq) if fault.code in _PASSING else None
         if frame is not None:
             _LOG.warning("frame %d is sent again: %s", fault.seq, error)
@@ -358,6 +410,7 @@ class Link:
         """A frame's end; a second answer to one frame is ignored."""
         if not self._flow.answered(seq):
             return
+        self._references.settled(seq, answered=isinstance(outcome, Received))
         self._sent_at.pop(seq, None)
         answer = self._answers.pop(seq)
         if not answer.done():

@@ -95,6 +95,7 @@ class Answer:
         point: operating point.
         split: its split point.
         payload_bytes: coded bytes.
+        reference: how many frames before it the one stands that its payload is coded against; 0 for none.
         wire_bytes: of the message on the stream.
         bpp_payload: payload bits per input pixel.
         bpp_wire: message bits per input pixel.
@@ -111,6 +112,7 @@ class Answer:
     point: str
     split: str
     payload_bytes: int
+    reference: int
     wire_bytes: int
     bpp_payload: float
     bpp_wire: float

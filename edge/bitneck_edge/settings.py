@@ -1,7 +1,7 @@
 """Settings of the edge client."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -38,6 +38,9 @@ class EdgeSettings(Settings):
         in_flight: frames that may be unanswered; 0 for the server's window, and with ``newest`` for as many as the
             distance asks for.
         deadline_ms: from a frame's receipt in the cloud; 0 for none.
+        similar: code a picture against one before it where that is smaller: ``on``, ``off``, or ``auto`` for what comes
+            from videos, cameras and streams.
+        key_every: of so many frames at least one is then coded by itself.
         connect_timeout_s: for one attempt to connect.
         retries: attempts after the first, before the server counts as unreachable; -1 for no end.
         answer_timeout_s: an unanswered frame of this age means that the link is dead; so does a download that pauses
@@ -63,6 +66,8 @@ class EdgeSettings(Settings):
     workers: Annotated[int, Field(ge=0, le=64)] = 0
     in_flight: Annotated[int, Field(ge=0, le=1024)] = 0
     deadline_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
+    similar: Literal["auto", "on", "off"] = "auto"
+    key_every: Annotated[int, Field(ge=1, le=1_000_000)] = 100
     connect_timeout_s: Annotated[float, Field(gt=0, le=600)] = 3.0
     retries: Annotated[int, Field(ge=-1, le=1_000_000)] = 3
     answer_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 15.0

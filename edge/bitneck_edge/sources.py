@@ -128,7 +128,7 @@ async def read_sources(
                         continue
                     if not hurry():
                         await pace.wait()
-                    yield Capture(capture.photo, capture.name)
+                    yield Capture(capture.photo, capture.name, similar=capture.similar)
 
 
 class _Pace:
@@ -229,7 +229,9 @@ def _video(name: str, fps: float | None) -> Iterator[Capture]:
                     if frame.time < due - 1e-6:
                         continue
                     due = max(due, frame.time - 1.0 / fps) + 1.0 / fps
-                yield Capture(_upright(frame), f"{name}#{number}", unix_us=time.time_ns() // 1000 if live else 0)
+                yield Capture(
+                    _upright(frame), f"{name}#{number}", unix_us=time.time_ns() // 1000 if live else 0, similar=True
+                )
     except (av.FFmpegError, OSError, ValueError) as exc:
         raise ImageError(f"{name}: cannot be read as video ({exc})") from exc
 

@@ -290,6 +290,40 @@ def export(
 
 
 @app.command()
+def similar(
+    zoo: Zoo,
+    bundle: Annotated[Path, typer.Option(help="The bundle that was exported from it.")],
+    data: Data = None,
+    point: Annotated[list[str] | None, typer.Option(help="Fit to this point only; repeatable.")] = None,
+    photos: Annotated[int, typer.Option(min=10, help="Training photographs to make scenes of.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 0,
+) -> None:
+    """Fit the tables that code a frame against one before it; export again, so that the bundle carries them."""
+    from bitneck.bundle import Bundle
+    from bitneck_models.similar import MOTIONS, fit_points, scene_photos
+    from bitneck_models.zoo import ZooEntry
+
+    entry, exported = ZooEntry(zoo), Bundle.open(bundle)
+    points = point or [each.id for each in exported.manifest.ladder]
+    for name in points:
+        exported.manifest.ladder[name]
+    chosen = scene_photos(entry.recipe, _data_folder(data), exported.manifest.input, photos, seed)
+    console = Console(stderr=True)
+    with _progress(console) as progress:
+        tasks = {what: progress.add_task(what, total=None) for what in ("scenes", "validation", "tables")}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            progress.update(tasks[what], completed=done, total=total)
+
+        records = fit_points(entry, exported, points, chosen, seed, on_progress)
+    table = Table("point", *MOTIONS, title="bytes alone, and against the frame before")
+    for name, record in records.items():
+        cells = [f"{record.bytes_alone[m]:.1f}  {record.bytes_similar[m]:.1f}" for m in MOTIONS]
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+@app.command()
 def evaluate(
     bundle: Annotated[Path, typer.Option(help="The bundle's folder.")],
     data: Data = None,

@@ -96,6 +96,9 @@ def export_bundle(
             writer.add(f"points/{point.id}/encoder.onnx", to_onnx(unit.encoder, unit.feature_shape), "edge")
             writer.add(f"points/{point.id}/decoder.onnx", to_onnx(unit.decoder, unit.latent_shape), "cloud")
             writer.add(f"points/{point.id}/tables.npz", tables[point.id].to_npz(), "both")
+            if (conditional := entry.conditional(point)) is not None:
+                conditional.check_fits(tables[point.id])
+                writer.add(f"points/{point.id}/conditional.npz", conditional.to_npz(), "both")
         for name in imported:
             for file, user in (("encoder.onnx", "edge"), ("decoder.onnx", "cloud"), ("tables.npz", "both")):
                 data = (entry.point_folder(name) / file).read_bytes()

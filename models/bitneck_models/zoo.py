@@ -4,6 +4,7 @@ recipe.toml                     what was trained, and how
 network.safetensors             the network itself, where it was trained here (`network.toml`, `network.json`)
 points/<id>/unit.safetensors    weights
 points/<id>/tables.npz          the factorized model
+points/<id>/conditional.npz     the conditional model, by `similar`; and conditional.json, how it was fitted
 points/<id>/record.json         resolved recipe, code version, validation metrics
 points/<id>/spic.json           of a point of the paper's authors instead, with its ONNX files and tables: `import-spic`
 ladder.json                     rate and accuracy of every point on an evaluation set, by `evaluate --record`
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from bitneck.conditional import ConditionalModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.ids import check_id
 from bitneck.manifest import sha256_hex
@@ -154,6 +156,31 @@ class ZooEntry:
             raise InvalidConfig(f"{path} is missing; run `bitneck-models train {self.folder}`")
         return FactorizedModel.from_npz(path.read_bytes())
 
+    def conditional(self, point: PointRecipe) -> ConditionalModel | None:
+        """A point's conditional model; None before one is fitted.
+
+        Raises:
+            BundleCorrupt: unreadable, or not that of the point's tables.
+        """
+        folder = self.point_folder(point.id)
+        path = folder / "conditional.npz"
+        if not path.is_file():
+            return None
+        model = ConditionalModel.from_npz(path.read_bytes())
+        try:
+            fitted_to = json.loads((folder / "conditional.json").read_bytes())["tables_sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise BundleCorrupt(f"{path} has no record beside it ({exc}); run `bitneck-models similar` again") from exc
+        if fitted_to != sha256_hex((folder / "tables.npz").read_bytes()):
+            raise BundleCorrupt(f"{path} was fitted to other tables; remove it, or run `bitneck-models similar` again")
+        return model
+
+    def save_conditional(self, point_id: str, data: bytes, record: str) -> None:
+        """Write a point's conditional model and the JSON record of how it was fitted."""
+        folder = self.point_folder(point_id)
+        (folder / "conditional.json").write_text(record)
+        (folder / "conditional.npz").write_bytes(data)
+
     def save(self, point: PointRecipe, unit: BottleneckUnit, tables: FactorizedModel, record: PointRecord) -> None:
         """Write a trained point; see `save_point`."""
         save_point(self.point_folder(point.id), unit, tables, record)
@@ -199,6 +226,8 @@ class ZooEntry:
 def save_point(folder: Path, unit: BottleneckUnit, tables: FactorizedModel, record: PointRecord) -> None:
     """Write a trained point, its digests in the record; the weights last, since they mark it as trained.
 
+    What was fitted to earlier tables, the conditional model, goes.
+
     Weights are kept as float16: see `round_weights`.
 
     Args:
@@ -211,6 +240,8 @@ def save_point(folder: Path, unit: BottleneckUnit, tables: FactorizedModel, reco
     state = {k: v.half() if v.is_floating_point() else v for k, v in unit.state_dict().items()}
     weights, arrays = save({k: v.contiguous() for k, v in state.items()}), tables.to_npz()
     digests = {"unit_sha256": sha256_hex(weights), "tables_sha256": sha256_hex(arrays)}
+    for name in ("conditional.npz", "conditional.json"):
+        (folder / name).unlink(missing_ok=True)
     (folder / "tables.npz").write_bytes(arrays)
     (folder / "record.json").write_text(record.model_copy(update=digests).model_dump_json(indent=1) + "\n")
     temporary = folder / "unit.part"

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from bitneck.conditional import ConditionalModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.ids import check_relative_path
 from bitneck.manifest import FileEntry, FileRole, Manifest, bundle_id_of, sha256_hex
@@ -107,6 +108,30 @@ class Bundle:
         if tables.channels != channels:
             raise BundleCorrupt(f"{path} has tables of {tables.channels} channels, the manifest says {channels}")
         return tables
+
+    @property
+    def has_conditional(self) -> bool:
+        """Whether any operating point has a conditional model."""
+        return any(f"points/{point.id}/conditional.npz" in self.manifest.files for point in self.manifest.points)
+
+    def conditional(self, point_id: str) -> ConditionalModel | None:
+        """An operating point's conditional model; None where the bundle has none.
+
+        Raises:
+            BundleCorrupt: unreadable, or it does not fit the point's tables.
+        """
+        name = f"points/{point_id}/conditional.npz"
+        if name not in self.manifest.files:
+            return None
+        path = self.path(name)
+        with _readable(path):
+            data = path.read_bytes()
+        try:
+            conditional = ConditionalModel.from_npz(data)
+            conditional.check_fits(self.tables(point_id))
+        except (BundleCorrupt, InvalidConfig) as exc:
+            raise BundleCorrupt(f"{path}: {exc}") from exc
+        return conditional
 
     def labels(self) -> tuple[str, ...]:
         """The names of the classes, by index.

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from bitneck.bundle import Bundle
 from bitneck.codec import FactorizedCodec
-from bitneck.errors import ModelFailure
+from bitneck.errors import MalformedFrame, ModelFailure
 from bitneck.ladder import OperatingPoint
 from bitneck.runtime import ModulePool, OnnxModule
+from bitneck.similar import ConditionalCodec, Reference
 from bitneck.symbols import dequantize, quantize
 
 __all__ = ["Encoded", "PointDecoder", "PointEncoder", "SegmentChain", "segments_of"]
@@ -90,10 +91,17 @@ class SegmentChain:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """One encoded feature: symbols (Cr, h, w) int32, and their payload."""
+    """One encoded feature.
+
+    Attributes:
+        symbols: (Cr, h, w) int32.
+        payload: theirs, coded by themselves.
+        similar: theirs, coded against a reference; None without one.
+    """
 
     symbols: NDArray[np.int32]
     payload: bytes
+    similar: bytes | None = None
 
 
 class PointEncoder:
@@ -111,6 +119,7 @@ class PointEncoder:
     ) -> None:
         self.point = point
         self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
+        self.conditional = _conditional(bundle, point, self.codec)
         self._lo, self._hi = self.codec.tables.lo, self.codec.tables.hi
         self._module = _load(bundle, bundle.encoder_path(point.id), threads, pool)
 
@@ -135,10 +144,21 @@ class PointEncoder:
         """Feature to symbols, (Cr, h, w) int32; see `latent` for arguments and errors."""
         return quantize(self.latent(f)[0], self.point.step, self._lo, self._hi)
 
-    def encode(self, f: NDArray[np.float32]) -> Encoded:
-        """Feature to symbols and payload; see `symbols` for arguments and errors."""
+    def encode(self, f: NDArray[np.float32], reference: Reference | None = None) -> Encoded:
+        """Feature to symbols and payload.
+
+        Args:
+            f: the head's output, (1, C, Hf, Wf) float32.
+            reference: to code the symbols against too; it counts where the point has conditional tables.
+
+        Raises:
+            ModelFailure: see `latent`.
+        """
         s = self.symbols(f)
-        return Encoded(symbols=s, payload=self.codec.encode(s))
+        similar = None
+        if reference is not None and self.conditional is not None:
+            similar = self.conditional.encode(s, reference)
+        return Encoded(symbols=s, payload=self.codec.encode(s), similar=similar)
 
 
 class PointDecoder:
@@ -156,8 +176,29 @@ class PointDecoder:
     ) -> None:
         self.point = point
         self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
+        self.conditional = _conditional(bundle, point, self.codec)
         self.feature_shape = bundle.manifest.split(point.split).feature_shape
         self._module = _load(bundle, bundle.decoder_path(point.id), threads, pool)
+
+    def symbols(self, payload: bytes, reference: Reference | None = None) -> NDArray[np.int32]:
+        """Payload to symbols, (Cr, h, w) int32.
+
+        Args:
+            payload: the coded bytes.
+            reference: what they are coded against; None where they are coded by themselves.
+
+        Raises:
+            MalformedFrame: a payload that no encoder of this point writes.
+        """
+        if reference is None:
+            return self.codec.decode(payload)
+        if self.conditional is None:
+            raise MalformedFrame(f"{self.point.id} has no conditional tables; code its frames by themselves")
+        return self.conditional.decode(payload, reference)
+
+    def latent(self, s: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Symbols to the latent that the decoder gets, (Cr, h, w) float32."""
+        return dequantize(s, self.point.step)
 
     def dequantize(self, payload: bytes) -> NDArray[np.float32]:
         """Payload to the latent that the decoder gets, (Cr, h, w) float32.
@@ -165,7 +206,7 @@ class PointDecoder:
         Raises:
             MalformedFrame: a payload of impossible length.
         """
-        return dequantize(self.codec.decode(payload), self.point.step)
+        return self.latent(self.symbols(payload))
 
     def decode(self, y_hat: NDArray[np.float32]) -> NDArray[np.float32]:
         """Latents to features.
@@ -183,6 +224,11 @@ class PointDecoder:
         if f_hat.shape[1:] != self.feature_shape:
             raise ModelFailure(f"decoder of {self.point.id} gave {f_hat.shape[1:]}, expected {self.feature_shape}")
         return f_hat
+
+
+def _conditional(bundle: Bundle, point: OperatingPoint, codec: FactorizedCodec) -> ConditionalCodec | None:
+    model = bundle.conditional(point.id)
+    return ConditionalCodec(point.id, codec.tables, model, point.latent_shape) if model is not None else None
 
 
 def _load(bundle: Bundle, path: Path, threads: int, pool: ModulePool | None) -> OnnxModule:

@@ -12,6 +12,8 @@ coder raises to 2**-24. So one call codes a whole latent from a matrix of probab
 for each channel, above all when the caches are cold. A payload that decodes to a missing symbol is refused.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import constriction
@@ -21,11 +23,13 @@ from numpy.typing import NDArray
 from bitneck.errors import InvalidConfig, MalformedFrame, ModelFailure
 from bitneck.tables import TOTAL, FactorizedModel
 
-__all__ = ["FactorizedCodec"]
+__all__ = ["FAMILY", "FactorizedCodec", "range_decoder", "range_encoder", "shortest_payload"]
 
 _WORD_BYTES = 4
 # constriction keeps two words of state behind the words it has written.
 _STATE_WORDS = 2
+FAMILY = constriction.stream.model.Categorical(lazy=True, perfect=False)
+"""Models given as a matrix of probabilities, a row for each symbol."""
 _MATRIX_ENTRIES = 1 << 17
 """Up to so many probabilities a latent's models are one matrix (1 MiB); beyond, one model is kept for each channel."""
 
@@ -56,7 +60,6 @@ class FactorizedCodec:
         self._widths = widths[:, None]
         widest = int(widths.max(initial=0))
         rows = [np.pad(tables.counts[c] / TOTAL, (0, widest - tables.counts[c].shape[0])) for c in self._coded]
-        self._family = constriction.stream.model.Categorical(lazy=True, perfect=False)
         self._matrix: NDArray[np.float64] | None = None
         self._models: list[Any] = []
         if len(rows) * widest * positions <= _MATRIX_ENTRIES:
@@ -84,18 +87,13 @@ class FactorizedCodec:
 
     def _write(self, index: NDArray[np.int32]) -> bytes:
         """The payload of the coded channels' table indices, (coded, positions)."""
-        encoder = constriction.stream.queue.RangeEncoder()  # a fresh one: clear() does not fully reset
-        try:  # its PanicException is a BaseException
+        with range_encoder() as encoder:
             if self._matrix is None:
                 for symbols, model in zip(index, self._models, strict=True):
                     encoder.encode(symbols, model)
             elif index.size:
-                encoder.encode(index.ravel(), self._family, self._matrix)
-        except BaseException as exc:
-            if isinstance(exc, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise ModelFailure(f"the range coder failed on checked symbols ({exc}); please report this") from exc
-        return _shortest(encoder)
+                encoder.encode(index.ravel(), FAMILY, self._matrix)
+        return shortest_payload(encoder)
 
     def decode(self, payload: bytes) -> NDArray[np.int32]:
         """The symbols of a payload.
@@ -116,22 +114,14 @@ class FactorizedCodec:
             raise MalformedFrame(
                 f"payload of {len(payload)} bytes, this operating point gives at most {self.max_payload_bytes}"
             )
-        # Zeros stand for the bytes that were left out, up to whole words and the decoder's state.
-        padding = -len(payload) % _WORD_BYTES + _STATE_WORDS * _WORD_BYTES
-        words = np.frombuffer(payload + bytes(padding), dtype=">u4").astype(np.uint32)
         positions = self.latent_shape[1] * self.latent_shape[2]
         coded = np.zeros((len(self._coded), positions), dtype=np.int32)
-        try:
-            decoder = constriction.stream.queue.RangeDecoder(words)
+        with range_decoder(payload) as decoder:
             if self._matrix is None:
                 for row, model in zip(coded, self._models, strict=True):
                     row[:] = decoder.decode(model, positions)
             elif coded.size:
-                coded = decoder.decode(self._family, self._matrix).reshape(coded.shape)
-        except BaseException as exc:
-            if isinstance(exc, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise MalformedFrame(f"payload of {len(payload)} bytes is no range code ({exc})") from exc
+                coded = decoder.decode(FAMILY, self._matrix).reshape(coded.shape)
         if (coded >= self._widths).any():
             raise MalformedFrame(f"payload of {len(payload)} bytes holds a symbol outside its table")
         if len(self._write(coded)) < len(payload):
@@ -143,7 +133,41 @@ class FactorizedCodec:
         return (index + self._lo_column).reshape(self.latent_shape)
 
 
-def _shortest(encoder: Any) -> bytes:
+@contextlib.contextmanager
+def range_encoder() -> Iterator[Any]:
+    """A fresh range encoder, for its `clear` does not fully reset it.
+
+    Raises:
+        ModelFailure: it failed; its PanicException is a BaseException.
+    """
+    try:
+        yield constriction.stream.queue.RangeEncoder()
+    except BaseException as exc:
+        if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ModelFailure(f"the range coder failed on checked symbols ({exc}); please report this") from exc
+
+
+@contextlib.contextmanager
+def range_decoder(payload: bytes) -> Iterator[Any]:
+    """A range decoder at a payload's beginning.
+
+    Zeros stand for the bytes that were left out, up to whole words and the decoder's state.
+
+    Raises:
+        MalformedFrame: it failed; see `range_encoder`.
+    """
+    padding = -len(payload) % _WORD_BYTES + _STATE_WORDS * _WORD_BYTES
+    words = np.frombuffer(payload + bytes(padding), dtype=">u4").astype(np.uint32)
+    try:
+        yield constriction.stream.queue.RangeDecoder(words)
+    except BaseException as exc:
+        if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise MalformedFrame(f"payload of {len(payload)} bytes is no range code ({exc})") from exc
+
+
+def shortest_payload(encoder: Any) -> bytes:
     """The shortest byte string that, followed by zeros, lies in the encoder's last interval."""
     words_written, (low_state, interval) = encoder.pos()
     words = encoder.get_compressed()

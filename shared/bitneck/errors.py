@@ -16,7 +16,8 @@
     |-- PeerError                   INVALID_ARGUMENT     400  1   what the other machine sent is refused
     |   |-- MalformedFrame          INVALID_ARGUMENT     400  1   wrong length, wrong order, impossible content
     |   |-- CorruptPayload          DATA_LOSS            400  1   the CRC does not match: damaged on the way
-    |   `-- ProtocolError           FAILED_PRECONDITION  409  1   a message that is illegal at this moment
+    |   |-- ProtocolError           FAILED_PRECONDITION  409  1   a message that is illegal at this moment
+    |   `-- ReferenceUnknown        ABORTED              409  1   send the frame again, coded by itself
     |-- Overloaded                  RESOURCE_EXHAUSTED   429  1   a limit is reached: slow down, or try later
     |-- DeadlineExceeded            DEADLINE_EXCEEDED    504  1
     |-- Unavailable                 UNAVAILABLE          503  1   no server, or it is going away
@@ -45,6 +46,7 @@ __all__ = [
     "PeerError",
     "ProtocolError",
     "RateUnreachable",
+    "ReferenceUnknown",
     "Unauthenticated",
     "Unavailable",
     "UnknownFile",
@@ -188,6 +190,13 @@ class ProtocolError(PeerError):
     http_status = 409
 
 
+class ReferenceUnknown(PeerError):
+    """A frame is coded against a frame whose symbols are not kept here; only this class has its gRPC status."""
+
+    grpc_status = "ABORTED"
+    http_status = 409
+
+
 class Overloaded(BitneckError):
     """A limit is reached: frames in flight, sessions, or the queue."""
 
@@ -218,6 +227,7 @@ _BY_STATUS: dict[str, type[BitneckError]] = {
     "NOT_FOUND": UnknownPoint,
     "FAILED_PRECONDITION": BundleMismatch,
     "DATA_LOSS": CorruptPayload,
+    "ABORTED": ReferenceUnknown,
     "RESOURCE_EXHAUSTED": Overloaded,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "UNAVAILABLE": Unavailable,

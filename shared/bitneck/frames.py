@@ -6,7 +6,7 @@ The messages are those of ``proto/bitneck/v1/inference.proto``.
 import google_crc32c
 from google.protobuf.message import DecodeError
 
-from bitneck.errors import CorruptPayload, MalformedFrame
+from bitneck.errors import CorruptPayload, MalformedFrame, ReferenceUnknown
 from bitneck.v1 import inference_pb2 as pb
 
 __all__ = ["MAX_MESSAGE_BYTES", "check_frame", "crc32c_hex", "frame_crc32c", "parse_frame", "seal_frame", "wire_bytes"]
@@ -15,13 +15,32 @@ MAX_MESSAGE_BYTES = 1 << 18
 """gRPC's receive limit for what a client sends. The largest frame of a 64x14x14 latent at 16 bits a symbol is 25 KB."""
 
 
-def frame_crc32c(point: str, payload: bytes) -> int:
-    """CRC-32C of the operating point's id, one zero byte and the payload."""
-    crc: int = google_crc32c.value(point.encode() + b"\0" + payload)
+def frame_crc32c(point: str, payload: bytes, reference_crc32c: int | None = None) -> int:
+    """CRC-32C of the operating point's id, one zero byte and the payload.
+
+    Args:
+        point: the id.
+        payload: the coded bytes.
+        reference_crc32c: of the symbols that it is coded against, where there are any: one zero byte and these four
+            bytes, little-endian, are counted too.
+    """
+    data = point.encode() + b"\0" + payload
+    if reference_crc32c is not None:
+        data += b"\0" + reference_crc32c.to_bytes(4, "little")
+    crc: int = google_crc32c.value(data)
     return crc
 
 
-def seal_frame(*, seq: int, point: str, payload: bytes, deadline_ms: int = 0, captured_unix_us: int = 0) -> pb.Frame:
+def seal_frame(
+    *,
+    seq: int,
+    point: str,
+    payload: bytes,
+    deadline_ms: int = 0,
+    captured_unix_us: int = 0,
+    reference: int = 0,
+    reference_crc32c: int | None = None,
+) -> pb.Frame:
     """A frame with its CRC.
 
     Args:
@@ -30,14 +49,17 @@ def seal_frame(*, seq: int, point: str, payload: bytes, deadline_ms: int = 0, ca
         payload: the coded bytes.
         deadline_ms: from receipt in the cloud; 0 for none.
         captured_unix_us: when the picture was taken; 0 if unknown.
+        reference: how far back in seq the frame stands that the payload is coded against; 0 for none.
+        reference_crc32c: of that frame's symbols.
     """
     return pb.Frame(
         seq=seq,
         point=point,
         payload=payload,
-        crc32c=frame_crc32c(point, payload),
+        crc32c=frame_crc32c(point, payload, reference_crc32c),
         deadline_ms=deadline_ms,
         captured_unix_us=captured_unix_us,
+        reference=reference,
     )
 
 
@@ -51,16 +73,27 @@ def crc32c_hex(data: bytes) -> str:
     return f"{google_crc32c.value(data):08x}"
 
 
-def check_frame(frame: pb.Frame) -> None:
+def check_frame(frame: pb.Frame, reference_crc32c: int | None = None) -> None:
     """Check a frame's number and CRC; its operating point and length are checked where they are known.
+
+    Args:
+        frame: what came.
+        reference_crc32c: of the symbols of the frame that this one names as its reference; None where they are not
+            known here.
 
     Raises:
         MalformedFrame: no seq.
+        ReferenceUnknown: the frame names a reference, and that is not known.
         CorruptPayload: the CRC does not match.
     """
     if frame.seq == 0:
         raise MalformedFrame("a frame needs a seq of 1 or more")
-    crc = frame_crc32c(frame.point, frame.payload)
+    if frame.reference and reference_crc32c is None:
+        raise ReferenceUnknown(
+            f"frame {frame.seq} is coded against the frame {frame.reference} before it, which is not known here; "
+            "send it again, coded by itself"
+        )
+    crc = frame_crc32c(frame.point, frame.payload, reference_crc32c if frame.reference else None)
     if crc != frame.crc32c:
         raise CorruptPayload(
             f"CRC-32C {crc:#010x}, the frame says {frame.crc32c:#010x} "
@@ -77,6 +110,7 @@ def parse_frame(data: bytes, where: str) -> pb.Frame:
 
     Raises:
         MalformedFrame: not a frame.
+        ReferenceUnknown: it is coded against another frame.
         CorruptPayload: the CRC does not match.
     """
     frame = pb.Frame()

@@ -189,8 +189,9 @@ class Manifest(_Strict):
         needed |= {
             f"points/{p.id}/{name}" for p in self.points for name in ("encoder.onnx", "decoder.onnx", "tables.npz")
         }
-        if needed != set(self.files):
-            missing, extra = sorted(needed - set(self.files)), sorted(set(self.files) - needed)
+        optional = {f"points/{p.id}/conditional.npz" for p in self.points}
+        if needed != set(self.files) - optional:
+            missing, extra = sorted(needed - set(self.files)), sorted(set(self.files) - needed - optional)
             raise ValueError(f"files listed do not match: missing {missing}, not expected {extra}")
         for path, side in self._users():
             if self.files[path].role not in (side, "both"):
@@ -210,6 +211,9 @@ class Manifest(_Strict):
             yield f"points/{point.id}/decoder.onnx", "cloud"
             yield f"points/{point.id}/tables.npz", "edge"
             yield f"points/{point.id}/tables.npz", "cloud"
+            if (conditional := f"points/{point.id}/conditional.npz") in self.files:
+                yield conditional, "edge"
+                yield conditional, "cloud"
         yield self.labels, "cloud"
         if self.task == "segmentation":
             yield self.labels, "edge"  # which class indices an answer may have

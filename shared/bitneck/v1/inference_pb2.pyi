@@ -61,44 +61,50 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., set_point: _Optional[_Union[SetPoint, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("model", "bundle_id", "client", "resume_token")
+    __slots__ = ("model", "bundle_id", "client", "resume_token", "references")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
     model: str
     bundle_id: str
     client: str
     resume_token: str
-    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ...) -> None: ...
+    references: bool
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ..., references: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("session_id", "resume_token", "window", "point")
+    __slots__ = ("session_id", "resume_token", "window", "point", "references")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     resume_token: str
     window: int
     point: str
-    def __init__(self, session_id: _Optional[str] = ..., resume_token: _Optional[str] = ..., window: _Optional[int] = ..., point: _Optional[str] = ...) -> None: ...
+    references: int
+    def __init__(self, session_id: _Optional[str] = ..., resume_token: _Optional[str] = ..., window: _Optional[int] = ..., point: _Optional[str] = ..., references: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("seq", "point", "payload", "crc32c", "deadline_ms", "captured_unix_us")
+    __slots__ = ("seq", "point", "payload", "crc32c", "deadline_ms", "captured_unix_us", "reference")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     CRC32C_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     CAPTURED_UNIX_US_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
     seq: int
     point: str
     payload: bytes
     crc32c: int
     deadline_ms: int
     captured_unix_us: int
-    def __init__(self, seq: _Optional[int] = ..., point: _Optional[str] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., captured_unix_us: _Optional[int] = ...) -> None: ...
+    reference: int
+    def __init__(self, seq: _Optional[int] = ..., point: _Optional[str] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., captured_unix_us: _Optional[int] = ..., reference: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("seq", "output", "timings")

@@ -1,0 +1,145 @@
+"""Scenes made from photographs, and conditional tables fitted to them: from the recipe to the bundle."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from bitneck.bundle import Bundle
+from bitneck.errors import BundleCorrupt, InvalidConfig
+from bitneck.manifest import InputSpec, sha256_hex
+from bitneck.similar import ConditionalCodec
+from bitneck.tables import FactorizedModel
+from bitneck_models import backbones
+from bitneck_models.cli import app
+from bitneck_models.scenes import Camera, Path2D, moving, still
+from bitneck_models.similar import ConditionalRecord, fit_conditional
+from bitneck_models.zoo import PointRecord, ZooEntry, save_point
+from small import small_backbone
+from test_models_cli import RECIPE
+from tiny import INPUT, photo
+
+WIDE = InputSpec(
+    height=24, width=40, resize=None, fit="stretch", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
+)
+
+
+def change(frames: list[Image.Image]) -> float:
+    pixels = [np.asarray(frame, dtype=np.float32) for frame in frames]
+    return float(np.mean([np.abs(a - b).mean() for a, b in itertools.pairwise(pixels)]))
+
+
+@pytest.mark.parametrize("size", [(48, 40), (40, 300), (33, 33), (299, 299)])
+@pytest.mark.parametrize("spec", [INPUT, WIDE])
+def test_scenes_are_repeatable_and_move_as_they_are_told(size: tuple[int, int], spec: InputSpec) -> None:
+    picture, camera = photo(3, size), Camera(noise=1.0)
+
+    def standing(noise: float = 1.0) -> list[Image.Image]:
+        return list(still(picture, spec, Camera(noise=noise), 4, np.random.default_rng(1)))
+
+    def going(speed: float, growth: float = 0.0) -> list[Image.Image]:
+        path = Path2D(speed=speed, growth=growth)
+        return list(moving(picture, spec, camera, path, 12, np.random.default_rng(1)))
+
+    frames = standing()
+    assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in standing()]
+    assert abs(frames[0].width / frames[0].height - spec.width / spec.height) < 0.01
+    assert change(frames) < change(standing(noise=8.0))
+    assert change(frames) < change(going(0.05)) < change(going(0.2))
+    assert len({frame.size for frame in going(0.3, growth=0.2)}) == 1  # it turns back at the edges
+
+
+def test_tables_are_fitted_to_how_much_changes() -> None:
+    rng = np.random.default_rng(0)
+    before = np.rint(rng.laplace(size=(400, 5, 2, 2)) * np.array([0.2, 0.5, 1, 2, 4]).reshape(1, 5, 1, 1)).astype(int)
+    little = np.where(rng.random(before.shape) < 0.05, before + rng.choice([-1, 1], before.shape), before)
+    nothing_in_common = rng.permutation(before)
+    tables = FactorizedModel.fit(np.concatenate([before, little, nothing_in_common]).astype(np.int32))
+    pairs = [np.stack([before, after], axis=1) for after in (little, nothing_in_common)]
+    model = fit_conditional(tables, pairs)
+    assert model.to_npz() == fit_conditional(tables, pairs).to_npz()
+    codec = ConditionalCodec("p", tables, model, (5, 2, 2))
+
+    def bits(after: np.ndarray) -> tuple[float, float]:
+        pairs = list(zip(before.astype(np.int32)[:100], after.astype(np.int32)[:100], strict=True))
+        return (
+            sum(tables.ideal_bits(b) for _, b in pairs),
+            sum(codec.ideal_bits(b, codec.keep(a)) for a, b in pairs),
+        )
+
+    alone, similar = bits(little)
+    assert similar < 0.4 * alone
+    alone, similar = bits(nothing_in_common)
+    assert similar < 1.03 * alone  # a bit for the motion, and little else
+    assert model.keep[0].min() > model.keep[1].max()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(backbones.BACKBONES, "small", lambda _weights: small_backbone())  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "zoo" / "recipe.toml").write_text(RECIPE)
+    for k in range(20):
+        photo(k, (60, 50)).save(tmp_path / "photos" / f"{k:02d}.png")
+    return tmp_path
+
+
+def run(*arguments: str) -> str:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_from_a_trained_entry_to_a_bundle_with_conditional_tables(home: Path) -> None:
+    run("train", "zoo", "--data", ".")
+    run("export", "zoo", "--out", "bundle")
+    assert not Bundle.open(home / "bundle").has_conditional
+    assert "s1-r1" in run("similar", "zoo", "--bundle", "bundle", "--data", ".", "--photos", "12")
+    run("export", "zoo", "--out", "bundle")
+    entry, bundle = ZooEntry(home / "zoo"), Bundle.open(home / "bundle")
+    for point in entry.shipped():
+        folder = entry.point_folder(point.id)
+        record = ConditionalRecord.model_validate_json((folder / "conditional.json").read_bytes())
+        assert record.photos == 12
+        assert record.bytes_similar["still"] < record.bytes_alone["still"]
+        assert record.conditional_sha256 == sha256_hex((folder / "conditional.npz").read_bytes())
+        model = bundle.conditional(point.id)
+        assert model is not None
+        assert model.to_npz() == (folder / "conditional.npz").read_bytes()
+    # Tables that are not the ones it was fitted to, a record that is lost, and a point that is trained anew.
+    point = entry.recipe.point("s1-r1")
+    folder = entry.point_folder("s1-r1")
+    tables = (folder / "tables.npz").read_bytes()
+    (folder / "tables.npz").write_bytes((entry.point_folder("s1-r2") / "tables.npz").read_bytes())
+    with pytest.raises(BundleCorrupt, match="fitted to other tables"):
+        entry.conditional(point)
+    with pytest.raises(InvalidConfig, match="export the entry again"):
+        run("similar", "zoo", "--bundle", "bundle", "--data", ".", "--photos", "10")
+    (folder / "tables.npz").write_bytes(tables)
+    (folder / "conditional.json").rename(home / "away.json")
+    with pytest.raises(BundleCorrupt, match="no record beside it"):
+        entry.conditional(point)
+    (home / "away.json").rename(folder / "conditional.json")
+    trained = PointRecord.model_validate(json.loads((folder / "record.json").read_text()))
+    save_point(folder, entry.unit(small_backbone(), point), entry.tables(point), trained)
+    assert entry.conditional(point) is None
+
+
+def test_photographs_too_small_for_scenes_are_told(home: Path) -> None:
+    run("train", "zoo", "--data", ".", "--point", "s1-r2")
+    run("export", "zoo", "--out", "bundle")
+    for path in (home / "photos").iterdir():
+        photo(0, (20, 20)).save(path)
+    with pytest.raises(InvalidConfig, match="of the input's size"):
+        run("similar", "zoo", "--bundle", "bundle", "--data", ".", "--photos", "10")
