@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ZOO := models/zoo/efficientnet_lite0
+ZOO := models/zoo
 BUNDLE := build/efficientnet_lite0
+STREETS := build/deeplabv3_efficientnet_lite0
+BUNDLES := $(BUNDLE)/manifest.json $(STREETS)/manifest.json
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help demo test check format stubs bundle bench clean
@@ -17,19 +19,20 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[edge,video,cloud,traces,models,dev]'
 	touch $@
 
-$(BUNDLE)/manifest.json: $(INSTALLED) $(wildcard $(ZOO)/*) $(wildcard $(ZOO)/points/*/*) $(wildcard models/bitneck_models/*.py)
-	$(BIN)/bitneck-models export $(ZOO) --out $(BUNDLE)
+.SECONDEXPANSION:
+build/%/manifest.json: $(INSTALLED) $$(wildcard $(ZOO)/%/*) $$(wildcard $(ZOO)/%/points/*/*) $(wildcard models/bitneck_models/*.py)
+	$(BIN)/bitneck-models export $(ZOO)/$* --out build/$*
 	touch $@
 
-bundle: $(BUNDLE)/manifest.json  ## export the zoo's bundle to build/
+bundle: $(BUNDLES)  ## export the zoo's bundles to build/
 
-demo: $(BUNDLE)/manifest.json  ## photographs from an edge process to a cloud process and back
-	$(BIN)/python scripts/demo.py --bundle $(BUNDLE)
+demo: $(BUNDLES)  ## photographs from an edge process to a cloud process and back
+	$(BIN)/python scripts/demo.py --bundle $(BUNDLE) --segmentation $(STREETS)
 
-test: $(BUNDLE)/manifest.json  ## run the tests
+test: $(BUNDLES)  ## run the tests
 	$(BIN)/python -m pytest -n auto
 
-check: $(BUNDLE)/manifest.json  ## format, lint, types, stubs, tests
+check: $(BUNDLES)  ## format, lint, types, stubs, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -43,9 +46,11 @@ format: $(INSTALLED)  ## format the code
 stubs: $(INSTALLED)  ## generate shared/bitneck/v1 from proto/
 	$(BIN)/python scripts/generate_stubs.py
 
-bench: $(BUNDLE)/manifest.json  ## overhead, throughput, switches, reloads and memory, as ratios of one run
+bench: $(BUNDLE)/manifest.json  ## overhead, throughput, switches, reloads, memory, the edge client, automatic rate
 	$(BIN)/python benchmarks/serving.py --bundle $(BUNDLE)
 	$(BIN)/python benchmarks/operation.py --bundle $(BUNDLE)
+	$(BIN)/python benchmarks/edge.py --bundle $(BUNDLE) --cuts
+	$(BIN)/python benchmarks/ratecontrol.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

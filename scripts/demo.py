@@ -1,12 +1,15 @@
 """The whole path on real photographs: a cloud process, edge processes, every operating point, and a rate change.
 
 Prints, for every photograph and operating point, bytes, label and time beside JPEG at the lowest quality that keeps the
-label; then changes the rate over HTTP in the middle of a running stream. Exits 0 only if all of it happened.
+label; then changes the rate over HTTP in the middle of a running stream; then a street scene goes to the second model
+of the same server and comes back as a class map (photograph and overlays in one picture). Exits 0 only if all of it
+happened.
 """
 
 import argparse
 import io
 import json
+import os
 import select
 import signal
 import subprocess
@@ -28,7 +31,7 @@ from rich.table import Table
 
 from bitneck.bundle import Bundle
 from bitneck.chain import SegmentChain
-from bitneck.image import crop, load_photo, normalize
+from bitneck.image import crop, load_photo, normalize, preprocess
 
 BIN = Path(sys.executable).parent
 PHOTOS = ("camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
@@ -65,8 +68,10 @@ def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
 
 
 @contextmanager
-def cloud(bundle: Path) -> Iterator[Cloud]:
-    command = [str(BIN / "bitneck-cloud"), "serve", "--bundle", str(bundle), "--grpc", "127.0.0.1:0"]
+def cloud(*bundles: Path) -> Iterator[Cloud]:
+    command = [str(BIN / "bitneck-cloud"), "serve", "--grpc", "127.0.0.1:0"]
+    for bundle in bundles:
+        command += ["--bundle", str(bundle)]
     command += ["--http", "127.0.0.1:0", "--json", "--log-level", "warning"]
     with process(command) as child:
         assert child.stdout is not None
@@ -78,28 +83,27 @@ def cloud(bundle: Path) -> Iterator[Cloud]:
         yield Cloud(ready["grpc"], f"http://{ready['http']}")
 
 
-def edge_run(server: Cloud, cache: Path) -> list[str]:
-    return [str(BIN / "bitneck-edge"), "run", "--server", server.grpc, "--cache-dir", str(cache), "--json"]
+@dataclass(frozen=True)
+class Edge:
+    """`bitneck-edge run` for one of the cloud's models."""
 
+    cloud: Cloud
+    cache: Path
+    model: str
 
-def edge(server: Cloud, cache: Path, *arguments: str) -> dict[str, Any]:
-    """Run the edge client as its own process; its JSON document."""
-    command = [
-        str(BIN / "bitneck-edge"),
-        "run",
-        "--server",
-        server.grpc,
-        "--cache-dir",
-        str(cache),
-        "--json",
-        *arguments,
-    ]
-    with process(command) as child:
-        out, _ = child.communicate()
-        if child.returncode != 0:
-            raise DemoError(f"{' '.join(command)} ended with {child.returncode}")
-        document: dict[str, Any] = json.loads(out)
-        return document
+    def command(self, *arguments: str) -> list[str]:
+        command = [str(BIN / "bitneck-edge"), "run", "--json", "--server", self.cloud.grpc, "--model", self.model]
+        return [*command, "--cache-dir", str(self.cache), *arguments]
+
+    def run(self, *arguments: str) -> dict[str, Any]:
+        """As its own process; its JSON document."""
+        command = self.command(*arguments)
+        with process(command) as child:
+            out, _ = child.communicate()
+            if child.returncode != 0:
+                raise DemoError(f"{' '.join(command)} ended with {child.returncode}")
+            document: dict[str, Any] = json.loads(out)
+            return document
 
 
 def http(method: str, url: str, body: dict[str, Any] | None = None) -> Any:
@@ -127,10 +131,10 @@ def short(name: str) -> str:
     return name.split(",")[0]
 
 
-def show_points(console: Console, bundle: Bundle, server: Cloud, cache: Path, photos: list[Path]) -> None:
+def show_points(console: Console, bundle: Bundle, edge: Edge, photos: list[Path]) -> None:
     chain = SegmentChain(bundle)
     names = bundle.labels()
-    runs = {p.id: edge(server, cache, "--point", p.id, *map(str, photos)) for p in bundle.manifest.ladder}
+    runs = {p.id: edge.run("--point", p.id, *map(str, photos)) for p in bundle.manifest.ladder}
     pixels = bundle.manifest.input.pixels
     total_jpeg, totals, kept = 0, dict.fromkeys(runs, 0), dict.fromkeys(runs, 0)
     for k, photo in enumerate(photos):
@@ -181,7 +185,7 @@ def show_points(console: Console, bundle: Bundle, server: Cloud, cache: Path, ph
         )
 
 
-def show_rate_change(console: Console, bundle: Bundle, server: Cloud, cache: Path, photos: list[Path]) -> None:
+def show_rate_change(console: Console, bundle: Bundle, edge: Edge, photos: list[Path]) -> None:
     """Frames flow at 20 a second; the control API asks for the lowest rate, then for the most accurate point."""
     ladder = list(bundle.manifest.ladder)
     low, high = ladder[0], bundle.manifest.ladder.best
@@ -189,12 +193,11 @@ def show_rate_change(console: Console, bundle: Bundle, server: Cloud, cache: Pat
         raise DemoError("the bundle has one operating point only: nothing to switch between")
     seconds = 6
     repeat = int(FPS * seconds / len(photos))
-    command = [*edge_run(server, cache), "--client", "demo", "--point", high.id]
-    command += ["--fps", str(FPS), "--repeat", str(repeat), *map(str, photos)]
-    with process(command) as child:
-        session = wait_for_session(server, "demo")
+    command = edge.command("--client", "demo", "--point", high.id, "--fps", str(FPS), "--repeat", str(repeat))
+    with process([*command, *map(str, photos)]) as child:
+        session = wait_for_session(edge.cloud, "demo")
         time.sleep(seconds / 3)
-        url = f"{server.http}/v1/sessions/{session}/rate"
+        url = f"{edge.cloud.http}/v1/sessions/{session}/rate"
         first = http("PUT", url, {"max_bytes_per_frame": low.payload_bytes + 1})
         time.sleep(seconds / 3)
         second = http("PUT", url, {"point": high.id})
@@ -223,6 +226,50 @@ def show_rate_change(console: Console, bundle: Bundle, server: Cloud, cache: Pat
     console.print(f"  {len(frames)} frames sent, {len(frames)} answers, each once; no backbone was read again.")
 
 
+def street() -> Path:
+    """A street scene of CamVid's test set where the data is there; else any photograph."""
+    scenes = sorted((Path(os.environ.get("BITNECK_DATA", "")) / "camvid" / "test" / "images").glob("*"))
+    return scenes[len(scenes) // 2] if scenes else Path(skimage.__file__).parent / "data" / "motorcycle_left.png"
+
+
+def show_class_maps(console: Console, bundle: Bundle, edge: Edge, photo: Path, out: Path) -> None:
+    """One photograph at the lowest and the most accurate point of every split point, and what becomes of it."""
+    manifest, chain = bundle.manifest, SegmentChain(bundle)
+    reference = chain.run(preprocess(load_photo(photo), manifest.input), 0, len(chain))[0].argmax(axis=0)  # (H, W)
+    table = Table("", "bytes", "bpp", "map back", "as uncompressed", "largest classes", "cloud ms", title=photo.name)
+    for column in (*table.columns[1:5], table.columns[6]):
+        column.justify = "right"
+    pictures = [load_photo(photo)]
+    for point in manifest.ladder:
+        document = edge.run("--point", point.id, "--out", str(out / point.id), str(photo))
+        if document["failed"] or len(document["frames"]) != 1:
+            raise DemoError(f"{point.id}: no class map came back: {document['failed']}")
+        frame = document["frames"][0]
+        ms, classes = frame["ms"], frame["classes"][:3]
+        with Image.open(frame["map_file"]) as image:
+            small = image.resize((manifest.input.width, manifest.input.height), Image.Resampling.NEAREST)
+            same = float((np.asarray(small) == reference).mean())
+        table.add_row(
+            point.id,
+            str(frame["payload_bytes"]),
+            f"{frame['bpp_payload']:.4f}",
+            f"{frame['map_bytes']} bytes",
+            f"{same:.1%}",
+            ", ".join(f"{c['name']} {c['share']:.0%}" for c in classes),
+            f"{ms['queued'] + ms['decode'] + ms['compute']:.1f}",
+        )
+        if point in (next(iter(manifest.ladder)), manifest.ladder.best):
+            pictures.append(load_photo(Path(frame["overlay_file"])))
+    console.print(table)
+    beside = Image.new("RGB", (sum(p.width for p in pictures), pictures[0].height))
+    for k, picture in enumerate(pictures):
+        beside.paste(picture, (sum(p.width for p in pictures[:k]), 0))
+    beside.save(out / "street.png")
+    console.print(
+        f"{out / 'street.png'}: the photograph, then its classes at the lowest and at the most accurate point"
+    )
+
+
 def wait_for_session(server: Cloud, client: str) -> str:
     limit = time.monotonic() + START_S
     while time.monotonic() < limit:
@@ -235,19 +282,26 @@ def wait_for_session(server: Cloud, client: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, required=True, help="of a network for classification")
+    parser.add_argument("--segmentation", type=Path, required=True, help="the bundle of one for segmentation")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="for the pictures of class maps")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was started with SIGINT ignored
     console = Console(width=max(110, Console().width), soft_wrap=False)
     folder = Path(skimage.__file__).parent / "data"
     photos = [folder / name for name in PHOTOS]
-    bundle = Bundle.open(arguments.bundle)
+    bundle, scenes = Bundle.open(arguments.bundle), Bundle.open(arguments.segmentation)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory() as cache, cloud(arguments.bundle) as server:
+        with tempfile.TemporaryDirectory() as cache, cloud(arguments.bundle, arguments.segmentation) as server:
             console.print(f"cloud: gRPC {server.grpc}, control API {server.http}/docs")
-            show_points(console, bundle, server, Path(cache), photos)
-            show_rate_change(console, bundle, server, Path(cache), photos)
+            edge = Edge(server, Path(cache), bundle.manifest.name)
+            show_points(console, bundle, edge, photos)
+            show_rate_change(console, bundle, edge, photos)
+            streets = Edge(server, Path(cache), scenes.manifest.name)
+            console.print(f"\n{scenes.manifest.name}, on the same server:")
+            show_class_maps(console, scenes, streets, street(), arguments.out)
     except DemoError as exc:
         sys.exit(f"demo failed: {exc}")
     except KeyboardInterrupt:

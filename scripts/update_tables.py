@@ -4,18 +4,24 @@ import argparse
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ZOO = ROOT / "models" / "zoo" / "efficientnet_lite0"
-DOCUMENTS = (ROOT / "README.md", ZOO / "README.md")
+ZOO = ROOT / "models" / "zoo"
+DOCUMENTS = (
+    (ROOT / "README.md", "efficientnet_lite0", "top-1"),
+    (ZOO / "efficientnet_lite0" / "README.md", "efficientnet_lite0", "top-1"),
+    (ZOO / "deeplabv3_efficientnet_lite0" / "README.md", "deeplabv3_efficientnet_lite0", "mean IoU"),
+)
+"""Each with the zoo entry that its table is of, and what accuracy is there."""
 MARKED = re.compile(r"(<!-- measured: begin -->\n).*?(<!-- measured: end -->)", re.DOTALL)
 
 
-def table() -> str:
-    ladder = json.loads((ZOO / "ladder.json").read_text())
+def table(entry: str, metric: str) -> str:
+    ladder = json.loads((ZOO / entry / "ladder.json").read_text())
     rows = [
-        "| operating point | payload bytes | bpp | top-1 | agreement with uncompressed |",
+        f"| operating point | payload bytes | bpp | {metric} | agreement with uncompressed |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, p in sorted(ladder["points"].items()):
@@ -25,15 +31,19 @@ def table() -> str:
     return "\n".join(rows).replace("%", " %") + "\n"
 
 
+def _replaced(rows: str, match: re.Match[str]) -> str:
+    return match[1] + rows + match[2]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    for path in DOCUMENTS:
+    for path, entry, metric in DOCUMENTS:
         text = path.read_text()
         if not MARKED.search(text):
             sys.exit(f"{path.name} has no place for the table")
-        fresh = MARKED.sub(lambda match: match[1] + table() + match[2], text)
+        fresh = MARKED.sub(partial(_replaced, table(entry, metric)), text)
         if check and fresh != text:
             sys.exit(f"{path} does not show ladder.json; run python scripts/update_tables.py")
         path.write_text(fresh)

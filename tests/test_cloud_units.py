@@ -207,6 +207,22 @@ async def test_the_engine_batches_what_waits_and_drops_what_is_late_or_gone(slow
     assert any(isinstance(o, Unavailable) for o in outcomes)
 
 
+async def test_a_model_of_large_tensors_gets_smaller_batches(slow: Slow, tiny_bundle: Bundle) -> None:
+    payload = Frames(tiny_bundle).payload("s1-r2", 1)
+    slow.max_frames = 2
+    engine = Engine(max_batch=4, max_queue=8)
+    engine.start()
+    try:
+        jobs = [Job(slow, "s1-r2", payload, None) for _ in range(5)]  # type: ignore[arg-type]
+        for job in jobs:
+            engine.submit(job)
+        outcomes = await asyncio.gather(*[job.result for job in jobs])
+    finally:
+        await engine.stop()
+    assert slow.batches == [2, 2, 1]
+    assert [outcome.batch for outcome in outcomes] == [2, 2, 2, 2, 1]
+
+
 async def test_frames_are_decoded_beside_the_tail(slow: Slow, tiny_bundle: Bundle) -> None:
     good = Frames(tiny_bundle).payload("s1-r2", 1)
     slow.seconds = 1.0

@@ -409,7 +409,7 @@ class EdgeClient:
                     turn.set()
                     encoding.release()
                 answer = self._answer(capture, encoded, sent, await sent.answer)
-                return answer if self._finish is None else await self._in_thread(self._finish, capture.photo, answer)
+                return answer if self._finish is None else await asyncio.to_thread(self._finish, capture.photo, answer)
             except BundleMismatch:
                 changes += 1
                 if not self._may_renew(link.failure) or changes > _BUNDLE_CHANGES:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bitneck.errors import InvalidConfig
 from bitneck.manifest import InputSpec, Task, sha256_hex
 from bitneck_models.deeplab import deeplab_stages
+from bitneck_models.network_recipe import NetworkRecipe, load_network
 from bitneck_models.vision import import_timm
 
 __all__ = ["BACKBONES", "NETWORK_FILE", "Backbone", "begin_network", "build_backbone", "load_stages", "stages_state"]
@@ -39,7 +40,8 @@ class Backbone:
         labels: names of the classes.
         wnids: WordNet ids of the classes, or empty.
         task: what the output is; see `output_shape`.
-        weights_sha256: digest of the file of weights, where the network is ours and may be trained again.
+        weights_sha256: digest of the file of weights, where they are not the publisher's; feature caches are kept apart
+            by it.
     """
 
     name: str
@@ -253,26 +255,48 @@ def _load_in_order(net: nn.Module, path: Path) -> None:
     net.load_state_dict(dict(zip(own, state.values(), strict=True)))
 
 
+def _elsewhere(name: str) -> Callable[[Path | None], Backbone]:
+    """A builder of `bitneck_models.torchvision_networks`, which builds on this module."""
+
+    def build(weights: Path | None) -> Backbone:
+        from bitneck_models import torchvision_networks
+
+        backbone: Backbone = getattr(torchvision_networks, name)(weights)
+        return backbone
+
+    return build
+
+
 BACKBONES: Mapping[str, Callable[[Path | None], Backbone]] = {
     "efficientnet_lite0": _efficientnet_lite0,
+    "resnet50": _elsewhere("resnet50"),
+    "deeplabv3_resnet50": _elsewhere("deeplabv3_resnet50"),
     "deeplabv3_efficientnet_lite0": _deeplabv3_efficientnet_lite0,
 }
 """Builders by name."""
 
 
-def build_backbone(name: str, weights: Path | None = None) -> Backbone:
-    """A backbone by name, frozen, in evaluation mode.
+def build_backbone(network: str | NetworkRecipe, weights: Path | None = None) -> Backbone:
+    """A backbone, frozen, in evaluation mode.
 
     Args:
-        name: a key of `BACKBONES`.
-        weights: a file of weights; None for the backbone's own.
+        network: a key of `BACKBONES`, a network's recipe, or the path of one, which ends in ``.toml``.
+        weights: a file of weights; None for the backbone's own. Networks that are not from this repository take
+            ``random`` too.
 
     Raises:
-        InvalidConfig: no such backbone, or weights that do not fit.
+        InvalidConfig: no such backbone, weights that do not fit, or a recipe that cuts where more than one tensor
+            crosses.
     """
-    if name not in BACKBONES:
-        raise InvalidConfig(f"no backbone {name!r}; known: {', '.join(BACKBONES)}")
-    return _frozen(BACKBONES[name](weights))
+    if isinstance(network, str) and network.endswith(".toml"):
+        network = load_network(Path(network))
+    if isinstance(network, NetworkRecipe):
+        from bitneck_models.any_network import any_network
+
+        return _frozen(any_network(network, weights))
+    if network not in BACKBONES:
+        raise InvalidConfig(f"no backbone {network!r}; known: {', '.join(BACKBONES)}, or a network recipe, FILE.toml")
+    return _frozen(BACKBONES[network](weights))
 
 
 def _frozen(backbone: Backbone) -> Backbone:

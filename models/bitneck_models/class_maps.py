@@ -3,6 +3,7 @@
 Dimensions: H x W pixels, K classes.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from PIL import Image, ImageEnhance
 
 from bitneck.errors import InvalidConfig
 from bitneck.image import find_photos
+from bitneck_models.coco import coco_maps, find_instances
 
-__all__ = ["VOID", "ViewRange", "confusion", "load_class_map", "mapped_photos", "mean_iou", "random_view"]
+__all__ = ["VOID", "ViewRange", "class_iou", "confusion", "load_class_map", "mapped_photos", "mean_iou", "random_view"]
 
 VOID = 255
 """Of pixels that no class is given to, or that lie outside the photograph."""
@@ -21,12 +23,18 @@ _GREY = (124, 116, 104)
 
 
 def mapped_photos(folder: Path) -> list[tuple[Path, Path]]:
-    """Photographs of ``images/`` with the maps of ``labels/`` that have the same name.
+    """Photographs with their class maps.
+
+    Args:
+        folder: holds ``images/``, and ``labels/`` with maps of the same names; or it is a folder of COCO's photographs,
+            such as ``coco/train2017``, beside ``annotations/instances_train2017.json``: see `bitneck_models.coco`.
 
     Raises:
         ImageError: no photographs.
-        InvalidConfig: a photograph without a map.
+        InvalidConfig: a photograph without a map, or COCO's instances cannot be read.
     """
+    if find_instances(folder) is not None:
+        return coco_maps(folder)
     pairs = [(photo, folder / "labels" / f"{photo.stem}.png") for photo in find_photos(folder / "images")]
     missing = [str(labels) for _, labels in pairs if not labels.is_file()]
     if missing:
@@ -34,11 +42,17 @@ def mapped_photos(folder: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def load_class_map(path: Path, classes: int) -> NDArray[np.uint8]:
+def load_class_map(path: Path, classes: int, ignore: Collection[int] = ()) -> NDArray[np.uint8]:
     """A PNG of class indices, (H, W) uint8; whatever is no class becomes `VOID`.
 
+    Args:
+        path: of the file.
+        classes: their number.
+        ignore: indices that are void; any other that is no class is then an error. Without them each index that is no
+            class is void.
+
     Raises:
-        InvalidConfig: unreadable, or not a picture of indices.
+        InvalidConfig: unreadable, not a picture of indices, or an index that is neither a class nor to be ignored.
     """
     try:
         with Image.open(path) as image:
@@ -47,7 +61,12 @@ def load_class_map(path: Path, classes: int) -> NDArray[np.uint8]:
             indices = np.array(image, dtype=np.uint8)
     except OSError as exc:
         raise InvalidConfig(f"{path}: not readable as a class map ({exc})") from exc
-    indices[indices >= classes] = VOID
+    void = np.isin(indices, list(ignore)) if ignore else indices >= classes
+    if (strange := indices[~void & (indices >= classes)]).size:
+        raise InvalidConfig(
+            f"{path}: index {int(strange[0])}, but there are {classes} classes and {sorted(ignore)} are ignored"
+        )
+    indices[void] = VOID
     return indices
 
 
@@ -109,8 +128,21 @@ def confusion(truth: NDArray[np.integer], answer: NDArray[np.integer], classes: 
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
+def class_iou(matrix: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Intersection over union of each class.
+
+    Args:
+        matrix: how often class i was answered as j, (..., K, K).
+
+    Returns:
+        (..., K); NaN for a class that occurs neither in the class maps nor in the answers.
+    """
+    hits = np.diagonal(matrix, axis1=-2, axis2=-1).astype(np.float64)  # (..., K)
+    union = matrix.sum(axis=-1) + matrix.sum(axis=-2) - hits
+    shares: NDArray[np.float64] = np.divide(hits, union, out=np.full_like(hits, np.nan), where=union > 0)
+    return shares
+
+
 def mean_iou(matrix: NDArray[np.int64]) -> float:
-    """Mean intersection over union of the classes that occur, of a confusion matrix (K, K)."""
-    hits = np.diag(matrix)
-    union = matrix.sum(0) + matrix.sum(1) - hits
-    return float((hits[union > 0] / union[union > 0]).mean())
+    """Mean intersection over union of the classes that occur, of a confusion matrix (K, K) that is not all zero."""
+    return float(np.nanmean(class_iou(matrix)))

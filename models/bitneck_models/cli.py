@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +16,12 @@ from rich.table import Table
 
 import bitneck
 from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
+from bitneck_models.cli_spic import import_spic
+
+if TYPE_CHECKING:
+    from bitneck.bundle import Bundle
+    from bitneck_models.evaluation import Evaluation
+    from bitneck_models.map_evaluation import MapEvaluation
 
 __all__ = ["app", "main"]
 
@@ -26,11 +32,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command()(import_spic)
+
 Zoo = Annotated[Path, typer.Argument(help="A folder of the zoo, with recipe.toml.", metavar="ZOO")]
 Data = Annotated[Path | None, typer.Option(help="The folder of photographs.", envvar="BITNECK_DATA")]
 Runs = Annotated[Path, typer.Option(help="For feature caches and checkpoints; several gigabytes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Weights = Annotated[Path | None, typer.Option(help="A file of the backbone's weights; else its own.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="A file of the backbone's weights, .pth or .safetensors, or `random`; else its publisher's."),
+]
 
 
 @app.command()
@@ -322,50 +333,67 @@ def evaluate(
     zoo: Annotated[
         Path | None, typer.Option(help="Add each point's recipe and training record, for `report`.", metavar="ZOO")
     ] = None,
+    ignore_index: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            max=255,
+            help="Segmentation: this index in class maps is void; repeatable.  [default: each that is no class]",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a bundle on labelled photographs, through real bytes.
 
-    --data is a folder with labels.csv (file, index) or with one folder for each class (WordNet id, index or label).
+    --data is a folder with labels.csv (file, index) or with one folder for each class (WordNet id, index or label); for
+    segmentation a folder with images/ and, under the same names, labels/ (PNG of class indices), or COCO's photographs
+    (coco/val2017, beside coco/annotations/instances_val2017.json).
     """
     from bitneck.bundle import Bundle
-    from bitneck_models.backbones import build_backbone
-    from bitneck_models.evaluation import evaluate as measure
-    from bitneck_models.photos import labelled_photos
+    from bitneck_models.evaluation_table import evaluation_line, evaluation_table
     from bitneck_models.zoo import ZooEntry
 
     opened = Bundle.open(bundle)
     folder = _data_folder(data)
-    wnids = build_backbone(opened.manifest.backbone).wnids
-    photos = labelled_photos(folder, wnids, opened.labels())
     console = Console(stderr=True)
     with _progress(console) as progress:
-        task = progress.add_task("evaluating", total=len(photos))
-        result = measure(opened, photos, progress=lambda done, _all: progress.update(task, completed=done))
+        task = progress.add_task("evaluating", total=None)
+        result = _measured(
+            opened, folder, ignore_index or [], lambda done, total: progress.update(task, completed=done, total=total)
+        )
     if record is not None:
-        ZooEntry(record).save_ladder(result.ladder(folder.resolve().name))
+        ZooEntry(record).save_ladder(result.ladder(_dataset(folder)))
     if as_json:
-        document = {"dataset": folder.resolve().name} | result.to_dict()
+        document = {"dataset": _dataset(folder)} | result.to_dict()
         if zoo is not None:
             document = ZooEntry(zoo).annotated(document)
         print(json.dumps(document, indent=1))  # noqa: T201
         return
-    table = Table("point", "split", "top-1 (95 %)", "agreement", "bytes (5th, 95th)", "estimated", "bpp", "on the wire")
-    for p in result.points:
-        low, high = p.top1_interval
-        table.add_row(
-            p.id, p.split, f"{p.top1:.4f} ({low:.3f} to {high:.3f})", f"{p.agreement:.4f}",
-            f"{p.payload_bytes_mean:.1f} ({p.payload_bytes_p5:.0f}, {p.payload_bytes_p95:.0f})",
-            f"{p.ideal_bytes_mean:.1f}", f"{p.bpp_payload:.4f}", f"{p.bpp_wire:.4f}",
-        )  # fmt: skip
-    Console().print(table)
-    print(f"uncompressed: {result.top1:.4f} on {result.images} photographs")  # noqa: T201
+    Console().print(evaluation_table(result))
+    print(evaluation_line(result))  # noqa: T201
+
+
+def _measured(
+    bundle: "Bundle", folder: Path, ignore: list[int], progress: Callable[[int, int], None]
+) -> "Evaluation | MapEvaluation":
+    from bitneck_models.class_maps import mapped_photos
+    from bitneck_models.evaluation import evaluate as measure
+    from bitneck_models.map_evaluation import evaluate_maps
+    from bitneck_models.photos import labelled_photos
+    from bitneck_models.vision import imagenet_wnids
+
+    if bundle.manifest.task == "segmentation":
+        return evaluate_maps(bundle, mapped_photos(folder), ignore=ignore, progress=progress)
+    if ignore:
+        raise InvalidConfig(f"--ignore-index is for segmentation; {bundle.manifest.name} is for classification")
+    labels = bundle.labels()
+    return measure(bundle, labelled_photos(folder, imagenet_wnids(labels), labels), progress=progress)
 
 
 @app.command()
 def baselines(
     data: Data = None,
-    backbone: Annotated[str, typer.Option(help="The network.")] = "efficientnet_lite0",
+    backbone: Annotated[str, typer.Option(help="The network: a name, or a network recipe.")] = "efficientnet_lite0",
     codec: Annotated[list[str] | None, typer.Option(help="This image codec only; repeatable.")] = None,
     zoo: Annotated[
         Path | None,
@@ -417,7 +445,7 @@ def baselines(
                     sweep=sweep, progress=counter(f"{name}: training-free"),
                 )  # fmt: skip
     document = {
-        "dataset": folder.resolve().name,
+        "dataset": _dataset(folder),
         "images": len(photos),
         "uncompressed": {of.ACCURACY[net.task]: uncompressed},
         "baselines": [point.to_dict(net.task) for point in points],
@@ -465,6 +493,12 @@ def _progress(console: Console) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield progress
+
+
+def _dataset(folder: Path) -> str:
+    """A data set's name: its folder's, with the one above where that only says which part it is."""
+    path = folder.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name in ("train", "val", "test") else path.name
 
 
 def _data_folder(data: Path | None) -> Path:

@@ -1,6 +1,6 @@
-"""A bundle on labelled photographs, every one through real bytes: encode, then decode.
+"""A bundle for classification on labelled photographs, every one through real bytes; see `bitneck_models.passes`.
 
-The numerics are those of edge and cloud (`bitneck.chain`), so payloads and symbols are the ones that would travel.
+`bitneck_models.map_evaluation` is for segmentation.
 """
 
 import math
@@ -8,15 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.bundle import Bundle
-from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
-from bitneck.frames import seal_frame, wire_bytes
-from bitneck.image import load_photo, preprocess
 from bitneck_models.complexity import PointComplexity, point_complexity
+from bitneck_models.passes import RateMeter, photo_passes
 from bitneck_models.photos import LabelledPhoto
 from bitneck_models.zoo import MeasuredLadder, MeasuredPoint
 
@@ -122,38 +119,23 @@ def evaluate(
         BundleError, ModelFailure: the bundle cannot be used.
     """
     manifest = bundle.manifest
-    ladder = manifest.ladder
-    chain = SegmentChain(bundle)
-    encoders = {p.id: PointEncoder(bundle, p) for p in ladder}
-    decoders = {p.id: PointDecoder(bundle, p) for p in ladder}
-    rows: dict[str, list[tuple[float, ...]]] = {p.id: [] for p in ladder}
-    crcs = dict.fromkeys(rows, 0)
+    meters = {p.id: RateMeter() for p in manifest.ladder}
+    rows: dict[str, list[tuple[bool, bool]]] = {p.id: [] for p in manifest.ladder}
     right: list[bool] = []
-    for count, photo in enumerate(photos, start=1):
-        features = [preprocess(load_photo(photo.path), manifest.input)]
-        for index in range(len(chain)):
-            features.append(chain.run(features[-1], index, index + 1))
-        teacher = int(features[-1].argmax())
+    passes = photo_passes(bundle, [photo.path for photo in photos])
+    for count, (photo, passed) in enumerate(zip(photos, passes, strict=True), start=1):
+        teacher = int(passed.output.argmax())
         right.append(teacher == photo.label)
-        for point in ladder:
-            head = chain.head_length(point.split)
-            encoded = encoders[point.id].encode(features[head])
-            decoder = decoders[point.id]
-            f_hat = decoder.decode(decoder.dequantize(encoded.payload)[None])
-            student = int(chain.run(f_hat, head, len(chain)).argmax())
-            frame = seal_frame(seq=count, point=point.id, payload=encoded.payload)
-            ideal_bits = encoders[point.id].codec.tables.ideal_bits(encoded.symbols)
-            crcs[point.id] = google_crc32c.extend(crcs[point.id], encoded.symbols.astype("<i4").tobytes())
-            rows[point.id].append(
-                (student == photo.label, student == teacher, len(encoded.payload), ideal_bits, wire_bytes(frame))
-            )
+        for point, at_point in passed.points():
+            student = int(at_point.output.argmax())
+            meters[point.id].add(at_point)
+            rows[point.id].append((student == photo.label, student == teacher))
         progress(count, len(photos))
-    pixels, n = manifest.input.pixels, len(photos)
+    n = len(photos)
     results = []
-    for point in ladder:
-        columns = np.array(rows[point.id], dtype=np.float64)  # (n, 5)
-        top1, agreement, payload, ideal_bits, wire = (float(value) for value in columns.mean(axis=0))
-        low, high = (float(value) for value in np.percentile(columns[:, 2], [5, 95]))
+    for point in manifest.ladder:
+        columns = np.array(rows[point.id], dtype=np.float64)  # (n, 2)
+        top1, agreement = (float(value) for value in columns.mean(axis=0))
         results.append(
             PointResult(
                 id=point.id,
@@ -163,14 +145,8 @@ def evaluate(
                 agreement=agreement,
                 agreement_interval=wilson(agreement, n),
                 top1_lost_interval=mean_interval(np.array(right, dtype=np.float64) - columns[:, 0]),
-                payload_bytes_mean=payload,
-                payload_bytes_p5=low,
-                payload_bytes_p95=high,
-                ideal_bytes_mean=ideal_bits / 8,
-                bpp_payload=payload * 8 / pixels,
-                bpp_wire=wire * 8 / pixels,
-                symbols_crc32c=f"{crcs[point.id]:08x}",
                 complexity=point_complexity(bundle.root, manifest, point),
+                **meters[point.id].result(manifest.input.pixels),
             )
         )
     results.sort(key=lambda r: (r.payload_bytes_mean, r.id))

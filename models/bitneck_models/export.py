@@ -7,7 +7,7 @@ What is proven, on the images given, before the bundle is written:
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -22,7 +22,6 @@ from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck.manifest import FileRole, Manifest, PointEntry, Segment, SplitPoint
 from bitneck_models.backbones import Backbone
 from bitneck_models.onnx_export import to_onnx
-from bitneck_models.recipe import PointRecipe
 from bitneck_models.units import BottleneckUnit
 from bitneck_models.zoo import MeasuredLadder, MeasuredPoint, ZooEntry
 
@@ -55,10 +54,10 @@ def export_bundle(
     images: NDArray[np.float32],
     progress: Callable[[str], None] = lambda _what: None,
 ) -> tuple[Bundle, Proof]:
-    """Export every trained point of a zoo entry, and prove the result.
+    """Export every trained and every imported point of a zoo entry, and prove the result.
 
     Args:
-        entry: its trained points are exported; points without weights are left out.
+        entry: its points are exported; points without weights are left out.
         backbone: the network of the recipe.
         out: the bundle's folder.
         images: for the proof, (N, 3, H, W) float32, normalized.
@@ -68,10 +67,14 @@ def export_bundle(
         InvalidConfig: no trained point, or a destination that is no bundle.
         ModelFailure: the export failed, or the proof did.
     """
-    points = entry.shipped()
-    if not points:
+    points, imported = entry.shipped(), entry.imported()
+    if not points and not imported:
         raise InvalidConfig(f"{entry.folder} has no trained points; run `bitneck-models train {entry.folder}`")
-    splits = sorted({point.split for point in points}, key=backbone.split_index)
+    used = {p.split for p in points} | {r.split for r in imported.values()}
+    splits = sorted(used & set(backbone.splits), key=backbone.split_index)
+    shapes = {split: backbone.feature_shape(split) for split in splits}
+    for name, record in imported.items():
+        record.check_fits(name, backbone.name, shapes)
     cuts = [backbone.split_index(split) for split in splits]
     bounds = [0, *cuts, len(backbone.stages)]
     units = {point.id: entry.unit(backbone, point) for point in points}
@@ -83,7 +86,7 @@ def export_bundle(
             name = f"to-{splits[index]}" if index < len(splits) else "to-output"
             progress(f"segment {name}")
             path = f"segments/{index:02d}-{name}.onnx"
-            shape = _input_shape(backbone, splits, index)
+            shape = backbone.input_shape if index == 0 else shapes[splits[index - 1]]
             role = "edge" if index == 0 else "cloud" if index == len(splits) else "both"
             writer.add(path, to_onnx(backbone.segment(start, stop), shape), role)  # type: ignore[arg-type]
             segments.append(Segment(name=name, file=path))
@@ -96,6 +99,10 @@ def export_bundle(
             if (conditional := entry.conditional(point)) is not None:
                 conditional.check_fits(tables[point.id])
                 writer.add(f"points/{point.id}/conditional.npz", conditional.to_npz(), "both")
+        for name in imported:
+            for file, user in (("encoder.onnx", "edge"), ("decoder.onnx", "cloud"), ("tables.npz", "both")):
+                data = (entry.point_folder(name) / file).read_bytes()
+                writer.add(f"points/{name}/{file}", data, user)  # type: ignore[arg-type]
         users: FileRole = "both" if backbone.task == "segmentation" else "cloud"
         writer.add("labels.json", (json.dumps(backbone.labels, indent=0) + "\n").encode(), users)
         manifest = Manifest(
@@ -105,10 +112,12 @@ def export_bundle(
             input=backbone.input,
             segments=tuple(segments),
             split_points=tuple(
-                SplitPoint(name=split, after_segment=k, feature_shape=backbone.feature_shape(split))
-                for k, split in enumerate(splits)
+                SplitPoint(name=split, after_segment=k, feature_shape=shapes[split]) for k, split in enumerate(splits)
             ),
-            points=tuple(_entry(point, units[point.id], measured) for point in points),
+            points=(
+                *(_entry(p.id, p.split, p.stride, p.step, units[p.id].latent_shape, measured) for p in points),
+                *(_entry(name, r.split, r.stride, r.step, r.latent_shape, measured) for name, r in imported.items()),
+            ),
             uncompressed_accuracy=measured.uncompressed_accuracy if measured is not None else 0.0,
             labels="labels.json",
             files=writer.files,
@@ -119,22 +128,25 @@ def export_bundle(
     return bundle, proofs[0]
 
 
-def _input_shape(backbone: Backbone, splits: Sequence[str], index: int) -> tuple[int, int, int]:
-    return backbone.input_shape if index == 0 else backbone.feature_shape(splits[index - 1])
-
-
-def _entry(point: PointRecipe, unit: BottleneckUnit, measured: MeasuredLadder | None) -> PointEntry:
+def _entry(
+    point_id: str,
+    split: str,
+    stride: int,
+    step: float,
+    latent_shape: tuple[int, int, int],
+    measured: MeasuredLadder | None,
+) -> PointEntry:
     """The manifest's entry of a point; one that was not measured yet says so by zero accuracy."""
-    result = measured.points.get(point.id) if measured is not None else None
+    result = measured.points.get(point_id) if measured is not None else None
     known = measured if result is not None else None
     result = result or MeasuredPoint(payload_bytes=0.0, bpp_payload=0.0, accuracy=0.0, agreement=0.0)
     return PointEntry(
-        id=point.id,
-        split=point.split,
-        stride=point.stride,
-        channels=unit.latent_shape[0],
-        step=point.step,
-        latent_shape=unit.latent_shape,
+        id=point_id,
+        split=split,
+        stride=stride,
+        channels=latent_shape[0],
+        step=step,
+        latent_shape=latent_shape,
         payload_bytes=result.payload_bytes,
         bpp_payload=result.bpp_payload,
         accuracy=result.accuracy,
@@ -152,7 +164,7 @@ def prove(bundle: Bundle, backbone: Backbone, units: dict[str, BottleneckUnit], 
     Args:
         bundle: what was exported.
         backbone: what the chain must equal.
-        units: by operating point.
+        units: by operating point; imported ones, which torch knows nothing of, are only run.
         images: (N, 3, H, W) float32, normalized.
 
     Raises:
@@ -178,7 +190,10 @@ def prove(bundle: Bundle, backbone: Backbone, units: dict[str, BottleneckUnit], 
         whole[f"torch head {split.name} + tail"] = _difference(backbone.tail(split.name)(reference).numpy(), output)
         for point in bundle.manifest.ladder:
             if point.split == split.name:
-                unit = units[point.id]
+                unit = units.get(point.id)
+                if unit is None:
+                    PointDecoder(bundle, point).decode(_onnx_latent(bundle, point.id, f))
+                    continue
                 y = unit.encoder(reference)
                 encoders[point.id] = _difference(_onnx_latent(bundle, point.id, f), y.numpy())
                 y_hat = torch.round(y / point.step) * point.step

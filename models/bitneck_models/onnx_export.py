@@ -15,12 +15,13 @@ __all__ = ["to_onnx"]
 OPSET = 18
 
 
-def to_onnx(module: nn.Module, input_shape: Sequence[int]) -> bytes:
+def to_onnx(module: nn.Module, input_shape: Sequence[int], *, any_size: bool = False) -> bytes:
     """Export a module.
 
     Args:
         module: in evaluation mode; its weights are written into the file.
         input_shape: of one sample, without the batch axis.
+        any_size: leave height and width of the input open, for a module that takes any.
 
     Returns:
         The serialized and checked ONNX model.
@@ -31,7 +32,9 @@ def to_onnx(module: nn.Module, input_shape: Sequence[int]) -> bytes:
     if module.training:
         raise ModelFailure("a module is exported in evaluation mode; call eval() first")
     example = torch.zeros(2, *input_shape)  # a batch of 1 would be taken for a constant
-    batch = torch.export.Dim("n", min=1, max=4096)
+    axes = {0: torch.export.Dim("n", min=1, max=4096)}
+    if any_size:
+        axes |= {2: torch.export.Dim("h", min=2, max=4096), 3: torch.export.Dim("w", min=2, max=4096)}
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -44,7 +47,7 @@ def to_onnx(module: nn.Module, input_shape: Sequence[int]) -> bytes:
                 dynamo=True,
                 input_names=["x"],
                 output_names=["y"],
-                dynamic_shapes=({0: batch},),
+                dynamic_shapes=(axes,),
                 opset_version=OPSET,
                 verbose=False,
             )

@@ -43,6 +43,9 @@ _INIT_BYTES = 1 << 30
 _TABLE_FEATURES = 12000
 _CHUNK = 100
 _VALIDATION_CHUNK = 20
+_TABLE_BYTES = 2 << 30
+_CHUNK_BYTES = 256 << 20
+"""Of features as float16, whatever their number: one of DeepLab's s2 has 17 MB, one of ResNet's 200 kB."""
 _ALIVE = 0.02
 """A channel stays if more than this share of its symbols is not zero."""
 
@@ -108,6 +111,8 @@ def photo_sets(recipe: Recipe, data: Path, backbone: Backbone) -> PhotoSets:
             photos = unlabelled_photos([data / source.folder])
         if source.labels and backbone.task == "classification":
             known = {p.path: p.label for p in labelled_photos(data / source.folder, backbone.wnids, backbone.labels)}
+        if source.limit is not None and source.limit < len(photos):
+            photos = [photos[k * len(photos) // source.limit] for k in range(source.limit)]
         if source.validate_every:
             photos, held = split_off_validation(photos, source.validate_every)
             validation += held
@@ -244,7 +249,7 @@ def _feature_specs(split: str, sets: PhotoSets, seed: int) -> tuple[FeatureSpec,
 
 def table_features(features: NDArray[np.float16], sets: PhotoSets) -> NDArray[np.float16]:
     """A sample of the training features, the same each time, to fit tables on."""
-    return features[_sample(sets.weights, _TABLE_FEATURES, seed=2)]
+    return features[_sample(sets.weights, _affordable(features, _TABLE_FEATURES, _TABLE_BYTES), seed=2)]
 
 
 def initialized_unit(
@@ -270,7 +275,7 @@ def initialized_unit(
     unit = new_unit(backbone, point)
     if point.init in ("task", "principal", "next"):
         most = int(_INIT_BYTES // (4 * np.prod(features.shape[1:])))
-        rows = _sample(weights, min(_INIT_FEATURES, most), seed=1)
+        rows = _sample(weights, max(2, min(_INIT_FEATURES, most)), seed=1)
         f = torch.from_numpy(features[rows].astype(np.float32))
         if point.init == "next":
             init_next(unit, tail, f)
@@ -305,8 +310,9 @@ def symbols_of(
         (M, Cr, h, w) int32.
     """
     parts = []
-    for start in range(0, len(features), _CHUNK):
-        f = torch.from_numpy(features[start : start + _CHUNK].astype(np.float32))
+    chunk = _affordable(features, _CHUNK, _CHUNK_BYTES)
+    for start in range(0, len(features), chunk):
+        f = torch.from_numpy(features[start : start + chunk].astype(np.float32))
         with torch.no_grad():
             y = unit.encoder(f).numpy()
         if tables is None:
@@ -374,6 +380,11 @@ def validate(
         agreement=agree / len(features),
         mean_iou=None if matrix is None else mean_iou(matrix),
     )
+
+
+def _affordable(features: NDArray[np.float16], count: int, most_bytes: int) -> int:
+    """How many features, at most `count`, fit into so many bytes; at least one."""
+    return max(1, min(count, most_bytes // int(features[0].nbytes)))
 
 
 def _sample(weights: NDArray[np.float64], size: int, seed: int) -> NDArray[np.intp]:

@@ -81,7 +81,7 @@ class FactorizedDensity(nn.Module):
 
     Args:
         channels: number of densities.
-        width: hidden units of a layer.
+        width: hidden units of a layer; 1 in the authors' checkpoints, whose h, b and a are one number a channel.
     """
 
     scale: Tensor
@@ -93,11 +93,11 @@ class FactorizedDensity(nn.Module):
         self.h = nn.ParameterList()
         self.b = nn.ParameterList()
         self.a = nn.ParameterList()
-        for before, after in itertools.pairwise(sizes):
+        for layer, (before, after) in enumerate(itertools.pairwise(sizes), start=1):
             start = math.log(math.expm1(1 / after))
             self.h.append(nn.Parameter(torch.full((channels, after, before), start)))
             self.b.append(nn.Parameter(torch.empty(channels, after, 1).uniform_(-0.5, 0.5)))
-            if after != 1:
+            if layer < len(sizes) - 1:
                 self.a.append(nn.Parameter(torch.zeros(channels, after, 1)))
 
     @torch.no_grad()
@@ -224,9 +224,10 @@ class HyperpriorRate(RateTerm):
     Args:
         latent_channels: Cr.
         hyper_channels: Cz; 8 at every operating point of the authors.
+        density_width: see `FactorizedDensity`; 1 for the authors' checkpoints.
     """
 
-    def __init__(self, latent_channels: int, hyper_channels: int = 8) -> None:
+    def __init__(self, latent_channels: int, hyper_channels: int = 8, density_width: int = 3) -> None:
         super().__init__()
         cr, cz = latent_channels, hyper_channels
         self.h_a = nn.Sequential(
@@ -243,7 +244,7 @@ class HyperpriorRate(RateTerm):
             nn.ConvTranspose2d(cr, cr, 3, padding=1, groups=cr),
             nn.BatchNorm2d(cr),
         )
-        self.density = FactorizedDensity(cz)
+        self.density = FactorizedDensity(cz, density_width)
 
     @torch.no_grad()
     def fit_scale(self, std: Tensor) -> None:

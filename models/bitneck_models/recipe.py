@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bitneck.errors import InvalidConfig
 from bitneck.ids import ID_PATTERN
+from bitneck_models.network_recipe import NetworkRecipe, load_network
 from bitneck_models.rate import RateKind
 from bitneck_models.units import Topology
 
@@ -29,7 +30,10 @@ class Source(_Strict):
         share: of every batch that comes from this source; shares are relative to each other.
         validate_every: put every n-th photograph aside for validation; 0 for none, 1 for all.
         labels: the folder has one folder for each class, or ``labels.csv``, or for segmentation ``images`` and
-            ``labels``, and the labels may be used, which only a task term ``ce`` does.
+            ``labels``, or it is one of COCO's photographs; and the labels may be used, which only a task term ``ce``
+            does.
+        limit: use at most so many photographs, spread evenly over the folder; None for all. Features are kept on disk,
+            so this bounds the room they take.
     """
 
     folder: str
@@ -37,6 +41,7 @@ class Source(_Strict):
     share: Annotated[float, Field(gt=0)] = 1.0
     validate_every: Annotated[int, Field(ge=0)] = 0
     labels: bool = False
+    limit: Annotated[int, Field(ge=1)] | None = None
 
 
 class TaskTerm(_Strict):
@@ -153,10 +158,18 @@ class PointRecipe(_Strict):
 
 
 class Recipe(_Strict):
-    """A zoo entry: the backbone, the photographs, and the operating points to train."""
+    """A zoo entry: the backbone, the photographs, and the operating points to train.
+
+    Attributes:
+        name: of the bundle.
+        backbone: a name, a network's recipe as a table, or the file of one beside this recipe, which ends in ``.toml``.
+        data: where the photographs are.
+        training: the schedule.
+        points: in the order of training.
+    """
 
     name: Id
-    backbone: Id
+    backbone: Id | NetworkRecipe
     data: Annotated[tuple[Source, ...], Field(min_length=1)]
     training: TrainingRecipe = TrainingRecipe()
     points: Annotated[tuple[PointRecipe, ...], Field(min_length=1)]
@@ -201,7 +214,10 @@ def load_recipe(path: Path) -> Recipe:
     """
     path = path / "recipe.toml" if path.is_dir() else path
     try:
-        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        if isinstance(network := values.get("backbone"), str) and network.endswith(".toml"):
+            values["backbone"] = load_network(path.parent / network)
+        return Recipe.model_validate(values)
     except OSError as exc:
         raise InvalidConfig(f"{path}: no recipe there ({exc.strerror})") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:

@@ -48,7 +48,7 @@ class Results:
         images: number of photographs.
         dataset: their name.
         uncompressed: accuracy of the network without a unit.
-        metric: what accuracy is, as on the page.
+        key: what accuracy is called in the documents, a key of `METRICS`.
         studies: study to curve name to curve; the one that is no known study is the ladder that is shipped, its curves
             the split points.
         baselines: codec to curve.
@@ -57,9 +57,14 @@ class Results:
     images: int
     dataset: str
     uncompressed: float
-    metric: str
+    key: str
     studies: Mapping[str, Mapping[str, Curve]]
     baselines: Mapping[str, Curve]
+
+    @property
+    def metric(self) -> str:
+        """What accuracy is called on the page."""
+        return METRICS[self.key]
 
     @property
     def ladder(self) -> Mapping[str, Curve] | None:
@@ -98,7 +103,7 @@ def read_results(folder: Path) -> Results:
         raise InvalidConfig(f"{folder} mixes results of different photographs: {sorted(measured)}")
     dataset, images, key, uncompressed = measured.pop()
     return Results(
-        images=images, dataset=dataset, uncompressed=uncompressed, metric=METRICS[key], studies=studies,
+        images=images, dataset=dataset, uncompressed=uncompressed, key=key, studies=studies,
         baselines=baselines,
     )  # fmt: skip
 
@@ -399,8 +404,8 @@ def _ladder(results: Results) -> list[str]:
                     f"{s.payload_bytes:.1f} ({e['payload_bytes_p5']:.0f}, {e['payload_bytes_p95']:.0f})",
                     f"{e['ideal_bytes_mean']:.1f}",
                     f"{s.bpp:.4f}",
-                    _percent(s.accuracy) + _interval(e.get("top1_interval")),
-                    _percent(results.uncompressed - s.accuracy) + _interval(e.get("top1_lost_interval")),
+                    f"{_percent(s.accuracy)} ({_interval(e[f'{results.key}_interval'])})",
+                    f"{_percent(results.uncompressed - s.accuracy)} ({_interval(e[f'{results.key}_lost_interval'])})",
                     _percent(s.agreement),
                 )
             )
@@ -411,9 +416,8 @@ def _ladder_curves(results: Results) -> list[Curve]:
     return [curve for _, curve in sorted(_ladder_of(results).items())]
 
 
-def _interval(interval: Sequence[float] | None) -> str:
-    """Behind a share; mean IoU, which is no mean over photographs, has none."""
-    return "" if interval is None else f" ({' to '.join(f'{value * 100:.1f}' for value in interval)})"
+def _interval(interval: Sequence[float]) -> str:
+    return " to ".join(f"{value * 100:.1f}" for value in interval)
 
 
 def _against(results: Results) -> list[str]:

@@ -6,12 +6,13 @@ them. Where the library loads, nothing is declared.
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["import_timm", "import_torchvision"]
+__all__ = ["imagenet_wnids", "import_timm", "import_torchvision"]
 
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -36,3 +37,11 @@ def import_timm() -> ModuleType:
     """The module ``timm``, which imports torchvision."""
     import_torchvision()
     return importlib.import_module("timm")
+
+
+def imagenet_wnids(labels: Sequence[str]) -> tuple[str, ...]:
+    """WordNet ids of ImageNet's 1,000 classes if these are their names, in their order; else nothing."""
+    if len(labels) != 1000:
+        return ()
+    info = import_timm().data.ImageNetInfo("imagenet-1k")
+    return tuple(info.label_names()) if tuple(info.label_descriptions()) == tuple(labels) else ()

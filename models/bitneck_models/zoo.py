@@ -6,6 +6,7 @@ points/<id>/unit.safetensors    weights
 points/<id>/tables.npz          the factorized model
 points/<id>/conditional.npz     the conditional model, by `similar`; and conditional.json, how it was fitted
 points/<id>/record.json         resolved recipe, code version, validation metrics
+points/<id>/spic.json           of a point of the paper's authors instead, with its ONNX files and tables: `import-spic`
 ladder.json                     rate and accuracy of every point on an evaluation set, by `evaluate --record`
 """
 
@@ -21,10 +22,12 @@ from safetensors.torch import load_file, save
 
 from bitneck.conditional import ConditionalModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
+from bitneck.ids import check_id
 from bitneck.manifest import sha256_hex
 from bitneck.tables import FactorizedModel
 from bitneck_models.backbones import NETWORK_FILE, Backbone, build_backbone
 from bitneck_models.recipe import PointRecipe, Recipe, load_recipe
+from bitneck_models.spic_point import RECORD, SpicRecord
 from bitneck_models.units import BottleneckUnit
 
 __all__ = ["MeasuredLadder", "MeasuredPoint", "PointRecord", "ZooEntry", "new_unit", "round_weights", "save_point"]
@@ -99,6 +102,24 @@ class ZooEntry:
         """Those of `trained` that are for the bundle."""
         return [point for point in self.trained() if point.ship]
 
+    def imported(self) -> dict[str, SpicRecord]:
+        """The points that `bitneck-models import-spic` wrote here, by id; they stand in no recipe.
+
+        Raises:
+            InvalidConfig: a folder whose name is no id, or that of a point of the recipe.
+            BundleCorrupt: a record that is none, or files that were changed.
+        """
+        found = {}
+        own = {point.id for point in self.recipe.points}
+        for path in sorted((self.folder / "points").glob(f"*/{RECORD}")):
+            name = check_id(path.parent.name, "operating point")
+            if name in own:
+                raise InvalidConfig(
+                    f"{path.parent}: {name} is a point of the recipe too; give the imported one another"
+                )
+            found[name] = SpicRecord.read(path.parent)
+        return found
+
     def point_folder(self, point_id: str) -> Path:
         """Where a point's files lie."""
         return self.folder / "points" / point_id
@@ -171,7 +192,11 @@ class ZooEntry:
             InvalidConfig: it has a point that this entry has not.
         """
         points = []
+        imported = self.imported()
         for point in evaluation["points"]:
+            if point["id"] in imported:
+                points.append(point | imported[point["id"]].annotation())
+                continue
             recipe = self.recipe.point(point["id"])
             record = json.loads((self.point_folder(recipe.id) / "record.json").read_bytes())
             kept = {key: record[key] for key in ("lambda_final", "estimated_bytes", "validation_bytes", "trained")}

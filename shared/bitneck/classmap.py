@@ -3,8 +3,8 @@
     logits (K, H, W) f32 -> best_classes -> map (H, W) u8 -> encode_map -> bytes -> decode_map -> map (H, W) u8
 
 Down the columns, a map becomes pairs of bytes, (run length 1 to 255, class), and these go through raw LZMA2, which
-knows lengths from classes by their place (lp = pb = 1). On the label maps of CamVid's test set that is a tenth less
-than lossless WebP in a quarter of its time, and no parser of images stands between a device and what a server sends
+knows lengths from classes by their place (lp = pb = 1). On the label maps of CamVid's test set that is an eighth
+less than lossless WebP in a sixth of its time, and no parser of images stands between a device and what a server sends
 (`benchmarks/classmaps.py`).
 
 Dimensions: K classes, H x W the network's input.

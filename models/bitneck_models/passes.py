@@ -1,0 +1,130 @@
+"""Photographs through a bundle, at every operating point and through real bytes: encode, then decode.
+
+The numerics are those of edge and cloud (`bitneck.chain`), so payloads and symbols are the ones that would travel.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from bitneck.bundle import Bundle
+from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
+from bitneck.frames import seal_frame, wire_bytes
+from bitneck.image import load_photo, preprocess
+from bitneck.ladder import OperatingPoint
+
+__all__ = ["PhotoPass", "PointPass", "RateMeter", "photo_passes"]
+
+
+@dataclass(frozen=True, slots=True)
+class PointPass:
+    """One photograph at one operating point.
+
+    Attributes:
+        output: the network's, (K,) or (K, H, W) float32 logits.
+        payload_bytes: coded bytes.
+        ideal_bits: the ideal code length under the point's own tables.
+        wire_bytes: of the message on the stream.
+        symbols: that were coded, (Cr, h, w) int32.
+    """
+
+    output: NDArray[np.float32]
+    payload_bytes: int
+    ideal_bits: float
+    wire_bytes: int
+    symbols: NDArray[np.int32]
+
+
+class _Halves:
+    """Both halves of a bundle."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.ladder = bundle.manifest.ladder
+        self.chain = SegmentChain(bundle)
+        self.encoders = {p.id: PointEncoder(bundle, p) for p in self.ladder}
+        self.decoders = {p.id: PointDecoder(bundle, p) for p in self.ladder}
+
+
+class PhotoPass:
+    """One photograph.
+
+    Attributes:
+        output: of the uncompressed network, logits of shape (K,) or (K, H, W).
+    """
+
+    def __init__(self, halves: _Halves, seq: int, features: list[NDArray[np.float32]]) -> None:
+        self.output = features[-1][0]
+        self._halves, self._seq, self._features = halves, seq, features
+
+    def points(self) -> Iterator[tuple[OperatingPoint, PointPass]]:
+        """At each operating point in turn, lowest rate first; nothing is kept of the ones before."""
+        halves = self._halves
+        for point in halves.ladder:
+            head = halves.chain.head_length(point.split)
+            encoder, decoder = halves.encoders[point.id], halves.decoders[point.id]
+            encoded = encoder.encode(self._features[head])
+            f_hat = decoder.decode(decoder.dequantize(encoded.payload)[None])
+            frame = seal_frame(seq=self._seq, point=point.id, payload=encoded.payload)
+            yield (
+                point,
+                PointPass(
+                    output=halves.chain.run(f_hat, head, len(halves.chain))[0],
+                    payload_bytes=len(encoded.payload),
+                    ideal_bits=encoder.codec.tables.ideal_bits(encoded.symbols),
+                    wire_bytes=wire_bytes(frame),
+                    symbols=encoded.symbols,
+                ),
+            )
+
+
+def photo_passes(bundle: Bundle, photos: Sequence[Path]) -> Iterator[PhotoPass]:
+    """Each photograph in turn.
+
+    Raises:
+        ImageError: a photograph cannot be read.
+        BundleError, ModelFailure: the bundle cannot be used.
+    """
+    halves = _Halves(bundle)
+    for seq, photo in enumerate(photos, start=1):
+        features = [preprocess(load_photo(photo), bundle.manifest.input)]
+        for index in range(len(halves.chain)):
+            features.append(halves.chain.run(features[-1], index, index + 1))
+        yield PhotoPass(halves, seq, features)
+
+
+class RateMeter:
+    """The bytes of one operating point, photograph by photograph."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[float, float, float]] = []
+        self._crc = 0
+
+    def add(self, passed: PointPass) -> None:
+        """Count a photograph."""
+        self._rows.append((passed.payload_bytes, passed.ideal_bits, passed.wire_bytes))
+        self._crc = google_crc32c.extend(self._crc, passed.symbols.astype("<i4").tobytes())
+
+    def result(self, pixels: int) -> dict[str, Any]:
+        """The fields of a point's result that say what it costs.
+
+        Args:
+            pixels: of the network's input.
+        """
+        columns = np.array(self._rows, dtype=np.float64)  # (n, 3)
+        payload, ideal_bits, wire = (float(value) for value in columns.mean(axis=0))
+        low, high = (float(value) for value in np.percentile(columns[:, 0], [5, 95]))
+        return {
+            "payload_bytes_mean": payload,
+            "payload_bytes_p5": low,
+            "payload_bytes_p95": high,
+            "ideal_bytes_mean": ideal_bits / 8,
+            "bpp_payload": payload * 8 / pixels,
+            "bpp_wire": wire * 8 / pixels,
+            "symbols_crc32c": f"{self._crc:08x}",
+        }

@@ -1,0 +1,198 @@
+"""The paper's networks through edge and cloud: units made in seconds, tables fitted, a bundle exported and served."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bitneck.bundle import Bundle
+from bitneck.errors import InvalidConfig
+from bitneck.image import preprocess
+from bitneck_edge.client import EdgeClient
+from bitneck_models.backbones import Backbone, build_backbone
+from bitneck_models.evaluation import evaluate
+from bitneck_models.export import export_bundle
+from bitneck_models.photos import LabelledPhoto, proof_images
+from bitneck_models.pipeline import prune_and_fit
+from bitneck_models.spic import PLACES, load_spic
+from bitneck_models.spic_point import write_spic_point
+from bitneck_models.weights import RANDOM
+from bitneck_models.zoo import PointRecord, ZooEntry, new_unit, round_weights
+from clients import Frames
+from servers import Server, running_server
+from test_spic import checkpoint, saved
+from tiny import photo
+
+RECIPE = """
+name = "paper"
+backbone = "NAME"
+[[data]]
+folder = "photos"
+validate_every = 2
+"""
+POINT = """
+[[points]]
+id = "SPLIT-r1"
+split = "SPLIT"
+stride = 2
+channels = 6
+step = 0.5
+lambda = 1.0
+init = "random"
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def features(backbone: Backbone, split: str) -> np.ndarray[tuple[int, int, int, int], np.dtype[np.float16]]:
+    """Of a few pictures: (4, C, Hf, Wf)."""
+    x = np.concatenate([preprocess(photo(k, (90, 70)), backbone.input) for k in range(4)])
+    f: np.ndarray[tuple[int, int, int, int], np.dtype[np.float16]]
+    f = backbone.head(split)(torch.from_numpy(x)).numpy().astype(np.float16)
+    return f
+
+
+def make_entry(backbone: Backbone, folder: Path) -> ZooEntry:
+    """A unit of random weights at every split point, with tables fitted to it."""
+    folder.mkdir()
+    text = RECIPE.replace("NAME", backbone.name) + "".join(POINT.replace("SPLIT", s) for s in backbone.splits)
+    (folder / "recipe.toml").write_text(text)
+    entry = ZooEntry(folder)
+    for point in entry.recipe.points:
+        unit = new_unit(backbone, point)
+        round_weights(unit)
+        unit, tables = prune_and_fit(unit, point, features(backbone, point.split))
+        numbers = dict.fromkeys(("lambda_final", "estimated_bytes", "validation_bytes", "validation_agreement"), 1.0)
+        record = PointRecord.model_validate(
+            {"recipe": {}, "training": {}, "code_version": "", "torch_version": "", "train_features": 4}
+            | {"validation_photos": 0, "trained": date(2026, 1, 1)} | numbers
+        )  # fmt: skip
+        entry.save(point, unit, tables, record)
+    return entry
+
+
+@pytest.fixture(scope="module")
+def resnet50() -> Backbone:
+    return build_backbone("resnet50", RANDOM)
+
+
+@pytest.fixture(scope="module")
+def classifier(resnet50: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """ResNet-50 at its own size, with a point that was imported from a checkpoint."""
+    folder = tmp_path_factory.mktemp("resnet50")
+    entry = make_entry(resnet50, folder / "zoo")
+    np.save(folder / "features.npy", f := features(resnet50, "s1"))
+    path = saved(folder / "authors.pth.tar", checkpoint(2048, 4, PLACES["resnet50"]["s1"].decoders[4][0]))
+    unit = load_spic(path, backbone="resnet50", split="s1", step=0.25, stride=4)
+    write_spic_point(unit, folder / "zoo" / "points" / "s1-authors", checkpoint=path.name, features=f)
+    bundle, proof = export_bundle(entry, resnet50, folder / "bundle", proof_images(resnet50.input, None, count=2))
+    assert proof.worst < 1e-4
+    assert set(proof.chain) == {f"{w} {s}{t}" for s in ("s1", "s2", "s3") for w, t in (
+        ("head", ""), ("head", " + tail"), ("torch head", " + tail"),
+    )}  # fmt: skip
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """DeepLab v3 for a smaller input; `bitneck-models export` at its own size is measured in docs/networks.md."""
+    whole = build_backbone("deeplabv3_resnet50", RANDOM)
+    upsample = nn.Upsample((65, 81), mode="bilinear", align_corners=False)
+    spec = whole.input.model_copy(update={"height": 65, "width": 81})
+    small = replace(whole, stages={**whole.stages, "upsample": upsample}, input=spec)
+    folder = tmp_path_factory.mktemp("deeplab")
+    entry = make_entry(small, folder / "zoo")
+    bundle, proof = export_bundle(entry, small, folder / "bundle", proof_images(spec, None, count=2))
+    assert proof.worst < 1e-4
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def server(classifier: Bundle) -> Iterator[Server]:
+    with running_server(classifier.root) as running:
+        yield running
+
+
+def logits(bundle: Bundle, point: str, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """By the bundle's own numerics, without server and client."""
+    frames = Frames(bundle)
+    encoder = frames.encoders[point]
+    x = preprocess(photo(seed, (90, 70)), bundle.manifest.input)
+    f = frames.chain.run(x, 0, frames.chain.head_length(encoder.point.split))
+    return frames.logits(point, encoder.encode(f).payload)
+
+
+@pytest.mark.parametrize("point", ["s1-r1", "s2-r1", "s3-r1", "s1-authors"])
+async def test_resnet50_answers(server: Server, classifier: Bundle, tmp_path: Path, point: str) -> None:
+    async with EdgeClient(server.grpc, point=point, cache_dir=tmp_path, threads=1) as client:
+        answer = await client.infer(photo(7, (90, 70)))
+    expected = logits(classifier, point, 7)
+    assert answer.point == point
+    assert answer.payload_bytes > 0
+    assert answer.labels[0].index == int(expected.argmax())
+
+
+@pytest.mark.parametrize("point", ["s1-r1", "s2-r1", "s3-r1"])
+async def test_deeplab_answers(segmenter: Bundle, tmp_path: Path, point: str) -> None:
+    with running_server(segmenter.root) as running:
+        async with EdgeClient(running.grpc, point=point, cache_dir=tmp_path, threads=1) as client:
+            answer = await client.infer(photo(7, (90, 70)))
+    assert (segmenter.manifest.task, segmenter.manifest.backbone) == ("segmentation", "deeplabv3_resnet50")
+    assert answer.segmentation is not None
+    expected = logits(segmenter, point, 7).argmax(axis=0)
+    assert answer.segmentation.map.shape == (65, 81)
+    assert (answer.segmentation.map == expected).all()
+    assert len(np.unique(expected)) > 1
+
+
+def test_an_imported_point_is_measured_like_any_other(classifier: Bundle, tmp_path: Path) -> None:
+    photo(1, (90, 70)).save(tmp_path / "one.png")
+    result = evaluate(classifier, [LabelledPhoto(tmp_path / "one.png", 3)])
+    (authors,) = [p for p in result.points if p.id == "s1-authors"]
+    assert authors.complexity.encoder.parameters > 2048 * 9
+    document = ZooEntry(classifier.root.parent / "zoo").annotated(json.loads(json.dumps(result.to_dict())))
+    curves = {p["id"]: p["recipe"]["curve"] for p in document["points"] if p["id"] == "s1-authors"}
+    assert curves == {"s1-authors": "s1 of the authors"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "deeplabv3_resnet50"}, "is for s1 of deeplabv3_resnet50, the network is resnet50"),
+        ({"split": "s4"}, "is for s4 of resnet50"),
+        ({"true_cut": False}, "it cannot be sent"),
+        ({"feature_shape": [2048, 9, 9]}, "is for features of"),
+        ({"output_shape": [2048, 8, 8]}, "next segment takes"),
+        ({"files": {}}, "import it with --features"),
+    ],
+)
+def test_imported_points_that_cannot_run(
+    classifier: Bundle, resnet50: Backbone, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    folder = tmp_path / "zoo"
+    (folder / "points" / "x").mkdir(parents=True)
+    (folder / "recipe.toml").write_text((classifier.root.parent / "zoo" / "recipe.toml").read_text())
+    source = classifier.root.parent / "zoo" / "points" / "s1-authors"
+    for path in source.iterdir():
+        (folder / "points" / "x" / path.name).write_bytes(path.read_bytes())
+    record = folder / "points" / "x" / "spic.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    entry = ZooEntry(folder)
+    with pytest.raises(InvalidConfig, match=f"imported point x .*{message}"):
+        export_bundle(entry, resnet50, tmp_path / "bundle", proof_images(resnet50.input, None, count=2))
+    (folder / "points" / "x").rename(folder / "points" / "s1-r1")
+    with pytest.raises(InvalidConfig, match="a point of the recipe too"):
+        entry.imported()
