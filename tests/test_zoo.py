@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bitneck.bundle import Bundle
+from bitneck.image import load_photo, preprocess
 from bitneck.manifest import sha256_hex
+from bitneck.symbols import dequantize, quantize
 from bitneck_models.backbones import build_backbone
+from bitneck_models.class_maps import mapped_photos
 from bitneck_models.evaluation import evaluate
 from bitneck_models.export import prove
+from bitneck_models.network_training import NetworkRecipe, NetworkRecord, load_network_recipe
 from bitneck_models.photos import labelled_photos, proof_images
 from bitneck_models.recipe import PointRecipe, TrainingRecipe
 from bitneck_models.similar import ConditionalRecord
@@ -20,20 +25,26 @@ from bitneck_models.zoo import PointRecord, ZooEntry
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = ROOT / "models" / "zoo" / "efficientnet_lite0"
+MAP_ZOO = ROOT / "models" / "zoo" / "deeplabv3_efficientnet_lite0"
 BUNDLE = ROOT / "build" / "efficientnet_lite0"
 
 needs_bundle = pytest.mark.skipif(not BUNDLE.is_dir(), reason="make bundle has not run")
-EVAL = Path(os.environ.get("BITNECK_DATA", ROOT.parent / "shared" / "data")) / "imagenet-eval-400"
+DATA = Path(os.environ.get("BITNECK_DATA", ROOT.parent / "shared" / "data"))
+EVAL = DATA / "imagenet-eval-400"
+MAP_EVAL = DATA / "camvid" / "test"
 
 
-def test_every_point_is_trained_measured_and_as_its_record_says() -> None:
-    entry = ZooEntry(ZOO)
+@pytest.mark.parametrize(
+    ("zoo", "wanted"), [(ZOO, {"s1": 6, "s2": 4, "s3": 4}), (MAP_ZOO, {"s1": 4, "s2": 3, "s3": 3})]
+)
+def test_every_point_is_trained_measured_and_as_its_record_says(zoo: Path, wanted: dict[str, int]) -> None:
+    entry = ZooEntry(zoo)
     ladder = entry.ladder()
     assert ladder is not None
     trained = entry.shipped()
     assert [p.id for p in trained] == [p.id for p in entry.recipe.points if p.ship]
     assert set(ladder.points) == {p.id for p in trained}
-    backbone = build_backbone(entry.recipe.backbone)
+    backbone = entry.backbone()
     for point in trained:
         folder = entry.point_folder(point.id)
         record = PointRecord.model_validate_json((folder / "record.json").read_bytes())
@@ -43,16 +54,57 @@ def test_every_point_is_trained_measured_and_as_its_record_says() -> None:
         assert unit.latent_shape[0] == tables.channels <= point.channels
         assert record.unit_sha256 == sha256_hex((folder / "unit.safetensors").read_bytes())
         assert record.tables_sha256 == sha256_hex((folder / "tables.npz").read_bytes())
-        assert entry.conditional(point) is not None
-        similar = ConditionalRecord.model_validate_json((folder / "conditional.json").read_bytes())
-        assert similar.tables_sha256 == record.tables_sha256
-        assert similar.conditional_sha256 == sha256_hex((folder / "conditional.npz").read_bytes())
-        assert similar.bytes_similar["still"] < 0.5 * similar.bytes_alone["still"]
-    for split in {p.split for p in trained}:
-        points = sorted((ladder.points[p.id] for p in trained if p.split == split), key=lambda p: p.payload_bytes)
-        assert len(points) >= (6 if split == "s1" else 4)
+        if zoo == ZOO:
+            assert entry.conditional(point) is not None
+            similar = ConditionalRecord.model_validate_json((folder / "conditional.json").read_bytes())
+            assert similar.tables_sha256 == record.tables_sha256
+            assert similar.conditional_sha256 == sha256_hex((folder / "conditional.npz").read_bytes())
+            assert similar.bytes_similar["still"] < 0.5 * similar.bytes_alone["still"]
+    assert {p.split for p in trained} == set(wanted)
+    for curve in {p.curve or p.split for p in trained}:
+        members = [p for p in trained if (p.curve or p.split) == curve]
+        points = sorted((ladder.points[p.id] for p in members), key=lambda p: p.payload_bytes)
         accuracies = [p.accuracy for p in points]
-        assert accuracies == sorted(accuracies), f"{split} is not monotone"
+        assert accuracies == sorted(accuracies), f"{curve} is not monotone"
+    for split, count in wanted.items():
+        assert len([p for p in trained if p.split == split]) >= count
+
+
+def test_the_network_trained_here_is_its_record_and_small() -> None:
+    network = MAP_ZOO / "network.safetensors"
+    record = NetworkRecord.model_validate_json((MAP_ZOO / "network.json").read_bytes())
+    assert NetworkRecipe.model_validate(record.recipe) == load_network_recipe(MAP_ZOO)
+    assert record.sha256 == sha256_hex(network.read_bytes())
+    assert network.stat().st_size < 10_000_000
+    backbone = ZooEntry(MAP_ZOO).backbone()
+    assert backbone.weights_sha256 == record.sha256
+    assert set(record.test_iou_by_class) == set(backbone.labels)
+    ladder = ZooEntry(MAP_ZOO).ladder()
+    assert ladder is not None
+    assert ladder.uncompressed_accuracy == pytest.approx(record.test_iou, abs=2e-3)  # ONNX Runtime, and torch
+
+
+@pytest.mark.skipif(not MAP_EVAL.is_dir(), reason=f"no photographs at {MAP_EVAL}; set BITNECK_DATA")
+def test_units_for_class_maps_are_as_measured() -> None:
+    """Torch on a few photographs, against the recorded ladder: symbols' ideal code length and agreement."""
+    entry = ZooEntry(MAP_ZOO)
+    backbone, ladder = entry.backbone(), entry.ladder()
+    assert ladder is not None
+    photos = [photo for photo, _ in mapped_photos(MAP_EVAL)][::40]
+    x = torch.from_numpy(np.concatenate([preprocess(load_photo(photo), backbone.input) for photo in photos]))
+    points = {p.split: p for p in reversed(entry.shipped())}  # the first of each split point
+    with torch.no_grad():
+        teacher = backbone(x).argmax(1)
+        for split, point in points.items():
+            unit, tables = entry.unit(backbone, point), entry.tables(point)
+            y = unit.encoder(backbone.head(split)(x)).numpy()
+            symbols = np.stack([quantize(one, point.step, tables.lo, tables.hi) for one in y])
+            answer = backbone.tail(split)(unit.decoder(torch.from_numpy(dequantize(symbols, point.step)))).argmax(1)
+            ideal_bytes = np.mean([tables.ideal_bits(one) for one in symbols]) / 8
+            assert ideal_bytes == pytest.approx(ladder.points[point.id].payload_bytes, rel=0.25)
+            assert (answer == teacher).float().mean().item() == pytest.approx(
+                ladder.points[point.id].agreement, abs=0.05
+            )
 
 
 def test_documents_show_what_was_measured() -> None:
