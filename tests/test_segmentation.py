@@ -330,8 +330,8 @@ def test_colours_differ() -> None:
 def answer(file: str, classes: NDArray[np.uint8]) -> Answer:
     times = dict.fromkeys(StageTimes.__dataclass_fields__, 0.0)
     return Answer(
-        file=file, seq=1, point="s1-r1", split="s1", payload_bytes=1, wire_bytes=1, bpp_payload=1, bpp_wire=1,
-        payload_crc32c="", symbols_crc32c="", ms=StageTimes(**times),
+        file=file, seq=1, point="s1-r1", split="s1", payload_bytes=1, reference=0, wire_bytes=1, bpp_payload=1,
+        bpp_wire=1, payload_crc32c="", symbols_crc32c="", ms=StageTimes(**times),
         segmentation=Segmentation(map=classes, classes=(ClassShare(0, "x", 1.0),), map_bytes=1),
     )  # fmt: skip
 
