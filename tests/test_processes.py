@@ -113,8 +113,9 @@ def test_people_get_tables_and_lines(server: Server, cache: Path, photos: Path) 
     table = edge("run", *options, photos)
     assert (table.returncode, table.stderr) == (0, "")
     assert "3.png" in table.stdout
-    lines = edge("run", *options, "--verbose", photos).stdout.splitlines()
+    *lines, last = edge("run", *options, "--verbose", photos).stdout.splitlines()
     assert len(lines) == 6
+    assert last.startswith("6 answers, ")
     points = edge("points", *options, "--json")
     assert [p["id"] for p in json.loads(points.stdout)["points"]] == ["s1-r1", "s2-r1", "s1-r2"]
     assert edge("--version").stdout.strip() == "0.1.0"
