@@ -68,12 +68,14 @@ def main() -> None:
             command = [sys.executable, "-c", "from bitneck_models.cli import main; main()", "export", temporary]
             command += ["--out", str(folder / "bundle"), "--weights", "random", "--json"]
             began = time.monotonic()
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE)
             assert process.stdout is not None
-            document = json.loads(process.stdout.read())
+            output = process.stdout.read()
             _, status, usage = os.wait4(process.pid, 0)
             seconds = time.monotonic() - began
-            assert status == 0
+            if status:
+                sys.exit(f"{name}: the export ended with status {os.waitstatus_to_exitcode(status)}")
+            document = json.loads(output)
             peak = usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
             proof = document["proof"]
             worst = max([*proof["chain"].values(), *proof["encoders"].values(), *proof["decoders"].values()])

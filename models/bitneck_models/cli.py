@@ -266,14 +266,14 @@ def export(
 ) -> None:
     """Export a zoo entry's trained points as a bundle, and prove that it equals the network."""
     from bitneck_models.export import export_bundle
-    from bitneck_models.photos import proof_images
+    from bitneck_models.photos import proof_count, proof_images
     from bitneck_models.zoo import ZooEntry
 
     entry = ZooEntry(zoo)
     backbone = entry.backbone(weights)
     console = Console(stderr=True)
     with console.status("exporting") as status:
-        x = proof_images(backbone.input, images)
+        x = proof_images(backbone.input, images, count=proof_count(backbone.input))
         bundle, proof = export_bundle(entry, backbone, out, x, lambda what: status.update(f"exporting: {what}"))
     points = [point.id for point in bundle.manifest.ladder]
     document = {

@@ -13,7 +13,18 @@ from bitneck.errors import InvalidConfig
 from bitneck.image import find_photos, load_photo, preprocess
 from bitneck.manifest import InputSpec
 
-__all__ = ["LabelledPhoto", "augment", "labelled_photos", "proof_images", "split_off_validation", "unlabelled_photos"]
+__all__ = [
+    "LabelledPhoto",
+    "augment",
+    "labelled_photos",
+    "proof_count",
+    "proof_images",
+    "split_off_validation",
+    "unlabelled_photos",
+]
+
+
+_PROOF_PIXELS = 8 * 224 * 224
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,11 @@ def _from_table(folder: Path, table: Path, classes: int) -> list[LabelledPhoto]:
     if not photos:
         raise InvalidConfig(f"{table}: no photographs listed")
     return photos
+
+
+def proof_count(spec: InputSpec) -> int:
+    """How many pictures a bundle is proven on: 8 of 224x224, fewer of larger ones, at least 2."""
+    return max(2, min(8, _PROOF_PIXELS // spec.pixels))
 
 
 def proof_images(spec: InputSpec, source: Path | None, count: int = 8) -> NDArray[np.float32]:
