@@ -233,7 +233,7 @@ def street() -> Path:
 
 
 def show_class_maps(console: Console, bundle: Bundle, edge: Edge, photo: Path, out: Path) -> None:
-    """One photograph at the lowest and the most accurate point of every split point, and what becomes of it."""
+    """One photograph at every operating point, and what becomes of it."""
     manifest, chain = bundle.manifest, SegmentChain(bundle)
     reference = chain.run(preprocess(load_photo(photo), manifest.input), 0, len(chain))[0].argmax(axis=0)  # (H, W)
     table = Table("", "bytes", "bpp", "map back", "as uncompressed", "largest classes", "cloud ms", title=photo.name)

@@ -157,7 +157,8 @@ def run(
     if settings.similar == "auto" and not any(source.video for source in parsed):
         settings = settings.model_copy(update={"similar": "off"})  # the server need not keep anything for us
     live = any(source.live for source in parsed)
-    if as_json and (json_lines or live):
+    endless = live or any(source.stdin for source in parsed)
+    if as_json and (json_lines or endless):
         raise InvalidConfig("--json prints one document at the end; for pictures without an end use --json-lines")
     plan = _Plan(
         sources=parsed,
@@ -166,7 +167,7 @@ def run(
         newest=live if newest is None else newest,
         ordered=not as_they_come,
         out=out,
-        output="json" if as_json else "lines" if json_lines else "verbose" if verbose or live else "table",
+        output="json" if as_json else "lines" if json_lines else "verbose" if verbose or endless else "table",
     )
     sys.exit(asyncio.run(_run(settings, plan)))
 

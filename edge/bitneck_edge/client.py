@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, BundleMismatch, Unavailable
+from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig, Unavailable
 from bitneck.frames import crc32c_hex
 from bitneck.runtime import ModulePool
 from bitneck.workers import Workers
@@ -100,7 +100,10 @@ async def fetch_bundle(
             return fetch_file(stub, offer.model, offer.bundle_id, path, access, settings.answer_timeout_s)
 
         bundle = await cached_bundle(cache_dir, offer.manifest_json, offer.bundle_id, fetch, progress)
-        remember(cache_dir, settings.server, settings.model, offer.bundle_id)
+        try:
+            remember(cache_dir, settings.server, settings.model, offer.bundle_id)
+        except InvalidConfig as exc:  # the bundle is there: only a start without the server needs the note
+            _LOG.warning("%s", exc)
         return bundle
 
 
@@ -154,7 +157,7 @@ class EdgeClient:
         """Fetch what is missing of the bundle, load the head, open the session.
 
         A server that cannot be reached is no hindrance where its last bundle is in the cache: the head is loaded, and
-        the link goes on trying.
+        the link goes on trying, as often as `EdgeSettings.retries` says.
 
         Raises:
             BitneckError: see `fetch_bundle` and `bitneck_edge.link.Link.open`.
@@ -343,6 +346,8 @@ class EdgeClient:
             max_edge_s=settings.max_edge_ms / 1e3 or None,
             edge_s=edge_s,
         )
+        if self._point and self._point not in encoder.ladder:
+            self._point = encoder.ladder.best.id  # a picture may ask before the link is open
         try:
             await link.open()
             if link.initial_point and not self._point and settings.point in ("", AUTO):
@@ -384,6 +389,8 @@ class EdgeClient:
         try:
             return await self._process(capture, before, turn, encoding)
         except BitneckError as exc:
+            if before is not None:
+                await before.wait()
             return Failure(capture.name, exc)
         finally:
             if not turn.is_set():

@@ -129,7 +129,6 @@ class RateController:
         self._fell_at = -_FORGIVE_S
         self._probe_at = 0.0
         self._probe_wait = _FIRST_PROBE_S
-        self._probing = False
         self._splits: tuple[str, ...] = ()
         self._points: tuple[OperatingPoint, ...] = ()
         self._rung = 0
@@ -203,8 +202,8 @@ class RateController:
         if self._total(above, delay) <= self._limit(above, _UP):
             self._rung = above
             return self._decision(f"answers take {delay * 1e3:.0f} ms on the link: up")
-        if not self._flights and not self._probing and now >= self._probe_at and self._promising(above, delay):
-            self._probing = True
+        if not self._flights and now >= self._probe_at and self._promising(above, delay):
+            self._probe_at = now + self._probe_wait  # it may never be sent
             return Decision(self._points[above].id, "does the link carry more?", probe=True)
         return self._decision("the link carries it")
 
@@ -234,7 +233,9 @@ class RateController:
         if edge_s is not None and decision.point in self._ladder:
             split = self._ladder[decision.point].split
             before = self._edge.get(split, edge_s)
-            self._edge[split] = before + (edge_s - before) * _EDGE_WEIGHT
+            after = before + (edge_s - before) * _EDGE_WEIGHT
+            ratio = after / before if before > 0 else 1.0  # a device that is busy or hot is so at every split point
+            self._edge = {name: seconds * ratio for name, seconds in self._edge.items()} | {split: after}
             if self._budget is not None:
                 self._weigh_splits()
 
@@ -280,13 +281,13 @@ class RateController:
 
     def _probed(self, flight: _Flight, delay: float, now: float) -> bool:
         """Whether a probe came back in time; then its rate is used from now on."""
-        self._probing = False
         rung = min(flight.rung, len(self._points) - 1)
         if self._edge_of(rung) + self._server + delay > self._limit(rung, _UP):
             self._probe_failed(now)
             return False
         self._rung = max(self._rung, rung)
         self._probe_wait, self._probe_at = _FIRST_PROBE_S, now
+        self._delay, self._size = delay, flight.size
         return True
 
     def lost(self, seq: int, now: float) -> None:
@@ -297,7 +298,7 @@ class RateController:
 
     def reconnected(self, now: float) -> None:
         """The link is a new one: unanswered frames go out again now, and what was known of the old one is forgotten."""
-        self._delay, self._rung, self._probing = None, 0, False
+        self._delay, self._rung = None, 0
         self._samples.clear()
         self._waited.clear()
         self._rate = None
@@ -365,7 +366,6 @@ class RateController:
         return fixed + max(0.0, self._target - fixed) * share
 
     def _probe_failed(self, now: float) -> None:
-        self._probing = False
         self._probe_at = now + self._probe_wait
         self._probe_wait = min(_MAX_PROBE_S, self._probe_wait * _PROBE_GROWTH)
 

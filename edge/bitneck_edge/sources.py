@@ -243,8 +243,6 @@ def _device(name: str) -> tuple[str, str | None]:
     device = name.removeprefix(_CAMERA)
     if sys.platform == "darwin":
         return device, "avfoundation"
-    if sys.platform == "win32":
-        return f"video={device}", "dshow"
     return (f"/dev/video{device}" if device.isdigit() else device), "v4l2"
 
 

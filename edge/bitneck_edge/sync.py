@@ -130,9 +130,19 @@ class SyncEdgeClient:
     def _end(self) -> None:
         loop, self._loop = self._loop, None
         if loop is not None and self._thread is not None:
+            asyncio.run_coroutine_threadsafe(_finish(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             self._thread.join()
             loop.close()
+
+
+async def _finish() -> None:
+    """Nothing of a stream that was left may outlive its client."""
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 async def _next(results: AsyncGenerator[Answer | Failure]) -> Answer | Failure | None:

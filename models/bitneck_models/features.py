@@ -76,6 +76,8 @@ def view_maps(backbone: Backbone, spec: FeatureSpec, maps: Mapping[Path, Path]) 
     found = []
     for path, count in spec.photos:
         classes = load_class_map(maps[path], len(backbone.labels)) if path in maps else None
+        if classes is not None and classes.shape != size[::-1]:
+            classes = np.array(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
         for view in range(count):
             if classes is None:
                 found.append(np.full(size[::-1], VOID, np.uint8))
@@ -83,7 +85,7 @@ def view_maps(backbone: Backbone, spec: FeatureSpec, maps: Mapping[Path, Path]) 
                 blank = Image.new("RGB", classes.shape[::-1])
                 found.append(random_view(blank, classes, _views(backbone), spec.rng(path, view))[1])
             else:
-                found.append(np.array(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST)))
+                found.append(classes)
     return np.stack(found)
 
 
@@ -157,6 +159,9 @@ def _batches(
         path, view = views[row]
         image = load_photo(path)
         if spec.augmented and backbone.task == "segmentation":
+            size = backbone.input.width, backbone.input.height
+            if image.size != size:  # as serving stretches it; and its class map may have another size
+                image = image.resize(size, Image.Resampling.BILINEAR)
             image, _ = random_view(image, None, _views(backbone), spec.rng(path, view))
         elif spec.augmented:
             image = augment(image, backbone.input, spec.rng(path, view))

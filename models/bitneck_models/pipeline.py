@@ -378,7 +378,7 @@ def validate(
     return Validation(
         payload_bytes=float(np.mean(bits)) / 8,
         agreement=agree / len(features),
-        mean_iou=None if matrix is None else mean_iou(matrix),
+        mean_iou=None if matrix is None or not matrix.any() else mean_iou(matrix),
     )
 
 

@@ -25,6 +25,7 @@ from bitneck.image import load_photo, preprocess
 from bitneck.manifest import InputSpec, sha256_hex
 from bitneck.similar import ConditionalCodec
 from bitneck.tables import TOTAL, FactorizedModel
+from bitneck_models.class_maps import mapped_photos
 from bitneck_models.photos import split_off_validation, unlabelled_photos
 from bitneck_models.recipe import Recipe
 from bitneck_models.scenes import Camera, Path2D, moving, still
@@ -93,13 +94,16 @@ def scene_photos(recipe: Recipe, data: Path, spec: InputSpec, count: int, seed: 
     held: list[Path] = []
     weights: list[float] = []
     for source in recipe.data:
-        photos = unlabelled_photos([data / source.folder])
+        if source.labels and (data / source.folder / "labels").is_dir():
+            photos = [photo for photo, _ in mapped_photos(data / source.folder)]
+        else:
+            photos = unlabelled_photos([data / source.folder])
         if min(load_photo(photos[0]).size) < min(spec.height, spec.width):
             continue
         kept, aside = split_off_validation(photos, source.validate_every or _VALIDATE_EVERY)
-        train += kept
         held += aside
-        weights += [source.share / len(kept)] * len(kept)
+        train += kept
+        weights += [source.share / max(1, len(kept))] * len(kept)
     if not train or not held:
         raise InvalidConfig(f"no folder of {recipe.name} has photographs of the input's size to make scenes of")
     p = np.array(weights) / sum(weights)

@@ -6,6 +6,7 @@ tables.npz                    the factorized model, only where features were giv
 """
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -154,7 +155,7 @@ def load_features(path: Path) -> NDArray[np.floating]:
         (N, C, Hf, Wf), as it is on disk; not read into memory as a whole where it is ``.npy``.
 
     Raises:
-        InvalidConfig: no such file, no such array, another shape, or values that are not finite.
+        InvalidConfig: no such file, no such array, or another shape.
     """
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -164,8 +165,9 @@ def load_features(path: Path) -> NDArray[np.floating]:
                 if not names:
                     raise InvalidConfig(f"{path}: no array `features` or `feature`; it has: {', '.join(loaded.files)}")
                 loaded = loaded[names[0]]
-    except (OSError, ValueError, EOFError, KeyError) as exc:
-        raise InvalidConfig(f"{path}: not readable as .npy or .npz ({str(exc).splitlines()[0]})") from exc
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as exc:
+        reason = (str(exc).splitlines() or [repr(exc)])[0]
+        raise InvalidConfig(f"{path}: not readable as .npy or .npz ({reason})") from exc
     features: NDArray[np.floating] = loaded[None] if loaded.ndim == 3 else loaded
     if features.ndim != 4 or not len(features) or not np.issubdtype(features.dtype, np.floating):
         raise InvalidConfig(
