@@ -141,10 +141,32 @@ def test_a_satellite_is_climbed_by_a_probe() -> None:
 def test_split_points_within_a_budget() -> None:
     rate = controller(max_edge_s=0.02, edge_s={"s1": 0.03, "s2": 0.01})
     assert [p.id for p in rate.points] == ["s2-r1", "s2-r2"]
-    for seq in range(1, 60):  # s2 turns out slow as well: the fastest is used
-        rate.sent(seq, Decision("s2-r1", ""), 200, seq * 0.2, edge_s=0.05)
-        rate.answered(seq, seq * 0.2 + 0.05, server_s=0.0)
-    assert [p.id for p in rate.points] == ["s1-r1", "s1-r2", "s1-r3"]
+
+    def frames(begin: int, count: int, edge_s: dict[str, float]) -> None:
+        for seq in range(begin, begin + count):
+            point = rate.points[0]
+            rate.sent(seq, Decision(point.id, ""), 200, seq * 0.2, edge_s=edge_s[point.split])
+            rate.answered(seq, seq * 0.2 + 0.05, server_s=0.0)
+
+    frames(1, 60, {"s1": 0.15, "s2": 0.05})  # everything is slow: the fastest is used
+    assert {p.split for p in rate.points} == {"s2"}
+    frames(61, 60, {"s1": 0.009, "s2": 0.003})  # and fast again, if s1 is as much slower as it was
+    assert {p.split for p in rate.points} == {"s1"}  # whose points dominate those of s2
+    frames(121, 60, {"s1": 0.03, "s2": 0.01})
+    assert {p.split for p in rate.points} == {"s2"}
+
+
+def test_a_probe_that_is_never_sent_is_not_the_last() -> None:
+    drive = Drive(controller(target_s=0.35), base_s=0.2, bytes_per_s=1700.0)
+    asked = 0
+    for _ in range(300):
+        drive.now += 0.2
+        if drive.rate.choose(drive.now).probe:
+            asked += 1  # the picture could not be read
+            continue
+        drive.now -= 0.2
+        drive.frame()
+    assert asked >= 3
 
 
 def test_a_new_link_is_judged_anew() -> None:
