@@ -285,7 +285,7 @@ def test_a_segment_is_loaded_once_and_only_when_needed(own_tiny_bundle: Bundle) 
     assert chain.loaded == (0, 1)
     assert list(segments_of(own_tiny_bundle, "cloud")) == [1, 2]
     for index in range(2):  # nothing is read again, at whatever point
-        own_tiny_bundle.segment_path(index).unlink()
+        own_tiny_bundle.path(own_tiny_bundle.manifest.segments[index].file).unlink()
     for point in own_tiny_bundle.manifest.ladder:
         chain.run(x, 0, chain.head_length(point.split))
     np.testing.assert_array_equal(chain.run(x, 0, chain.head_length("s2")), f)

@@ -22,6 +22,7 @@ from bitneck.errors import (
 )
 from bitneck.frames import seal_frame
 from bitneck.v1 import inference_pb2 as pb
+from bitneck_edge.cache import forget_old, remember
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
 from bitneck_edge.flow import Flow
@@ -318,3 +319,17 @@ async def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("BITNECK_EDGE_RETRYS", "7")
     with pytest.raises(InvalidConfig, match="BITNECK_EDGE_RETRYS"):
         EdgeClient("a:1")
+
+
+def test_bundles_that_no_server_has_any_more_are_removed(tmp_path: Path) -> None:
+    digests = ["a" * 64, "b" * 64, "c" * 64]
+    for digest in digests:
+        (tmp_path / "bundles" / digest).mkdir(parents=True)
+        (tmp_path / "bundles" / digest / "manifest.json").write_text("{}")
+    remember(tmp_path, "host:1", "", f"sha256:{digests[0]}")
+    now = (tmp_path / "bundles" / digests[1]).stat().st_mtime
+    os.utime(tmp_path / "bundles" / digests[2], (now - 90_000, now - 90_000))
+    os.utime(tmp_path / "bundles" / digests[0], (now - 90_000, now - 90_000))
+    forget_old(tmp_path, now + 1)
+    assert sorted(p.name for p in (tmp_path / "bundles").iterdir()) == digests[:2]
+    forget_old(tmp_path / "nothing", now)

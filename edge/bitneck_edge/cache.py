@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ from bitneck.bundle import MANIFEST_NAME, Bundle, verify_file
 from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig
 from bitneck.manifest import FileEntry, Manifest, bundle_id_of
 
-__all__ = ["cached_bundle", "default_cache_dir", "recall", "remember"]
+__all__ = ["cached_bundle", "default_cache_dir", "forget_old", "recall", "remember"]
+
+_KEPT_S = 86_400.0
 
 Fetch = Callable[[str], AsyncGenerator[bytes]]
 """Gives a file of the bundle in chunks, by its path in the manifest."""
@@ -95,6 +98,20 @@ def remember(cache_dir: Path, server: str, model: str, bundle_id: str) -> None:
             _write_all(descriptor, bundle_id.encode())
     except (OSError, ValueError) as exc:
         raise InvalidConfig(f"the cache {cache_dir} cannot be written ({exc}); choose another folder") from exc
+
+
+def forget_old(cache_dir: Path, now: float) -> None:
+    """Remove bundles that no server is noted to have, and that are a day old: a device that runs for years stays small.
+
+    Args:
+        cache_dir: of the bundles.
+        now: seconds since 1970.
+    """
+    with contextlib.suppress(OSError):
+        noted = {note.read_text(errors="replace") for note in (cache_dir / "servers").iterdir()}
+        for folder in (cache_dir / "bundles").iterdir():
+            if f"sha256:{folder.name}" not in noted and now - folder.stat().st_mtime > _KEPT_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def recall(cache_dir: Path, server: str, model: str) -> Bundle | None:

@@ -26,7 +26,7 @@ from bitneck.frames import crc32c_hex
 from bitneck.runtime import ModulePool
 from bitneck.workers import Workers
 from bitneck_edge.answers import labels_of, segmentation_of
-from bitneck_edge.cache import cached_bundle, default_cache_dir, recall, remember
+from bitneck_edge.cache import cached_bundle, default_cache_dir, forget_old, recall, remember
 from bitneck_edge.capture import Capture, Slots, captures, newest
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
 from bitneck_edge.link import Link, LinkSettings, Received, Sent
@@ -104,6 +104,7 @@ async def fetch_bundle(
             remember(cache_dir, settings.server, settings.model, offer.bundle_id)
         except InvalidConfig as exc:  # the bundle is there: only a start without the server needs the note
             _LOG.warning("%s", exc)
+        await asyncio.to_thread(forget_old, cache_dir, time.time())
         return bundle
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -182,13 +182,14 @@ def _lines(stream: IO[str]) -> Iterator[str]:
 
 async def _live(name: str, retries: int) -> AsyncGenerator[Capture]:
     """A camera or network stream, opened again when it breaks off."""
-    failures, pause = 0, _FIRST_PAUSE_S
+    failures, pause, number = 0, _FIRST_PAUSE_S, 0
     while True:
         try:
             async with contextlib.aclosing(in_thread(lambda: _video(name, None))) as pictures:
                 async for capture in pictures:
                     failures, pause = 0, _FIRST_PAUSE_S
-                    yield capture
+                    yield replace(capture, name=f"{name}#{number}")
+                    number += 1
             error = ImageError(f"{name}: it gave its last picture; is it still plugged in, and is it sending?")
         except ImageError as exc:
             error = exc

@@ -328,11 +328,6 @@ class BottleneckUnit(nn.Module):
         self.decoder: Decoder
         self.encoder, self.decoder = getattr(builder, topology)()
 
-    @property
-    def parameters_count(self) -> int:
-        """Number of trained parameters, batch norm included."""
-        return sum(p.numel() for p in self.parameters())
-
     def forward(self, f: Tensor, step: float) -> tuple[Tensor, Tensor]:
         """Encode, round with a straight-through gradient, decode.
 

@@ -79,10 +79,6 @@ class Bundle:
             raise InvalidConfig(f"the bundle {self.manifest.name} has no file {name[:80]!r}")
         return self.root / name
 
-    def segment_path(self, index: int) -> Path:
-        """The ONNX file of one segment."""
-        return self.path(self.manifest.segments[index].file)
-
     def encoder_path(self, point_id: str) -> Path:
         """The ONNX file of an operating point's bottleneck encoder."""
         return self.path(f"points/{point_id}/encoder.onnx")
