@@ -362,7 +362,9 @@ def markdown(
     if results.ladder is not None:
         sections += [
             ("ladder", "The ladder", _ladder(results)),
-            ("accuracy", "Against image codecs", _against(results)),
+            ("accuracy", "Against image codecs", _against(results))
+            if results.baselines
+            else ("accuracy", "Rate and accuracy", ["Image codecs were not measured on these photographs."]),
             ("encoder", "Encoder size, data size, accuracy", _complexity(results)),
         ]
     sections += [
