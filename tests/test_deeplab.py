@@ -17,7 +17,7 @@ from bitneck_models.backbones import Backbone, begin_network, build_backbone, lo
 from bitneck_models.class_maps import VOID, ViewRange, confusion, load_class_map, mapped_photos, mean_iou, random_view
 from bitneck_models.deeplab import AtrousConv2d
 from bitneck_models.features import FeatureSpec, cached_features, view_maps
-from bitneck_models.network_training import NetworkRecipe, load_network_recipe, train_network
+from bitneck_models.network_training import NetworkTraining, load_network_training, train_network
 from bitneck_models.onnx_export import to_onnx
 from bitneck_models.pipeline import photo_sets, train_point
 from bitneck_models.recipe import TaskTerm
@@ -260,7 +260,7 @@ def small_network() -> Backbone:
     )  # fmt: skip
 
 
-RECIPE = NetworkRecipe(
+RECIPE = NetworkTraining(
     backbone="small", folder="scenes", train_from="body", height=48, width=64, steps=60, batch=4, learning_rate=3e-2,
     backbone_learning_rate=3e-2, warmup_steps=5, validate_every=20, light=0.1, ema=0.8, scale_min=0.9, scale_max=1.1,
 )  # fmt: skip
@@ -311,13 +311,13 @@ def test_trainings_that_are_refused(data: Path, change: dict[str, object], messa
 def test_network_recipes_are_typed(tmp_path: Path) -> None:
     text = 'backbone = "a"\nfolder = "b"\ntrain_from = "c"\n'
     (tmp_path / "network.toml").write_text(text)
-    assert load_network_recipe(tmp_path).batch == 8
+    assert load_network_training(tmp_path).batch == 8
     for bad, message in (("magic = 1", "magic: Extra"), ("height = 100", "height"), ("=", "not TOML")):
         (tmp_path / "network.toml").write_text(text + bad)
         with pytest.raises(InvalidConfig, match=message):
-            load_network_recipe(tmp_path)
+            load_network_training(tmp_path)
     with pytest.raises(InvalidConfig, match="no recipe of a network there"):
-        load_network_recipe(tmp_path / "nowhere")
+        load_network_training(tmp_path / "nowhere")
 
 
 POINT = """

@@ -17,7 +17,7 @@ from bitneck_models.backbones import build_backbone
 from bitneck_models.class_maps import mapped_photos
 from bitneck_models.evaluation import evaluate
 from bitneck_models.export import prove
-from bitneck_models.network_training import NetworkRecipe, NetworkRecord, load_network_recipe
+from bitneck_models.network_training import NetworkRecord, NetworkTraining, load_network_training
 from bitneck_models.photos import labelled_photos, proof_images
 from bitneck_models.recipe import PointRecipe, TrainingRecipe
 from bitneck_models.similar import ConditionalRecord
@@ -73,7 +73,7 @@ def test_every_point_is_trained_measured_and_as_its_record_says(zoo: Path, wante
 def test_the_network_trained_here_is_its_record_and_small() -> None:
     network = MAP_ZOO / "network.safetensors"
     record = NetworkRecord.model_validate_json((MAP_ZOO / "network.json").read_bytes())
-    assert NetworkRecipe.model_validate(record.recipe) == load_network_recipe(MAP_ZOO)
+    assert NetworkTraining.model_validate(record.recipe) == load_network_training(MAP_ZOO)
     assert record.sha256 == sha256_hex(network.read_bytes())
     assert network.stat().st_size < 10_000_000
     backbone = ZooEntry(MAP_ZOO).backbone()

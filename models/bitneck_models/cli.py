@@ -104,9 +104,9 @@ def train_network_command(
 ) -> None:
     """Train a segmentation network of ours itself, before it is split; started again, it goes on where it stopped."""
     from bitneck_models.backbones import begin_network
-    from bitneck_models.network_training import NetworkStep, load_network_recipe, train_network
+    from bitneck_models.network_training import NetworkStep, load_network_training, train_network
 
-    recipe = load_network_recipe(zoo)
+    recipe = load_network_training(zoo)
     backbone = begin_network(recipe.backbone, recipe.seed)
     console = Console(stderr=True)
     with _progress(console) as progress:

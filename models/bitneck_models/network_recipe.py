@@ -8,15 +8,14 @@ A file like this, or the same keys as a zoo recipe's table ``[backbone]``, stand
 `bitneck_models.any_network` builds it.
 """
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from bitneck.errors import InvalidConfig
 from bitneck.ids import ID_PATTERN
 from bitneck.manifest import InputSpec, Task
+from bitneck_models.toml_file import load_toml, validated
 
 __all__ = ["NetworkRecipe", "load_network"]
 
@@ -64,15 +63,4 @@ def load_network(path: Path) -> NetworkRecipe:
     Raises:
         InvalidConfig: no such file, not TOML, an unknown key or a value out of range; the message names it.
     """
-    try:
-        return NetworkRecipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as exc:
-        raise InvalidConfig(f"{path}: no network recipe there ({exc.strerror})") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise InvalidConfig(f"{path}: not TOML ({exc})") from exc
-    except ValidationError as exc:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in e['loc']) or 'network'}: {e['msg']}"
-            for e in exc.errors(include_url=False)
-        )
-        raise InvalidConfig(f"{path}: {problems}") from exc
+    return validated(NetworkRecipe, load_toml(path, "network recipe"), path, "network")

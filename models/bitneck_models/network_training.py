@@ -9,7 +9,6 @@ Dimensions: N batch, K classes, H x W view.
 """
 
 import copy
-import tomllib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -43,15 +42,16 @@ from bitneck_models.class_maps import (
     random_view,
 )
 from bitneck_models.onnx_export import to_onnx
+from bitneck_models.toml_file import load_toml, validated
 
-__all__ = ["NetworkRecipe", "NetworkRecord", "NetworkStep", "load_network_recipe", "train_network"]
+__all__ = ["NetworkRecord", "NetworkStep", "NetworkTraining", "load_network_training", "train_network"]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class NetworkRecipe(_Strict):
+class NetworkTraining(_Strict):
     """How a network is trained, ``network.toml`` of a zoo entry.
 
     Attributes:
@@ -129,7 +129,7 @@ class NetworkStep:
     validation_iou: float | None
 
 
-def load_network_recipe(path: Path) -> NetworkRecipe:
+def load_network_training(path: Path) -> NetworkTraining:
     """Read a recipe.
 
     Args:
@@ -139,21 +139,11 @@ def load_network_recipe(path: Path) -> NetworkRecipe:
         InvalidConfig: no such file, not TOML, an unknown key or a value out of range; the message names it.
     """
     path = path / "network.toml" if path.is_dir() else path
-    try:
-        return NetworkRecipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as exc:
-        raise InvalidConfig(f"{path}: no recipe of a network there ({exc.strerror})") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise InvalidConfig(f"{path}: not TOML ({exc})") from exc
-    except ValidationError as exc:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in e['loc']) or 'recipe'}: {e['msg']}" for e in exc.errors(include_url=False)
-        )
-        raise InvalidConfig(f"{path}: {problems}") from exc
+    return validated(NetworkTraining, load_toml(path, "recipe of a network"), path, "recipe")
 
 
 def train_network(
-    recipe: NetworkRecipe,
+    recipe: NetworkTraining,
     backbone: Backbone,
     data: Path,
     out: Path,
@@ -195,7 +185,7 @@ def train_network(
 class _Run:
     """The state of one training run."""
 
-    def __init__(self, recipe: NetworkRecipe, backbone: Backbone, data: Path, folder: Path) -> None:
+    def __init__(self, recipe: NetworkTraining, backbone: Backbone, data: Path, folder: Path) -> None:
         self.recipe, self.backbone, self.data, self.folder = recipe, backbone, data, folder
         self.classes = len(backbone.labels)
         self.photos = mapped_photos(data / "train")

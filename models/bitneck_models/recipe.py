@@ -1,15 +1,15 @@
 """Recipes: what to train, from a TOML file. Typed; unknown keys are refused."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bitneck.errors import InvalidConfig
 from bitneck.ids import ID_PATTERN
 from bitneck_models.network_recipe import NetworkRecipe, load_network
 from bitneck_models.rate import RateKind
+from bitneck_models.toml_file import load_toml, validated
 from bitneck_models.units import Topology
 
 __all__ = ["PointRecipe", "Recipe", "Source", "TaskTerm", "TrainingRecipe", "load_recipe"]
@@ -213,17 +213,7 @@ def load_recipe(path: Path) -> Recipe:
         InvalidConfig: no such file, not TOML, an unknown key or a value out of range; the message names it.
     """
     path = path / "recipe.toml" if path.is_dir() else path
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-        if isinstance(network := values.get("backbone"), str) and network.endswith(".toml"):
-            values["backbone"] = load_network(path.parent / network)
-        return Recipe.model_validate(values)
-    except OSError as exc:
-        raise InvalidConfig(f"{path}: no recipe there ({exc.strerror})") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise InvalidConfig(f"{path}: not TOML ({exc})") from exc
-    except ValidationError as exc:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in e['loc']) or 'recipe'}: {e['msg']}" for e in exc.errors(include_url=False)
-        )
-        raise InvalidConfig(f"{path}: {problems}") from exc
+    values = load_toml(path, "recipe")
+    if isinstance(network := values.get("backbone"), str) and network.endswith(".toml"):
+        values["backbone"] = load_network(path.parent / network)
+    return validated(Recipe, values, path, "recipe")

@@ -12,7 +12,6 @@ import json
 import math
 import platform
 import shutil
-import tomllib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import tomli_w
 import torch
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import bitneck
 from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
@@ -42,6 +41,7 @@ from bitneck_models.pipeline import (
 )
 from bitneck_models.rate import RateKind
 from bitneck_models.recipe import PointRecipe, TaskTerm, TrainingRecipe
+from bitneck_models.toml_file import load_toml, validated
 from bitneck_models.training import StepReport, train_unit
 from bitneck_models.units import BottleneckUnit, Topology
 from bitneck_models.zoo import PointRecord, ZooEntry, new_unit, round_weights, save_point
@@ -166,17 +166,7 @@ def load_space(path: Path) -> SearchSpace:
     Raises:
         InvalidConfig: no such file, not TOML, an unknown key or a value out of range; the message names it.
     """
-    try:
-        return SearchSpace.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as exc:
-        raise InvalidConfig(f"{path}: no search space there ({exc.strerror})") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise InvalidConfig(f"{path}: not TOML ({exc})") from exc
-    except ValidationError as exc:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in e['loc']) or 'space'}: {e['msg']}" for e in exc.errors(include_url=False)
-        )
-        raise InvalidConfig(f"{path}: {problems}") from exc
+    return validated(SearchSpace, load_toml(path, "search space"), path, "space")
 
 
 def open_study(space: SearchSpace, storage: str, *, create: bool = True) -> optuna.Study:
