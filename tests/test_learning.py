@@ -12,6 +12,7 @@ from scipy import stats
 from torch import nn
 
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
+from bitneck.runtime import OnnxModule
 from bitneck_models.complexity import Complexity, onnx_complexity
 from bitneck_models.evaluation import mean_interval, wilson
 from bitneck_models.onnx_export import to_onnx
@@ -19,7 +20,7 @@ from bitneck_models.pipeline import choose_device, photo_sets, train_point
 from bitneck_models.rate import L1Rate
 from bitneck_models.recipe import PointRecipe, TaskTerm, TrainingRecipe, load_recipe
 from bitneck_models.scalars import Scalars
-from bitneck_models.starts import init_linear, init_next
+from bitneck_models.starts import init_linear, init_nested, init_next
 from bitneck_models.tasks import Labels, TaskLoss
 from bitneck_models.training import StepReport, train_unit
 from bitneck_models.units import BottleneckUnit, Topology
@@ -27,7 +28,7 @@ from bitneck_models.zoo import ZooEntry
 from small import small_backbone
 from tiny import INPUT, photo
 
-TOPOLOGIES: tuple[Topology, ...] = ("separable", "separable2", "conv", "conv2", "inverted")
+TOPOLOGIES: tuple[Topology, ...] = ("separable", "separable2", "conv", "conv2", "inverted", "nested")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,6 +63,10 @@ def test_every_topology_returns_exactly_the_heads_size(
         ({"topology": "conv", "filters": 4}, "one filter a channel"),
         ({"topology": "conv", "hidden": 4}, "nothing is hidden"),
         ({"topology": "inverted", "hidden": 3}, "4 latent channels, expected 1 to 3"),
+        ({"topology": "nested", "hidden": 1, "group": (1, 2)}, "4 latent channels, expected 1 to 2"),
+        ({"topology": "nested", "group": (2, 3)}, "groups of 2x3 do not tile the 2x2 windows"),
+        ({"topology": "nested", "group": (0, 1)}, "groups of 0x1 do not tile"),
+        ({"topology": "conv", "group": (2, 2)}, "each window by itself"),
     ],
 )
 def test_units_that_are_refused(options: dict[str, object], message: str) -> None:
@@ -79,6 +84,50 @@ def test_other_topologies_start_as_pooling_too(topology: Topology) -> None:
         f_hat = unit.decoder(unit.encoder(features))
     pooled = F.interpolate(F.avg_pool2d(features, 4), scale_factor=4)
     torch.testing.assert_close(f_hat, pooled, atol=2e-3, rtol=2e-3)
+
+
+def test_a_nested_unit_starts_as_the_separable_one_and_codes_what_windows_share_once() -> None:
+    torch.manual_seed(2)
+    features = torch.randn(300, 6, 8, 12) + 3 * torch.randn(300, 6, 1, 1)
+    separable = BottleneckUnit((6, 8, 12), 5, 4).eval()
+    init_linear(separable, tail_of_ten(6), features, task_metric=False)
+    whole, part = (
+        BottleneckUnit((6, 8, 12), channels, 4, topology="nested", hidden=5, group=(2, 3)).eval()
+        for channels in (30, 5)
+    )
+    assert (whole.latent_shape, part.latent_shape) == ((30, 1, 1), (5, 1, 1))
+    with torch.no_grad():
+        latents = separable.encoder(features)
+        wanted = separable.decoder(latents)
+        for unit in (whole, part):
+            init_nested(unit, separable, latents)
+        torch.testing.assert_close(whole.decoder(whole.encoder(features)), wanted, atol=2e-3, rtol=2e-3)
+        left = (part.decoder(part.encoder(features)) - wanted).square().mean() / wanted.var()
+        lone = separable.decoder(torch.where(torch.arange(5)[:, None, None] == 0, latents, 0.0))  # as many numbers
+        assert left < 0.1 < (lone - wanted).square().mean() / wanted.var()
+
+
+def test_nested_starts_that_are_refused() -> None:
+    nested = BottleneckUnit((6, 8, 8), 4, 4, topology="nested", group=(2, 2))
+    latents = torch.randn(10, 4, 2, 2)
+    with pytest.raises(InvalidConfig, match="as large as the one it starts from"):
+        init_nested(nested, BottleneckUnit((6, 8, 8), 3, 4), latents)
+    with pytest.raises(InvalidConfig, match="linear separable one, got nested from conv"):
+        init_nested(nested, BottleneckUnit((6, 8, 8), 4, 4, topology="conv"), latents)
+    with pytest.raises(InvalidConfig, match="starts from a separable one"):
+        init_linear(nested, tail_of_ten(6), torch.randn(10, 6, 8, 8), task_metric=False)
+
+
+def test_a_nested_unit_is_the_same_in_onnx_for_every_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unit = BottleneckUnit((6, 8, 12), 7, 4, topology="nested", hidden=5, group=(2, 1)).eval()
+    for half, shape in ((unit.encoder, (6, 8, 12)), (unit.decoder, unit.latent_shape)):
+        path = tmp_path / "half.onnx"
+        path.write_bytes(to_onnx(half, shape))
+        for n in (1, 3):
+            x = torch.randn(n, *shape)
+            with torch.no_grad():
+                np.testing.assert_allclose(OnnxModule(path).run(x.numpy()), half(x).numpy(), atol=1e-4)
 
 
 def test_the_fast_spread_is_the_transposed_convolution() -> None:

@@ -216,6 +216,17 @@ step = 0.2
 lambda = 30
 init = "s1-r2"
 target_bytes = 3
+[[points]]
+id = "s1-n1"
+split = "s1"
+stride = 2
+channels = 12
+step = 0.4
+lambda = 100
+topology = "nested"
+group = [2, 1]
+init = "s1-r2"
+rate = "factorized"
 """
 
 
@@ -277,8 +288,10 @@ def test_from_photographs_to_a_proven_bundle(entry: ZooEntry, tmp_path: Path) ->
         )
         assert record.train_features == 72
         assert record.validation_bytes > 0
-    high, low = (entry.unit(backbone, p) for p in entry.recipe.points)
-    assert low.latent_shape[0] <= high.latent_shape[0] <= 6
+    high, low, nested = (entry.unit(backbone, p) for p in entry.recipe.points)
+    assert low.latent_shape[0] <= high.latent_shape[0] == nested.hidden <= 6
+    assert nested.latent_shape[0] <= 12
+    assert nested.latent_shape[1:] == (1, 2)
     images = proof_images(backbone.input, tmp_path / "photos")
     bundle, proof = export_bundle(entry, backbone, tmp_path / "bundle", images)
     assert proof.worst < 1e-4

@@ -14,6 +14,8 @@ from torch import nn
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
 from bitneck.image import preprocess
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_cloud.models import ServedModel
 from bitneck_edge.client import EdgeClient
 from bitneck_models.backbones import Backbone, build_backbone
 from bitneck_models.evaluation import evaluate
@@ -91,13 +93,15 @@ def resnet50() -> Backbone:
 
 @pytest.fixture(scope="module")
 def classifier(resnet50: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """ResNet-50 at its own size, with a point that was imported from a checkpoint."""
+    """ResNet-50 at its own size, and points imported from checkpoints; those at s3 decode to 15x15 and 17x17."""
     folder = tmp_path_factory.mktemp("resnet50")
     entry = make_entry(resnet50, folder / "zoo")
-    np.save(folder / "features.npy", f := features(resnet50, "s1"))
-    path = saved(folder / "authors.pth.tar", checkpoint(2048, 4, PLACES["resnet50"]["s1"].decoders[4][0]))
-    unit = load_spic(path, backbone="resnet50", split="s1", step=0.25, stride=4)
-    write_spic_point(unit, folder / "zoo" / "points" / "s1-authors", checkpoint=path.name, features=f)
+    for split, stride, name in (("s1", 4, "s1-authors"), ("s3", 2, "s3-authors"), ("s3", 4, "s3-coarse")):
+        place = PLACES["resnet50"][split]
+        path = saved(folder / "authors.pth.tar", checkpoint(place.channels, 4, place.decoders[stride][0]))
+        unit = load_spic(path, backbone="resnet50", split=split, step=0.25, stride=stride)
+        out = folder / "zoo" / "points" / name
+        write_spic_point(unit, out, checkpoint=path.name, features=features(resnet50, split))
     bundle, proof = export_bundle(entry, resnet50, folder / "bundle", proof_images(resnet50.input, None, count=2))
     assert proof.worst < 1e-4
     assert set(proof.chain) == {f"{w} {s}{t}" for s in ("s1", "s2", "s3") for w, t in (
@@ -135,7 +139,7 @@ def logits(bundle: Bundle, point: str, seed: int) -> np.ndarray[tuple[int, ...],
     return frames.logits(point, encoder.encode(f).payload)
 
 
-@pytest.mark.parametrize("point", ["s1-r1", "s2-r1", "s3-r1", "s1-authors"])
+@pytest.mark.parametrize("point", ["s1-r1", "s2-r1", "s3-r1", "s1-authors", "s3-authors", "s3-coarse"])
 async def test_resnet50_answers(server: Server, classifier: Bundle, tmp_path: Path, point: str) -> None:
     async with EdgeClient(server.grpc, point=point, cache_dir=tmp_path, threads=1) as client:
         answer = await client.infer(photo(7, (90, 70)))
@@ -158,6 +162,27 @@ async def test_deeplab_answers(segmenter: Bundle, tmp_path: Path, point: str) ->
     assert len(np.unique(expected)) > 1
 
 
+def test_decoders_of_three_sizes_share_a_batch(classifier: Bundle) -> None:
+    """Each frame gets the answer that it gets alone, in its own place."""
+    manifest = classifier.manifest
+    assert [manifest.decoded_shape(p) for p in ("s3-r1", "s3-authors", "s3-coarse")] == [
+        (1024, 14, 14), (1024, 15, 15), (1024, 17, 17),
+    ]  # fmt: skip
+    assert b"null" not in manifest.to_json()
+    model, frames = ServedModel(classifier), Frames(classifier)
+    points = ["s3-authors", "s1-r1", "s3-coarse", "s3-r1", "s3-authors", "s1-authors"]
+    latents = [model.decode(point, frames.payload(point, k)) for k, point in enumerate(points)]
+    together = model.compute(points, latents)
+    for point, latent, output in zip(points, latents, together, strict=True):
+        (alone,) = model.compute([point], [latent])
+        assert isinstance(output, pb.Output)
+        assert isinstance(alone, pb.Output)
+        assert [label.index for label in output.classification.labels] == [
+            label.index for label in alone.classification.labels
+        ]
+        assert output.classification.labels[0].score == pytest.approx(alone.classification.labels[0].score, rel=1e-3)
+
+
 def test_an_imported_point_is_measured_like_any_other(classifier: Bundle, tmp_path: Path) -> None:
     photo(1, (90, 70)).save(tmp_path / "one.png")
     result = evaluate(classifier, [LabelledPhoto(tmp_path / "one.png", 3)])
@@ -175,7 +200,7 @@ def test_an_imported_point_is_measured_like_any_other(classifier: Bundle, tmp_pa
         ({"split": "s4"}, "is for s4 of resnet50"),
         ({"true_cut": False}, "it cannot be sent"),
         ({"feature_shape": [2048, 9, 9]}, "is for features of"),
-        ({"output_shape": [2048, 8, 8]}, "next segment takes"),
+        ({"output_shape": [1024, 8, 8]}, "decodes to \\(1024, 8, 8\\), with which the rest of resnet50 fails"),
         ({"files": {}}, "import it with --features"),
     ],
 )

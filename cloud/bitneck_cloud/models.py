@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, SegmentChain, segments_of
 from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
+from bitneck.manifest import Manifest, PointEntry
 from bitneck.runtime import ModulePool
 from bitneck.similar import Reference
 from bitneck.v1 import inference_pb2 as pb
@@ -18,6 +19,8 @@ from bitneck_cloud.outputs import frames_of_a_pass, output_of
 __all__ = ["ServedModel"]
 
 _LOG = logging.getLogger(__name__)
+
+_Lane = tuple[str, tuple[int, int, int]] | None
 
 
 class ServedModel:
@@ -48,6 +51,7 @@ class ServedModel:
         self.max_frames = frames_of_a_pass(bundle.manifest, len(self.labels))
         self._chain = SegmentChain(bundle, threads=threads, pool=pool)
         self.decoders = {point.id: PointDecoder(bundle, point, pool=pool) for point in self.ladder}
+        self._lanes = {point.id: _lane(bundle.manifest, point) for point in bundle.manifest.points}
         self._tail_start = {point.id: self._chain.head_length(point.split) for point in self.ladder}
         conditional = [d.conditional for d in self.decoders.values() if d.conditional is not None]
         self.kept_bytes = max((codec.kept_bytes for codec in conditional), default=0)
@@ -128,12 +132,27 @@ class ServedModel:
         self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]
     ) -> tuple[list[int], NDArray[np.float32]]:
         """Which frame each row of the logits belongs to, and the logits: (N, K), or (N, K, H, W) for segmentation."""
+        lanes: dict[_Lane, list[int]] = {}
+        for row, point in enumerate(points):
+            lanes.setdefault(self._lanes[point], []).append(row)
         order: list[int] = []
-        parts: list[NDArray[np.float32]] = []
-        for step in plan_batch(points, self._tail_start, len(self._chain)):
-            for group in step.joining:
-                parts.append(self.decoders[group.point].decode(np.stack([latents[row] for row in group.rows])))
-                order += group.rows
-            f = np.concatenate(parts) if len(parts) > 1 else parts[0]
-            parts = [self._chain.run(f, step.segment, step.segment + 1)]
-        return order, parts[0] if parts else np.empty((0, len(self.labels)), dtype=np.float32)
+        logits: list[NDArray[np.float32]] = []
+        for rows in lanes.values():
+            parts: list[NDArray[np.float32]] = []
+            for step in plan_batch([points[row] for row in rows], self._tail_start, len(self._chain)):
+                for group in step.joining:
+                    members = [rows[k] for k in group.rows]
+                    parts.append(self.decoders[group.point].decode(np.stack([latents[row] for row in members])))
+                    order += members
+                f = np.concatenate(parts) if len(parts) > 1 else parts[0]
+                parts = [self._chain.run(f, step.segment, step.segment + 1)]
+            logits += parts
+        if len(logits) == 1:
+            return order, logits[0]
+        return order, np.concatenate(logits) if logits else np.empty((0, len(self.labels)), dtype=np.float32)
+
+
+def _lane(manifest: Manifest, point: PointEntry) -> _Lane:
+    """What has to be equal for frames to share a pass: frames whose decoders return the features that were sent do."""
+    shape = manifest.decoded_shape(point.id)
+    return None if shape == manifest.split(point.split).feature_shape else (point.split, shape)

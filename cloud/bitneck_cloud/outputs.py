@@ -50,7 +50,7 @@ def output_tensors(manifest: Manifest, classes: int) -> tuple[OutputTensor, ...]
 
 
 def frames_of_a_pass(manifest: Manifest, classes: int) -> int:
-    """So many frames fit into a pass: no feature at a split point, and no logits, of more than `PASS_BYTES`.
+    """So many frames fit into a pass: no feature, sent or decoded, and no logits, of more than `PASS_BYTES`.
 
     Raises:
         BundleCorrupt: more classes than a class map can name.
@@ -60,6 +60,7 @@ def frames_of_a_pass(manifest: Manifest, classes: int) -> int:
             f"{manifest.labels} has {classes} classes, a class map can name 1 to {MAX_CLASSES}; export the bundle again"
         )
     sizes = [math.prod(split.feature_shape) for split in manifest.split_points]
+    sizes += [math.prod(manifest.decoded_shape(point.id)) for point in manifest.points]
     sizes += [math.prod(tensor.shape) for tensor in output_tensors(manifest, classes)]
     if manifest.task == "segmentation":
         sizes.append(classes * manifest.input.pixels)

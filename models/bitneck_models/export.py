@@ -22,6 +22,7 @@ from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck.manifest import FileRole, Manifest, PointEntry, Segment, SplitPoint
 from bitneck_models.backbones import Backbone
 from bitneck_models.onnx_export import to_onnx
+from bitneck_models.spic_point import SpicRecord
 from bitneck_models.units import BottleneckUnit
 from bitneck_models.zoo import MeasuredLadder, MeasuredPoint, ZooEntry
 
@@ -75,6 +76,9 @@ def export_bundle(
     shapes = {split: backbone.feature_shape(split) for split in splits}
     for name, record in imported.items():
         record.check_fits(name, backbone.name, shapes)
+        _check_decoded(name, record, backbone)
+    others = {name: r.output_shape for name, r in imported.items() if r.output_shape != shapes[r.split]}
+    any_size_after = min((splits.index(imported[name].split) for name in others), default=len(splits))
     cuts = [backbone.split_index(split) for split in splits]
     bounds = [0, *cuts, len(backbone.stages)]
     units = {point.id: entry.unit(backbone, point) for point in points}
@@ -88,7 +92,8 @@ def export_bundle(
             path = f"segments/{index:02d}-{name}.onnx"
             shape = backbone.input_shape if index == 0 else shapes[splits[index - 1]]
             role = "edge" if index == 0 else "cloud" if index == len(splits) else "both"
-            writer.add(path, to_onnx(backbone.segment(start, stop), shape), role)  # type: ignore[arg-type]
+            data = to_onnx(backbone.segment(start, stop), shape, any_size=index > any_size_after)
+            writer.add(path, data, role)  # type: ignore[arg-type]
             segments.append(Segment(name=name, file=path))
         for point in points:
             progress(f"point {point.id}")
@@ -116,7 +121,10 @@ def export_bundle(
             ),
             points=(
                 *(_entry(p.id, p.split, p.stride, p.step, units[p.id].latent_shape, measured) for p in points),
-                *(_entry(name, r.split, r.stride, r.step, r.latent_shape, measured) for name, r in imported.items()),
+                *(
+                    _entry(name, r.split, r.stride, r.step, r.latent_shape, measured, decoded=others.get(name))
+                    for name, r in imported.items()
+                ),
             ),
             uncompressed_accuracy=measured.uncompressed_accuracy if measured is not None else 0.0,
             labels="labels.json",
@@ -128,6 +136,25 @@ def export_bundle(
     return bundle, proofs[0]
 
 
+@torch.no_grad()
+def _check_decoded(point_id: str, record: SpicRecord, backbone: Backbone) -> None:
+    """Refuse an imported point with which the tail does not give an answer; only its decoder's size may be its own.
+
+    Raises:
+        InvalidConfig: such a point.
+    """
+    try:
+        answer = tuple(backbone.tail(record.split)(torch.zeros(1, *record.output_shape)).shape[1:])
+        problem = f"gives {answer}, not {backbone.output_shape}" if answer != backbone.output_shape else None
+    except RuntimeError as exc:
+        problem = f"fails ({str(exc).splitlines()[0]})"
+    if problem is not None:
+        raise InvalidConfig(
+            f"the imported point {point_id} decodes to {record.output_shape}, with which the rest of {backbone.name} "
+            f"{problem}; remove its folder to export the others"
+        )
+
+
 def _entry(
     point_id: str,
     split: str,
@@ -135,6 +162,7 @@ def _entry(
     step: float,
     latent_shape: tuple[int, int, int],
     measured: MeasuredLadder | None,
+    decoded: tuple[int, int, int] | None = None,
 ) -> PointEntry:
     """The manifest's entry of a point; one that was not measured yet says so by zero accuracy."""
     result = measured.points.get(point_id) if measured is not None else None
@@ -147,6 +175,7 @@ def _entry(
         channels=latent_shape[0],
         step=step,
         latent_shape=latent_shape,
+        decoded_shape=decoded,
         payload_bytes=result.payload_bytes,
         bpp_payload=result.bpp_payload,
         accuracy=result.accuracy,
@@ -192,7 +221,10 @@ def prove(bundle: Bundle, backbone: Backbone, units: dict[str, BottleneckUnit], 
             if point.split == split.name:
                 unit = units.get(point.id)
                 if unit is None:
-                    PointDecoder(bundle, point).decode(_onnx_latent(bundle, point.id, f))
+                    f_hat = PointDecoder(bundle, point).decode(_onnx_latent(bundle, point.id, f))
+                    answer = chain.run(f_hat, head, len(chain))
+                    expected = backbone.tail(split.name)(torch.from_numpy(f_hat)).numpy()
+                    decoders[f"{point.id} + tail"] = _difference(answer, expected)
                     continue
                 y = unit.encoder(reference)
                 encoders[point.id] = _difference(_onnx_latent(bundle, point.id, f), y.numpy())

@@ -1,5 +1,6 @@
 """From a recipe to trained points: features, initialization, training, tables, validation."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from bitneck_models.features import FeatureSpec, cached_features, view_maps
 from bitneck_models.photos import labelled_photos, split_off_validation, unlabelled_photos
 from bitneck_models.recipe import PointRecipe, Recipe
 from bitneck_models.scalars import Scalars
-from bitneck_models.starts import init_linear, init_next
+from bitneck_models.starts import init_linear, init_nested, init_next
 from bitneck_models.tasks import NO_LABEL
 from bitneck_models.training import StepReport, train_unit
 from bitneck_models.units import BottleneckUnit, prune_channels
@@ -272,6 +273,8 @@ def initialized_unit(
         InvalidConfig: the unit does not fit the backbone, or not the point to start from.
     """
     tail = backbone.tail(point.split)
+    if point.topology == "nested":
+        return _nested_unit(entry, point, backbone, features, weights)
     unit = new_unit(backbone, point)
     if point.init in ("task", "principal", "next"):
         most = int(_INIT_BYTES // (4 * np.prod(features.shape[1:])))
@@ -285,14 +288,49 @@ def initialized_unit(
         source = entry.recipe.point(point.init)
         if _geometry(source) != _geometry(point):
             raise InvalidConfig(
-                f"{point.id} cannot start from {source.id}: split, stride, kernel, filters, topology or hidden differ"
+                f"{point.id} cannot start from {source.id}: split, stride, kernel, filters, topology, hidden or group "
+                "differ"
             )
         unit = entry.unit(backbone, source).requires_grad_()
     return unit
 
 
+def _nested_unit(
+    entry: ZooEntry,
+    point: PointRecipe,
+    backbone: Backbone,
+    features: NDArray[np.float16],
+    weights: NDArray[np.float64],
+) -> BottleneckUnit:
+    """See `initialized_unit`: a nested unit begins as a separable one, whose groups are then rotated together."""
+    if point.init == "random":
+        return new_unit(backbone, point)
+    inner = point.model_copy(
+        update={"topology": "separable", "group": (1, 1), "hidden": None, "channels": point.hidden or point.channels}
+    )
+    if point.init not in ("task", "principal", "next"):
+        source = entry.recipe.point(point.init)
+        if source.topology == "nested" and _geometry(source) == _geometry(point):
+            return entry.unit(backbone, source).requires_grad_()
+        inner = inner.model_copy(update={"hidden": source.hidden})
+        if point.hidden is not None:
+            raise InvalidConfig(f"{point.id} takes over the channels of {source.id}: leave `hidden` out")
+    separable = initialized_unit(entry, inner, backbone, features, weights)
+    hidden = separable.latent_shape[0]
+    channels = min(point.channels, hidden * math.prod(point.group))
+    unit = new_unit(backbone, point, channels=channels, hidden=hidden)
+    rows = _sample(weights, min(_INIT_FEATURES, len(features)), seed=1)
+    windows = []
+    with torch.no_grad():
+        for start in range(0, len(rows), _CHUNK):
+            f = torch.from_numpy(features[rows[start : start + _CHUNK]].astype(np.float32))
+            windows.append(separable.encoder(f))
+    init_nested(unit, separable, torch.cat(windows))
+    return unit
+
+
 def _geometry(point: PointRecipe) -> tuple[object, ...]:
-    return point.split, point.stride, point.kernel, point.filters, point.topology, point.hidden
+    return point.split, point.stride, point.kernel, point.filters, point.topology, point.hidden, point.group
 
 
 def symbols_of(

@@ -114,7 +114,7 @@ class PointRecipe(_Strict):
         split: split point of the backbone.
         stride: S.
         channels: Cr when training begins; channels that end with every symbol zero are removed. A point that starts
-            from another one takes over that one's.
+            from another one takes over that one's; a nested one has at most those of its group of windows.
         step: quantizer step Q, in the latent's unit.
         lambda_: weight of the task term, key ``lambda``.
         target_bytes: where given, lambda is only where training begins; it is then moved until the estimated rate is
@@ -122,7 +122,9 @@ class PointRecipe(_Strict):
         kernel: K of the depthwise layers; None for the smallest that covers the stride.
         topology: of the unit; see `bitneck_models.units`.
         filters: D, depthwise filters a channel; see `bitneck_models.units.BottleneckUnit`.
-        hidden: H, channels between the layers, where the topology has any.
+        hidden: H, channels between the layers, where the topology has any; a nested unit that starts from a separable
+            one takes over its latent channels.
+        group: (G1, G2), rows and columns of windows that a nested unit codes together.
         freeze: leave the encoder's layers before its last one as they begin.
         rate: rate term of the first stage.
         task: summands of the task term.
@@ -144,6 +146,7 @@ class PointRecipe(_Strict):
     topology: Topology = "separable"
     filters: Annotated[int, Field(ge=1, le=64)] = 1
     hidden: Annotated[int, Field(ge=1, le=16384)] | None = None
+    group: tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]] = (1, 1)
     freeze: bool = False
     rate: RateKind = "hyperprior"
     task: Annotated[tuple[TaskTerm, ...], Field(min_length=1)] = (TaskTerm(kind="mae"),)

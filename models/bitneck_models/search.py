@@ -78,8 +78,8 @@ class SearchSpace(BaseModel):
         channels: values of Cr to choose from.
         lambda_: smallest and largest weight of the task term, key ``lambda``; sampled on a logarithmic scale.
         step: smallest and largest Q; likewise.
-        topology, filters, hidden, rate, task, init, freeze: see `bitneck_models.recipe.PointRecipe`; ``init`` cannot
-            be another point.
+        topology, filters, hidden, group, rate, task, init, freeze: see `bitneck_models.recipe.PointRecipe`; ``init``
+            cannot be another point.
         training: the schedule of a trial.
         prune_after: share of the first stage's steps after which a hopeless trial ends; 1 for never.
     """
@@ -95,6 +95,7 @@ class SearchSpace(BaseModel):
     topology: Topology = "separable"
     filters: Annotated[int, Field(ge=1, le=64)] = 1
     hidden: Annotated[int, Field(ge=1, le=16384)] | None = None
+    group: tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]] = (1, 1)
     rate: RateKind = "hyperprior"
     task: Annotated[tuple[TaskTerm, ...], Field(min_length=1)] = (TaskTerm(kind="mae"),)
     init: str = "principal"
@@ -113,7 +114,9 @@ class SearchSpace(BaseModel):
 
     def point(self, trial: optuna.Trial) -> PointRecipe:
         """The operating point that a trial stands for."""
-        shared = self.model_dump(include={"split", "topology", "filters", "hidden", "rate", "task", "init", "freeze"})
+        shared = self.model_dump(
+            include={"split", "topology", "filters", "hidden", "group", "rate", "task", "init", "freeze"}
+        )
         return PointRecipe(
             id=f"{self.split}-t{trial.number:04d}",
             stride=trial.suggest_categorical("stride", self.stride),
@@ -132,7 +135,9 @@ class SearchSpace(BaseModel):
         shape = backbone.feature_shape(self.split)
         for stride in self.stride:
             for channels in self.channels:
-                BottleneckUnit(shape, channels, stride, None, self.filters, self.topology, self.hidden)
+                BottleneckUnit(
+                    shape, channels, stride, None, self.filters, self.topology, self.hidden, group=self.group
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,8 +107,7 @@ class SpicRecord(_Strict):
             feature_shapes: (C, Hf, Wf) by split point.
 
         Raises:
-            InvalidConfig: another network's or split point's, no tables, trained where other tensors cross too, or a
-                decoder that does not return the feature's size.
+            InvalidConfig: another network's or split point's, no tables, or trained where other tensors cross too.
         """
         expected = feature_shapes.get(self.split)
         problem = None
@@ -118,8 +117,6 @@ class SpicRecord(_Strict):
             problem = f"was trained on the output of {self.module}, where other tensors cross too: it cannot be sent"
         elif self.feature_shape != expected:
             problem = f"is for features of {self.feature_shape}, the network's are {expected}"
-        elif self.output_shape != expected:
-            problem = f"decodes to {self.output_shape}, the network's next segment takes {expected}"
         elif "tables.npz" not in self.files:
             problem = "has no tables: import it with --features"
         if problem is not None:

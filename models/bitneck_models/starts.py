@@ -10,6 +10,10 @@ batch norm, which has learned from far more photographs than a unit ever sees. W
 the components that matter for the output, which a linear regression tells. The decoder begins as the regression from
 the pooled activations back to the places of the feature.
 
+A nested unit begins as a separable one, ``principal``, ``task`` or trained, with the Karhunen-Loeve transform of its
+groups of windows on top. The latents of a trained unit are in the metric that counts already: the rate term has made
+an error of one step in any of them cost the task about the same.
+
 Dimensions: N batch, C feature channels, D filters a channel, H hidden channels, Cr latent channels, K kernel.
 """
 
@@ -20,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
-from bitneck_models.units import BottleneckUnit, Geometry
+from bitneck_models.units import BottleneckUnit, Gather, Geometry
 
-__all__ = ["init_linear", "init_next"]
+__all__ = ["init_linear", "init_nested", "init_next"]
 
 _RIDGE = 0.02
 """Share of the identity in a metric: keeps directions that the sample missed."""
@@ -44,6 +48,8 @@ def init_linear(
     Raises:
         InvalidConfig: an inverted unit, or a number of filters that has no grid.
     """
+    if unit.topology == "nested":
+        raise InvalidConfig("a nested unit starts from a separable one, see `init_nested`")
     if unit.topology == "inverted":
         raise InvalidConfig(f"an inverted unit starts from {'next'!r} or {'random'!r}, its first layer is not linear")
     if unit.geometry.kernel > 2 * unit.geometry.stride:
@@ -98,6 +104,48 @@ def _set_linear(
         last.weight[:, : out.shape[1]].copy_(out)
     first_norm.bias[: len(into)].copy_(-analysis @ mean)
     last_norm.bias.copy_(mean)
+
+
+@torch.no_grad()
+def init_nested(unit: BottleneckUnit, inner: BottleneckUnit, latents: Tensor) -> None:
+    """Set a nested unit's weights, in place, to a separable unit's and a rotation of its groups of windows.
+
+    Args:
+        unit: nested; H must be the latent channels of the other.
+        inner: separable, of the same feature, stride, kernel and filters.
+        latents: of `inner`, (N, H, h * G1, w * G2) float32.
+
+    Raises:
+        InvalidConfig: another topology, or units that do not fit together.
+    """
+    if (unit.topology, inner.topology) != ("nested", "separable") or inner.outer != "none":
+        raise InvalidConfig(
+            f"a nested unit starts from a linear separable one, got {unit.topology} from {inner.topology}"
+        )
+    _identity_norms(unit)
+    encoder, decoder = unit.encoder, unit.decoder
+    copies = [
+        (encoder.body, inner.encoder.body, ("spatial", "spatial_norm", "inner")),
+        (decoder.body, inner.decoder.body, ("inner", "spatial", "spatial_norm", "outer")),
+    ]
+    pairs = [(whole.get_submodule(name), part.get_submodule(name)) for whole, part, names in copies for name in names]
+    pairs += [
+        (_conv(encoder.body, "first"), inner.encoder.mix),
+        (_norm(encoder.body, "first_norm"), inner.encoder.mix_norm),
+        (_conv(decoder.body, "first"), inner.decoder.mix),
+        (_norm(decoder.body, "first_norm"), _norm(inner.decoder.body, "mix_norm")),
+    ]
+    for module, source in pairs:
+        try:
+            module.load_state_dict(source.state_dict())
+        except RuntimeError as exc:
+            raise InvalidConfig(f"a nested unit must be as large as the one it starts from: {exc}") from exc
+    covariance, mean = _moments(Gather(unit.group)(latents))
+    analysis, synthesis = _components(covariance, torch.eye(len(covariance)), unit.latent_shape[0])
+    encoder.mix.weight.copy_(analysis[:, :, None, None])
+    encoder.mix_norm.bias.copy_(-analysis @ mean)
+    decoder.mix.weight.copy_(synthesis[:, :, None, None])
+    _norm(decoder.body, "mix_norm").bias.copy_(mean)
 
 
 def init_next(unit: BottleneckUnit, tail: nn.Module, features: Tensor) -> None:

@@ -8,8 +8,10 @@
     conv         K x K at S to Cr
     conv2        the same, then 3x3
     inverted     1x1 to H, depthwise K x K at S, 1x1 to Cr               ours: can begin with the network's next layer
+    nested       depthwise K x K at S, 1x1 to H, G1 x G2 windows to Cr   ours: codes what distant windows share once
 
-Each decoder mirrors its encoder; that of ``inverted`` is the one of ``separable``. Every convolution has a batch norm.
+Each decoder mirrors its encoder; that of ``inverted`` is the one of ``separable``. With ``nested`` the latent is
+smaller, h = ceil(Hf / S) / G1 and w = ceil(Wf / S) / G2. Every convolution has a batch norm.
 Differences from the paper, each measured in ``docs/decisions.md``: the kernel covers its stride; a depthwise layer may
 have several filters a channel; the latent and the decoder's output have no activation, because the features at our
 split points have none; and the activations inside are PReLUs that start as the identity, so that a unit can be started
@@ -29,7 +31,7 @@ from bitneck.errors import InvalidConfig
 __all__ = ["BottleneckUnit", "Decoder", "Encoder", "Geometry", "Topology", "prune_channels"]
 
 Activation = Literal["prelu", "relu", "none"]
-Topology = Literal["separable", "separable2", "conv", "conv2", "inverted"]
+Topology = Literal["separable", "separable2", "conv", "conv2", "inverted", "nested"]
 
 
 class Geometry:
@@ -85,6 +87,37 @@ class _Crop(nn.Module):
 
     def forward(self, f: Tensor) -> Tensor:
         return self.geometry.crop(f)
+
+
+class Gather(nn.Module):
+    """The windows of a group, their channels one after the other.
+
+    Args:
+        group: (G1, G2) windows.
+    """
+
+    def __init__(self, group: tuple[int, int]) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(N, H, h * G1, w * G2) to (N, H * G1 * G2, h, w)."""
+        (rows, columns), (n, c, height, width) = self.group, t.shape
+        t = t.reshape(n, c, height // rows, rows, width // columns, columns).permute(0, 1, 3, 5, 2, 4)
+        return t.reshape(n, c * rows * columns, height // rows, width // columns)
+
+
+class _Scatter(nn.Module):
+    """The inverse of `Gather`."""
+
+    def __init__(self, group: tuple[int, int]) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, t: Tensor) -> Tensor:
+        (rows, columns), (n, c, h, w) = self.group, t.shape
+        t = t.reshape(n, c // (rows * columns), rows, columns, h, w).permute(0, 1, 4, 2, 5, 3)
+        return t.reshape(n, c // (rows * columns), h * rows, w * columns)
 
 
 def _activation(kind: Activation, channels: int) -> nn.Module:
@@ -170,7 +203,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, *, same: bool
 
 
 class _Builder:
-    """The layers of each topology; C, Cr, D, H and activations as in `BottleneckUnit`."""
+    """The layers of each topology; C, Cr, D, H, (G1, G2) and activations as in `BottleneckUnit`."""
 
     def __init__(
         self,
@@ -179,9 +212,11 @@ class _Builder:
         geometry: Geometry,
         filters: int,
         hidden: int,
+        group: tuple[int, int],
         inner: Activation,
         outer: Activation,
     ) -> None:
+        self.group = group
         self.c, self.cr, self.d, self.h = channels, latent_channels, filters, hidden
         self.geometry, self.inner, self.outer = geometry, inner, outer
 
@@ -258,6 +293,21 @@ class _Builder:
         )  # fmt: skip
         return Encoder(encoder, _conv(h, self.cr, 1), self.outer), self.places()
 
+    def nested(self) -> tuple[Encoder, Decoder]:
+        wide, h, norm = self.c * self.d, self.h, nn.BatchNorm2d
+        grouped = h * math.prod(self.group)
+        encoder = _named(
+            pad=_Pad(self.geometry), spatial=self.down(self.c, self.d), spatial_norm=norm(wide), inner=self.act(wide),
+            first=_conv(wide, h, 1), first_norm=norm(h), first_inner=self.act(h), gather=Gather(self.group),
+        )  # fmt: skip
+        decoder = _named(
+            mix_norm=norm(grouped), first_inner=self.act(grouped), scatter=_Scatter(self.group),
+            first=_conv(h, wide, 1), first_norm=norm(wide), inner=self.act(wide),
+            spatial=self.up(self.c, self.d), crop=_Crop(self.geometry), spatial_norm=norm(self.c),
+            outer=_activation(self.outer, self.c),
+        )  # fmt: skip
+        return Encoder(encoder, _conv(grouped, self.cr, 1), self.outer), Decoder(_conv(self.cr, grouped, 1), decoder)
+
 
 class BottleneckUnit(nn.Module):
     """Encoder and decoder of one operating point.
@@ -272,14 +322,16 @@ class BottleneckUnit(nn.Module):
             feature and still keep g x g places of it, and the 1x1 layers see them together, so that what neighbouring
             places share is coded once.
         topology: see the module.
-        hidden: H, channels between the layers of ``separable2`` and ``conv2`` (None for Cr) and of ``inverted`` (None
-            for 4 C).
+        hidden: H, channels between the layers of ``separable2``, ``conv2`` and ``nested`` (None for Cr) and of
+            ``inverted`` (None for 4 C).
+        group: (G1, G2), windows that ``nested`` codes together, rows and columns; the numbers of windows must be
+            multiples of them.
         inner: activation between the layers of a half.
         outer: activation of the latent and of the decoder's output.
 
     Raises:
-        InvalidConfig: a geometry that does not fit, an option the topology has no use for, or more latent channels
-            than the layer before them.
+        InvalidConfig: a geometry or a group that does not fit, an option the topology has no use for, or more latent
+            channels than the layer before them.
     """
 
     def __init__(
@@ -293,6 +345,7 @@ class BottleneckUnit(nn.Module):
         hidden: int | None = None,
         inner: Activation = "prelu",
         outer: Activation = "none",
+        group: tuple[int, int] = (1, 1),
     ) -> None:
         super().__init__()
         channels, height, width = feature_shape
@@ -303,6 +356,12 @@ class BottleneckUnit(nn.Module):
         if hidden is not None and topology in ("separable", "conv"):
             raise InvalidConfig(f"topology {topology} has one layer, so nothing is hidden; got hidden = {hidden}")
         geometry = Geometry((height, width), stride, kernel)
+        if group != (1, 1) and topology != "nested":
+            raise InvalidConfig(f"topology {topology} codes each window by itself; got group = {list(group)}")
+        if any(g < 1 or n % g for n, g in zip(geometry.latent, group, strict=True)):
+            raise InvalidConfig(
+                f"groups of {group[0]}x{group[1]} do not tile the {geometry.latent[0]}x{geometry.latent[1]} windows"
+            )
         self.hidden = hidden or (4 * channels if topology == "inverted" else latent_channels)
         limits: dict[str, int] = {
             "separable": channels * filters,
@@ -310,6 +369,7 @@ class BottleneckUnit(nn.Module):
             "conv": channels * geometry.kernel**2,
             "conv2": 9 * self.hidden,
             "inverted": self.hidden,
+            "nested": self.hidden * math.prod(group),
         }
         if not 1 <= latent_channels <= limits[topology]:
             raise InvalidConfig(
@@ -317,13 +377,14 @@ class BottleneckUnit(nn.Module):
                 f"{channels} feature channels, {filters} filters)"
             )
         self.feature_shape = feature_shape
-        self.latent_shape = (latent_channels, *geometry.latent)
+        self.latent_shape = (latent_channels, geometry.latent[0] // group[0], geometry.latent[1] // group[1])
+        self.group = group
         self.geometry = geometry
         self.filters = filters
         self.topology: Topology = topology
         self.inner: Activation = inner
         self.outer: Activation = outer
-        builder = _Builder(channels, latent_channels, geometry, filters, self.hidden, inner, outer)
+        builder = _Builder(channels, latent_channels, geometry, filters, self.hidden, group, inner, outer)
         self.encoder: Encoder
         self.decoder: Decoder
         self.encoder, self.decoder = getattr(builder, topology)()
@@ -367,6 +428,7 @@ def prune_channels(unit: BottleneckUnit, keep: Tensor) -> BottleneckUnit:
     small = BottleneckUnit(
         unit.feature_shape, int(keep.numel()), unit.geometry.stride, unit.geometry.kernel, unit.filters, unit.topology,
         None if unit.topology in ("separable", "conv") else unit.hidden, unit.inner, unit.outer,
+        unit.group,
     )  # fmt: skip
     state = unit.state_dict()
     for name, value in state.items():

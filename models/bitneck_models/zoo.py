@@ -138,7 +138,8 @@ class ZooEntry:
             )
         try:
             state = load_file(path)
-            unit = new_unit(backbone, point, channels=int(state["encoder.mix_norm.weight"].shape[0]))
+            hidden = int(state["encoder.body.first_norm.weight"].shape[0]) if point.topology == "nested" else None
+            unit = new_unit(backbone, point, channels=int(state["encoder.mix_norm.weight"].shape[0]), hidden=hidden)
             unit.load_state_dict(state)
         except (RuntimeError, KeyError, SafetensorError, OSError) as exc:
             raise BundleCorrupt(f"{path} does not fit the recipe ({exc}); train {point.id} again") from exc
@@ -257,19 +258,22 @@ def round_weights(unit: BottleneckUnit) -> None:
             value.copy_(value.half().float())
 
 
-def new_unit(backbone: Backbone, point: PointRecipe, channels: int | None = None) -> BottleneckUnit:
+def new_unit(
+    backbone: Backbone, point: PointRecipe, channels: int | None = None, hidden: int | None = None
+) -> BottleneckUnit:
     """A fresh unit of a point's geometry, its weights drawn from seed 0.
 
     Args:
         backbone: gives the feature's shape.
         point: gives topology, stride and kernel.
         channels: Cr; None for the recipe's.
+        hidden: H; None for the recipe's.
 
     Raises:
         InvalidConfig: a split point, stride or number of channels that does not fit the backbone.
     """
     feature_shape = backbone.feature_shape(point.split)
-    hidden = point.hidden or (point.channels if point.topology in ("separable2", "conv2") else None)
+    inherited = point.channels if point.topology in ("separable2", "conv2", "nested") else None
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return BottleneckUnit(
@@ -279,5 +283,6 @@ def new_unit(backbone: Backbone, point: PointRecipe, channels: int | None = None
             point.kernel,
             point.filters,
             point.topology,
-            hidden,
+            hidden or point.hidden or inherited,
+            group=point.group,
         ).eval()

@@ -177,7 +177,7 @@ class PointDecoder:
         self.point = point
         self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
         self.conditional = _conditional(bundle, point, self.codec)
-        self.feature_shape = bundle.manifest.split(point.split).feature_shape
+        self.decoded_shape = bundle.manifest.decoded_shape(point.id)
         self._module = _load(bundle, bundle.decoder_path(point.id), threads, pool)
 
     def symbols(self, payload: bytes, reference: Reference | None = None) -> NDArray[np.int32]:
@@ -215,14 +215,14 @@ class PointDecoder:
             y_hat: (N, Cr, h, w) float32.
 
         Returns:
-            f_hat, (N, C, Hf, Wf) float32.
+            f_hat, (N, C, Hf, Wf) float32, or what `bitneck.manifest.PointEntry.decoded_shape` says.
 
         Raises:
-            ModelFailure: the decoder failed, or gave another shape than the split point's.
+            ModelFailure: the decoder failed, or gave another shape.
         """
         f_hat = self._module.run(y_hat)
-        if f_hat.shape[1:] != self.feature_shape:
-            raise ModelFailure(f"decoder of {self.point.id} gave {f_hat.shape[1:]}, expected {self.feature_shape}")
+        if f_hat.shape[1:] != self.decoded_shape:
+            raise ModelFailure(f"decoder of {self.point.id} gave {f_hat.shape[1:]}, expected {self.decoded_shape}")
         return f_hat
 
 

@@ -111,7 +111,12 @@ class SplitPoint(_Strict):
 
 
 class PointEntry(_Strict):
-    """An operating point as the manifest records it, with what was measured, on what and when."""
+    """An operating point as the manifest records it, with what was measured, on what and when.
+
+    Attributes:
+        decoded_shape: (C, H', W') of what its decoder returns, where that is not the split point's feature shape: the
+            segments after it then take a feature of that height and width too. None where it is.
+    """
 
     id: Id
     split: Id
@@ -119,6 +124,7 @@ class PointEntry(_Strict):
     channels: Dimension
     step: Annotated[float, Field(gt=0)]
     latent_shape: Shape3
+    decoded_shape: Shape3 | None = None
     payload_bytes: Annotated[float, Field(ge=0)]
     bpp_payload: Annotated[float, Field(ge=0)]
     accuracy: Annotated[float, Field(ge=0, le=1)]
@@ -185,6 +191,8 @@ class Manifest(_Strict):
                 raise ValueError(f"operating point {entry.id} is at split {entry.split!r}, which is not listed")
             if entry.channels != entry.latent_shape[0]:
                 raise ValueError(f"operating point {entry.id}: channels differ from the latent shape")
+            if self.decoded_shape(entry.id)[0] != self.split(entry.split).feature_shape[0]:
+                raise ValueError(f"operating point {entry.id}: decoded channels differ from the feature's")
         needed = {self.labels, *(segment.file for segment in self.segments)}
         needed |= {
             f"points/{p.id}/{name}" for p in self.points for name in ("encoder.onnx", "decoder.onnx", "tables.npz")
@@ -223,6 +231,11 @@ class Manifest(_Strict):
         """The operating points in order of rate."""
         return Ladder(entry.operating_point() for entry in self.points)
 
+    def decoded_shape(self, point_id: str) -> Shape3:
+        """(C, H', W') of what the decoder of a point of this manifest returns: `PointEntry.decoded_shape`."""
+        entry = next(entry for entry in self.points if entry.id == point_id)
+        return entry.decoded_shape or self.split(entry.split).feature_shape
+
     def split(self, name: str) -> SplitPoint:
         """The split point of this name, which an operating point of this manifest names."""
         return next(split for split in self.split_points if split.name == name)
@@ -233,7 +246,7 @@ class Manifest(_Strict):
 
     def to_json(self) -> bytes:
         """The exact bytes of ``manifest.json``."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
+        return (self.model_dump_json(indent=1, exclude_none=True) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Self:
