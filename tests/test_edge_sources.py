@@ -94,12 +94,12 @@ class Camera(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, data: bytes, showings: int) -> None:
-        self.data, self.left = data, showings
+        self.data, self.left, self.file = data, showings, "camera.ts"
         super().__init__(("127.0.0.1", 0), Handler)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/camera.ts"
+        return f"http://127.0.0.1:{self.server_address[1]}/{self.file}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -111,6 +111,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.server.left -= 1
         self.send_response(200)
+        if self.server.file != "camera.ts":  # a camera does not know how much it will send
+            self.send_header("Content-Length", str(len(self.server.data)))
         self.end_headers()
         self.wfile.write(self.server.data)
 
@@ -133,6 +135,21 @@ async def test_a_camera_that_breaks_off_is_opened_again(camera: Camera) -> None:
     assert len(pictures) == 25
     assert camera.left == 0
     assert all(p.unix_us > 0 for p in pictures)
+
+
+async def test_a_video_behind_a_url_is_shown_once(camera: Camera) -> None:
+    camera.data, camera.file = video_bytes(10, container="matroska"), "drive.mkv"
+    pictures = await taken(read_sources([Source(camera.url)], retries=5), at_most=25)
+    assert len(pictures) == 10
+    assert camera.left == 2
+
+
+async def test_a_video_behind_a_url_that_breaks_off_is_opened_again(camera: Camera) -> None:
+    camera.data = video_bytes(40, container="matroska")
+    camera.data, camera.file = camera.data[: len(camera.data) // 3], "drive.mkv"
+    with pytest.raises(ImageError, match=r"drive\.mkv"):
+        await taken(read_sources([Source(camera.url)], retries=1))
+    assert camera.left == 0
 
 
 async def test_a_camera_that_is_unplugged_for_good_is_told(camera: Camera) -> None:

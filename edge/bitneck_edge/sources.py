@@ -38,6 +38,8 @@ _CAMERA = "camera:"
 _OPEN_S, _READ_S = 10.0, 5.0
 """How long a live source may take to open, and between two pictures."""
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.3, 5.0
+_LAST_S = 1.5
+"""A video was shown to its end if its last picture begins so shortly before its duration; sound may be longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Source:
 
     @property
     def live(self) -> bool:
-        """A camera or a network stream: its pictures come when they come, and it has no end of its own."""
+        """A camera or a network stream: its pictures come when they come."""
         return self.name.startswith(_CAMERA) or "://" in self.name
 
     @property
@@ -181,15 +183,18 @@ def _lines(stream: IO[str]) -> Iterator[str]:
 
 
 async def _live(name: str, retries: int) -> AsyncGenerator[Capture]:
-    """A camera or network stream, opened again when it breaks off."""
+    """A camera or network stream, opened again when it breaks off; a video behind a URL ends where it ends."""
     failures, pause, number = 0, _FIRST_PAUSE_S, 0
+    complete = threading.Event()
     while True:
         try:
-            async with contextlib.aclosing(in_thread(lambda: _video(name, None))) as pictures:
+            async with contextlib.aclosing(in_thread(lambda: _video(name, None, complete))) as pictures:
                 async for capture in pictures:
                     failures, pause = 0, _FIRST_PAUSE_S
                     yield replace(capture, name=f"{name}#{number}")
                     number += 1
+            if complete.is_set():
+                return
             error = ImageError(f"{name}: it gave its last picture; is it still plugged in, and is it sending?")
         except ImageError as exc:
             error = exc
@@ -209,8 +214,13 @@ def _av() -> Any:
     return av
 
 
-def _video(name: str, fps: float | None) -> Iterator[Capture]:
+def _video(name: str, fps: float | None, complete: threading.Event | None = None) -> Iterator[Capture]:
     """The pictures of a video or camera, decoded; upright.
+
+    Args:
+        name: as in `Source`.
+        fps: of a video file, the pictures between are left out; None for all.
+        complete: set behind the last picture of something that has a duration, and was shown to its end.
 
     Raises:
         ImageError: it cannot be opened, has no pictures, or breaks off.
@@ -224,8 +234,9 @@ def _video(name: str, fps: float | None) -> Iterator[Capture]:
                 raise ImageError(f"{name}: no video in it")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            due = 0.0
+            due, shown_s = 0.0, 0.0
             for number, frame in enumerate(container.decode(stream)):
+                shown_s = frame.time if frame.time is not None else shown_s
                 if fps and not live and frame.time is not None:
                     if frame.time < due - 1e-6:
                         continue
@@ -233,6 +244,8 @@ def _video(name: str, fps: float | None) -> Iterator[Capture]:
                 yield Capture(
                     _upright(frame), f"{name}#{number}", unix_us=time.time_ns() // 1000 if live else 0, similar=True
                 )
+            if complete is not None and container.duration and shown_s >= container.duration / 1e6 - _LAST_S:
+                complete.set()
     except (av.FFmpegError, OSError, ValueError) as exc:
         raise ImageError(f"{name}: cannot be read as video ({exc})") from exc
 
