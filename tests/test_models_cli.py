@@ -99,9 +99,11 @@ def test_from_photographs_to_the_report(home: Path) -> None:
     assert low["top1_interval"][0] <= low["top1"] <= low["top1_interval"][1]
     assert low["complexity"]["head"] == high["complexity"]["head"]
     assert low["complexity"]["head"]["multiply_adds"] == 8 * 8 * 8 * 48 + 4 * 4 * 12 * 32
-    arguments = ("--backbone", "small", "--split", "s1", "--zoo", "zoo", "--train-data", ".")
+    arguments = ("--split", "s1", "--zoo", "zoo", "--train-data", ".")
     text = run("baselines", "--data", "labelled", *arguments, "--codec", "jpeg", "--codec", "webp", "--json")
     (home / "results" / "baselines.json").write_text(text)
+    with pytest.raises(InvalidConfig, match="leave out --backbone small"):
+        run("baselines", "--data", "labelled", *arguments, "--backbone", "small")
     assert {p["codec"] for p in json.loads(text)["baselines"]} == {
         "jpeg", "webp", "raw float16", "raw 8 bit", "training-free",
     }  # fmt: skip

@@ -393,11 +393,15 @@ def _measured(
 @app.command()
 def baselines(
     data: Data = None,
-    backbone: Annotated[str, typer.Option(help="The network: a name, or a network recipe.")] = "efficientnet_lite0",
+    backbone: Annotated[
+        str | None, typer.Option(help="The network: a name, or a network recipe; efficientnet_lite0 without --zoo.")
+    ] = None,
     codec: Annotated[list[str] | None, typer.Option(help="This image codec only; repeatable.")] = None,
     zoo: Annotated[
         Path | None,
-        typer.Option(help="Its training photographs fit the training-free baseline; without it that one is left out."),
+        typer.Option(
+            help="Its network; its training photographs fit the training-free baseline, which is left out without it."
+        ),
     ] = None,
     train_data: Annotated[Path | None, typer.Option(help="The folder of that recipe's photographs.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="For raw features and the training-free baseline.")] = None,
@@ -413,7 +417,12 @@ def baselines(
     from bitneck_models.pipeline import photo_sets, split_features, table_features
     from bitneck_models.zoo import ZooEntry
 
-    net = ZooEntry(zoo).backbone(weights) if zoo is not None else build_backbone(backbone, weights)
+    if zoo is not None and backbone is not None:
+        raise InvalidConfig(f"--zoo {zoo} names its own network: leave out --backbone {backbone}")
+    if zoo is not None:
+        net = ZooEntry(zoo).backbone(weights)
+    else:
+        net = build_backbone(backbone or "efficientnet_lite0", weights)
     folder = _data_folder(data)
     maps = net.task == "segmentation"
     photos = mapped_photos(folder) if maps else labelled_photos(folder, net.wnids, net.labels)
