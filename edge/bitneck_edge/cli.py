@@ -503,7 +503,7 @@ def points(
 
 def _bundle(bundle: Path | None, server: str | None, model: str | None, cache_dir: Path | None) -> Bundle:
     """A bundle from a folder, or from a server."""
-    from bitneck_edge.client import fetch_bundle
+    from bitneck_edge.fetch import fetch_bundle
 
     if bundle is not None:
         if server is not None:

@@ -13,7 +13,6 @@ import contextlib
 import functools
 import logging
 import os
-import random
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
@@ -21,91 +20,27 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig, Unavailable
-from bitneck.frames import crc32c_hex
+from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.runtime import ModulePool
 from bitneck.workers import Workers
-from bitneck_edge.answers import labels_of, segmentation_of
-from bitneck_edge.cache import cached_bundle, default_cache_dir, forget_old, recall, remember
 from bitneck_edge.capture import Capture, Slots, captures, newest
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
+from bitneck_edge.fetch import fetch_bundle
+from bitneck_edge.frame_answers import answer_of
 from bitneck_edge.link import Link, LinkSettings, Received, Sent
 from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.references import Candidate, Coded
-from bitneck_edge.remote import fetch_file, fetch_manifest, stub_of
-from bitneck_edge.results import Answer, Failure, StageTimes, Switch
+from bitneck_edge.results import Answer, Failure, Switch
 from bitneck_edge.settings import AUTO, EdgeSettings
 
-__all__ = ["EdgeClient", "fetch_bundle"]
+__all__ = ["EdgeClient"]
 
 T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
-_RETRY_PAUSE_S, _MAX_RETRY_PAUSE_S = 0.3, 5.0
 _KEPT_SWITCHES = 1000
 _BUNDLE_CHANGES = 3
 """So often one photograph is encoded again because the server came back with another bundle."""
-
-
-async def fetch_bundle(
-    settings: EdgeSettings,
-    progress: Callable[[int, int], None] = lambda _done, _all: None,
-    *,
-    offline: bool = False,
-) -> Bundle:
-    """The edge's half of the server's bundle, from the cache or from the server.
-
-    Args:
-        settings: server, cache and limits.
-        progress: called with (bytes fetched, bytes to fetch).
-        offline: where no server answers at the first attempt, take the bundle that it had last, if that is cached.
-
-    Raises:
-        Unavailable: no server after the retries.
-        BundleMismatch: not the bundle that `settings.bundle_id` asks for.
-        BundleCorrupt: what arrived is damaged.
-        InvalidConfig: the cache cannot be written.
-    """
-    access = settings.access
-    cache_dir = settings.cache_dir or default_cache_dir()
-    async with access.channel() as channel:
-        stub = stub_of(channel)
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                await access.connected(channel, settings.connect_timeout_s)
-                offer = await fetch_manifest(stub, settings.model, access, settings.answer_timeout_s)
-                break
-            except BitneckError as exc:
-                passing = isinstance(exc, Unavailable) or exc.grpc_status == "DEADLINE_EXCEEDED"
-                if not passing:
-                    raise
-                kept = await asyncio.to_thread(recall, cache_dir, settings.server, settings.model) if offline else None
-                if kept is not None and settings.bundle_id in ("", kept.bundle_id):
-                    _LOG.warning("%s; starting with the bundle that it had last, %s", exc, kept.bundle_id)
-                    return kept
-                if 0 <= settings.retries < attempt:
-                    raise Unavailable(
-                        f"no bitneck server answers at {settings.server} ({attempt} attempts): {exc}; "
-                        "check the address, that `bitneck-cloud serve` runs there, and whether it wants TLS "
-                        "(--tls-ca, --tls-cert)"
-                    ) from exc
-                pause = min(_MAX_RETRY_PAUSE_S, _RETRY_PAUSE_S * 2 ** min(attempt, 8))
-                await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
-        if settings.bundle_id and offer.bundle_id != settings.bundle_id:
-            raise BundleMismatch(f"{settings.server} serves bundle {offer.bundle_id}, expected {settings.bundle_id}")
-
-        def fetch(path: str) -> AsyncGenerator[bytes]:
-            return fetch_file(stub, offer.model, offer.bundle_id, path, access, settings.answer_timeout_s)
-
-        bundle = await cached_bundle(cache_dir, offer.manifest_json, offer.bundle_id, fetch, progress)
-        try:
-            remember(cache_dir, settings.server, settings.model, offer.bundle_id)
-        except InvalidConfig as exc:  # the bundle is there: only a start without the server needs the note
-            _LOG.warning("%s", exc)
-        await asyncio.to_thread(forget_old, cache_dir, time.time())
-        return bundle
 
 
 class EdgeClient:
@@ -416,7 +351,8 @@ class EdgeClient:
                 if turn is not None and encoding is not None and not turn.is_set():
                     turn.set()
                     encoding.release()
-                answer = self._answer(capture, encoded, sent, await sent.answer)
+                received = await sent.answer
+                answer = answer_of(capture, encoded, sent, received, self.bundle.manifest, self.encoder.labels)
                 return answer if self._finish is None else await asyncio.to_thread(self._finish, capture.photo, answer)
             except BundleMismatch:
                 changes += 1
@@ -475,44 +411,6 @@ class EdgeClient:
             rate.sent(sent.seq, decision, len(sent.payload), sent.at, edge_s=edge_s, other_s=other_s)
             sent.answer.add_done_callback(lambda answer: _tell(rate, sent.seq, answer))
         return sent
-
-    def _answer(self, capture: Capture, encoded: EncodedPhoto, sent: Sent, received: Received) -> Answer:
-        manifest, names = self.bundle.manifest, self.encoder.labels
-        segmented = manifest.task == "segmentation"
-        timings = received.result.timings
-        queued, decode, compute = timings.queued_us / 1e3, timings.decode_us / 1e3, timings.compute_us / 1e3
-        round_trip = (received.at - sent.at) * 1e3
-        edge = encoded.load_ms + encoded.preprocess_ms + encoded.head_ms + encoded.encode_ms
-        wait = max(0.0, (sent.at - capture.at) * 1e3 - edge)
-        payload = sent.payload
-        pixels = manifest.input.pixels
-        return Answer(
-            file=capture.name,
-            seq=sent.seq,
-            point=encoded.point,
-            split=encoded.split,
-            payload_bytes=len(payload),
-            reference=sent.reference,
-            wire_bytes=sent.wire_bytes,
-            bpp_payload=len(payload) * 8 / pixels,
-            bpp_wire=sent.wire_bytes * 8 / pixels,
-            payload_crc32c=crc32c_hex(payload),
-            symbols_crc32c=crc32c_hex(encoded.encoded.symbols.astype("<i4").tobytes()),
-            labels=() if segmented else labels_of(received.result),
-            segmentation=segmentation_of(received.result, manifest, names) if segmented else None,
-            ms=StageTimes(
-                wait=wait,
-                load=encoded.load_ms,
-                preprocess=encoded.preprocess_ms,
-                head=encoded.head_ms,
-                encode=encoded.encode_ms,
-                link=max(0.0, round_trip - queued - decode - compute),
-                queued=queued,
-                decode=decode,
-                compute=compute,
-                total=wait + edge + round_trip,
-            ),
-        )
 
     def _opened(self) -> Link:
         if self._link is None:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from bitneck.errors import BitneckError, InvalidConfig
-from bitneck_edge.client import fetch_bundle
 from bitneck_edge.encoder import EdgeEncoder, Photo
+from bitneck_edge.fetch import fetch_bundle
 from bitneck_edge.link import Link, LinkSettings, Received
 from bitneck_edge.settings import EdgeSettings
 
