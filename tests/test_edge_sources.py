@@ -152,6 +152,16 @@ async def test_a_video_behind_a_url_that_breaks_off_is_opened_again(camera: Came
     assert camera.left == 0
 
 
+async def test_a_slow_video_behind_a_url_and_one_without_pictures(camera: Camera) -> None:
+    camera.data, camera.file = video_bytes(4, fps=1, container="matroska"), "slow.mkv"
+    assert len(await taken(read_sources([Source(camera.url)], retries=5), at_most=25)) == 4
+    assert camera.left == 2
+    header = camera.data.index(bytes.fromhex("1f43b675"))  # the first cluster
+    camera.data = camera.data[:header]
+    with pytest.raises(ImageError, match=r"slow\.mkv"):
+        await taken(read_sources([Source(camera.url)], retries=0))
+
+
 async def test_a_camera_that_is_unplugged_for_good_is_told(camera: Camera) -> None:
     camera.left = 1
     found = []

@@ -347,14 +347,21 @@ def test_complexity_is_counted_from_what_is_deployed(tmp_path: Path) -> None:
     ).eval()  # fmt: skip
     path = tmp_path / "a.onnx"
     path.write_bytes(to_onnx(module, (3, 16, 16)))
-    found = onnx_complexity(path)
+    found = onnx_complexity(path, (3, 16, 16))
     assert found == Complexity(3 * 8 * 9 + 8 * 9 + 8 * 10 + 10, 8 * 8 * 8 * 27 + 8 * 8 * 8 * 9 + 80)
     unit = BottleneckUnit((6, 8, 8), 5, 4, filters=4).eval()
     path.write_bytes(to_onnx(unit.decoder, unit.latent_shape))
-    assert onnx_complexity(path).multiply_adds >= 5 * 24 * 4  # the 1x1 layer's at least
+    closed = onnx_complexity(path, unit.latent_shape)
+    assert closed.multiply_adds >= 5 * 24 * 4  # the 1x1 layer's at least
+    convolutions = module[:3].eval()
+    path.write_bytes(to_onnx(convolutions, (3, 16, 16)))
+    closed = onnx_complexity(path, (3, 16, 16))
+    path.write_bytes(to_onnx(convolutions, (3, 16, 16), any_size=True))
+    assert onnx_complexity(path, (3, 16, 16)) == closed
+    assert onnx_complexity(path, (3, 32, 16)).multiply_adds == 2 * closed.multiply_adds
     path.write_bytes(b"no onnx")
     with pytest.raises(BundleCorrupt, match="not readable as ONNX"):
-        onnx_complexity(path)
+        onnx_complexity(path, (3, 16, 16))
 
 
 def test_intervals() -> None:

@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from bitneck.bundle import Bundle
-from bitneck.errors import InvalidConfig
+from bitneck.chain import SegmentChain
+from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
 from bitneck.image import preprocess
+from bitneck.manifest import Manifest
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.models import ServedModel
 from bitneck_edge.client import EdgeClient
 from bitneck_models.backbones import Backbone, build_backbone
 from bitneck_models.evaluation import evaluate
-from bitneck_models.export import export_bundle
+from bitneck_models.export import Proof, export_bundle
 from bitneck_models.photos import LabelledPhoto, proof_images
 from bitneck_models.pipeline import prune_and_fit
 from bitneck_models.spic import PLACES, load_spic
@@ -168,7 +170,7 @@ def test_decoders_of_three_sizes_share_a_batch(classifier: Bundle) -> None:
     assert [manifest.decoded_shape(p) for p in ("s3-r1", "s3-authors", "s3-coarse")] == [
         (1024, 14, 14), (1024, 15, 15), (1024, 17, 17),
     ]  # fmt: skip
-    assert b"null" not in manifest.to_json()
+    assert manifest.to_json().count(b"decoded_shape") == 2
     model, frames = ServedModel(classifier), Frames(classifier)
     points = ["s3-authors", "s1-r1", "s3-coarse", "s3-r1", "s3-authors", "s1-authors"]
     latents = [model.decode(point, frames.payload(point, k)) for k, point in enumerate(points)]
@@ -183,11 +185,51 @@ def test_decoders_of_three_sizes_share_a_batch(classifier: Bundle) -> None:
         assert output.classification.labels[0].score == pytest.approx(alone.classification.labels[0].score, rel=1e-3)
 
 
+def test_a_size_that_fails_takes_only_its_own_frames_along(classifier: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, frames = ServedModel(classifier), Frames(classifier)
+    points = ["s3-coarse", "s3-r1", "s3-authors"]
+    latents = [model.decode(point, frames.payload(point, k)) for k, point in enumerate(points)]
+    run = SegmentChain.run
+
+    def failing(chain: SegmentChain, x: np.ndarray, start: int, stop: int) -> np.ndarray:
+        if x.shape[2:] == (17, 17):
+            raise ModelFailure("no room")
+        return run(chain, x, start, stop)
+
+    monkeypatch.setattr(SegmentChain, "run", failing)
+    results = model.compute(points, latents)
+    assert [type(result) for result in results] == [ModelFailure, pb.Output, pb.Output]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([1024, 14, 14], "must differ"),
+        ([512, 15, 15], "height and width only"),
+        ([1024, 29, 14], "too large for"),
+    ],
+)
+def test_decoded_shapes_that_are_refused(classifier: Bundle, shape: list[int], message: str) -> None:
+    document = json.loads(classifier.manifest.to_json())
+    point = next(p for p in document["points"] if p["id"] == "s3-authors")
+    point["decoded_shape"] = shape
+    with pytest.raises(BundleCorrupt, match=f"s3-authors.*{message}"):
+        Manifest.from_json(json.dumps(document).encode(), "x")
+
+
+def test_a_proof_with_no_number_in_it_does_not_hold() -> None:
+    assert not Proof({"a": 1e-6}, {}, {"b": float("nan")}).worst <= 1e-4
+
+
 def test_an_imported_point_is_measured_like_any_other(classifier: Bundle, tmp_path: Path) -> None:
     photo(1, (90, 70)).save(tmp_path / "one.png")
     result = evaluate(classifier, [LabelledPhoto(tmp_path / "one.png", 3)])
     (authors,) = [p for p in result.points if p.id == "s1-authors"]
     assert authors.complexity.encoder.parameters > 2048 * 9
+    work = {p.id: p.complexity for p in result.points}
+    network = work["s3-r1"].head.multiply_adds + work["s3-r1"].tail.multiply_adds
+    assert network == work["s1-r1"].head.multiply_adds + work["s1-r1"].tail.multiply_adds > 4e9
+    assert work["s3-coarse"].tail.multiply_adds > work["s3-r1"].tail.multiply_adds
     document = ZooEntry(classifier.root.parent / "zoo").annotated(json.loads(json.dumps(result.to_dict())))
     curves = {p["id"]: p["recipe"]["curve"] for p in document["points"] if p["id"] == "s1-authors"}
     assert curves == {"s1-authors": "s1 of the authors"}

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, SegmentChain, segments_of
 from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
-from bitneck.manifest import Manifest, PointEntry
 from bitneck.runtime import ModulePool
 from bitneck.similar import Reference
 from bitneck.v1 import inference_pb2 as pb
@@ -21,6 +20,8 @@ __all__ = ["ServedModel"]
 _LOG = logging.getLogger(__name__)
 
 _Lane = tuple[str, tuple[int, int, int]] | None
+"""What frames that share a pass have in common: None where their features are as large as those that were sent, or the
+split point and the shape that the decoder returns."""
 
 
 class ServedModel:
@@ -51,7 +52,10 @@ class ServedModel:
         self.max_frames = frames_of_a_pass(bundle.manifest, len(self.labels))
         self._chain = SegmentChain(bundle, threads=threads, pool=pool)
         self.decoders = {point.id: PointDecoder(bundle, point, pool=pool) for point in self.ladder}
-        self._lanes = {point.id: _lane(bundle.manifest, point) for point in bundle.manifest.points}
+        self._lanes: dict[str, _Lane] = {
+            point.id: (point.split, point.decoded_shape) if point.decoded_shape is not None else None
+            for point in bundle.manifest.points
+        }
         self._tail_start = {point.id: self._chain.head_length(point.split) for point in self.ladder}
         conditional = [d.conditional for d in self.decoders.values() if d.conditional is not None]
         self.kept_bytes = max((codec.kept_bytes for codec in conditional), default=0)
@@ -109,7 +113,8 @@ class ServedModel:
     def compute(self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]) -> list[pb.Output | BitneckError]:
         """One pass of a batch through the bottleneck decoders and the tail; see `bitneck_cloud.batching`.
 
-        A frame whose logits are not finite fails alone; a failure of ONNX Runtime fails every frame of the pass.
+        A frame whose logits are not finite fails alone; a failure of ONNX Runtime fails the frames that went through it
+        together: those whose decoded features are of one size.
 
         Args:
             points: each frame's operating point.
@@ -118,41 +123,32 @@ class ServedModel:
         Returns:
             One result per frame, in order.
         """
-        try:
-            order, logits = self._walk(points, latents)
-        except ModelFailure as exc:
-            _LOG.error("a batch of %d frames failed: %s", len(points), exc)
-            return [ModelFailure("the model failed on this frame's batch; the server's log says why")] * len(points)
+        lanes: dict[_Lane, list[int]] = {}
+        for row, point in enumerate(points):
+            lanes.setdefault(self._lanes[point], []).append(row)
         results: list[pb.Output | BitneckError] = [ModelFailure("not computed")] * len(points)
-        for row, one in zip(order, logits, strict=True):
-            results[row] = output_of(self.manifest, self.labels, one)
+        for rows in lanes.values():
+            try:
+                order, logits = self._walk([points[row] for row in rows], [latents[row] for row in rows])
+            except ModelFailure as exc:
+                _LOG.error("a batch of %d frames failed: %s", len(rows), exc)
+                for row in rows:
+                    results[row] = ModelFailure("the model failed on this frame's batch; the server's log says why")
+                continue
+            for k, one in zip(order, logits, strict=True):
+                results[rows[k]] = output_of(self.manifest, self.labels, one)
         return results
 
     def _walk(
         self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]
     ) -> tuple[list[int], NDArray[np.float32]]:
         """Which frame each row of the logits belongs to, and the logits: (N, K), or (N, K, H, W) for segmentation."""
-        lanes: dict[_Lane, list[int]] = {}
-        for row, point in enumerate(points):
-            lanes.setdefault(self._lanes[point], []).append(row)
         order: list[int] = []
-        logits: list[NDArray[np.float32]] = []
-        for rows in lanes.values():
-            parts: list[NDArray[np.float32]] = []
-            for step in plan_batch([points[row] for row in rows], self._tail_start, len(self._chain)):
-                for group in step.joining:
-                    members = [rows[k] for k in group.rows]
-                    parts.append(self.decoders[group.point].decode(np.stack([latents[row] for row in members])))
-                    order += members
-                f = np.concatenate(parts) if len(parts) > 1 else parts[0]
-                parts = [self._chain.run(f, step.segment, step.segment + 1)]
-            logits += parts
-        if len(logits) == 1:
-            return order, logits[0]
-        return order, np.concatenate(logits) if logits else np.empty((0, len(self.labels)), dtype=np.float32)
-
-
-def _lane(manifest: Manifest, point: PointEntry) -> _Lane:
-    """What has to be equal for frames to share a pass: frames whose decoders return the features that were sent do."""
-    shape = manifest.decoded_shape(point.id)
-    return None if shape == manifest.split(point.split).feature_shape else (point.split, shape)
+        parts: list[NDArray[np.float32]] = []
+        for step in plan_batch(points, self._tail_start, len(self._chain)):
+            for group in step.joining:
+                parts.append(self.decoders[group.point].decode(np.stack([latents[row] for row in group.rows])))
+                order += group.rows
+            f = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            parts = [self._chain.run(f, step.segment, step.segment + 1)]
+        return order, parts[0]

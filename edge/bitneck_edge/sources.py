@@ -234,9 +234,10 @@ def _video(name: str, fps: float | None, complete: threading.Event | None = None
                 raise ImageError(f"{name}: no video in it")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            due, shown_s = 0.0, 0.0
+            due = 0.0
+            shown_s: float | None = None
             for number, frame in enumerate(container.decode(stream)):
-                shown_s = frame.time if frame.time is not None else shown_s
+                shown_s = frame.time if frame.time is not None else shown_s or 0.0
                 if fps and not live and frame.time is not None:
                     if frame.time < due - 1e-6:
                         continue
@@ -244,10 +245,25 @@ def _video(name: str, fps: float | None, complete: threading.Event | None = None
                 yield Capture(
                     _upright(frame), f"{name}#{number}", unix_us=time.time_ns() // 1000 if live else 0, similar=True
                 )
-            if complete is not None and container.duration and shown_s >= container.duration / 1e6 - _LAST_S:
+            if shown_s is None:
+                raise ImageError(f"{name}: no picture in it")
+            if complete is not None and _shown_to_its_end(container, stream, shown_s):
                 complete.set()
     except (av.FFmpegError, OSError, ValueError) as exc:
         raise ImageError(f"{name}: cannot be read as video ({exc})") from exc
+
+
+def _shown_to_its_end(container: Any, stream: Any, shown_s: float) -> bool:
+    """Whether the picture of this time is the last one; False where nobody knows how long it is.
+
+    Some containers count their duration from their start time and others from zero.
+    """
+    if not container.duration:
+        return False
+    duration, start = container.duration / 1e6, (container.start_time or 0) / 1e6
+    end: float = duration if duration > start else start + duration
+    rate = float(stream.average_rate or 0)
+    return shown_s >= end - max(_LAST_S, 2 / rate if rate else 0.0)
 
 
 def _device(name: str) -> tuple[str, str | None]:

@@ -5,7 +5,7 @@ pooling are not counted.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,26 +50,49 @@ def point_complexity(root: Path, manifest: Manifest, point: OperatingPoint) -> P
         point: one of its operating points.
     """
     cut = next(s.after_segment for s in manifest.split_points if s.name == point.split) + 1
-    segments = [onnx_complexity(root / segment.file) for segment in manifest.segments]
-    nothing = Complexity(0, 0)
+    spec, sent = manifest.input, manifest.split(point.split).feature_shape
+    decoded = manifest.decoded_shape(point.id)
+    head, _ = _chain(root, manifest, range(cut), (3, spec.height, spec.width))
+    tail, _ = _chain(root, manifest, range(cut, len(manifest.segments)), decoded)
     return PointComplexity(
-        head=sum(segments[:cut], nothing),
-        encoder=onnx_complexity(root / "points" / point.id / "encoder.onnx"),
-        decoder=onnx_complexity(root / "points" / point.id / "decoder.onnx"),
-        tail=sum(segments[cut:], nothing),
+        head=head,
+        encoder=onnx_complexity(root / "points" / point.id / "encoder.onnx", sent),
+        decoder=onnx_complexity(root / "points" / point.id / "decoder.onnx", point.latent_shape),
+        tail=tail,
     )
 
 
-def onnx_complexity(path: Path) -> Complexity:
+def _chain(
+    root: Path, manifest: Manifest, segments: range, shape: tuple[int, ...]
+) -> tuple[Complexity, tuple[int, ...]]:
+    """Segments one after the other, and the shape of what the last one gives."""
+    total = Complexity(0, 0)
+    for index in segments:
+        part, shape = _measured(root / manifest.segments[index].file, shape)
+        total += part
+    return total, shape
+
+
+def onnx_complexity(path: Path, input_shape: Sequence[int]) -> Complexity:
     """Count one file, for a batch of one.
+
+    Args:
+        path: of the file.
+        input_shape: of one sample, without the batch axis; height and width may be open in the file.
 
     Raises:
         BundleCorrupt: it is no ONNX file, or the shapes in it cannot be told.
     """
+    return _measured(path, input_shape)[0]
+
+
+def _measured(path: Path, input_shape: Sequence[int]) -> tuple[Complexity, tuple[int, ...]]:
+    """See `onnx_complexity`; and the shape of the output, without the batch axis."""
     try:
         model = onnx.load(path)
         for value in model.graph.input:
-            value.type.tensor_type.shape.dim[0].dim_value = 1
+            for axis, size in zip(value.type.tensor_type.shape.dim, (1, *input_shape), strict=True):
+                axis.dim_value = size
         del model.graph.value_info[:]
         for value in model.graph.output:
             value.type.tensor_type.ClearField("shape")
@@ -79,7 +102,8 @@ def onnx_complexity(path: Path) -> Complexity:
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in _values(graph)}
     shapes |= {t.name: list(t.dims) for t in graph.initializer}
     parameters = sum(math.prod(t.dims) for t in graph.initializer if numpy_helper.to_array(t).dtype.kind == "f")
-    return Complexity(parameters, sum(_multiply_adds(node, shapes, path) for node in graph.node))
+    counted = Complexity(parameters, sum(_multiply_adds(node, shapes, path) for node in graph.node))
+    return counted, tuple(shapes[graph.output[0].name][1:])
 
 
 def _values(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
@@ -95,6 +119,8 @@ def _multiply_adds(node: onnx.NodeProto, shapes: dict[str, list[int]], path: Pat
         weight, result, inputs = shapes[node.input[1]], shapes[node.output[0]], shapes[node.input[0]]
     except KeyError as exc:
         raise BundleCorrupt(f"{path}: the shape of {exc} is unknown") from exc
+    if not all((*weight, *result, *inputs)):
+        raise BundleCorrupt(f"{path}: the shapes at {node.op_type} {node.name} cannot be told")
     match node.op_type:
         case "Conv":
             return math.prod(result) * math.prod(weight[1:])

@@ -2,7 +2,8 @@
 
 What is proven, on the images given, before the bundle is written:
 - every prefix and suffix of the chain, composed, gives the backbone's output (so each split is a true cut);
-- each exported encoder and decoder gives torch's latent and feature.
+- each exported encoder and decoder gives torch's latent and feature;
+- behind an imported decoder, which torch does not have, the tail gives the output of torch's.
 """
 
 import itertools
@@ -44,8 +45,8 @@ class Proof:
 
     @property
     def worst(self) -> float:
-        """The largest of all."""
-        return max([*self.chain.values(), *self.encoders.values(), *self.decoders.values()])
+        """The largest of all; not a number where one of them is none."""
+        return float(np.max([*self.chain.values(), *self.encoders.values(), *self.decoders.values()]))
 
 
 def export_bundle(
@@ -193,7 +194,7 @@ def prove(bundle: Bundle, backbone: Backbone, units: dict[str, BottleneckUnit], 
     Args:
         bundle: what was exported.
         backbone: what the chain must equal.
-        units: by operating point; imported ones, which torch knows nothing of, are only run.
+        units: by operating point; of imported ones, which are not there, only the tail behind them is compared.
         images: (N, 3, H, W) float32, normalized.
 
     Raises:

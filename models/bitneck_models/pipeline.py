@@ -312,7 +312,6 @@ def _nested_unit(
         source = entry.recipe.point(point.init)
         if source.topology == "nested" and _geometry(source) == _geometry(point):
             return entry.unit(backbone, source).requires_grad_()
-        inner = inner.model_copy(update={"hidden": source.hidden})
         if point.hidden is not None:
             raise InvalidConfig(f"{point.id} takes over the channels of {source.id}: leave `hidden` out")
     separable = initialized_unit(entry, inner, backbone, features, weights)
@@ -322,8 +321,9 @@ def _nested_unit(
     rows = _sample(weights, min(_INIT_FEATURES, len(features)), seed=1)
     windows = []
     with torch.no_grad():
-        for start in range(0, len(rows), _CHUNK):
-            f = torch.from_numpy(features[rows[start : start + _CHUNK]].astype(np.float32))
+        chunk = _affordable(features, _CHUNK, _CHUNK_BYTES)
+        for start in range(0, len(rows), chunk):
+            f = torch.from_numpy(features[rows[start : start + chunk]].astype(np.float32))  # (n, C, Hf, Wf)
             windows.append(separable.encoder(f))
     init_nested(unit, separable, torch.cat(windows))
     return unit

@@ -108,6 +108,8 @@ class SearchSpace(BaseModel):
         for name, (low, high) in (("lambda", self.lambda_), ("step", self.step)):
             if low > high:
                 raise ValueError(f"{name}: the smallest value {low} is above the largest {high}")
+        if self.topology == "nested" and self.init == "next":
+            raise ValueError("init: a nested unit begins as a separable one; use task, principal or random")
         if self.init not in ("task", "principal", "next", "random"):
             raise ValueError(f"init: {self.init!r} is no method; use task, principal, next or random")
         return self
@@ -138,6 +140,8 @@ class SearchSpace(BaseModel):
                 BottleneckUnit(
                     shape, channels, stride, None, self.filters, self.topology, self.hidden, group=self.group
                 )
+                if self.topology == "nested":  # which begins as this one
+                    BottleneckUnit(shape, self.hidden or channels, stride, None, self.filters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +209,7 @@ def open_study(space: SearchSpace, storage: str, *, create: bool = True) -> optu
         else:
             study = optuna.load_study(storage=rdb, study_name=space.name)
         own = space.model_dump_json(by_alias=True)
-        if study.user_attrs.setdefault("space", own) != own:
+        if SearchSpace.model_validate_json(study.user_attrs.get("space", own)) != space:
             raise InvalidConfig(
                 f"{storage} holds the study {space.name!r} with another search space: rename it, or restore its space"
             )

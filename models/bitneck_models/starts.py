@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
-from bitneck_models.units import BottleneckUnit, Gather, Geometry
+from bitneck_models.units import BottleneckUnit, Geometry, SpaceToDepth
 
 __all__ = ["init_linear", "init_nested", "init_next"]
 
@@ -122,6 +122,15 @@ def init_nested(unit: BottleneckUnit, inner: BottleneckUnit, latents: Tensor) ->
         raise InvalidConfig(
             f"a nested unit starts from a linear separable one, got {unit.topology} from {inner.topology}"
         )
+    fits = [
+        (u.feature_shape, u.geometry.stride, u.geometry.kernel, u.filters, width)
+        for u, width in ((unit, unit.hidden), (inner, inner.latent_shape[0]))
+    ]
+    if fits[0] != fits[1] or tuple(latents.shape[1:]) != inner.latent_shape:
+        raise InvalidConfig(
+            f"a nested unit must be as large as the one it starts from: feature, stride, kernel, filters and channels "
+            f"are {fits[0]} and {fits[1]}, the latents {tuple(latents.shape[1:])}"
+        )
     _identity_norms(unit)
     encoder, decoder = unit.encoder, unit.decoder
     copies = [
@@ -136,11 +145,8 @@ def init_nested(unit: BottleneckUnit, inner: BottleneckUnit, latents: Tensor) ->
         (_norm(decoder.body, "first_norm"), _norm(inner.decoder.body, "mix_norm")),
     ]
     for module, source in pairs:
-        try:
-            module.load_state_dict(source.state_dict())
-        except RuntimeError as exc:
-            raise InvalidConfig(f"a nested unit must be as large as the one it starts from: {exc}") from exc
-    covariance, mean = _moments(Gather(unit.group)(latents))
+        module.load_state_dict(source.state_dict())
+    covariance, mean = _moments(SpaceToDepth(unit.group)(latents))  # (H * G1 * G2,) each way
     analysis, synthesis = _components(covariance, torch.eye(len(covariance)), unit.latent_shape[0])
     encoder.mix.weight.copy_(analysis[:, :, None, None])
     encoder.mix_norm.bias.copy_(-analysis @ mean)

@@ -288,7 +288,9 @@ class _Run:
             InvalidConfig: it belongs to another recipe.
         """
         state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["identity"] != self._identity():
+        identity = state["identity"]  # validated again: what an older version did not know is at its default
+        point = PointRecipe.model_validate(identity["point"], by_name=True)
+        if (point, TrainingRecipe.model_validate(identity["training"])) != (self.point, self.training):
             raise InvalidConfig(f"{path} belongs to another recipe; remove it to train {self.point.id} anew")
         self.lambda_ = state["lambda"]
         self.done = state["done"]

@@ -8,7 +8,7 @@
     conv         K x K at S to Cr
     conv2        the same, then 3x3
     inverted     1x1 to H, depthwise K x K at S, 1x1 to Cr               ours: can begin with the network's next layer
-    nested       depthwise K x K at S, 1x1 to H, G1 x G2 windows to Cr   ours: codes what distant windows share once
+    nested       depthwise K x K at S, 1x1 to H, G1 x G2 windows to Cr   ours: codes what windows share once
 
 Each decoder mirrors its encoder; that of ``inverted`` is the one of ``separable``. With ``nested`` the latent is
 smaller, h = ceil(Hf / S) / G1 and w = ceil(Wf / S) / G2. Every convolution has a batch norm.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
 
-__all__ = ["BottleneckUnit", "Decoder", "Encoder", "Geometry", "Topology", "prune_channels"]
+__all__ = ["BottleneckUnit", "Decoder", "Encoder", "Geometry", "SpaceToDepth", "Topology", "prune_channels"]
 
 Activation = Literal["prelu", "relu", "none"]
 Topology = Literal["separable", "separable2", "conv", "conv2", "inverted", "nested"]
@@ -89,8 +89,8 @@ class _Crop(nn.Module):
         return self.geometry.crop(f)
 
 
-class Gather(nn.Module):
-    """The windows of a group, their channels one after the other.
+class SpaceToDepth(nn.Module):
+    """Groups of positions to channels; those of one channel stand together, row by row.
 
     Args:
         group: (G1, G2) windows.
@@ -107,14 +107,15 @@ class Gather(nn.Module):
         return t.reshape(n, c * rows * columns, height // rows, width // columns)
 
 
-class _Scatter(nn.Module):
-    """The inverse of `Gather`."""
+class _DepthToSpace(nn.Module):
+    """The inverse of `SpaceToDepth`."""
 
     def __init__(self, group: tuple[int, int]) -> None:
         super().__init__()
         self.group = group
 
     def forward(self, t: Tensor) -> Tensor:
+        """(N, H * G1 * G2, h, w) to (N, H, h * G1, w * G2)."""
         (rows, columns), (n, c, h, w) = self.group, t.shape
         t = t.reshape(n, c // (rows * columns), rows, columns, h, w).permute(0, 1, 4, 2, 5, 3)
         return t.reshape(n, c // (rows * columns), h * rows, w * columns)
@@ -298,10 +299,10 @@ class _Builder:
         grouped = h * math.prod(self.group)
         encoder = _named(
             pad=_Pad(self.geometry), spatial=self.down(self.c, self.d), spatial_norm=norm(wide), inner=self.act(wide),
-            first=_conv(wide, h, 1), first_norm=norm(h), first_inner=self.act(h), gather=Gather(self.group),
+            first=_conv(wide, h, 1), first_norm=norm(h), first_inner=self.act(h), gather=SpaceToDepth(self.group),
         )  # fmt: skip
         decoder = _named(
-            mix_norm=norm(grouped), first_inner=self.act(grouped), scatter=_Scatter(self.group),
+            mix_norm=norm(grouped), first_inner=self.act(grouped), scatter=_DepthToSpace(self.group),
             first=_conv(h, wide, 1), first_norm=norm(wide), inner=self.act(wide),
             spatial=self.up(self.c, self.d), crop=_Crop(self.geometry), spatial_norm=norm(self.c),
             outer=_activation(self.outer, self.c),
@@ -374,7 +375,7 @@ class BottleneckUnit(nn.Module):
         if not 1 <= latent_channels <= limits[topology]:
             raise InvalidConfig(
                 f"{latent_channels} latent channels, expected 1 to {limits[topology]} (topology {topology}, "
-                f"{channels} feature channels, {filters} filters)"
+                f"{channels} feature channels, {filters} filters, {self.hidden} hidden, group {group[0]}x{group[1]})"
             )
         self.feature_shape = feature_shape
         self.latent_shape = (latent_channels, geometry.latent[0] // group[0], geometry.latent[1] // group[1])

@@ -138,7 +138,8 @@ class ZooEntry:
             )
         try:
             state = load_file(path)
-            hidden = int(state["encoder.body.first_norm.weight"].shape[0]) if point.topology == "nested" else None
+            inherits = point.topology == "nested" and point.hidden is None
+            hidden = int(state["encoder.body.first_norm.weight"].shape[0]) if inherits else None
             unit = new_unit(backbone, point, channels=int(state["encoder.mix_norm.weight"].shape[0]), hidden=hidden)
             unit.load_state_dict(state)
         except (RuntimeError, KeyError, SafetensorError, OSError) as exc:

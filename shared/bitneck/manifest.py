@@ -3,9 +3,17 @@
 import hashlib
 from collections.abc import Iterator
 from datetime import date
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from bitneck.errors import BitneckError, BundleCorrupt
 from bitneck.ids import ID_PATTERN, check_relative_path
@@ -32,6 +40,9 @@ FileRole = Literal["edge", "cloud", "both"]
 
 Task = Literal["classification", "segmentation"]
 """What a chain's output is: (N, K) logits, or (N, K, H, W) logits at the input's height and width."""
+
+_MAX_GROWTH = 2
+"""A decoded feature is at most so many times as high and wide as the one that was sent."""
 
 MAX_INPUT_PIXELS = 1 << 24
 """Larger inputs are refused: both sides allocate by them, and a manifest comes from the other machine."""
@@ -133,6 +144,14 @@ class PointEntry(_Strict):
     images: Annotated[int, Field(ge=1)]
     measured: date
 
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `decoded_shape` where there is none: such a manifest is what it was before the key existed."""
+        values: dict[str, Any] = handler(self)
+        if self.decoded_shape is None:
+            del values["decoded_shape"]
+        return values
+
     def operating_point(self) -> OperatingPoint:
         """The part that the ladder works with."""
         return OperatingPoint(
@@ -145,6 +164,20 @@ class PointEntry(_Strict):
             bpp_payload=self.bpp_payload,
             accuracy=self.accuracy,
         )
+
+
+def _check_decoded_shape(entry: PointEntry, feature: Shape3) -> None:
+    """The cloud allocates by it: no other channels than the feature's, and not much larger than that."""
+    if entry.decoded_shape is None:
+        return
+    (channels, *size), (expected, *sent) = entry.decoded_shape, feature
+    if channels != expected or entry.decoded_shape == feature:
+        raise ValueError(
+            f"operating point {entry.id}: decoded_shape {entry.decoded_shape} must differ from the feature's, "
+            f"{feature}, and in height and width only"
+        )
+    if any(n > _MAX_GROWTH * m for n, m in zip(size, sent, strict=True)):
+        raise ValueError(f"operating point {entry.id}: decoded_shape {entry.decoded_shape} is too large for {feature}")
 
 
 class FileEntry(_Strict):
@@ -183,7 +216,8 @@ class Manifest(_Strict):
         after = [split.after_segment for split in self.split_points]
         if after != sorted(set(after)) or after[-1] > len(self.segments) - 2:
             raise ValueError("split points must stand in the chain's order, each before the last segment")
-        splits = {split.name for split in self.split_points}
+        features = {split.name: split.feature_shape for split in self.split_points}
+        splits = set(features)
         if len(splits) != len(self.split_points):
             raise ValueError("two split points have the same name")
         for entry in self.points:
@@ -191,8 +225,7 @@ class Manifest(_Strict):
                 raise ValueError(f"operating point {entry.id} is at split {entry.split!r}, which is not listed")
             if entry.channels != entry.latent_shape[0]:
                 raise ValueError(f"operating point {entry.id}: channels differ from the latent shape")
-            if self.decoded_shape(entry.id)[0] != self.split(entry.split).feature_shape[0]:
-                raise ValueError(f"operating point {entry.id}: decoded channels differ from the feature's")
+            _check_decoded_shape(entry, features[entry.split])
         needed = {self.labels, *(segment.file for segment in self.segments)}
         needed |= {
             f"points/{p.id}/{name}" for p in self.points for name in ("encoder.onnx", "decoder.onnx", "tables.npz")
@@ -246,7 +279,7 @@ class Manifest(_Strict):
 
     def to_json(self) -> bytes:
         """The exact bytes of ``manifest.json``."""
-        return (self.model_dump_json(indent=1, exclude_none=True) + "\n").encode()
+        return (self.model_dump_json(indent=1) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Self:
