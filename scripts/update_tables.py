@@ -4,24 +4,24 @@ import argparse
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = ROOT / "models" / "zoo"
 DOCUMENTS = (
-    (ROOT / "README.md", "efficientnet_lite0", "top-1"),
-    (ZOO / "efficientnet_lite0" / "README.md", "efficientnet_lite0", "top-1"),
-    (ZOO / "deeplabv3_efficientnet_lite0" / "README.md", "deeplabv3_efficientnet_lite0", "mean IoU"),
+    ROOT / "README.md",
+    ZOO / "efficientnet_lite0" / "README.md",
+    ZOO / "deeplabv3_efficientnet_lite0" / "README.md",
 )
-"""Each with the zoo entry that its table is of, and what accuracy is there."""
-MARKED = re.compile(r"(<!-- measured: begin -->\n).*?(<!-- measured: end -->)", re.DOTALL)
+METRICS = {"efficientnet_lite0": "top-1", "deeplabv3_efficientnet_lite0": "mean IoU"}
+"""What accuracy is, by zoo entry; the mark of a table names the entry."""
+MARKED = re.compile(r"(<!-- measured ([\w.-]+): begin -->\n).*?(<!-- measured: end -->)", re.DOTALL)
 
 
-def table(entry: str, metric: str) -> str:
+def table(entry: str) -> str:
     ladder = json.loads((ZOO / entry / "ladder.json").read_text())
     rows = [
-        f"| operating point | payload bytes | bpp | {metric} | agreement with uncompressed |",
+        f"| operating point | payload bytes | bpp | {METRICS[entry]} | agreement with uncompressed |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, p in sorted(ladder["points"].items()):
@@ -31,19 +31,20 @@ def table(entry: str, metric: str) -> str:
     return "\n".join(rows).replace("%", " %") + "\n"
 
 
-def _replaced(rows: str, match: re.Match[str]) -> str:
-    return match[1] + rows + match[2]
+def _replaced(match: re.Match[str]) -> str:
+    return match[1] + table(match[2]) + match[3]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    for path, entry, metric in DOCUMENTS:
+    for path in DOCUMENTS:
         text = path.read_text()
-        if not MARKED.search(text):
-            sys.exit(f"{path.name} has no place for the table")
-        fresh = MARKED.sub(partial(_replaced, table(entry, metric)), text)
+        entries = [match[2] for match in MARKED.finditer(text)]
+        if not entries or len(entries) != text.count("begin -->") or not set(entries) <= set(METRICS):
+            sys.exit(f"{path}: every table needs `<!-- measured ENTRY: begin -->`, ENTRY one of {', '.join(METRICS)}")
+        fresh = MARKED.sub(_replaced, text)
         if check and fresh != text:
             sys.exit(f"{path} does not show ladder.json; run python scripts/update_tables.py")
         path.write_text(fresh)

@@ -128,7 +128,8 @@ class PointRecipe(_Strict):
         freeze: leave the encoder's layers before its last one as they begin.
         rate: rate term of the first stage.
         task: summands of the task term.
-        steps: in place of the recipe's own; likewise `finish_steps`, `batch`, `learning_rate`, `encoder_learning_rate`.
+        steps: in place of the recipe's own; likewise `finish_steps`, `batch`, `learning_rate`, `encoder_learning_rate`,
+            `ema`.
         curve: the curve that the point belongs to in a report; empty for the split point's own.
         ship: whether the point goes into the bundle; else it is only there for others to start from.
         init: ``task`` or ``principal`` for a linear start, ``next`` for a copy of the network's next layer (see
@@ -155,6 +156,7 @@ class PointRecipe(_Strict):
     batch: Annotated[int, Field(ge=2)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     encoder_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
     curve: str = ""
     ship: bool = True
     init: str = "task"
@@ -190,7 +192,7 @@ class Recipe(_Strict):
 
     def training_of(self, point: PointRecipe) -> TrainingRecipe:
         """How one point is trained: the recipe's schedule with what the point sets itself."""
-        keys = ("steps", "finish_steps", "batch", "learning_rate", "encoder_learning_rate")
+        keys = ("steps", "finish_steps", "batch", "learning_rate", "encoder_learning_rate", "ema")
         own = {key: getattr(point, key) for key in keys}
         return self.training.model_copy(update={key: value for key, value in own.items() if value is not None})
 
