@@ -13,6 +13,7 @@ from bitneck.frames import seal_frame
 from bitneck.image import preprocess
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck_cloud.models import ServedModel
 from tiny import photo
 
 
@@ -38,6 +39,18 @@ class Frames:
         decoder = self.decoders[point]
         f_hat = decoder.decode(decoder.dequantize(payload)[None])
         return self.chain.run(f_hat, self.chain.head_length(decoder.point.split), len(self.chain))[0]
+
+
+def assert_a_batch_equals_frame_by_frame(frames: Frames, model: ServedModel, points: list[str]) -> None:
+    latents = [model.decode(point, frames.payload(point, k)) for k, point in enumerate(points)]
+    together = model.compute(points, latents)
+    for point, latent, output in zip(points, latents, together, strict=True):
+        (alone,) = model.compute([point], [latent])
+        assert isinstance(output, pb.Output)
+        assert isinstance(alone, pb.Output)
+        ours, theirs = (x.classification.labels for x in (output, alone))
+        assert [x.index for x in ours] == [x.index for x in theirs]
+        np.testing.assert_allclose([x.score for x in ours], [x.score for x in theirs], atol=1e-5)
 
 
 class Stream:

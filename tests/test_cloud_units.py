@@ -31,7 +31,7 @@ from bitneck_cloud.outbox import Outbox
 from bitneck_cloud.registry import Registry
 from bitneck_cloud.session import Event, Phase, Session, StreamState, Verdict
 from bitneck_cloud.tokens import ResumeToken, TokenSigner
-from clients import Frames
+from clients import Frames, assert_a_batch_equals_frame_by_frame
 from tiny import make_tiny_bundle
 
 
@@ -51,15 +51,7 @@ def test_each_row_joins_once_at_its_own_split(points: list[str]) -> None:
 def test_a_mixed_batch_equals_frame_by_frame(tiny_bundle: Bundle) -> None:
     frames, model = Frames(tiny_bundle), ServedModel(tiny_bundle, threads=1)
     points = [list(frames.encoders)[k % 3] for k in range(10)]
-    latents = [model.decode(point, frames.payload(point, k)) for k, point in enumerate(points)]
-    together = model.compute(points, latents)
-    for point, latent, output in zip(points, latents, together, strict=True):
-        (alone,) = model.compute([point], [latent])
-        assert isinstance(output, pb.Output)
-        assert isinstance(alone, pb.Output)
-        ours, theirs = (x.classification.labels for x in (output, alone))
-        assert [x.index for x in ours] == [x.index for x in theirs]
-        np.testing.assert_allclose([x.score for x in ours], [x.score for x in theirs], atol=1e-5)
+    assert_a_batch_equals_frame_by_frame(frames, model, points)
 
 
 def test_a_frame_without_finite_logits_fails_alone(tiny_bundle: Bundle) -> None:

@@ -28,7 +28,7 @@ from bitneck_models.spic import PLACES, load_spic
 from bitneck_models.spic_point import write_spic_point
 from bitneck_models.weights import RANDOM
 from bitneck_models.zoo import PointRecord, ZooEntry, new_unit, round_weights
-from clients import Frames
+from clients import Frames, assert_a_batch_equals_frame_by_frame
 from servers import Server, running_server
 from test_spic import checkpoint, saved
 from tiny import photo
@@ -173,16 +173,7 @@ def test_decoders_of_three_sizes_share_a_batch(classifier: Bundle) -> None:
     assert manifest.to_json().count(b"decoded_shape") == 2
     model, frames = ServedModel(classifier), Frames(classifier)
     points = ["s3-authors", "s1-r1", "s3-coarse", "s3-r1", "s3-authors", "s1-authors"]
-    latents = [model.decode(point, frames.payload(point, k)) for k, point in enumerate(points)]
-    together = model.compute(points, latents)
-    for point, latent, output in zip(points, latents, together, strict=True):
-        (alone,) = model.compute([point], [latent])
-        assert isinstance(output, pb.Output)
-        assert isinstance(alone, pb.Output)
-        assert [label.index for label in output.classification.labels] == [
-            label.index for label in alone.classification.labels
-        ]
-        assert output.classification.labels[0].score == pytest.approx(alone.classification.labels[0].score, rel=1e-3)
+    assert_a_batch_equals_frame_by_frame(frames, model, points)
 
 
 def test_a_size_that_fails_takes_only_its_own_frames_along(classifier: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +233,8 @@ def test_an_imported_point_is_measured_like_any_other(classifier: Bundle, tmp_pa
         ({"split": "s4"}, "is for s4 of resnet50"),
         ({"true_cut": False}, "it cannot be sent"),
         ({"feature_shape": [2048, 9, 9]}, "is for features of"),
-        ({"output_shape": [1024, 8, 8]}, "decodes to \\(1024, 8, 8\\), with which the rest of resnet50 fails"),
+        ({"output_shape": [1024, 8, 8]}, "decoded shape \\(1024, 8, 8\\) must differ .* in height and width only"),
+        ({"output_shape": [2048, 4000, 4000]}, "is too large for"),
         ({"files": {}}, "import it with --features"),
     ],
 )

@@ -1,17 +1,12 @@
 """The command line ``bitneck-edge``."""
 
 import asyncio
-import contextlib
 import io
 import json
 import logging
-import os
-import signal
 import sys
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -20,21 +15,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import bitneck
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, CallerError, InvalidConfig
+from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.frames import crc32c_hex, seal_frame
 from bitneck.image import find_photos
 from bitneck_edge.settings import EdgeSettings
 
-if TYPE_CHECKING:
-    from bitneck_edge.capture import Capture
-    from bitneck_edge.client import EdgeClient
-    from bitneck_edge.results import Failure
-    from bitneck_edge.sources import Source
-
 __all__ = ["app", "main"]
-
-_LAST_ANSWERS_S = 3.0
-"""After a signal, how long the answers that are out are waited for."""
 
 _MAX_LOAD_PHOTOS = 64
 """Photographs that `load` encodes beforehand; more would tell nothing new about a server."""
@@ -139,6 +125,7 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each answer as it comes.")] = False,
 ) -> None:
     """Send pictures through the split network and print the answers."""
+    from bitneck_edge.run import RunPlan, run_plan
     from bitneck_edge.sources import parse_sources
 
     logging.basicConfig(level="INFO" if verbose else "WARNING", stream=sys.stderr, format="%(levelname)s: %(message)s")
@@ -160,7 +147,7 @@ def run(
     endless = live or any(source.stdin for source in parsed)
     if as_json and (json_lines or endless):
         raise InvalidConfig("--json prints one document at the end; for pictures without an end use --json-lines")
-    plan = _Plan(
+    plan = RunPlan(
         sources=parsed,
         repeat=repeat,
         fps=fps,
@@ -169,181 +156,7 @@ def run(
         out=out,
         output="json" if as_json else "lines" if json_lines else "verbose" if verbose or endless else "table",
     )
-    sys.exit(asyncio.run(_run(settings, plan)))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What `run` does beside the settings of the client."""
-
-    sources: "Sequence[Source]"
-    repeat: int
-    fps: float | None
-    newest: bool
-    ordered: bool
-    out: Path | None
-    output: Literal["json", "lines", "verbose", "table"]
-
-    @property
-    def total(self) -> int | None:
-        """Photographs, where their number is known."""
-        countable = all(source.photos for source in self.sources)
-        return sum(len(source.photos) for source in self.sources) * self.repeat if countable else None
-
-
-async def _run(settings: EdgeSettings, plan: _Plan) -> int:
-    from bitneck_edge.client import EdgeClient
-    from bitneck_edge.maps import MapWriter
-    from bitneck_edge.report import RunSummary, line, run_document, run_table
-    from bitneck_edge.results import Answer, Failure, Switch
-
-    stop = asyncio.Event()
-    received: list[int] = []
-    _stop_on_signals(stop, received)
-    errors = Console(stderr=True)
-    results: list[Answer | Failure] = []
-    summary = RunSummary()
-
-    def on_switch(switch: Switch) -> None:
-        if plan.output == "verbose":
-            print(f"       {switch.old} -> {switch.new}: {switch.reason}", flush=True)  # noqa: T201
-
-    def take(result: Answer | Failure) -> None:
-        summary.add(result)
-        if plan.output in ("json", "table"):
-            results.append(result.without_map() if isinstance(result, Answer) else result)
-        if isinstance(result, Failure):
-            errors.print(f"error: {_about(result)}", style="red", markup=False, highlight=False, soft_wrap=True)
-        elif plan.output == "verbose":
-            print(line(result), flush=True)  # noqa: T201
-        if plan.output == "lines":
-            failed = {"file": result.file, "error": str(result.error)} if isinstance(result, Failure) else None
-            print(json.dumps(failed or result.to_dict()), flush=True)  # type: ignore[union-attr]  # noqa: T201
-
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        console=errors, transient=True, disable=not errors.is_terminal or plan.output == "verbose",
-    ) as progress:  # fmt: skip
-        fetching = progress.add_task("fetching the bundle (bytes)", total=None, visible=False)
-
-        def on_fetch(done: int, size: int) -> None:
-            progress.update(fetching, completed=done, total=size, visible=done < size)
-
-        writer = MapWriter(plan.out) if plan.out is not None else None
-        finish = writer.write if writer is not None else None
-        client = EdgeClient(settings=settings, on_fetch=on_fetch, on_switch=on_switch, finish=finish)
-        async with contextlib.AsyncExitStack() as stack:
-            if not await _opened(client, stack, stop):
-                errors.print("stopped before the session was open", highlight=False)
-                return 128 + received[0]
-            if writer is not None:
-                _check_writes_maps(client)
-                writer.prepare()
-            closing = asyncio.create_task(_close_after(client, stop))
-            stack.callback(closing.cancel)
-            sending = progress.add_task("photographs", total=plan.total, visible=(plan.total or 0) > 20)
-            pictures = _pictures(client, plan, settings.retries, stop)
-            try:
-                async for result in client.stream(pictures, stop=stop, ordered=plan.ordered, newest_first=plan.newest):
-                    take(result)
-                    progress.update(sending, completed=summary.answers + summary.failures)
-            except CallerError as exc:  # a source that cannot be read any more: the answers so far count
-                take(Failure(_first(plan.sources), exc))
-            totals = summary.to_dict(client)
-            document = run_document(client, results, summary)
-    if plan.output == "json":
-        print(json.dumps(document))  # noqa: T201
-    elif plan.output == "lines":
-        print(json.dumps({"summary": totals}))  # noqa: T201
-    elif plan.output == "table" and results:
-        Console().print(run_table(results))
-    elif plan.output == "verbose" and summary.answers:
-        print(  # noqa: T201
-            f"{summary.answers} answers, {totals['frames_per_s']:.1f} a second, {summary.failures} failed, "
-            f"{client.dropped} dropped, {totals['payload_bytes_mean']:.0f} bytes a frame"
-        )
-    return 128 + received[0] if received else summary.exit_code
-
-
-def _check_writes_maps(client: "EdgeClient") -> None:
-    manifest = client.bundle.manifest
-    if manifest.task != "segmentation":
-        raise InvalidConfig(f"--out is for class maps; {manifest.name} is for {manifest.task}, leave it out")
-
-
-def _first(sources: "Sequence[Source]") -> str:
-    return ", ".join(source.name for source in sources if not source.photos) or sources[0].name
-
-
-def _about(failure: "Failure") -> str:
-    """The message, with the photograph's name where it does not say it."""
-    text = str(failure.error)
-    return text if failure.file in text else f"{failure.file}: {text}"
-
-
-async def _opened(client: "EdgeClient", stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> bool:
-    """Open the client's session; False if `stop` is set before it is open."""
-    opening = asyncio.create_task(stack.enter_async_context(client))
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if opening.done():
-            opening.result()
-            return True
-        return False
-    finally:
-        opening.cancel()
-        stopping.cancel()
-        await asyncio.gather(opening, stopping, return_exceptions=True)
-
-
-async def _close_after(client: "EdgeClient", stop: asyncio.Event) -> None:
-    """Once `stop` is set, frames may be answered for a moment longer; those that are not then fail."""
-    await stop.wait()
-    await asyncio.sleep(_LAST_ANSWERS_S)
-    await client.close()
-
-
-def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
-    """The first signal ends sending; the second ends the program."""
-    loop = asyncio.get_running_loop()
-
-    def handle(signum: int) -> None:
-        if received:
-            os._exit(128 + signum)
-        received.append(signum)
-        stop.set()
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, handle, signum)
-
-
-async def _pictures(client: "EdgeClient", plan: _Plan, retries: int, stop: asyncio.Event) -> "AsyncGenerator[Capture]":
-    """The pictures of the plan until `stop` is set, at their pace while they can be answered."""
-    from bitneck_edge.sources import read_sources
-
-    stopping = asyncio.create_task(stop.wait())
-    pictures = read_sources(
-        plan.sources, repeat=plan.repeat, fps=plan.fps, retries=retries, hurry=lambda: client.failure is not None
-    )
-    try:
-        while True:
-            following = asyncio.ensure_future(anext(pictures, None))
-            await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
-                return
-            picture = following.result()
-            if picture is None or stop.is_set():
-                return
-            yield picture
-            if client.failure is not None and any(not source.photos for source in plan.sources):
-                return  # no end of failures where the source has no end
-    finally:
-        stopping.cancel()
-        with contextlib.suppress(RuntimeError):
-            await pictures.aclose()
+    sys.exit(asyncio.run(run_plan(settings, plan)))
 
 
 @app.command()

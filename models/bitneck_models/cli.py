@@ -4,24 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import bitneck
-from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
+from bitneck.errors import BitneckError, ModelFailure
+from bitneck_models.cli_measure import baselines, evaluate, report
+from bitneck_models.cli_options import Data, Json, Runs, Weights, Zoo, data_folder, progress_bars
 from bitneck_models.cli_spic import import_spic
-
-if TYPE_CHECKING:
-    from bitneck.bundle import Bundle
-    from bitneck_models.evaluation import Evaluation
-    from bitneck_models.map_evaluation import MapEvaluation
 
 __all__ = ["app", "main"]
 
@@ -32,16 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command()(import_spic)
-
-Zoo = Annotated[Path, typer.Argument(help="A folder of the zoo, with recipe.toml.", metavar="ZOO")]
-Data = Annotated[Path | None, typer.Option(help="The folder of photographs.", envvar="BITNECK_DATA")]
-Runs = Annotated[Path, typer.Option(help="For feature caches and checkpoints; several gigabytes.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Weights = Annotated[
-    Path | None,
-    typer.Option(help="A file of the backbone's weights, .pth or .safetensors, or `random`; else its publisher's."),
-]
+for _command in (import_spic, evaluate, baselines, report):
+    app.command()(_command)
 
 
 @app.command()
@@ -69,12 +55,12 @@ def train(
         console.print(f"every point of {zoo} is trained; use --again to train anew")
         return
     backbone = entry.backbone(weights)
-    sets = photo_sets(entry.recipe, _data_folder(data), backbone)
+    sets = photo_sets(entry.recipe, data_folder(data), backbone)
     place = choose_device(device)
     for item in points:
         if again:
             (runs / entry.recipe.name / f"{item.id}.pt").unlink(missing_ok=True)
-        with _progress(console) as progress:
+        with progress_bars(console) as progress:
             cache_task = progress.add_task(f"{item.id}: features", total=None)
             train_task = progress.add_task(f"{item.id}: training", total=None)
 
@@ -109,7 +95,7 @@ def train_network_command(
     recipe = load_network_training(zoo)
     backbone = begin_network(recipe.backbone, recipe.seed)
     console = Console(stderr=True)
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task("training", total=recipe.steps)
 
         def on_step(step: NetworkStep) -> None:
@@ -118,7 +104,7 @@ def train_network_command(
             if looked or (not console.is_terminal and step.step % 25 == 0):
                 console.print(f"step {step.step} of {step.steps}: loss {step.loss:.3f}{looked}")
 
-        record = train_network(recipe, backbone, _data_folder(data), zoo, runs, report=on_step)
+        record = train_network(recipe, backbone, data_folder(data), zoo, runs, report=on_step)
     if record is not None:
         console.print(
             f"mean IoU {record.validation_iou:.4f} on {record.validation_photos} validation photographs, "
@@ -153,7 +139,7 @@ def search(
     from bitneck_models.zoo import ZooEntry
 
     entry, wanted = ZooEntry(zoo), load_space(space)
-    folder = _data_folder(data)
+    folder = data_folder(data)
     backbone = entry.backbone(weights)
     wanted.check(backbone)
     sets = photo_sets(entry.recipe, folder, backbone)
@@ -162,7 +148,7 @@ def search(
     study = open_study(wanted, url)
     console = Console(stderr=True)
     if workers > 1:
-        with _progress(console) as progress:
+        with progress_bars(console) as progress:
             task = progress.add_task(f"{wanted.split}: features", total=None)
             split_features(
                 backbone, wanted.split, sets, wanted.training.seed, runs,
@@ -307,9 +293,9 @@ def similar(
     points = point or [each.id for each in exported.manifest.ladder]
     for name in points:
         exported.manifest.ladder[name]
-    chosen = scene_photos(entry.recipe, _data_folder(data), exported.manifest.input, photos, seed)
+    chosen = scene_photos(entry.recipe, data_folder(data), exported.manifest.input, photos, seed)
     console = Console(stderr=True)
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         tasks = {what: progress.add_task(what, total=None) for what in ("scenes", "validation", "tables")}
 
         def on_progress(what: str, done: int, total: int) -> None:
@@ -321,201 +307,6 @@ def similar(
         cells = [f"{record.bytes_alone[m]:.1f}  {record.bytes_similar[m]:.1f}" for m in MOTIONS]
         table.add_row(name, *cells)
     console.print(table)
-
-
-@app.command()
-def evaluate(
-    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")],
-    data: Data = None,
-    record: Annotated[
-        Path | None, typer.Option(help="Write the result into this zoo entry's ladder.json.", metavar="ZOO")
-    ] = None,
-    zoo: Annotated[
-        Path | None, typer.Option(help="Add each point's recipe and training record, for `report`.", metavar="ZOO")
-    ] = None,
-    ignore_index: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=0,
-            max=255,
-            help="Segmentation: this index in class maps is void; repeatable.  [default: each that is no class]",
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure a bundle on labelled photographs, through real bytes.
-
-    --data is a folder with labels.csv (file, index) or with one folder for each class (WordNet id, index or label); for
-    segmentation a folder with images/ and, under the same names, labels/ (PNG of class indices), or COCO's photographs
-    (coco/val2017, beside coco/annotations/instances_val2017.json).
-    """
-    from bitneck.bundle import Bundle
-    from bitneck_models.evaluation_table import evaluation_line, evaluation_table
-    from bitneck_models.zoo import ZooEntry
-
-    opened = Bundle.open(bundle)
-    folder = _data_folder(data)
-    console = Console(stderr=True)
-    with _progress(console) as progress:
-        task = progress.add_task("evaluating", total=None)
-        result = _measured(
-            opened, folder, ignore_index or [], lambda done, total: progress.update(task, completed=done, total=total)
-        )
-    if record is not None:
-        ZooEntry(record).save_ladder(result.ladder(_dataset(folder)))
-    if as_json:
-        document = {"dataset": _dataset(folder)} | result.to_dict()
-        if zoo is not None:
-            document = ZooEntry(zoo).annotated(document)
-        print(json.dumps(document, indent=1))  # noqa: T201
-        return
-    Console().print(evaluation_table(result))
-    print(evaluation_line(result))  # noqa: T201
-
-
-def _measured(
-    bundle: "Bundle", folder: Path, ignore: list[int], progress: Callable[[int, int], None]
-) -> "Evaluation | MapEvaluation":
-    from bitneck_models.class_maps import mapped_photos
-    from bitneck_models.evaluation import evaluate as measure
-    from bitneck_models.map_evaluation import evaluate_maps
-    from bitneck_models.photos import labelled_photos
-    from bitneck_models.vision import imagenet_wnids
-
-    if bundle.manifest.task == "segmentation":
-        return evaluate_maps(bundle, mapped_photos(folder), ignore=ignore, progress=progress)
-    if ignore:
-        raise InvalidConfig(f"--ignore-index is for segmentation; {bundle.manifest.name} is for classification")
-    labels = bundle.labels()
-    return measure(bundle, labelled_photos(folder, imagenet_wnids(labels), labels), progress=progress)
-
-
-@app.command()
-def baselines(
-    data: Data = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="The network: a name, or a network recipe; efficientnet_lite0 without --zoo.")
-    ] = None,
-    codec: Annotated[list[str] | None, typer.Option(help="This image codec only; repeatable.")] = None,
-    zoo: Annotated[
-        Path | None,
-        typer.Option(
-            help="Its network; its training photographs fit the training-free baseline, which is left out without it."
-        ),
-    ] = None,
-    train_data: Annotated[Path | None, typer.Option(help="The folder of that recipe's photographs.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="For raw features and the training-free baseline.")] = None,
-    runs: Runs = Path("runs"),
-    weights: Weights = None,
-    as_json: Json = False,
-) -> None:
-    """Measure what the units are compared with: image codecs, raw features, and pooling with principal components."""
-    from bitneck_models import baselines as of
-    from bitneck_models.backbones import build_backbone
-    from bitneck_models.class_maps import mapped_photos
-    from bitneck_models.photos import labelled_photos
-    from bitneck_models.pipeline import photo_sets, split_features, table_features
-    from bitneck_models.zoo import ZooEntry
-
-    if zoo is not None and backbone is not None:
-        raise InvalidConfig(f"--zoo {zoo} names its own network: leave out --backbone {backbone}")
-    if zoo is not None:
-        net = ZooEntry(zoo).backbone(weights)
-    else:
-        net = build_backbone(backbone or "efficientnet_lite0", weights)
-    folder = _data_folder(data)
-    maps = net.task == "segmentation"
-    photos = mapped_photos(folder) if maps else labelled_photos(folder, net.wnids, net.labels)
-    sweep = of.MAP_SWEEP if maps else of.SWEEP
-    splits = split or list(net.splits)
-    for name in splits:
-        net.split_index(name)
-    console = Console(stderr=True)
-    points = []
-    with _progress(console) as progress:
-
-        def counter(what: str) -> Callable[[int, int], None]:
-            task = progress.add_task(what, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
-
-        known = {**of.CODECS, **(of.MAP_CODECS if maps else {})}
-        codecs = {name: known.get(name, ()) for name in codec or (of.MAP_CODECS if maps else of.CODECS)}
-        uncompressed, found = of.image_baselines(
-            net, photos, runs / "cache", codecs=codecs, progress=counter("image codecs")
-        )
-        points += found
-        for name in splits:
-            points += of.raw_baselines(net, name, photos, runs / "cache", progress=counter(f"{name}: raw features"))
-            if zoo is not None:
-                sets = photo_sets(ZooEntry(zoo).recipe, _data_folder(train_data), net)
-                features, _ = split_features(net, name, sets, 0, runs, counter(f"{name}: training features"))
-                points += of.training_free(
-                    net, name, table_features(features, sets)[::4], photos, runs / "cache",
-                    sweep=sweep, progress=counter(f"{name}: training-free"),
-                )  # fmt: skip
-    document = {
-        "dataset": _dataset(folder),
-        "images": len(photos),
-        "uncompressed": {of.ACCURACY[net.task]: uncompressed},
-        "baselines": [point.to_dict(net.task) for point in points],
-    }
-    if as_json:
-        print(json.dumps(document, indent=1))  # noqa: T201
-        return
-    table = Table("codec", "split", "setting", "bytes", "bpp", "mean IoU" if maps else "top-1", "agreement")
-    for p in points:
-        table.add_row(
-            p.codec, p.split, p.setting, f"{p.bytes_mean:.0f}", f"{p.bpp:.4f}", f"{p.accuracy:.4f}",
-            f"{p.agreement:.4f}",
-        )  # fmt: skip
-    Console().print(table)
-    print(f"uncompressed: {uncompressed:.4f} on {len(photos)} photographs")  # noqa: T201
-
-
-@app.command()
-def report(
-    results: Annotated[Path, typer.Argument(help="A folder of documents of `evaluate --zoo` and `baselines`.")],
-    out: Annotated[Path, typer.Option(help="The page; pictures go into the folder of results.")] = Path(
-        "docs/results.md"
-    ),
-) -> None:
-    """Draw the curves and write the tables of what was measured; every folder in the folder is a part of the page."""
-    from bitneck_models.report import draw, markdown, read_results
-
-    parts, counts = [], [0, 0, 0]
-    for folder in (results, *sorted(path for path in results.iterdir() if path.is_dir())):
-        found = read_results(folder)
-        notes = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))}
-        pictures = draw(found, folder)
-        place, title = results.resolve().name, "Results"
-        if folder != results:
-            place, title = f"{place}/{folder.name}", folder.name.capitalize()
-        parts.append(markdown(found, notes.pop("commands", ""), notes, pictures, place, title))
-        for k, count in enumerate((len(found.studies), len(found.baselines), len(pictures))):
-            counts[k] += count
-    out.write_text("\n".join(parts), encoding="utf-8")
-    print(f"{out}: {counts[0]} studies, {counts[1]} baselines, {counts[2]} pictures")  # noqa: T201
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield progress
-
-
-def _dataset(folder: Path) -> str:
-    """A data set's name: its folder's, with the one above where that only says which part it is."""
-    path = folder.resolve()
-    return f"{path.parent.name}/{path.name}" if path.name in ("train", "val", "test") else path.name
-
-
-def _data_folder(data: Path | None) -> Path:
-    if data is None:
-        raise InvalidConfig("no folder of photographs: give --data or set BITNECK_DATA")
-    if not data.is_dir():
-        raise InvalidConfig(f"{data}: no such folder of photographs")
-    return data
 
 
 @app.callback(invoke_without_command=True)

@@ -51,26 +51,21 @@ def point_complexity(root: Path, manifest: Manifest, point: OperatingPoint) -> P
     """
     cut = next(s.after_segment for s in manifest.split_points if s.name == point.split) + 1
     spec, sent = manifest.input, manifest.split(point.split).feature_shape
-    decoded = manifest.decoded_shape(point.id)
-    head, _ = _chain(root, manifest, range(cut), (3, spec.height, spec.width))
-    tail, _ = _chain(root, manifest, range(cut, len(manifest.segments)), decoded)
     return PointComplexity(
-        head=head,
+        head=_chain(root, manifest, range(cut), (3, spec.height, spec.width)),
         encoder=onnx_complexity(root / "points" / point.id / "encoder.onnx", sent),
         decoder=onnx_complexity(root / "points" / point.id / "decoder.onnx", point.latent_shape),
-        tail=tail,
+        tail=_chain(root, manifest, range(cut, len(manifest.segments)), manifest.decoded_shape(point.id)),
     )
 
 
-def _chain(
-    root: Path, manifest: Manifest, segments: range, shape: tuple[int, ...]
-) -> tuple[Complexity, tuple[int, ...]]:
-    """Segments one after the other, and the shape of what the last one gives."""
+def _chain(root: Path, manifest: Manifest, segments: range, shape: tuple[int, ...]) -> Complexity:
+    """Segments one after the other; the shape is that of the first one's input, without the batch axis."""
     total = Complexity(0, 0)
     for index in segments:
         part, shape = _measured(root / manifest.segments[index].file, shape)
         total += part
-    return total, shape
+    return total
 
 
 def onnx_complexity(path: Path, input_shape: Sequence[int]) -> Complexity:

@@ -23,7 +23,6 @@ from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck.manifest import FileRole, Manifest, PointEntry, Segment, SplitPoint
 from bitneck_models.backbones import Backbone
 from bitneck_models.onnx_export import to_onnx
-from bitneck_models.spic_point import SpicRecord
 from bitneck_models.units import BottleneckUnit
 from bitneck_models.zoo import MeasuredLadder, MeasuredPoint, ZooEntry
 
@@ -77,7 +76,6 @@ def export_bundle(
     shapes = {split: backbone.feature_shape(split) for split in splits}
     for name, record in imported.items():
         record.check_fits(name, backbone.name, shapes)
-        _check_decoded(name, record, backbone)
     others = {name: r.output_shape for name, r in imported.items() if r.output_shape != shapes[r.split]}
     any_size_after = min((splits.index(imported[name].split) for name in others), default=len(splits))
     cuts = [backbone.split_index(split) for split in splits]
@@ -135,25 +133,6 @@ def export_bundle(
         proofs: list[Proof] = []
         bundle = writer.finish(manifest, lambda staged: proofs.append(prove(staged, backbone, units, images)))
     return bundle, proofs[0]
-
-
-@torch.no_grad()
-def _check_decoded(point_id: str, record: SpicRecord, backbone: Backbone) -> None:
-    """Refuse an imported point with which the tail does not give an answer; only its decoder's size may be its own.
-
-    Raises:
-        InvalidConfig: such a point.
-    """
-    try:
-        answer = tuple(backbone.tail(record.split)(torch.zeros(1, *record.output_shape)).shape[1:])
-        problem = f"gives {answer}, not {backbone.output_shape}" if answer != backbone.output_shape else None
-    except RuntimeError as exc:
-        problem = f"fails ({str(exc).splitlines()[0]})"
-    if problem is not None:
-        raise InvalidConfig(
-            f"the imported point {point_id} decodes to {record.output_shape}, with which the rest of {backbone.name} "
-            f"{problem}; remove its folder to export the others"
-        )
 
 
 def _entry(

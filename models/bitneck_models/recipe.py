@@ -103,6 +103,10 @@ class TrainingRecipe(_Strict):
     seed: int = 0
 
 
+Group = tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]]
+"""Rows and columns of windows that are coded together."""
+
+
 class PointRecipe(_Strict):
     """One operating point.
 
@@ -147,7 +151,7 @@ class PointRecipe(_Strict):
     topology: Topology = "separable"
     filters: Annotated[int, Field(ge=1, le=64)] = 1
     hidden: Annotated[int, Field(ge=1, le=16384)] | None = None
-    group: tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]] = (1, 1)
+    group: Group = (1, 1)
     freeze: bool = False
     rate: RateKind = "hyperprior"
     task: Annotated[tuple[TaskTerm, ...], Field(min_length=1)] = (TaskTerm(kind="mae"),)

@@ -1,200 +1,18 @@
 """The report: what was measured, as pictures and Markdown tables.
 
-docs/results/*.json  --read_results-->  Results  --draw-->  docs/results/*.png
- (evaluate, baselines)                          --markdown-->  docs/results.md
+Results (`bitneck_models.curves`)  --draw-->  docs/results/*.png
+                                   --markdown-->  docs/results.md
 
 Nothing is measured here; every number is in one of the JSON documents, which name what they were measured on.
 """
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from bitneck_models.curves import IMAGE_CODECS, STUDIES, Curve, Results, Sample, bytes_at, rate_saving
 
-from bitneck.errors import InvalidConfig
-
-__all__ = ["Curve", "Results", "Sample", "bytes_at", "draw", "markdown", "rate_saving", "read_results"]
-
-IMAGE_CODECS = ("jpeg", "webp", "avif", "heic")
-METRICS = {"top1": "top-1", "mean_iou": "mean IoU"}
-"""What accuracy is called in documents, and on the page."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One measured point of a curve."""
-
-    name: str
-    payload_bytes: float
-    bpp: float
-    accuracy: float
-    agreement: float
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-Curve = tuple[Sample, ...]
-"""In order of rate."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Results:
-    """Everything that was measured on one set of photographs.
-
-    Attributes:
-        images: number of photographs.
-        dataset: their name.
-        uncompressed: accuracy of the network without a unit.
-        key: what accuracy is called in the documents, a key of `METRICS`.
-        studies: study to curve name to curve; the one that is no known study is the ladder that is shipped, its curves
-            the split points.
-        baselines: codec to curve.
-    """
-
-    images: int
-    dataset: str
-    uncompressed: float
-    key: str
-    studies: Mapping[str, Mapping[str, Curve]]
-    baselines: Mapping[str, Curve]
-
-    @property
-    def metric(self) -> str:
-        """What accuracy is called on the page."""
-        return METRICS[self.key]
-
-    @property
-    def ladder(self) -> Mapping[str, Curve] | None:
-        """The curves of the ladder that is shipped, or None."""
-        return next((curves for name, curves in self.studies.items() if name not in _STUDIES), None)
-
-
-def read_results(folder: Path) -> Results:
-    """Read every JSON document of a folder.
-
-    Raises:
-        InvalidConfig: none there, one that is neither an evaluation with ``--zoo`` nor a set of baselines, or documents
-            of different photographs.
-    """
-    studies: dict[str, dict[str, Curve]] = {}
-    baselines: dict[str, Curve] = {}
-    measured: set[tuple[str, int, str, float]] = set()
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        raise InvalidConfig(f"{folder}: no results (*.json); `evaluate --zoo` and `baselines` write them with --json")
-    for path in paths:
-        try:
-            document = json.loads(path.read_bytes())
-            ((key, uncompressed),) = document["uncompressed"].items()
-            measured.add((document["dataset"], document["images"], key, uncompressed))
-            samples = _baselines(document, key) if "baselines" in document else _evaluation(document, key)
-            if "baselines" in document:
-                baselines |= _grouped(samples)
-            else:
-                studies[document["name"]] = _grouped(samples)
-        except (KeyError, TypeError, ValueError) as exc:
-            raise InvalidConfig(
-                f"{path}: no results of `evaluate --zoo` or `baselines` ({type(exc).__name__}: {exc})"
-            ) from exc
-    if len(measured) > 1:
-        raise InvalidConfig(f"{folder} mixes results of different photographs: {sorted(measured)}")
-    dataset, images, key, uncompressed = measured.pop()
-    return Results(
-        images=images, dataset=dataset, uncompressed=uncompressed, key=key, studies=studies,
-        baselines=baselines,
-    )  # fmt: skip
-
-
-def _evaluation(document: Mapping[str, Any], key: str) -> list[tuple[str, Sample]]:
-    return [
-        (
-            p["recipe"]["curve"] or p["split"],
-            Sample(
-                name=p["id"],
-                payload_bytes=p["payload_bytes_mean"],
-                bpp=p["bpp_payload"],
-                accuracy=p[key],
-                agreement=p["agreement"],
-                extra=p,
-            ),
-        )
-        for p in document["points"]
-    ]
-
-
-def _baselines(document: Mapping[str, Any], key: str) -> list[tuple[str, Sample]]:
-    return [
-        (
-            f"{p['codec']} {p['split']}".strip(),
-            Sample(
-                name=p["setting"],
-                payload_bytes=p["bytes_mean"],
-                bpp=p["bpp"],
-                accuracy=p[key],
-                agreement=p["agreement"],
-                extra={"split": p["split"]},
-            ),
-        )
-        for p in document["baselines"]
-    ]
-
-
-def _grouped(samples: Iterable[tuple[str, Sample]]) -> dict[str, Curve]:
-    curves: dict[str, list[Sample]] = {}
-    for name, sample in samples:
-        curves.setdefault(name, []).append(sample)
-    return {name: tuple(sorted(curve, key=lambda s: s.payload_bytes)) for name, curve in curves.items()}
-
-
-def bytes_at(curve: Curve, accuracy: float) -> float | None:
-    """Bytes that a curve takes to reach an accuracy, by log-linear interpolation of its rising envelope.
-
-    Returns:
-        None where it never does; the first point's bytes where that is accurate enough already.
-    """
-    best = -1.0
-    before: Sample | None = None
-    for sample in curve:
-        if sample.accuracy >= accuracy:
-            if before is None:
-                return sample.payload_bytes
-            t = (accuracy - before.accuracy) / (sample.accuracy - before.accuracy)
-            low, high = math.log(before.payload_bytes), math.log(sample.payload_bytes)
-            return math.exp(low + t * (high - low))
-        if sample.accuracy > best:
-            best, before = sample.accuracy, sample
-    return None
-
-
-def rate_saving(curve: Curve, reference: Curve) -> float | None:
-    """Mean share of bytes that a curve saves against another at equal agreement, where both reach it.
-
-    As Bjontegaard's delta rate, with linear interpolation of log(bytes) over agreement in place of a cubic.
-
-    Returns:
-        0.1 for a tenth fewer bytes; None where the two have no agreement in common.
-    """
-    (a_x, a_y), (b_x, b_y) = (_by_agreement(c) for c in (curve, reference))
-    low, high = max(a_x[0], b_x[0]), min(a_x[-1], b_x[-1])
-    if not low < high:
-        return None
-    grid = np.linspace(low, high, 100)
-    difference = np.interp(grid, a_x, a_y) - np.interp(grid, b_x, b_y)
-    return float(1 - math.exp(difference.mean()))
-
-
-def _by_agreement(curve: Curve) -> tuple[list[float], list[float]]:
-    """Agreement and log(bytes) of a curve's rising envelope."""
-    x: list[float] = []
-    y: list[float] = []
-    for sample in curve:
-        if not x or sample.agreement > x[-1]:
-            x.append(sample.agreement)
-            y.append(math.log(sample.payload_bytes))
-    return x, y
+__all__ = ["draw", "markdown"]
 
 
 # Pictures
@@ -315,16 +133,10 @@ def _study(name: str) -> Callable[[Results], Any]:
     return paint
 
 
-_STUDIES = {
-    "rate_terms": "Rate terms: hyperprior and l1",
-    "supervision": "Supervised and unsupervised",
-    "layers": "Layers to distil from (Fig. 4 of the paper)",
-    "topologies": "Topologies (Table 3 of the paper)",
-}
 _PICTURES: dict[str, Callable[[Results], Any]] = {
     "accuracy": _accuracy,
     "encoder": _encoder,
-    **{name: _study(name) for name in _STUDIES},
+    **{name: _study(name) for name in STUDIES},
 }
 
 
@@ -368,7 +180,7 @@ def markdown(
             ("encoder", "Encoder size, data size, accuracy", _complexity(results)),
         ]
     sections += [
-        (name, title, _study_table(results, name)) for name, title in _STUDIES.items() if name in results.studies
+        (name, title, _study_table(results, name)) for name, title in STUDIES.items() if name in results.studies
     ]
     for name, heading, table in sections:
         parts.append(f"## {heading}\n")

@@ -40,7 +40,7 @@ from bitneck_models.pipeline import (
     validate,
 )
 from bitneck_models.rate import RateKind
-from bitneck_models.recipe import PointRecipe, TaskTerm, TrainingRecipe
+from bitneck_models.recipe import Group, PointRecipe, TaskTerm, TrainingRecipe
 from bitneck_models.toml_file import load_toml, validated
 from bitneck_models.training import StepReport, train_unit
 from bitneck_models.units import BottleneckUnit, Topology
@@ -95,7 +95,7 @@ class SearchSpace(BaseModel):
     topology: Topology = "separable"
     filters: Annotated[int, Field(ge=1, le=64)] = 1
     hidden: Annotated[int, Field(ge=1, le=16384)] | None = None
-    group: tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]] = (1, 1)
+    group: Group = (1, 1)
     rate: RateKind = "hyperprior"
     task: Annotated[tuple[TaskTerm, ...], Field(min_length=1)] = (TaskTerm(kind="mae"),)
     init: str = "principal"

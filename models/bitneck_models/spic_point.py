@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitneck.errors import BundleCorrupt, InvalidConfig
-from bitneck.manifest import sha256_hex
+from bitneck.manifest import decoded_problem, sha256_hex
 from bitneck.tables import FactorizedModel
 from bitneck_models.onnx_export import to_onnx
 from bitneck_models.spic import SpicUnit
@@ -107,7 +107,8 @@ class SpicRecord(_Strict):
             feature_shapes: (C, Hf, Wf) by split point.
 
         Raises:
-            InvalidConfig: another network's or split point's, no tables, or trained where other tensors cross too.
+            InvalidConfig: another network's or split point's, no tables, trained where other tensors cross too, or a
+                decoder that returns no feature of this split point, whatever its size.
         """
         expected = feature_shapes.get(self.split)
         problem = None
@@ -117,7 +118,10 @@ class SpicRecord(_Strict):
             problem = f"was trained on the output of {self.module}, where other tensors cross too: it cannot be sent"
         elif self.feature_shape != expected:
             problem = f"is for features of {self.feature_shape}, the network's are {expected}"
-        elif "tables.npz" not in self.files:
+        elif self.output_shape != expected:
+            problem = decoded_problem(self.output_shape, expected)
+            problem = f"cannot be decoded for this network: {problem}" if problem is not None else None
+        if problem is None and "tables.npz" not in self.files:
             problem = "has no tables: import it with --features"
         if problem is not None:
             raise InvalidConfig(f"the imported point {point_id} {problem}; remove its folder to export the others")

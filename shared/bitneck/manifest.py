@@ -30,6 +30,7 @@ __all__ = [
     "SplitPoint",
     "Task",
     "bundle_id_of",
+    "decoded_problem",
     "sha256_hex",
 ]
 
@@ -166,18 +167,22 @@ class PointEntry(_Strict):
         )
 
 
-def _check_decoded_shape(entry: PointEntry, feature: Shape3) -> None:
-    """The cloud allocates by it: no other channels than the feature's, and not much larger than that."""
-    if entry.decoded_shape is None:
-        return
-    (channels, *size), (expected, *sent) = entry.decoded_shape, feature
-    if channels != expected or entry.decoded_shape == feature:
-        raise ValueError(
-            f"operating point {entry.id}: decoded_shape {entry.decoded_shape} must differ from the feature's, "
-            f"{feature}, and in height and width only"
-        )
+def decoded_problem(decoded: Shape3, feature: Shape3) -> str | None:
+    """What is wrong with a decoder that returns another size than was sent; the cloud allocates by it.
+
+    Args:
+        decoded: (C, H', W') of what it returns.
+        feature: (C, Hf, Wf) of what was sent.
+
+    Returns:
+        None where only height and width differ, and not by much.
+    """
+    (channels, *size), (expected, *sent) = decoded, feature
+    if channels != expected or decoded == feature:
+        return f"a decoded shape {decoded} must differ from the feature's, {feature}, and in height and width only"
     if any(n > _MAX_GROWTH * m for n, m in zip(size, sent, strict=True)):
-        raise ValueError(f"operating point {entry.id}: decoded_shape {entry.decoded_shape} is too large for {feature}")
+        return f"a decoded shape {decoded} is too large for {feature}"
+    return None
 
 
 class FileEntry(_Strict):
@@ -225,7 +230,9 @@ class Manifest(_Strict):
                 raise ValueError(f"operating point {entry.id} is at split {entry.split!r}, which is not listed")
             if entry.channels != entry.latent_shape[0]:
                 raise ValueError(f"operating point {entry.id}: channels differ from the latent shape")
-            _check_decoded_shape(entry, features[entry.split])
+            decoded = entry.decoded_shape
+            if decoded is not None and (problem := decoded_problem(decoded, features[entry.split])) is not None:
+                raise ValueError(f"operating point {entry.id}: {problem}")
         needed = {self.labels, *(segment.file for segment in self.segments)}
         needed |= {
             f"points/{p.id}/{name}" for p in self.points for name in ("encoder.onnx", "decoder.onnx", "tables.npz")
