@@ -91,8 +91,11 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
         elif plan.output == "verbose":
             print(line(result), flush=True)  # noqa: T201
         if plan.output == "lines":
-            failed = {"file": result.file, "error": str(result.error)} if isinstance(result, Failure) else None
-            print(json.dumps(failed or result.to_dict()), flush=True)  # type: ignore[union-attr]  # noqa: T201
+            if isinstance(result, Failure):
+                document = {"file": result.file, "error": str(result.error)}
+            else:
+                document = result.to_dict()
+            print(json.dumps(document), flush=True)  # noqa: T201
 
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import TaskID
 from rich.table import Table
 
 import bitneck
@@ -64,12 +65,12 @@ def train(
             cache_task = progress.add_task(f"{item.id}: features", total=None)
             train_task = progress.add_task(f"{item.id}: training", total=None)
 
-            def on_features(done: int, total: int, task: object = cache_task) -> None:
-                progress.update(task, completed=done, total=total)  # type: ignore[arg-type]
+            def on_features(done: int, total: int, task: TaskID = cache_task) -> None:
+                progress.update(task, completed=done, total=total)
 
-            def on_step(step: StepReport, task: object = train_task, name: str = item.id) -> None:
+            def on_step(step: StepReport, task: TaskID = train_task, name: str = item.id) -> None:
                 text = f"{name}: {step.bits / 8:.1f} bytes, task {step.task:.4f}, lambda {step.lambda_:.0f}"
-                progress.update(task, completed=step.step, total=step.steps, description=text)  # type: ignore[arg-type]
+                progress.update(task, completed=step.step, total=step.steps, description=text)
                 if not console.is_terminal and step.step % 250 == 0:
                     console.print(f"{text}, step {step.step} of {step.steps}")
 
