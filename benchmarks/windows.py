@@ -21,7 +21,7 @@ from bitneck_models.units import SpaceToDepth
 from bitneck_models.zoo import ZooEntry
 
 _CHUNK = 50
-_STEPS = np.geomspace(0.7, 5, 8)
+_STEPS = np.geomspace(0.7, 12, 11)
 """In steps of the point."""
 _PLAIN = (300.0, 200.0, 100.0)
 
