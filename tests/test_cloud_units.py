@@ -54,6 +54,18 @@ def test_a_mixed_batch_equals_frame_by_frame(tiny_bundle: Bundle) -> None:
     assert_a_batch_equals_frame_by_frame(frames, model, points)
 
 
+def test_generations_share_the_operating_points_that_are_the_same(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    before = ServedModel(tiny_bundle, threads=1)
+    fewer = ServedModel(make_tiny_bundle(tmp_path / "fewer", drop_points=("s2-r1",)), threads=1, before=before)
+    assert set(fewer.decoders) == {"s1-r1", "s1-r2"}
+    assert all(fewer.decoders[point] is before.decoders[point] for point in fewer.decoders)
+    other = ServedModel(make_tiny_bundle(tmp_path / "other", seed=1), threads=1, before=before)
+    assert not any(other.decoders[point] is before.decoders[point] for point in other.decoders)
+    similar = ServedModel(make_tiny_bundle(tmp_path / "similar", similar=("s1-r2",)), threads=1, before=before)
+    assert [p for p in similar.decoders if similar.decoders[p] is not before.decoders[p]] == ["s1-r2"]
+    assert similar.decoders["s1-r2"].conditional is not None
+
+
 def test_a_frame_without_finite_logits_fails_alone(tiny_bundle: Bundle) -> None:
     frames, model = Frames(tiny_bundle), ServedModel(tiny_bundle, threads=1)
     latent = model.decode("s1-r2", frames.payload("s1-r2", 1))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, SegmentChain, segments_of
 from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
+from bitneck.manifest import Manifest
 from bitneck.runtime import ModulePool
 from bitneck.similar import Reference
 from bitneck.v1 import inference_pb2 as pb
@@ -29,11 +30,13 @@ class ServedModel:
 
     Attributes:
         max_frames: that one pass may take, see `bitneck_cloud.outputs.frames_of_a_pass`.
+        identities: what defines each operating point, by id: its entry and its files' digests.
 
     Args:
         bundle: verified, the cloud's half.
         threads: of ONNX Runtime inside one operator; 0 for every core.
         pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
+        before: the generation before this one; operating points that are the same in both are shared, tables and all.
 
     Attributes:
         kept_bytes: of a frame that later ones may refer to, at most; 0 where no point has conditional tables.
@@ -43,7 +46,9 @@ class ServedModel:
         ModelFailure: ONNX Runtime cannot load a file.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None, before: "ServedModel | None" = None
+    ) -> None:
         pool = pool or ModulePool()
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -51,7 +56,13 @@ class ServedModel:
         self.labels = bundle.labels()
         self.max_frames = frames_of_a_pass(bundle.manifest, len(self.labels))
         self._chain = SegmentChain(bundle, threads=threads, pool=pool)
-        self.decoders = {point.id: PointDecoder(bundle, point, pool=pool) for point in self.ladder}
+        self.identities = {point.id: _identity(bundle.manifest, point.id) for point in self.ladder}
+        self.decoders: dict[str, PointDecoder] = {}
+        for point in self.ladder:
+            if before is not None and before.identities.get(point.id) == self.identities[point.id]:
+                self.decoders[point.id] = before.decoders[point.id]
+            else:
+                self.decoders[point.id] = PointDecoder(bundle, point, pool=pool)
         self._lanes: dict[str, _Lane] = {
             point.id: (point.split, point.decoded_shape) if point.decoded_shape is not None else None
             for point in bundle.manifest.points
@@ -152,3 +163,9 @@ class ServedModel:
             f = np.concatenate(parts) if len(parts) > 1 else parts[0]
             parts = [self._chain.run(f, step.segment, step.segment + 1)]
         return order, parts[0]
+
+
+def _identity(manifest: Manifest, point_id: str) -> tuple[str, ...]:
+    """What a point's decoder is made from: two that agree in it do the same."""
+    files = (f.sha256 for name, f in sorted(manifest.files.items()) if name.startswith(f"points/{point_id}/"))
+    return (manifest.point(point_id).model_dump_json(), str(manifest.decoded_shape(point_id)), *files)

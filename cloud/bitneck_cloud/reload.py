@@ -74,7 +74,7 @@ class Reloader:
             self._registry.swap(new)
             self._metrics.reload(old.name, "ok")
             _LOG.info("reloaded %s: %s in place of %s", new.name, new.bundle.bundle_id, old.bundle.bundle_id)
-            before, after = _digests(old), _digests(new)
+            before, after = old.identities, new.identities
             return Reloaded(
                 bundle_id=new.bundle.bundle_id,
                 changed=True,
@@ -94,18 +94,6 @@ class Reloader:
                 "serve another model with its own --bundle"
             )
         before = self._pool.loads
-        model = ServedModel(bundle, threads=self._threads, pool=self._pool)
+        model = ServedModel(bundle, threads=self._threads, pool=self._pool, before=old)
         return_freed_memory()
         return model, self._pool.loads - before
-
-
-def _digests(model: ServedModel) -> dict[str, tuple[str, ...]]:
-    """What defines each operating point: its files' digests and its entry."""
-    files = model.manifest.files
-    return {
-        entry.id: (
-            entry.model_dump_json(),
-            *(f.sha256 for name, f in files.items() if name.startswith(f"points/{entry.id}/")),
-        )
-        for entry in model.manifest.points
-    }

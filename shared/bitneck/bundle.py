@@ -100,7 +100,7 @@ class Bundle:
             tables = FactorizedModel.from_npz(data)
         except BundleCorrupt as exc:
             raise BundleCorrupt(f"{path}: {exc}") from exc
-        channels = self.manifest.ladder[point_id].latent_shape[0]
+        channels = self.manifest.point(point_id).latent_shape[0]
         if tables.channels != channels:
             raise BundleCorrupt(f"{path} has tables of {tables.channels} channels, the manifest says {channels}")
         return tables
@@ -110,8 +110,12 @@ class Bundle:
         """Whether any operating point has a conditional model."""
         return any(f"points/{point.id}/conditional.npz" in self.manifest.files for point in self.manifest.points)
 
-    def conditional(self, point_id: str) -> ConditionalModel | None:
+    def conditional(self, point_id: str, tables: FactorizedModel | None = None) -> ConditionalModel | None:
         """An operating point's conditional model; None where the bundle has none.
+
+        Args:
+            point_id: the operating point.
+            tables: its factorized model, where that has been read already.
 
         Raises:
             BundleCorrupt: unreadable, or it does not fit the point's tables.
@@ -124,7 +128,7 @@ class Bundle:
             data = path.read_bytes()
         try:
             conditional = ConditionalModel.from_npz(data)
-            conditional.check_fits(self.tables(point_id))
+            conditional.check_fits(tables or self.tables(point_id))
         except (BundleCorrupt, InvalidConfig) as exc:
             raise BundleCorrupt(f"{path}: {exc}") from exc
         return conditional

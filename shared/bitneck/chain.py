@@ -227,7 +227,7 @@ class PointDecoder:
 
 
 def _conditional(bundle: Bundle, point: OperatingPoint, codec: FactorizedCodec) -> ConditionalCodec | None:
-    model = bundle.conditional(point.id)
+    model = bundle.conditional(point.id, codec.tables)
     return ConditionalCodec(point.id, codec.tables, model, point.latent_shape) if model is not None else None
 
 

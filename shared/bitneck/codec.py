@@ -59,11 +59,13 @@ class FactorizedCodec:
         widths = np.array([tables.counts[c].shape[0] for c in self._coded], dtype=np.int32)
         self._widths = widths[:, None]
         widest = int(widths.max(initial=0))
-        rows = [np.pad(tables.counts[c] / TOTAL, (0, widest - tables.counts[c].shape[0])) for c in self._coded]
+        rows = np.zeros((len(self._coded), widest))
+        if rows.size:
+            rows[np.arange(widest) < self._widths] = np.concatenate([tables.counts[c] for c in self._coded]) / TOTAL
         self._matrix: NDArray[np.float64] | None = None
         self._models: list[Any] = []
-        if len(rows) * widest * positions <= _MATRIX_ENTRIES:
-            self._matrix = np.repeat(np.reshape(rows, (len(rows), widest)), positions, axis=0)
+        if rows.size * positions <= _MATRIX_ENTRIES:
+            self._matrix = np.repeat(rows, positions, axis=0)
         else:
             self._models = [constriction.stream.model.Categorical(row, perfect=False) for row in rows]
         self._lo_column = tables.lo[:, None]

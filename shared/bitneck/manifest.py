@@ -271,9 +271,13 @@ class Manifest(_Strict):
         """The operating points in order of rate."""
         return Ladder(entry.operating_point() for entry in self.points)
 
+    def point(self, point_id: str) -> PointEntry:
+        """The operating point of this id, which this manifest has."""
+        return next(entry for entry in self.points if entry.id == point_id)
+
     def decoded_shape(self, point_id: str) -> Shape3:
         """(C, H', W') of what the decoder of a point of this manifest returns: `PointEntry.decoded_shape`."""
-        entry = next(entry for entry in self.points if entry.id == point_id)
+        entry = self.point(point_id)
         return entry.decoded_shape or self.split(entry.split).feature_shape
 
     def split(self, name: str) -> SplitPoint:
