@@ -12,7 +12,7 @@ from bitneck.bundle import Bundle
 from bitneck.chain import Encoded, PointEncoder, SegmentChain
 from bitneck.errors import ImageError
 from bitneck.image import load_photo, preprocess
-from bitneck.runtime import ModulePool
+from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck.similar import Reference
 from bitneck_edge.answers import check_classes
 
@@ -80,6 +80,7 @@ class EdgeEncoder:
                 if encoder is None:
                     self.chain.load(0, self.chain.head_length(point.split))
                     encoder = self._encoders[point_id] = PointEncoder(self.bundle, point, pool=self._pool)
+                    return_freed_memory()
         return encoder
 
     def encode(
