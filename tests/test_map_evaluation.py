@@ -120,7 +120,7 @@ def test_the_uncompressed_network(scene_bundle: Bundle, data: Path, result: MapE
     assert result.mean_iou == pytest.approx(float(jaccard(answers, truths, "macro")), abs=1e-6)
     assert result.mean_iou > max(point.mean_iou for point in result.points)
     assert result.images == len(SIZES)
-    ladder = result.ladder("scenes")
+    ladder = result.ladder("scenes", scene_bundle)
     assert ladder.uncompressed_accuracy == result.mean_iou
     assert ladder.points["s1-r2"].accuracy == next(p.mean_iou for p in result.points if p.id == "s1-r2")
 

@@ -16,7 +16,7 @@ from bitneck.errors import ImageError, InvalidConfig, ModelFailure
 from bitneck.tables import FactorizedModel
 from bitneck_models.backbones import Backbone, build_backbone
 from bitneck_models.evaluation import evaluate
-from bitneck_models.export import export_bundle, prove
+from bitneck_models.export import NOT_MEASURED, export_bundle, prove
 from bitneck_models.features import FeatureSpec, cached_features
 from bitneck_models.photos import LabelledPhoto, labelled_photos, proof_images, split_off_validation
 from bitneck_models.pipeline import photo_sets, prune_and_fit, train_point
@@ -304,10 +304,20 @@ def test_from_photographs_to_a_proven_bundle(entry: ZooEntry, tmp_path: Path) ->
     for p in result.points:
         assert p.payload_bytes_mean <= p.ideal_bytes_mean * 1.01 + 4
         assert p.bpp_wire > p.bpp_payload
-    entry.save_ladder(result.ladder("generated"))
+    entry.save_ladder(result.ladder("generated", bundle))
     again, _ = export_bundle(entry, backbone, tmp_path / "bundle", images)
     assert {p.id: p.payload_bytes for p in again.manifest.ladder} == {p.id: p.payload_bytes_mean for p in result.points}
     assert again.manifest.points[0].dataset == "generated"
+    # trained again, a point is another one than was measured
+    low = entry.recipe.point("s1-r1")
+    folder = entry.point_folder(low.id)
+    (folder / "tables.npz").write_bytes(
+        FactorizedModel.fit(np.zeros((1, *bundle.manifest.ladder[low.id].latent_shape), np.int32)).to_npz()
+    )
+    stale, _ = export_bundle(entry, backbone, tmp_path / "bundle", images)
+    said = {p.id: (p.dataset, p.payload_bytes > 0) for p in stale.manifest.points}
+    assert said.pop(low.id) == (NOT_MEASURED, False)
+    assert set(said.values()) == {("generated", True)}
 
 
 def test_an_export_that_is_wrong_is_never_written(entry: ZooEntry, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a zoo entry's trained points as a bundle, and prove that it equals the network."""
-    from bitneck_models.export import export_bundle
+    from bitneck_models.export import NOT_MEASURED, export_bundle
     from bitneck_models.photos import proof_count, proof_images
     from bitneck_models.zoo import ZooEntry
 
@@ -263,10 +263,18 @@ def export(
         x = proof_images(backbone.input, images, count=proof_count(backbone.input))
         bundle, proof = export_bundle(entry, backbone, out, x, lambda what: status.update(f"exporting: {what}"))
     points = [point.id for point in bundle.manifest.ladder]
+    unmeasured = [point.id for point in bundle.manifest.points if point.dataset == NOT_MEASURED]
+    if unmeasured:
+        console.print(
+            f"{', '.join(unmeasured)}: not measured since trained, the bundle gives no rate and accuracy for them; "
+            f"run `bitneck-models evaluate --bundle {out} --record {zoo}` and export again",
+            highlight=False,
+        )
     document = {
         "out": str(out),
         "bundle_id": bundle.bundle_id,
         "points": points,
+        "not_measured": unmeasured,
         "bytes": sum(file.size for file in bundle.manifest.files.values()),
         "proof": {"images": len(x), "chain": proof.chain, "encoders": proof.encoders, "decoders": proof.decoders},
     }

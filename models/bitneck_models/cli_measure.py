@@ -58,7 +58,7 @@ def evaluate(
             opened, folder, ignore_index or [], lambda done, total: progress.update(task, completed=done, total=total)
         )
     if record is not None:
-        ZooEntry(record).save_ladder(result.ladder(dataset_name(folder)))
+        ZooEntry(record).save_ladder(result.ladder(dataset_name(folder), opened))
     if as_json:
         document = {"dataset": dataset_name(folder)} | result.to_dict()
         if zoo is not None:

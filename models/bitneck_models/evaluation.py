@@ -82,7 +82,7 @@ class Evaluation:
             "points": [asdict(point) for point in self.points],
         }
 
-    def ladder(self, dataset: str) -> MeasuredLadder:
+    def ladder(self, dataset: str, bundle: Bundle) -> MeasuredLadder:
         """For the zoo entry: what its next bundle will say of its points."""
         return MeasuredLadder(
             dataset=dataset,
@@ -95,6 +95,7 @@ class Evaluation:
                     bpp_payload=p.bpp_payload,
                     accuracy=p.top1,
                     agreement=p.agreement,
+                    tables_digest=bundle.tables(p.id).digest,
                 )
                 for p in self.points
             },

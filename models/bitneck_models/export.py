@@ -21,16 +21,19 @@ from bitneck.bundle import Bundle, BundleWriter
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
 from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck.manifest import FileRole, Manifest, PointEntry, Segment, SplitPoint
+from bitneck.tables import FactorizedModel
 from bitneck_models.backbones import Backbone
 from bitneck_models.onnx_export import to_onnx
 from bitneck_models.units import BottleneckUnit
 from bitneck_models.zoo import MeasuredLadder, MeasuredPoint, ZooEntry
 
-__all__ = ["Proof", "export_bundle", "prove"]
+__all__ = ["NOT_MEASURED", "Proof", "export_bundle", "prove"]
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest value of the reference."""
 
+NOT_MEASURED = "not measured"
+"""The data set of a point that was not measured, or not since it was trained."""
 _UNMEASURED = date(1970, 1, 1)
 
 
@@ -83,6 +86,9 @@ def export_bundle(
     units = {point.id: entry.unit(backbone, point) for point in points}
     tables = {point.id: entry.tables(point) for point in points}
     measured = entry.ladder()
+    if measured is not None:
+        imports = {p: FactorizedModel.from_npz((entry.point_folder(p) / "tables.npz").read_bytes()) for p in imported}
+        measured = measured.of(tables | imports)
     with BundleWriter(out) as writer:
         segments = []
         for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
@@ -160,7 +166,7 @@ def _entry(
         bpp_payload=result.bpp_payload,
         accuracy=result.accuracy,
         agreement=result.agreement,
-        dataset=known.dataset if known is not None else "not measured",
+        dataset=known.dataset if known is not None else NOT_MEASURED,
         images=known.images if known is not None else 1,
         measured=known.measured if known is not None else _UNMEASURED,
     )

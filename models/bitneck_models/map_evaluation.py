@@ -102,7 +102,7 @@ class MapEvaluation:
             "points": [asdict(point) for point in self.points],
         }
 
-    def ladder(self, dataset: str) -> MeasuredLadder:
+    def ladder(self, dataset: str, bundle: Bundle) -> MeasuredLadder:
         """For the zoo entry: what its next bundle will say of its points; accuracy is mean IoU."""
         return MeasuredLadder(
             dataset=dataset,
@@ -115,6 +115,7 @@ class MapEvaluation:
                     bpp_payload=p.bpp_payload,
                     accuracy=p.mean_iou,
                     agreement=p.agreement,
+                    tables_digest=bundle.tables(p.id).digest,
                 )
                 for p in self.points
             },

@@ -11,9 +11,10 @@ ladder.json                     rate and accuracy of every point on an evaluatio
 """
 
 import json
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -57,12 +58,20 @@ class PointRecord(_Strict):
 
 
 class MeasuredPoint(_Strict):
-    """One operating point on an evaluation set, through real bytes."""
+    """One operating point on an evaluation set, through real bytes.
+
+    `tables_digest` is `FactorizedModel.digest` of what was measured: a point that was trained again has other tables.
+    """
 
     payload_bytes: Annotated[float, Field(ge=0)]
     bpp_payload: Annotated[float, Field(ge=0)]
     accuracy: Annotated[float, Field(ge=0, le=1)]
     agreement: Annotated[float, Field(ge=0, le=1)]
+    tables_digest: str = ""
+
+    def is_of(self, tables: FactorizedModel) -> bool:
+        """Whether these tables were measured; of a point that was recorded without a digest nobody can tell."""
+        return self.tables_digest in ("", tables.digest)
 
 
 class MeasuredLadder(_Strict):
@@ -73,6 +82,11 @@ class MeasuredLadder(_Strict):
     measured: date
     uncompressed_accuracy: Annotated[float, Field(ge=0, le=1)]
     points: dict[str, MeasuredPoint]
+
+    def of(self, tables: Mapping[str, FactorizedModel]) -> Self:
+        """Without the points that were trained again since: those whose tables are others now."""
+        kept = {p: m for p, m in self.points.items() if p not in tables or m.is_of(tables[p])}
+        return self.model_copy(update={"points": kept})
 
 
 class ZooEntry:

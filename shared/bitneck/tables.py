@@ -6,6 +6,7 @@ never computed again from floats on another machine: the range decoder needs exa
 Dimensions: N photographs, Cr latent channels, h x w latent positions, K_c symbols of channel c.
 """
 
+import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -72,6 +73,13 @@ class FactorizedModel:
     def hi(self) -> NDArray[np.int32]:
         """Largest symbol of each channel, (Cr,) int32."""
         return (self.lo + np.array([len(row) - 1 for row in self.counts], dtype=np.int32)).astype(np.int32)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the numbers, in hexadecimal; however the file that they lie in was packed."""
+        size = np.array([len(row) for row in self.counts])
+        parts = (self.lo, size, np.concatenate(self.counts))
+        return hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in parts)).hexdigest()
 
     def ideal_bits(self, s: NDArray[np.int32]) -> float:
         """Ideal code length of one latent's symbols: ``sum -log2(counts[c][s - lo[c]] / TOTAL)``.
