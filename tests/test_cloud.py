@@ -291,6 +291,10 @@ async def test_the_rate_of_new_sessions(tiny_bundle: Bundle, frames: Frames) -> 
             after = await open_stream(cloud, tiny_bundle.bundle_id)
             assert after.opened.point == "s1-r1"
             assert (await before.ask(frames.frame(1))).HasField("result")  # open sessions keep theirs
+            assert (await http.put("/v1/rate", json={"auto": True})).status_code == 200
+            assert (await open_stream(cloud, tiny_bundle.bundle_id)).opened.point == ""
+            untyped = await http.put("/v1/rate", content=b'{"point": "s1-r1"}')
+            assert (untyped.status_code, "Content-Type: application/json" in untyped.json()["detail"]) == (422, True)
 
 
 @pytest.mark.parametrize(

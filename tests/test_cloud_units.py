@@ -21,6 +21,7 @@ from bitneck.errors import (
     Overloaded,
     ProtocolError,
     Unavailable,
+    UnknownModel,
 )
 from bitneck.ladder import Ladder, MaxKbps, OperatingPoint
 from bitneck.v1 import inference_pb2 as pb
@@ -298,6 +299,14 @@ def registry(models: list[ServedModel], *, adopt: bool) -> Registry:
         models, window=4, max_sessions=3, resume_s=10.0, assumed_fps=10.0, max_bytes_per_s=0.0,
         signer=TokenSigner(b"k" * 32, max_age_s=100), adopt=adopt,
     )  # fmt: skip
+
+
+def test_a_model_must_be_named_where_several_are_served(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    models = [ServedModel(tiny_bundle, threads=1), ServedModel(make_tiny_bundle(tmp_path, name="other"), threads=1)]
+    both = registry(models, adopt=False)
+    assert both.model("other") is models[1]
+    with pytest.raises(UnknownModel, match=r"name one of them \(--model\): tiny, other"):
+        both.model("")
 
 
 def test_a_replica_with_the_key_takes_a_returning_client(tiny_bundle: Bundle) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from bitneck.bundle import Bundle
@@ -89,6 +90,22 @@ async def test_the_clock_jumps(server: Server, tmp_path: Path, monkeypatch: pyte
     for answer in results:
         assert isinstance(answer, Answer)
         assert all(0 <= ms < HANG_S * 1e3 for ms in asdict(answer.ms).values())
+
+
+async def test_a_rate_asked_of_new_sessions_ends_automatic_rate_and_says_so(
+    tiny_bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_server(tiny_bundle.root) as server:
+        async with httpx.AsyncClient(base_url=server.http) as http:
+            (await http.put("/v1/rate", json={"point": "s1-r1"})).raise_for_status()
+            async with EdgeClient(server.grpc, **settings(tmp_path, point="auto")) as client:
+                answer = await client.infer(PHOTO)
+                assert (answer.point, client.auto) == ("s1-r1", False)
+            assert "the cloud asks new sessions for s1-r1" in caplog.text
+            (await http.put("/v1/rate", json={"auto": True})).raise_for_status()
+        async with EdgeClient(server.grpc, **settings(tmp_path, point="auto")) as client:
+            await client.infer(PHOTO)
+            assert client.auto
 
 
 async def test_automatic_rate_steps_down_and_up(

@@ -177,7 +177,7 @@ def test_spaces_and_storages_that_do_not_fit(home: Path) -> None:
         with pytest.raises(InvalidConfig, match="cannot be used"):
             open_study(space, storage)
     storage = f"sqlite:///{home}/trials.db"
-    with pytest.raises(InvalidConfig, match="cannot be used"):
+    with pytest.raises(InvalidConfig, match="has no study"):
         open_study(space, storage, create=False)
     open_study(space, storage)
     with pytest.raises(InvalidConfig, match="another search space"):

@@ -77,6 +77,8 @@ class Registry:
         """
         if not name and len(self._generations) == 1:
             return next(iter(self._generations.values()))[0]
+        if not name:
+            raise UnknownModel(f"several models are served, name one of them (--model): {', '.join(self._generations)}")
         if name not in self._generations:
             raise UnknownModel(f"no model {name[:80]!r} is served; there are: {', '.join(self._generations)}")
         return self._generations[name][0]

@@ -168,13 +168,20 @@ def encode(
     model: Model = None,
     point: Point = None,
     symbols: Annotated[Path | None, typer.Option(help="Write the symbols here, as .npy.")] = None,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
     cache_dir: Cache = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Encode one photograph to a file: the edge's half, without a stream. `bitneck-cloud decode` reads it."""
     from bitneck_edge.encoder import EdgeEncoder
 
-    opened = _bundle(bundle, server, model, cache_dir)
+    access = {"tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key, "token": token}
+    opened = _bundle(bundle, {"server": server, "model": model, "cache_dir": cache_dir} | access, config)
     encoder = EdgeEncoder(opened)
     chosen = point or encoder.ladder.best.id
     result = encoder.encode(photo, chosen)
@@ -267,14 +274,21 @@ def bench(
     model: Model = None,
     frames: Annotated[int, typer.Option(min=1, help="Of each split point.")] = 50,
     threads: Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 for every core.")] = 0,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
     cache_dir: Cache = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Measure what this device needs for a frame: time per stage, processor time, memory, for every split point."""
     from bitneck_edge.bench import bench as measure
     from bitneck_edge.report import bench_table
 
-    opened = _bundle(bundle, server, model, cache_dir)
+    access = {"tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key, "token": token}
+    opened = _bundle(bundle, {"server": server, "model": model, "cache_dir": cache_dir} | access, config)
     paths: list[Path] = [path for source in photos for path in find_photos(source)]
     document = measure(opened, paths, frames=frames, threads=threads)
     if as_json:
@@ -289,13 +303,20 @@ def points(
     bundle: BundleDir = None,
     server: Server = None,
     model: Model = None,
+    tls: Tls = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
     cache_dir: Cache = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """List the operating points of a bundle or a server, lowest rate first."""
     from bitneck_edge.report import points_table
 
-    opened = _bundle(bundle, server, model, cache_dir)
+    access = {"tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key, "token": token}
+    opened = _bundle(bundle, {"server": server, "model": model, "cache_dir": cache_dir} | access, config)
     ladder = opened.manifest.ladder
     if as_json:
         entries: list[dict[str, Any]] = [
@@ -314,15 +335,15 @@ def points(
         Console().print(points_table(ladder))
 
 
-def _bundle(bundle: Path | None, server: str | None, model: str | None, cache_dir: Path | None) -> Bundle:
-    """A bundle from a folder, or from a server."""
+def _bundle(bundle: Path | None, values: dict[str, Any], config: Path | None) -> Bundle:
+    """A bundle from a folder, or from the server that the settings name."""
     from bitneck_edge.fetch import fetch_bundle
 
     if bundle is not None:
-        if server is not None:
+        if values["server"] is not None:
             raise InvalidConfig("give --bundle or --server, not both")
         return Bundle.open(bundle, side="edge")
-    settings = EdgeSettings.load({"server": server, "model": model, "cache_dir": cache_dir})
+    settings = EdgeSettings.load(values, config)
     with Progress(
         TextColumn("fetching the bundle"), BarColumn(), DownloadColumn(),
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),

@@ -287,7 +287,13 @@ class EdgeClient:
         try:
             await link.open()
             if link.initial_point and not self._point and settings.point in ("", AUTO):
-                self._auto = False  # the cloud asks for one
+                if self._auto:
+                    _LOG.warning(
+                        "the cloud asks new sessions for %s: the point is not chosen here, until its control API hands "
+                        "that back",
+                        link.initial_point,
+                    )
+                self._auto = False
             if self._auto:
                 self._point = self._rate.choose(time.perf_counter()).point
             else:

@@ -201,7 +201,7 @@ class RateController:
             return self._decision("the link carries it")
         if self._total(above, delay) <= self._limit(above, _UP):
             self._rung = above
-            return self._decision(f"answers take {delay * 1e3:.0f} ms on the link: up")
+            return self._decision(f"answers take {delay * 1e3:.0f} ms on the link: room for better")
         if not self._flights and now >= self._probe_at and self._promising(above, delay):
             self._probe_at = now + self._probe_wait  # it may never be sent
             return Decision(self._points[above].id, "does the link carry more?", probe=True)

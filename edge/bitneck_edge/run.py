@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 from collections.abc import AsyncGenerator, Sequence
@@ -23,6 +24,8 @@ from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources import Source, read_sources
 
 __all__ = ["RunPlan", "run_plan"]
+
+_LOG = logging.getLogger(__name__)
 
 _LAST_ANSWERS_S = 3.0
 """After a signal, how long the answers that are out are waited for."""
@@ -79,7 +82,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
     summary = RunSummary()
 
     def on_switch(switch: Switch) -> None:
-        if plan.output == "verbose":
+        if plan.output == "verbose" and not _LOG.isEnabledFor(logging.INFO):  # else the client's log says it
             print(f"       {switch.old} -> {switch.new}: {switch.reason}", flush=True)  # noqa: T201
 
     def take(result: Answer | Failure) -> None:

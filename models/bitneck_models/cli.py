@@ -88,14 +88,18 @@ def train_network_command(
     zoo: Annotated[Path, typer.Argument(help="A folder of the zoo, with network.toml.", metavar="ZOO")],
     data: Data = None,
     runs: Runs = Path("runs"),
+    again: Annotated[bool, typer.Option("--again", help="Train it although it is trained already.")] = False,
 ) -> None:
     """Train a segmentation network of ours itself, before it is split; started again, it goes on where it stopped."""
-    from bitneck_models.backbones import begin_network
+    from bitneck_models.backbones import NETWORK_FILE, begin_network
     from bitneck_models.network_training import NetworkStep, load_network_training, train_network
 
     recipe = load_network_training(zoo)
-    backbone = begin_network(recipe.backbone, recipe.seed)
     console = Console(stderr=True)
+    if (zoo / NETWORK_FILE).is_file() and not again:
+        console.print(f"the network of {zoo} is trained; use --again to train anew, its units too then")
+        return
+    backbone = begin_network(recipe.backbone, recipe.seed)
     with progress_bars(console) as progress:
         task = progress.add_task("training", total=recipe.steps)
 

@@ -207,7 +207,12 @@ def open_study(space: SearchSpace, storage: str, *, create: bool = True) -> optu
                 sampler=optuna.samplers.TPESampler(constant_liar=True),
             )
         else:
-            study = optuna.load_study(storage=rdb, study_name=space.name)
+            try:
+                study = optuna.load_study(storage=rdb, study_name=space.name)
+            except KeyError as exc:
+                raise InvalidConfig(
+                    f"{storage} has no study {space.name!r} yet; run `bitneck-models search` with this space first"
+                ) from exc
         own = space.model_dump_json(by_alias=True)
         if SearchSpace.model_validate_json(study.user_attrs.get("space", own)) != space:
             raise InvalidConfig(
@@ -445,8 +450,10 @@ def pick_ladder(points: Sequence[tuple[float, float]], count: int) -> list[int]:
     Raises:
         InvalidConfig: an empty front, or a count below 1.
     """
-    if not points or count < 1:
-        raise InvalidConfig(f"{count} points cannot be picked from a front of {len(points)}")
+    if not points:
+        raise InvalidConfig("no trial has finished yet, so there is no front to pick from; go on with the search")
+    if count < 1:
+        raise InvalidConfig(f"{count} points cannot be picked; ask for one at least")
     if count == 1:
         return [len(points) - 1]
     if len(points) <= count:

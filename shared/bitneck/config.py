@@ -31,8 +31,10 @@ class Address:
             InvalidConfig: anything else.
         """
         match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):(\d{1,5})", text)
-        if match is None or int(match[3]) > 65535:
+        if match is None:
             raise InvalidConfig(f"address {text[:80]!r} is not HOST:PORT, such as 127.0.0.1:50051")
+        if int(match[3]) > 65535:
+            raise InvalidConfig(f"address {text[:80]!r}: a port is at most 65535")
         return cls(match[1] or match[2], int(match[3]))
 
     @property

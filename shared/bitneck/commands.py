@@ -1,0 +1,43 @@
+"""The three commands, which say what to install where an extra is missing.
+
+An edge install has no web framework and a server no torch, but every install has all three commands.
+"""
+
+import importlib
+import sys
+from typing import NoReturn
+
+__all__ = ["cloud", "edge", "models"]
+
+
+def edge() -> None:
+    """Run ``bitneck-edge``."""
+    _run("edge")
+
+
+def cloud() -> None:
+    """Run ``bitneck-cloud``."""
+    _run("cloud")
+
+
+def models() -> None:
+    """Run ``bitneck-models``."""
+    _run("models")
+
+
+def _run(part: str) -> None:
+    try:
+        importlib.import_module(f"bitneck_{part}.cli").main()
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.startswith("bitneck"):
+            raise
+        _refuse(part, exc.name.partition(".")[0])
+
+
+def _refuse(part: str, module: str) -> NoReturn:
+    print(  # noqa: T201
+        f"error: bitneck-{part} needs the Python module {module!r}, which is not installed; "
+        f"install bitneck with its extra: pip install 'bitneck[{part}]', or '.[{part}]' in a checkout",
+        file=sys.stderr,
+    )
+    sys.exit(2)
