@@ -137,7 +137,7 @@ def bad_inputs(folder: Path, server: str) -> list[tuple[tuple[object, ...], int,
         ((*ok, "--point", "../x", good), 2, "no operating point"),
         ((*ok, "--model", "nope", good), 2, "there are: tiny"),
         (("--server", "nowhere", good), 2, "not HOST:PORT"),
-        (("--server", "127.0.0.1:99999", good), 2, "not HOST:PORT"),
+        (("--server", "127.0.0.1:99999", good), 2, "a port is at most 65535"),
         ((*ok, "--bundle-id", "sha256:" + "0" * 64, good), 1, "expected sha256:000"),
         ((*ok, "--config", folder / "none.toml", good), 2, "none.toml"),
     ]
@@ -304,3 +304,18 @@ def test_bundles_of_the_same_name_do_not_mix(tmp_path: Path, photos: Path) -> No
             ids.add(document["bundle_id"])
     assert len(ids) == 2
     assert len(list((tmp_path / "cache" / "bundles").iterdir())) == 2
+
+
+def test_commands_that_only_ask_for_the_bundle_take_a_token(tiny_bundle: Bundle, photos: Path, tmp_path: Path) -> None:
+    with running_server(tiny_bundle.root, options=("--device-token", "for-devices")) as server:
+        common = ("--server", server.grpc, "--cache-dir", tmp_path / "cache")
+        refused = edge("points", *common)
+        assert refused.returncode != 0
+        assert "--token" in refused.stderr
+        shown = json.loads(edge("points", *common, "--token", "for-devices", "--json").stdout)
+        assert [point["id"] for point in shown["points"]] == [point.id for point in tiny_bundle.manifest.ladder]
+        settings = tmp_path / "settings.toml"
+        settings.write_text(f'server = "{server.grpc}"\ntoken = "for-devices"\n')
+        out = tmp_path / "frame.bin"
+        done = edge("encode", photos / "0.png", "--out", out, "--config", settings, "--cache-dir", tmp_path / "cache")
+        assert (done.returncode, out.is_file()) == (0, True), done.stderr
