@@ -65,6 +65,11 @@ def test_generations_share_the_operating_points_that_are_the_same(tiny_bundle: B
     similar = ServedModel(make_tiny_bundle(tmp_path / "similar", similar=("s1-r2",)), threads=1, before=before)
     assert [p for p in similar.decoders if similar.decoders[p] is not before.decoders[p]] == ["s1-r2"]
     assert similar.decoders["s1-r2"].conditional is not None
+    better = [point.model_copy(update={"accuracy": 0.5}) for point in tiny_bundle.manifest.points]
+    manifest = tiny_bundle.manifest.model_copy(update={"points": tuple(better)})
+    measured = ServedModel(Bundle(tiny_bundle.root, manifest, manifest.to_json()), threads=1, before=before)
+    assert measured.decoders == before.decoders  # measured again, and nothing else
+    assert not set(measured.identities.values()) & set(before.identities.values())
 
 
 def test_a_frame_without_finite_logits_fails_alone(tiny_bundle: Bundle) -> None:

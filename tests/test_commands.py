@@ -1,5 +1,6 @@
 """The three commands where an extra is missing: one line that says what to install."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -35,3 +36,10 @@ def test_a_missing_module_of_our_own_is_no_missing_extra() -> None:
     code = LACKING.format(part="edge", module="bitneck_edge.settings", arguments=["points"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "Traceback" in done.stderr
+    assert "bitneck_edge.settings" in done.stderr
+
+
+def test_the_commands_are_these() -> None:
+    scripts = {each.name: each.value for each in importlib.metadata.entry_points(group="console_scripts")}
+    for part in ("edge", "cloud", "models"):
+        assert scripts[f"bitneck-{part}"] == f"bitneck.commands:{part}"

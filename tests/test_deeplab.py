@@ -17,7 +17,12 @@ from bitneck_models.backbones import Backbone, begin_network, build_backbone, lo
 from bitneck_models.class_maps import VOID, ViewRange, confusion, load_class_map, mapped_photos, mean_iou, random_view
 from bitneck_models.deeplab import AtrousConv2d
 from bitneck_models.features import FeatureSpec, cached_features, view_maps
-from bitneck_models.network_training import NetworkTraining, load_network_training, train_network
+from bitneck_models.network_training import (
+    NetworkTraining,
+    forget_finished,
+    load_network_training,
+    train_network,
+)
 from bitneck_models.onnx_export import to_onnx
 from bitneck_models.pipeline import photo_sets, train_point
 from bitneck_models.recipe import TaskTerm
@@ -291,8 +296,24 @@ def test_a_network_learns_and_resumes_to_the_same_weights(data: Path) -> None:
     again = train_network(RECIPE, small_network(), data, data / "zoo2", data / "runs2")
     assert again is not None
     assert again.sha256 == record.sha256
+    checkpoint = data / "runs2" / RECIPE.backbone / "checkpoint.pt"
+    forget_finished(RECIPE.model_copy(update={"steps": 61}), data / "runs2")  # not at its end: stays
+    assert checkpoint.is_file()
     with pytest.raises(InvalidConfig, match="belongs to another recipe"):
         train_network(RECIPE.model_copy(update={"seed": 1}), small_network(), data, data / "zoo2", data / "runs2")
+    forget_finished(RECIPE, data / "runs2")
+    assert not checkpoint.exists()
+    began: list[int] = []
+    train_network(
+        RECIPE,
+        small_network(),
+        data,
+        data / "zoo2",
+        data / "runs2",
+        report=lambda s: began.append(s.step),
+        stop_after=1,
+    )
+    assert began == [1]
 
 
 @pytest.mark.parametrize(

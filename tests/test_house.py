@@ -45,6 +45,16 @@ def test_components_import_shared_and_nothing_else_of_ours(component: str) -> No
             assert not imported(path) & TORCH, path
 
 
+def test_only_the_commands_load_a_component_by_its_name() -> None:
+    """`bitneck.commands` is the one place in shared that knows of the others: see docs/decisions.md."""
+    found = [
+        p.name
+        for p in sources("shared")
+        if re.search(r"import_module|bitneck_(edge|cloud|models)\b.*import", p.read_text())
+    ]
+    assert found == ["commands.py"]
+
+
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_what_is_imported_is_declared(component: str) -> None:
     """In the dependencies that everyone gets, or in the component's own extra: not in another one's."""

@@ -93,3 +93,15 @@ def test_choices_keep_their_promise(points: list[tuple[float, float]], limit: fl
         cheapest = ladder.at_least(accuracy)
         assert cheapest.accuracy >= accuracy
         assert cheapest.payload_bytes == min(reaching)
+
+
+def test_what_was_not_measured_is_never_weighed() -> None:
+    new, low = point("s1-new", 0, 0), point("s1-r1", 30, 0.7)
+    ladder = Ladder([new, low])
+    assert ladder.measured == (low,)
+    assert choose(ladder, FixedPoint("s1-new")) is new
+    assert choose(ladder, MaxBytesPerFrame(40)) is low
+    assert choose(ladder, MinAccuracy(0.0)) is low
+    with pytest.raises(RateUnreachable, match="the lowest, s1-r1"):
+        choose(ladder, MaxBytesPerFrame(10))
+    assert Ladder([new]).measured == (new,)

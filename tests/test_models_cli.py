@@ -126,7 +126,7 @@ def test_search_and_pareto(home: Path) -> None:
     run("export", "zoo", "--out", "bundle")
     points = json.loads((home / "bundle" / "manifest.json").read_text())["points"]
     assert {p["id"] for p in points} <= {"s1-n1", "s1-n2"}
-    with pytest.raises(InvalidConfig, match="cannot be used"):
+    with pytest.raises(InvalidConfig, match="has no study"):
         run("pareto", "zoo", "--space", "space.toml", "--storage", "sqlite:///none.db")
 
 

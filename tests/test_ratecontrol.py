@@ -78,6 +78,8 @@ def test_a_fourfold_drop_is_met_within_three_frames(name: str) -> None:
 def test_only_points_that_are_worth_their_bytes() -> None:
     assert [p.id for p in rungs(LADDER)] == ["s1-r1", "s1-r2", "s1-r3"]
     assert [p.id for p in rungs(LADDER, ["s2"])] == ["s2-r1", "s2-r2"]
+    unmeasured = Ladder([*LADDER, point("s1-new", 0, 0)])
+    assert [p.id for p in rungs(unmeasured)] == ["s1-r1", "s1-r2", "s1-r3"]
 
 
 def test_it_begins_low_and_climbs_on_a_link_that_carries_all() -> None:

@@ -132,7 +132,7 @@ def test_from_a_trained_entry_to_a_bundle_with_conditional_tables(home: Path) ->
         entry.conditional(point)
     (home / "away.json").rename(folder / "conditional.json")
     trained = PointRecord.model_validate(json.loads((folder / "record.json").read_text()))
-    save_point(folder, entry.unit(small_backbone(), point), entry.tables(point), trained)
+    save_point(folder, entry.unit(small_backbone(), point), entry.tables(point.id), trained)
     assert entry.conditional(point) is None
 
 

@@ -126,7 +126,7 @@ def test_the_front_becomes_a_zoo_entrys_ladder(home: Path) -> None:
     for f, name in zip(found, names, strict=True):
         point = again.recipe.point(name)
         assert (point.stride, point.step) == (f.recipe["stride"], f.recipe["step"])
-        assert again.unit(small_backbone(), point).latent_shape[0] == again.tables(point).channels
+        assert again.unit(small_backbone(), point).latent_shape[0] == again.tables(point.id).channels
         assert again.recipe.training_of(point).steps == 12
     with pytest.raises(InvalidConfig, match="has s1-p0 already"):
         adopt(again, found[:1], names[:1])

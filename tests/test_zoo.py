@@ -50,10 +50,11 @@ def test_every_point_is_trained_measured_and_as_its_record_says(zoo: Path, wante
         record = PointRecord.model_validate_json((folder / "record.json").read_bytes())
         assert PointRecipe.model_validate(record.recipe) == point
         assert TrainingRecipe.model_validate(record.training) == entry.recipe.training_of(point)
-        unit, tables = entry.unit(backbone, point), entry.tables(point)
+        unit, tables = entry.unit(backbone, point), entry.tables(point.id)
         assert unit.latent_shape[0] == tables.channels <= point.channels
         assert record.unit_sha256 == sha256_hex((folder / "unit.safetensors").read_bytes())
         assert record.tables_sha256 == sha256_hex((folder / "tables.npz").read_bytes())
+        assert ladder.points[point.id].tables_digest == tables.digest
         if zoo == ZOO:
             assert entry.conditional(point) is not None
             similar = ConditionalRecord.model_validate_json((folder / "conditional.json").read_bytes())
@@ -96,7 +97,7 @@ def test_units_for_class_maps_are_as_measured() -> None:
     with torch.no_grad():
         teacher = backbone(x).argmax(1)
         for split, point in points.items():
-            unit, tables = entry.unit(backbone, point), entry.tables(point)
+            unit, tables = entry.unit(backbone, point), entry.tables(point.id)
             y = unit.encoder(backbone.head(split)(x)).numpy()
             symbols = np.stack([quantize(one, point.step, tables.lo, tables.hi) for one in y])
             answer = backbone.tail(split)(unit.decoder(torch.from_numpy(dequantize(symbols, point.step)))).argmax(1)
@@ -120,7 +121,7 @@ def test_the_bundle_is_the_zoos() -> None:
     proof = prove(bundle, backbone, units, proof_images(backbone.input, None, count=2))
     assert proof.worst <= 1e-4
     for point in entry.shipped():
-        ours, theirs = entry.tables(point), bundle.tables(point.id)
+        ours, theirs = entry.tables(point.id), bundle.tables(point.id)
         assert all(np.array_equal(a, b) for a, b in zip(ours.counts, theirs.counts, strict=True))
         conditional, shipped = entry.conditional(point), bundle.conditional(point.id)
         assert conditional is not None

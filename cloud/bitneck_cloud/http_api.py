@@ -368,7 +368,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(exc, RequestValidationError)
         details = "; ".join(f"{'.'.join(str(p) for p in e['loc'][1:]) or 'body'}: {e['msg']}" for e in exc.errors())
         sent = request.headers.get("content-type", "")
-        if request.method == "PUT" and not sent.startswith("application/json"):
+        if request.method == "PUT" and not sent.partition(";")[0].strip().lower().endswith("json"):
             details += f"; the body has the type {sent[:80] or '(none)'}, send it with Content-Type: application/json"
         return _problem(request, 422, "InvalidRequest", details)
 

@@ -31,15 +31,14 @@ class ServedModel:
     Attributes:
         max_frames: that one pass may take, see `bitneck_cloud.outputs.frames_of_a_pass`.
         identities: what defines each operating point, by id: its entry and its files' digests.
+        made_from: what each operating point's decoder is made from; where it is the same, generations share it.
+        kept_bytes: of a frame that later ones may refer to, at most; 0 where no point has conditional tables.
 
     Args:
         bundle: verified, the cloud's half.
         threads: of ONNX Runtime inside one operator; 0 for every core.
         pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
         before: the generation before this one; operating points that are the same in both are shared, tables and all.
-
-    Attributes:
-        kept_bytes: of a frame that later ones may refer to, at most; 0 where no point has conditional tables.
 
     Raises:
         BundleCorrupt: tables or labels are unreadable, or more classes than a class map can name.
@@ -57,9 +56,10 @@ class ServedModel:
         self.max_frames = frames_of_a_pass(bundle.manifest, len(self.labels))
         self._chain = SegmentChain(bundle, threads=threads, pool=pool)
         self.identities = {point.id: _identity(bundle.manifest, point.id) for point in self.ladder}
+        self.made_from = {point.id: _decoder_identity(bundle.manifest, point.id) for point in self.ladder}
         self.decoders: dict[str, PointDecoder] = {}
         for point in self.ladder:
-            if before is not None and before.identities.get(point.id) == self.identities[point.id]:
+            if before is not None and before.made_from.get(point.id) == self.made_from[point.id]:
                 self.decoders[point.id] = before.decoders[point.id]
             else:
                 self.decoders[point.id] = PointDecoder(bundle, point, pool=pool)
@@ -166,6 +166,14 @@ class ServedModel:
 
 
 def _identity(manifest: Manifest, point_id: str) -> tuple[str, ...]:
-    """What a point's decoder is made from: two that agree in it do the same."""
-    files = (f.sha256 for name, f in sorted(manifest.files.items()) if name.startswith(f"points/{point_id}/"))
-    return (manifest.point(point_id).model_dump_json(), str(manifest.decoded_shape(point_id)), *files)
+    """What defines an operating point: its entry and its files."""
+    digests = (f.sha256 for name, f in sorted(manifest.files.items()) if name.startswith(f"points/{point_id}/"))
+    return (manifest.point(point_id).model_dump_json(), *digests)
+
+
+def _decoder_identity(manifest: Manifest, point_id: str) -> tuple[object, ...]:
+    """What a point's decoder is made from; not what was measured of it, nor its encoder."""
+    entry = manifest.point(point_id)
+    files = [f"points/{point_id}/{name}" for name in ("decoder.onnx", "tables.npz", "conditional.npz")]
+    digests = (manifest.files[name].sha256 if name in manifest.files else "" for name in files)
+    return (entry.step, entry.latent_shape, manifest.decoded_shape(point_id), *digests)

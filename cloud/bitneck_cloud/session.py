@@ -312,7 +312,7 @@ class Session:
             chosen = choose(self._ladder, self.policy, frames_per_s=fps)
         except RateUnreachable:
             chosen = None
-        point = chosen.id if chosen is not None else next(iter(self._ladder)).id
+        point = chosen.id if chosen is not None else self._ladder.measured[0].id
         if point == self.asked_point:
             return None
         self.asked_point = point

@@ -18,7 +18,7 @@ from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.frames import crc32c_hex, seal_frame
 from bitneck.image import find_photos
-from bitneck_edge.settings import EdgeSettings
+from bitneck_edge.settings import AUTO, EdgeSettings
 
 __all__ = ["app", "main"]
 
@@ -180,10 +180,16 @@ def encode(
     """Encode one photograph to a file: the edge's half, without a stream. `bitneck-cloud decode` reads it."""
     from bitneck_edge.encoder import EdgeEncoder
 
-    access = {"tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key, "token": token}
-    opened = _bundle(bundle, {"server": server, "model": model, "cache_dir": cache_dir} | access, config)
+    settings = EdgeSettings.load(
+        {
+            "server": server, "model": model, "cache_dir": cache_dir, "point": point, "tls": tls, "tls_ca": tls_ca,
+            "tls_cert": tls_cert, "tls_key": tls_key, "token": token,
+        },
+        config,
+    )  # fmt: skip
+    opened = _bundle(bundle, settings, asked=server)
     encoder = EdgeEncoder(opened)
-    chosen = point or encoder.ladder.best.id
+    chosen = settings.point if settings.point not in ("", AUTO) else encoder.ladder.best.id
     result = encoder.encode(photo, chosen)
     frame = seal_frame(seq=1, point=chosen, payload=result.encoded.payload)
     try:
@@ -273,7 +279,7 @@ def bench(
     server: Server = None,
     model: Model = None,
     frames: Annotated[int, typer.Option(min=1, help="Of each split point.")] = 50,
-    threads: Annotated[int, typer.Option(min=0, help="ONNX Runtime threads; 0 for every core.")] = 0,
+    threads: Threads = None,
     tls: Tls = None,
     tls_ca: TlsCa = None,
     tls_cert: TlsCert = None,
@@ -287,10 +293,16 @@ def bench(
     from bitneck_edge.bench import bench as measure
     from bitneck_edge.report import bench_table
 
-    access = {"tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key, "token": token}
-    opened = _bundle(bundle, {"server": server, "model": model, "cache_dir": cache_dir} | access, config)
+    settings = EdgeSettings.load(
+        {
+            "server": server, "model": model, "cache_dir": cache_dir, "threads": threads, "tls": tls, "tls_ca": tls_ca,
+            "tls_cert": tls_cert, "tls_key": tls_key, "token": token,
+        },
+        config,
+    )  # fmt: skip
+    opened = _bundle(bundle, settings, asked=server)
     paths: list[Path] = [path for source in photos for path in find_photos(source)]
-    document = measure(opened, paths, frames=frames, threads=threads)
+    document = measure(opened, paths, frames=frames, threads=settings.threads)
     if as_json:
         print(json.dumps(document))  # noqa: T201
     else:
@@ -315,8 +327,14 @@ def points(
     """List the operating points of a bundle or a server, lowest rate first."""
     from bitneck_edge.report import points_table
 
-    access = {"tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key, "token": token}
-    opened = _bundle(bundle, {"server": server, "model": model, "cache_dir": cache_dir} | access, config)
+    settings = EdgeSettings.load(
+        {
+            "server": server, "model": model, "cache_dir": cache_dir, "tls": tls, "tls_ca": tls_ca,
+            "tls_cert": tls_cert, "tls_key": tls_key, "token": token,
+        },
+        config,
+    )  # fmt: skip
+    opened = _bundle(bundle, settings, asked=server)
     ladder = opened.manifest.ladder
     if as_json:
         entries: list[dict[str, Any]] = [
@@ -335,15 +353,14 @@ def points(
         Console().print(points_table(ladder))
 
 
-def _bundle(bundle: Path | None, values: dict[str, Any], config: Path | None) -> Bundle:
-    """A bundle from a folder, or from the server that the settings name."""
+def _bundle(bundle: Path | None, settings: EdgeSettings, *, asked: str | None) -> Bundle:
+    """A bundle from a folder, or from the server of the settings; `asked` is the one of the command line."""
     from bitneck_edge.fetch import fetch_bundle
 
     if bundle is not None:
-        if values["server"] is not None:
+        if asked is not None:
             raise InvalidConfig("give --bundle or --server, not both")
         return Bundle.open(bundle, side="edge")
-    settings = EdgeSettings.load(values, config)
     with Progress(
         TextColumn("fetching the bundle"), BarColumn(), DownloadColumn(),
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),

@@ -16,7 +16,7 @@ __all__ = ["fetch_bundle"]
 
 _LOG = logging.getLogger(__name__)
 _RETRY_PAUSE_S, _MAX_RETRY_PAUSE_S = 0.3, 5.0
-_CHECK = (
+_WHAT_TO_CHECK = (
     "check the address, that `bitneck-cloud serve` runs there, and whether it wants TLS "
     "(--tls, --tls-ca, --tls-cert) or not"
 )
@@ -60,12 +60,12 @@ async def fetch_bundle(
                 if kept is not None and settings.bundle_id in ("", kept.bundle_id):
                     _LOG.warning(
                         "%s; starting with the bundle that it had last, %s, and going on trying: %s",
-                        exc, kept.bundle_id, _CHECK,
+                        exc, kept.bundle_id, _WHAT_TO_CHECK,
                     )  # fmt: skip
                     return kept
                 if 0 <= settings.retries < attempt:
                     raise Unavailable(
-                        f"no bitneck server answers at {settings.server} ({attempt} attempts): {exc}; {_CHECK}"
+                        f"no bitneck server answers at {settings.server} ({attempt} attempts): {exc}; {_WHAT_TO_CHECK}"
                     ) from exc
                 pause = min(_MAX_RETRY_PAUSE_S, _RETRY_PAUSE_S * 2 ** min(attempt, 8))
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311

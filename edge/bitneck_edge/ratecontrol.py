@@ -77,7 +77,7 @@ def rungs(ladder: Ladder, splits: Sequence[str] | None = None) -> tuple[Operatin
         splits: split points that may be used; None for all.
     """
     kept: list[OperatingPoint] = []
-    for point in ladder:
+    for point in ladder.measured:
         if (splits is None or point.split in splits) and (not kept or point.accuracy > kept[-1].accuracy):
             kept.append(point)
     return tuple(kept)

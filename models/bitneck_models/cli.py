@@ -92,13 +92,15 @@ def train_network_command(
 ) -> None:
     """Train a segmentation network of ours itself, before it is split; started again, it goes on where it stopped."""
     from bitneck_models.backbones import NETWORK_FILE, begin_network
-    from bitneck_models.network_training import NetworkStep, load_network_training, train_network
+    from bitneck_models.network_training import NetworkStep, forget_finished, load_network_training, train_network
 
     recipe = load_network_training(zoo)
     console = Console(stderr=True)
     if (zoo / NETWORK_FILE).is_file() and not again:
         console.print(f"the network of {zoo} is trained; use --again to train anew, its units too then")
         return
+    if again:
+        forget_finished(recipe, runs)
     backbone = begin_network(recipe.backbone, recipe.seed)
     with progress_bars(console) as progress:
         task = progress.add_task("training", total=recipe.steps)
@@ -270,8 +272,8 @@ def export(
     unmeasured = [point.id for point in bundle.manifest.points if point.dataset == NOT_MEASURED]
     if unmeasured:
         console.print(
-            f"{', '.join(unmeasured)}: not measured since trained, the bundle gives no rate and accuracy for them; "
-            f"run `bitneck-models evaluate --bundle {out} --record {zoo}` and export again",
+            f"{', '.join(unmeasured)}: not measured, or not since trained; rate control leaves them out until you run "
+            f"`bitneck-models evaluate --bundle {out} --data LABELLED --record {zoo}` and export again",
             highlight=False,
         )
     document = {

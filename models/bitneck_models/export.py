@@ -21,7 +21,6 @@ from bitneck.bundle import Bundle, BundleWriter
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
 from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck.manifest import FileRole, Manifest, PointEntry, Segment, SplitPoint
-from bitneck.tables import FactorizedModel
 from bitneck_models.backbones import Backbone
 from bitneck_models.onnx_export import to_onnx
 from bitneck_models.units import BottleneckUnit
@@ -84,11 +83,10 @@ def export_bundle(
     cuts = [backbone.split_index(split) for split in splits]
     bounds = [0, *cuts, len(backbone.stages)]
     units = {point.id: entry.unit(backbone, point) for point in points}
-    tables = {point.id: entry.tables(point) for point in points}
+    tables = {point.id: entry.tables(point.id) for point in points}
     measured = entry.ladder()
     if measured is not None:
-        imports = {p: FactorizedModel.from_npz((entry.point_folder(p) / "tables.npz").read_bytes()) for p in imported}
-        measured = measured.of(tables | imports)
+        measured = measured.still_true(tables | {name: entry.tables(name) for name in imported})
     with BundleWriter(out) as writer:
         segments = []
         for index, (start, stop) in enumerate(itertools.pairwise(bounds)):

@@ -182,6 +182,15 @@ def train_network(
     return run.finish(out)
 
 
+def forget_finished(recipe: NetworkTraining, runs: Path) -> None:
+    """Remove the checkpoint of a run that came to its end, so that the next one begins anew; one that did not stays."""
+    folder = runs / recipe.backbone
+    path = folder / "checkpoint.pt"
+    if path.is_file() and torch.load(path, weights_only=True)["done"] >= recipe.steps:
+        path.unlink()
+        (folder / "best.pt").unlink(missing_ok=True)
+
+
 class _Run:
     """The state of one training run."""
 

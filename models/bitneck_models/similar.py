@@ -276,7 +276,7 @@ def fit_points(
     """
     for name in points:
         check_conditionable(bundle.tables(name))
-        digest = sha256_hex(entry.tables(entry.recipe.point(name)).to_npz())
+        digest = sha256_hex(entry.tables(entry.recipe.point(name).id).to_npz())
         if digest != sha256_hex(bundle.tables(name).to_npz()):
             raise InvalidConfig(f"{name}: the bundle's tables are not the zoo entry's; export the entry again")
     train = pair_symbols(bundle, points, photos.train, seed, lambda done: progress("scenes", done, len(photos.train)))

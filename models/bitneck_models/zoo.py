@@ -60,7 +60,8 @@ class PointRecord(_Strict):
 class MeasuredPoint(_Strict):
     """One operating point on an evaluation set, through real bytes.
 
-    `tables_digest` is `FactorizedModel.digest` of what was measured: a point that was trained again has other tables.
+    `tables_digest` is `FactorizedModel.digest` of what was measured. It tells a point that was trained again, for that
+    has other tables; not a change of the recipe's step, nor of the network, without training.
     """
 
     payload_bytes: Annotated[float, Field(ge=0)]
@@ -69,7 +70,7 @@ class MeasuredPoint(_Strict):
     agreement: Annotated[float, Field(ge=0, le=1)]
     tables_digest: str = ""
 
-    def is_of(self, tables: FactorizedModel) -> bool:
+    def measured_with(self, tables: FactorizedModel) -> bool:
         """Whether these tables were measured; of a point that was recorded without a digest nobody can tell."""
         return self.tables_digest in ("", tables.digest)
 
@@ -83,9 +84,9 @@ class MeasuredLadder(_Strict):
     uncompressed_accuracy: Annotated[float, Field(ge=0, le=1)]
     points: dict[str, MeasuredPoint]
 
-    def of(self, tables: Mapping[str, FactorizedModel]) -> Self:
+    def still_true(self, tables: Mapping[str, FactorizedModel]) -> Self:
         """Without the points that were trained again since: those whose tables are others now."""
-        kept = {p: m for p, m in self.points.items() if p not in tables or m.is_of(tables[p])}
+        kept = {p: m for p, m in self.points.items() if p not in tables or m.measured_with(tables[p])}
         return self.model_copy(update={"points": kept})
 
 
@@ -160,17 +161,20 @@ class ZooEntry:
             raise BundleCorrupt(f"{path} does not fit the recipe ({exc}); train {point.id} again") from exc
         return unit.eval().requires_grad_(requires_grad=False)
 
-    def tables(self, point: PointRecipe) -> FactorizedModel:
-        """A point's tables.
+    def tables(self, point_id: str) -> FactorizedModel:
+        """The tables of a point of the recipe, or of an imported one.
 
         Raises:
             InvalidConfig: not there.
             BundleCorrupt: unreadable.
         """
-        path = self.point_folder(point.id) / "tables.npz"
+        path = self.point_folder(point_id) / "tables.npz"
         if not path.is_file():
             raise InvalidConfig(f"{path} is missing; run `bitneck-models train {self.folder}`")
-        return FactorizedModel.from_npz(path.read_bytes())
+        try:
+            return FactorizedModel.from_npz(path.read_bytes())
+        except BundleCorrupt as exc:
+            raise BundleCorrupt(f"{path}: {exc}") from exc
 
     def conditional(self, point: PointRecipe) -> ConditionalModel | None:
         """A point's conditional model; None before one is fitted.

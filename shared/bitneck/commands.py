@@ -4,6 +4,7 @@ An edge install has no web framework and a server no torch, but every install ha
 """
 
 import importlib
+import importlib.util
 import sys
 from typing import NoReturn
 
@@ -29,9 +30,10 @@ def _run(part: str) -> None:
     try:
         importlib.import_module(f"bitneck_{part}.cli").main()
     except ModuleNotFoundError as exc:
-        if exc.name is None or exc.name.startswith("bitneck"):
-            raise
-        _refuse(part, exc.name.partition(".")[0])
+        module = (exc.name or "").partition(".")[0]
+        if not module or module.startswith("bitneck") or importlib.util.find_spec(module) is not None:
+            raise  # a mistake, here or in a package that is installed
+        _refuse(part, module)
 
 
 def _refuse(part: str, module: str) -> NoReturn:

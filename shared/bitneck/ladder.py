@@ -94,6 +94,15 @@ class Ladder:
             raise UnknownPoint(f"no operating point {point_id[:80]!r}; this bundle has: {known}") from None
 
     @property
+    def measured(self) -> tuple[OperatingPoint, ...]:
+        """The points that were measured, in order of rate; every point where none was.
+
+        A point that was trained and not measured yet has zeros for rate and accuracy: it may be asked for by its id,
+        but nothing that weighs rates may choose it.
+        """
+        return tuple(p for p in self._points if p.payload_bytes > 0) or self._points
+
+    @property
     def best(self) -> OperatingPoint:
         """The most accurate point; of equals the cheapest."""
         return max(self._points, key=lambda p: (p.accuracy, -p.payload_bytes))
@@ -104,9 +113,9 @@ class Ladder:
         Raises:
             RateUnreachable: every point costs more.
         """
-        fitting = [p for p in self._points if p.payload_bytes <= payload_bytes]
+        fitting = [p for p in self.measured if p.payload_bytes <= payload_bytes]
         if not fitting:
-            low = self._points[0]
+            low = self.measured[0]
             raise RateUnreachable(
                 f"no operating point fits {payload_bytes:.1f} payload bytes per frame; "
                 f"the lowest, {low.id}, takes {low.payload_bytes:.1f}"
@@ -119,7 +128,7 @@ class Ladder:
         Raises:
             RateUnreachable: no point reaches it.
         """
-        for point in self._points:
+        for point in self.measured:
             if point.accuracy >= accuracy:
                 return point
         raise RateUnreachable(

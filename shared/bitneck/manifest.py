@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from bitneck.errors import BitneckError, BundleCorrupt
+from bitneck.errors import BitneckError, BundleCorrupt, UnknownPoint
 from bitneck.ids import ID_PATTERN, check_relative_path
 from bitneck.ladder import Ladder, OperatingPoint
 
@@ -272,8 +272,15 @@ class Manifest(_Strict):
         return Ladder(entry.operating_point() for entry in self.points)
 
     def point(self, point_id: str) -> PointEntry:
-        """The operating point of this id, which this manifest has."""
-        return next(entry for entry in self.points if entry.id == point_id)
+        """The operating point of this id.
+
+        Raises:
+            UnknownPoint: there is none.
+        """
+        for entry in self.points:
+            if entry.id == point_id:
+                return entry
+        raise UnknownPoint(f"the manifest of {self.name} has no operating point {point_id[:80]!r}")
 
     def decoded_shape(self, point_id: str) -> Shape3:
         """(C, H', W') of what the decoder of a point of this manifest returns: `PointEntry.decoded_shape`."""

@@ -56,8 +56,8 @@ class FactorizedModel:
                     f"table of channel {c} has the shape {row.shape} and type {row.dtype}, "
                     f"expected 1 to {_MAX_SYMBOLS} int64 frequencies"
                 )
-        # All channels in one call each: a server that reloads would hold Python for so long.
-        least, sums = _each(np.minimum, self.counts), _each(np.add, self.counts)
+        # All channels in one call each: channel by channel, a server that reloads holds the interpreter lock too long.
+        least, sums = _reduce_rows(np.minimum, self.counts), _reduce_rows(np.add, self.counts)
         for c in np.flatnonzero((least < 1) | (sums != TOTAL))[:1]:
             raise InvalidConfig(
                 f"table of channel {c}: frequencies must be >= 1 and sum to {TOTAL}, "
@@ -106,7 +106,7 @@ class FactorizedModel:
         Args:
             positions: h * w.
         """
-        worst = float((TOTAL_BITS - np.log2(_each(np.minimum, self.counts))).sum()) * positions
+        worst = float((TOTAL_BITS - np.log2(_reduce_rows(np.minimum, self.counts))).sum()) * positions
         return math.ceil(worst * 1.01 / 8) + 4
 
     @classmethod
@@ -184,8 +184,8 @@ class FactorizedModel:
             raise BundleCorrupt(f"frequency tables are unreadable ({exc}); export or fetch the bundle again") from exc
 
 
-def _each(reduce: np.ufunc, rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """A reduction of each channel's frequencies, (Cr,)."""
+def _reduce_rows(reduce: np.ufunc, rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """A reduction of each channel's frequencies, (Cr,). No row may be empty: `reduceat` would give its neighbour's."""
     ends = np.cumsum([len(row) for row in rows])
     reduced: NDArray[np.int64] = reduce.reduceat(np.concatenate(rows), np.concatenate([[0], ends[:-1]]))
     return reduced
