@@ -25,7 +25,7 @@ from bitneck_models.recipe import PointRecipe, TrainingRecipe, load_recipe
 from bitneck_models.starts import init_linear
 from bitneck_models.training import train_unit
 from bitneck_models.units import BottleneckUnit, Geometry, prune_channels
-from bitneck_models.zoo import ZooEntry
+from bitneck_models.zoo import ZooEntry, tables_digests
 from small import small_backbone
 from tiny import photo
 
@@ -304,7 +304,7 @@ def test_from_photographs_to_a_proven_bundle(entry: ZooEntry, tmp_path: Path) ->
     for p in result.points:
         assert p.payload_bytes_mean <= p.ideal_bytes_mean * 1.01 + 4
         assert p.bpp_wire > p.bpp_payload
-    entry.save_ladder(result.ladder("generated", bundle))
+    entry.save_ladder(result.ladder("generated", tables_digests(bundle)))
     again, _ = export_bundle(entry, backbone, tmp_path / "bundle", images)
     assert {p.id: p.payload_bytes for p in again.manifest.ladder} == {p.id: p.payload_bytes_mean for p in result.points}
     assert again.manifest.points[0].dataset == "generated"

@@ -47,9 +47,10 @@ def evaluate(
     """
     from bitneck.bundle import Bundle
     from bitneck_models.evaluation_table import evaluation_line, evaluation_table
-    from bitneck_models.zoo import ZooEntry
+    from bitneck_models.zoo import ZooEntry, tables_digests
 
     opened = Bundle.open(bundle)
+    digests = tables_digests(opened)  # before the measurement: the folder may get another bundle meanwhile
     folder = data_folder(data)
     console = Console(stderr=True)
     with progress_bars(console) as progress:
@@ -58,7 +59,7 @@ def evaluate(
             opened, folder, ignore_index or [], lambda done, total: progress.update(task, completed=done, total=total)
         )
     if record is not None:
-        ZooEntry(record).save_ladder(result.ladder(dataset_name(folder), opened))
+        ZooEntry(record).save_ladder(result.ladder(dataset_name(folder), digests))
     if as_json:
         document = {"dataset": dataset_name(folder)} | result.to_dict()
         if zoo is not None:

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -82,8 +82,13 @@ class Evaluation:
             "points": [asdict(point) for point in self.points],
         }
 
-    def ladder(self, dataset: str, bundle: Bundle) -> MeasuredLadder:
-        """For the zoo entry: what its next bundle will say of its points."""
+    def ladder(self, dataset: str, digests: Mapping[str, str]) -> MeasuredLadder:
+        """For the zoo entry: what its next bundle will say of its points.
+
+        Args:
+            dataset: its name.
+            digests: of the measured points' tables, from `bitneck_models.zoo.tables_digests`.
+        """
         return MeasuredLadder(
             dataset=dataset,
             images=self.images,
@@ -95,7 +100,7 @@ class Evaluation:
                     bpp_payload=p.bpp_payload,
                     accuracy=p.top1,
                     agreement=p.agreement,
-                    tables_digest=bundle.tables(p.id).digest,
+                    tables_digest=digests[p.id],
                 )
                 for p in self.points
             },

@@ -7,7 +7,7 @@ maps are never resized, and their void pixels count nowhere.
 Dimensions: n photographs, K classes, H x W the network's input, B resamples.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,8 +102,8 @@ class MapEvaluation:
             "points": [asdict(point) for point in self.points],
         }
 
-    def ladder(self, dataset: str, bundle: Bundle) -> MeasuredLadder:
-        """For the zoo entry: what its next bundle will say of its points; accuracy is mean IoU."""
+    def ladder(self, dataset: str, digests: Mapping[str, str]) -> MeasuredLadder:
+        """As `bitneck_models.evaluation.Evaluation.ladder`; accuracy is mean IoU."""
         return MeasuredLadder(
             dataset=dataset,
             images=self.images,
@@ -115,7 +115,7 @@ class MapEvaluation:
                     bpp_payload=p.bpp_payload,
                     accuracy=p.mean_iou,
                     agreement=p.agreement,
-                    tables_digest=bundle.tables(p.id).digest,
+                    tables_digest=digests[p.id],
                 )
                 for p in self.points
             },

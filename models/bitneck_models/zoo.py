@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from bitneck.bundle import Bundle
 from bitneck.conditional import ConditionalModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.ids import check_id
@@ -31,7 +32,16 @@ from bitneck_models.recipe import PointRecipe, Recipe, load_recipe
 from bitneck_models.spic_point import RECORD, SpicRecord
 from bitneck_models.units import BottleneckUnit
 
-__all__ = ["MeasuredLadder", "MeasuredPoint", "PointRecord", "ZooEntry", "new_unit", "round_weights", "save_point"]
+__all__ = [
+    "MeasuredLadder",
+    "MeasuredPoint",
+    "PointRecord",
+    "ZooEntry",
+    "new_unit",
+    "round_weights",
+    "save_point",
+    "tables_digests",
+]
 
 
 class _Strict(BaseModel):
@@ -241,6 +251,11 @@ class ZooEntry:
         """Write what was measured."""
         text = json.dumps(json.loads(ladder.model_dump_json()), indent=1, sort_keys=True)
         (self.folder / "ladder.json").write_text(text + "\n")
+
+
+def tables_digests(bundle: Bundle) -> dict[str, str]:
+    """`FactorizedModel.digest` of every operating point of a bundle, by id."""
+    return {point.id: bundle.tables(point.id).digest for point in bundle.manifest.ladder}
 
 
 def save_point(folder: Path, unit: BottleneckUnit, tables: FactorizedModel, record: PointRecord) -> None:
