@@ -180,14 +180,10 @@ def encode(
     """Encode one photograph to a file: the edge's half, without a stream. `bitneck-cloud decode` reads it."""
     from bitneck_edge.encoder import EdgeEncoder
 
-    settings = EdgeSettings.load(
-        {
-            "server": server, "model": model, "cache_dir": cache_dir, "point": point, "tls": tls, "tls_ca": tls_ca,
-            "tls_cert": tls_cert, "tls_key": tls_key, "token": token,
-        },
-        config,
+    settings, opened = _opened(
+        bundle, config, server=server, model=model, cache_dir=cache_dir, point=point, tls=tls, tls_ca=tls_ca,
+        tls_cert=tls_cert, tls_key=tls_key, token=token,
     )  # fmt: skip
-    opened = _bundle(bundle, settings, asked=server)
     encoder = EdgeEncoder(opened)
     chosen = settings.point if settings.point not in ("", AUTO) else encoder.ladder.best.id
     result = encoder.encode(photo, chosen)
@@ -293,14 +289,10 @@ def bench(
     from bitneck_edge.bench import bench as measure
     from bitneck_edge.report import bench_table
 
-    settings = EdgeSettings.load(
-        {
-            "server": server, "model": model, "cache_dir": cache_dir, "threads": threads, "tls": tls, "tls_ca": tls_ca,
-            "tls_cert": tls_cert, "tls_key": tls_key, "token": token,
-        },
-        config,
+    settings, opened = _opened(
+        bundle, config, server=server, model=model, cache_dir=cache_dir, threads=threads, tls=tls, tls_ca=tls_ca,
+        tls_cert=tls_cert, tls_key=tls_key, token=token,
     )  # fmt: skip
-    opened = _bundle(bundle, settings, asked=server)
     paths: list[Path] = [path for source in photos for path in find_photos(source)]
     document = measure(opened, paths, frames=frames, threads=settings.threads)
     if as_json:
@@ -327,14 +319,10 @@ def points(
     """List the operating points of a bundle or a server, lowest rate first."""
     from bitneck_edge.report import points_table
 
-    settings = EdgeSettings.load(
-        {
-            "server": server, "model": model, "cache_dir": cache_dir, "tls": tls, "tls_ca": tls_ca,
-            "tls_cert": tls_cert, "tls_key": tls_key, "token": token,
-        },
-        config,
+    _, opened = _opened(
+        bundle, config, server=server, model=model, cache_dir=cache_dir, tls=tls, tls_ca=tls_ca,
+        tls_cert=tls_cert, tls_key=tls_key, token=token,
     )  # fmt: skip
-    opened = _bundle(bundle, settings, asked=server)
     ladder = opened.manifest.ladder
     if as_json:
         entries: list[dict[str, Any]] = [
@@ -353,20 +341,24 @@ def points(
         Console().print(points_table(ladder))
 
 
-def _bundle(bundle: Path | None, settings: EdgeSettings, *, asked: str | None) -> Bundle:
-    """A bundle from a folder, or from the server of the settings; `asked` is the one of the command line."""
+def _opened(bundle: Path | None, config: Path | None, **flags: Any) -> tuple[EdgeSettings, Bundle]:
+    """The settings, and a bundle from a folder or from their server."""
     from bitneck_edge.fetch import fetch_bundle
 
+    settings = EdgeSettings.load(flags, config)
     if bundle is not None:
-        if asked is not None:
+        if flags["server"] is not None:
             raise InvalidConfig("give --bundle or --server, not both")
-        return Bundle.open(bundle, side="edge")
+        return settings, Bundle.open(bundle, side="edge")
     with Progress(
         TextColumn("fetching the bundle"), BarColumn(), DownloadColumn(),
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=None)
-        return asyncio.run(fetch_bundle(settings, lambda done, size: progress.update(task, completed=done, total=size)))
+        fetched = asyncio.run(
+            fetch_bundle(settings, lambda done, size: progress.update(task, completed=done, total=size))
+        )
+    return settings, fetched
 
 
 @app.callback(invoke_without_command=True)

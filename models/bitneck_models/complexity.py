@@ -49,7 +49,7 @@ def point_complexity(root: Path, manifest: Manifest, point: OperatingPoint) -> P
         manifest: of the bundle.
         point: one of its operating points.
     """
-    cut = next(s.after_segment for s in manifest.split_points if s.name == point.split) + 1
+    cut = manifest.split(point.split).after_segment + 1
     spec, sent = manifest.input, manifest.split(point.split).feature_shape
     return PointComplexity(
         head=_chain(root, manifest, range(cut), (3, spec.height, spec.width)),

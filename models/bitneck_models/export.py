@@ -34,6 +34,8 @@ TOLERANCE = 1e-4
 NOT_MEASURED = "not measured"
 """The data set of a point that was not measured, or not since it was trained."""
 _UNMEASURED = date(1970, 1, 1)
+_IMPORTED_FILES: dict[str, FileRole] = {"encoder.onnx": "edge", "decoder.onnx": "cloud", "tables.npz": "both"}
+"""What an imported point brings along, and who needs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +96,9 @@ def export_bundle(
             progress(f"segment {name}")
             path = f"segments/{index:02d}-{name}.onnx"
             shape = backbone.input_shape if index == 0 else shapes[splits[index - 1]]
-            role = "edge" if index == 0 else "cloud" if index == len(splits) else "both"
+            role: FileRole = "edge" if index == 0 else "cloud" if index == len(splits) else "both"
             data = to_onnx(backbone.segment(start, stop), shape, any_size=index > any_size_after)
-            writer.add(path, data, role)  # type: ignore[arg-type]
+            writer.add(path, data, role)
             segments.append(Segment(name=name, file=path))
         for point in points:
             progress(f"point {point.id}")
@@ -108,9 +110,9 @@ def export_bundle(
                 conditional.check_fits(tables[point.id])
                 writer.add(f"points/{point.id}/conditional.npz", conditional.to_npz(), "both")
         for name in imported:
-            for file, user in (("encoder.onnx", "edge"), ("decoder.onnx", "cloud"), ("tables.npz", "both")):
+            for file, user in _IMPORTED_FILES.items():
                 data = (entry.point_folder(name) / file).read_bytes()
-                writer.add(f"points/{name}/{file}", data, user)  # type: ignore[arg-type]
+                writer.add(f"points/{name}/{file}", data, user)
         users: FileRole = "both" if backbone.task == "segmentation" else "cloud"
         writer.add("labels.json", (json.dumps(backbone.labels, indent=0) + "\n").encode(), users)
         manifest = Manifest(

@@ -275,9 +275,9 @@ def fit_points(
         ImageError: a photograph cannot be read.
     """
     for name in points:
-        check_conditionable(bundle.tables(name))
-        digest = sha256_hex(entry.tables(entry.recipe.point(name).id).to_npz())
-        if digest != sha256_hex(bundle.tables(name).to_npz()):
+        tables = bundle.tables(name)
+        check_conditionable(tables)
+        if entry.tables(entry.recipe.point(name).id).digest != tables.digest:
             raise InvalidConfig(f"{name}: the bundle's tables are not the zoo entry's; export the entry again")
     train = pair_symbols(bundle, points, photos.train, seed, lambda done: progress("scenes", done, len(photos.train)))
     held = pair_symbols(
