@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 .SECONDEXPANSION:
-build/%/manifest.json: $(INSTALLED) $$(wildcard $(ZOO)/%/*) $$(wildcard $(ZOO)/%/points/*/*) $(wildcard models/bitneck_models/*.py)
+build/%/manifest.json: $(INSTALLED) $$(wildcard $(ZOO)/%/*) $$(wildcard $(ZOO)/%/points/*/*) $(shell find models/bitneck_models shared/bitneck -name '*.py')
 	$(BIN)/bitneck-models export $(ZOO)/$* --out build/$*
 	touch $@
 

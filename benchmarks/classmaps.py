@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bitneck.classmap import count_classes, decode_map, encode_map
+from bitneck.coding.class_map import count_classes, decode_map, encode_map
 
 Map = NDArray[np.uint8]
 Coder = tuple[Callable[[Map], bytes], Callable[[bytes, Map], Map]]
@@ -59,7 +59,7 @@ CODERS: dict[str, Coder] = {
     "bz2 9": (lambda m: bz2.compress(m.tobytes()), raw(bz2.decompress)),
     "LZMA 1": (lambda m: lzma.compress(m.tobytes(), preset=1), raw(lzma.decompress)),
     "LZMA 9e": (lambda m: lzma.compress(m.tobytes(), preset=9 | lzma.PRESET_EXTREME), raw(lzma.decompress)),
-    "bitneck.classmap": (
+    "bitneck.coding.class_map": (
         encode_map,
         lambda data, like: decode_map(data, height=like.shape[0], width=like.shape[1], number=256),
     ),

@@ -32,9 +32,9 @@ import bitneck_edge.encoder
 from bitneck.bundle import Bundle
 from bitneck.image import load_photo
 from bitneck.runtime import OnnxModule
+from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
-from bitneck_edge.results import Answer
 from links import Proxy, proxy_process
 from operation import BIN, PHOTO, Server
 from serving import Bare

@@ -20,14 +20,14 @@ from google.protobuf.message import DecodeError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from bitneck.codec import FactorizedCodec
+from bitneck.coding.factorized_codec import FactorizedCodec
+from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BitneckError
 from bitneck.frames import check_frame, seal_frame
-from bitneck.tables import FactorizedModel
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_cloud.models import ServedModel
-from bitneck_cloud.session import Session
-from bitneck_cloud.tokens import TokenSigner
+from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.sessions.session import Session
 from tiny import make_tiny_bundle
 
 ALLOWED_GROWTH_MIB = 16

@@ -32,9 +32,9 @@ import skimage
 
 from bitneck.bundle import Bundle, BundleWriter
 from bitneck.errors import BitneckError
+from bitneck_edge.bundles.fetch import fetch_bundle
 from bitneck_edge.encoder import EdgeEncoder
-from bitneck_edge.fetch import fetch_bundle
-from bitneck_edge.link import Link, LinkSettings
+from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.settings import EdgeSettings
 
 BIN = Path(sys.executable).parent

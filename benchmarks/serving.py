@@ -32,8 +32,8 @@ from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
 from bitneck.image import load_photo, preprocess
 from bitneck.runtime import OnnxModule
+from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
-from bitneck_edge.results import Answer
 
 BIN = Path(sys.executable).parent
 PHOTO = Path(skimage.__file__).parent / "data" / "coffee.png"

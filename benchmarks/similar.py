@@ -3,9 +3,9 @@
     python benchmarks/similar.py --bundle build/efficientnet_lite0 [--point s1-r1 ...] [--json]
 
 Wants BITNECK_DATA. Scenes are made from photographs that nothing was fitted to (`imagenet-eval-400`), by
-`bitneck_models.scenes`; `drive` are the street scenes of `camvid/test` as they were taken, a second apart; `video` is a
-still scene through H.264. Every frame is coded with the bundle's own codecs, decoded again and compared, and its size
-is that of the message on the stream. The reference is the newest frame that an answer could be there for, `--lag`
+`bitneck_models.data.scenes`; `drive` are the street scenes of `camvid/test` as they were taken, a second apart; `video`
+is a still scene through H.264. Every frame is coded with the bundle's own codecs, decoded again and compared, and its
+size is that of the message on the stream. The reference is the newest frame that an answer could be there for, `--lag`
 frames back; frames are sent as the edge client sends them: the smaller one of the two, and one in a hundred by itself.
 
 Ends with status 1 where a still scene saves less than 20 % of its bytes, or a moving one costs more than 2 % more.
@@ -27,7 +27,7 @@ from bitneck.bundle import Bundle
 from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.frames import seal_frame, wire_bytes
 from bitneck.image import find_photos, load_photo, preprocess
-from bitneck_models.scenes import Camera, Path2D, moving, still
+from bitneck_models.data.scenes import Camera, Path2D, moving, still
 
 KEY_EVERY = 100
 CAPTURED_US = 1_760_000_000_000_000

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitneck.tables import FactorizedModel
-from bitneck_models.pipeline import photo_sets, split_features
-from bitneck_models.units import SpaceToDepth
-from bitneck_models.zoo import ZooEntry
+from bitneck.coding.factorized_model import FactorizedModel
+from bitneck_models.training.pipeline import photo_sets, split_features
+from bitneck_models.units.units import SpaceToDepth
+from bitneck_models.zoo.entry import ZooEntry
 
 _CHUNK = 50
 _STEPS = np.geomspace(0.7, 12, 11)

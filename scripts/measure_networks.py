@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from bitneck.image import preprocess
-from bitneck_models.backbones import Backbone, build_backbone
-from bitneck_models.pipeline import prune_and_fit
-from bitneck_models.weights import RANDOM
-from bitneck_models.zoo import PointRecord, ZooEntry, new_unit, round_weights
+from bitneck_models.networks.backbones import Backbone, build_backbone
+from bitneck_models.networks.weights import RANDOM
+from bitneck_models.training.pipeline import prune_and_fit
+from bitneck_models.zoo.entry import PointRecord, ZooEntry, new_unit, round_weights
 
 POINT = '[[points]]\nid = "{s}-r1"\nsplit = "{s}"\nstride = {stride}\nchannels = 32\nstep = 0.5\nlambda = 1.0\n'
 
@@ -65,7 +65,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             subprocess.run([sys.executable, __file__, "--make", name, temporary], check=True)
-            command = [sys.executable, "-c", "from bitneck_models.cli import main; main()", "export", temporary]
+            command = [sys.executable, "-c", "from bitneck_models.cli.main import main; main()", "export", temporary]
             command += ["--out", str(folder / "bundle"), "--weights", "random", "--json"]
             began = time.monotonic()
             process = subprocess.Popen(command, stdout=subprocess.PIPE)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bitneck.codec import FactorizedCodec
-from bitneck.tables import FactorizedModel
+from bitneck.coding.factorized_codec import FactorizedCodec
+from bitneck.coding.factorized_model import FactorizedModel
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "codec.json"
 

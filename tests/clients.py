@@ -13,7 +13,7 @@ from bitneck.frames import seal_frame
 from bitneck.image import preprocess
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
-from bitneck_cloud.models import ServedModel
+from bitneck_cloud.engine.served_model import ServedModel
 from tiny import photo
 
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from bitneck.tables import TOTAL, FactorizedModel
+from bitneck.coding.factorized_model import TOTAL, FactorizedModel
 
 
 def encode(model: FactorizedModel, s: NDArray[np.int32]) -> bytes:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from bitneck_models.pipeline import photo_sets
-from bitneck_models.search import load_space, open_study, work
-from bitneck_models.zoo import ZooEntry
+from bitneck_models.search.search import load_space, open_study, work
+from bitneck_models.training.pipeline import photo_sets
+from bitneck_models.zoo.entry import ZooEntry
 from small import small_backbone
 
 torch.set_num_threads(1)

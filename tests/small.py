@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from bitneck.manifest import InputSpec
-from bitneck_models.backbones import Backbone
+from bitneck_models.networks.backbones import Backbone
 
 
 def small_backbone() -> Backbone:

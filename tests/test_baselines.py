@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bitneck.errors import InvalidConfig
-from bitneck_models.baselines import CODECS, image_baselines, raw_baselines, training_free
-from bitneck_models.photos import LabelledPhoto
+from bitneck_models.data.photos import LabelledPhoto
+from bitneck_models.measure.baselines import CODECS, image_baselines, raw_baselines, training_free
 from small import small_backbone
 from tiny import photo
 

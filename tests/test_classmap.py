@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from bitneck.classmap import _FILTERS, MAX_MAP_BYTES, best_classes, count_classes, decode_map, encode_map
+from bitneck.coding.class_map import _FILTERS, MAX_MAP_BYTES, best_classes, count_classes, decode_map, encode_map
 from bitneck.errors import ModelFailure, ProtocolError
 
 MAPS = arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.integers(0, 255))

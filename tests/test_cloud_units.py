@@ -25,13 +25,13 @@ from bitneck.errors import (
 )
 from bitneck.ladder import Ladder, MaxKbps, OperatingPoint
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_cloud.batching import plan_batch
-from bitneck_cloud.engine import Engine, Job
-from bitneck_cloud.models import ServedModel
-from bitneck_cloud.outbox import Outbox
-from bitneck_cloud.registry import Registry
-from bitneck_cloud.session import Event, Phase, Session, StreamState, Verdict
-from bitneck_cloud.tokens import ResumeToken, TokenSigner
+from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
+from bitneck_cloud.engine.batching import plan_batch
+from bitneck_cloud.engine.engine import Engine, Job
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.sessions.outbox import Outbox
+from bitneck_cloud.sessions.registry import Registry
+from bitneck_cloud.sessions.session import Event, Phase, Session, StreamState, Verdict
 from clients import Frames, assert_a_batch_equals_frame_by_frame
 from tiny import make_tiny_bundle
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from bitneck.errors import InvalidConfig
-from bitneck_models.class_maps import VOID, load_class_map, mapped_photos
-from bitneck_models.coco import LEAST_PIXELS, coco_maps, find_instances, instance_map
-from bitneck_models.voc import VOC_CLASSES
+from bitneck_models.data.class_maps import VOID, load_class_map, mapped_photos
+from bitneck_models.data.coco import LEAST_PIXELS, coco_maps, find_instances, instance_map
+from bitneck_models.networks.voc import VOC_CLASSES
 from tiny import photo
 
 NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle"}

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import oracle
-from bitneck.codec import FactorizedCodec
+from bitneck.coding.factorized_codec import FactorizedCodec
+from bitneck.coding.factorized_model import TOTAL, FactorizedModel
+from bitneck.coding.symbols import dequantize, quantize
 from bitneck.errors import BundleCorrupt, InvalidConfig, MalformedFrame, ModelFailure
-from bitneck.symbols import dequantize, quantize
-from bitneck.tables import TOTAL, FactorizedModel
 
 GOLDEN = Path(__file__).parent / "golden" / "codec.json"
 
@@ -126,7 +126,7 @@ def test_one_matrix_and_one_model_a_channel_write_the_same_bytes(
     model, s = case
     shape: tuple[int, int, int] = s.shape  # type: ignore[assignment]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitneck.codec._MATRIX_ENTRIES", 0)
+        patch.setattr("bitneck.coding.factorized_codec._MATRIX_ENTRIES", 0)
         by_channel = FactorizedCodec(model, shape)
     payload = FactorizedCodec(model, shape).encode(s)
     assert by_channel.encode(s) == payload

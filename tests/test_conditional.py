@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bitneck.bundle import Bundle
-from bitneck.conditional import KEEP_TOTAL, KERNEL_TOTAL, ConditionalModel
+from bitneck.coding.conditional_codec import ConditionalCodec, Reference, symbols_crc32c
+from bitneck.coding.conditional_model import KEEP_TOTAL, KERNEL_TOTAL, ConditionalModel
+from bitneck.coding.factorized_model import TOTAL, FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig, MalformedFrame
-from bitneck.similar import ConditionalCodec, Reference, symbols_crc32c
-from bitneck.tables import TOTAL, FactorizedModel
 from tiny import conditional, make_tiny_bundle
 
 GOLDEN_SIMILAR = "d69ef90d72a95661ad3c"

@@ -13,21 +13,29 @@ from torch import nn
 
 from bitneck.errors import InvalidConfig
 from bitneck.manifest import InputSpec
-from bitneck_models.backbones import Backbone, begin_network, build_backbone, load_stages, stages_state
-from bitneck_models.class_maps import VOID, ViewRange, confusion, load_class_map, mapped_photos, mean_iou, random_view
-from bitneck_models.deeplab import AtrousConv2d
-from bitneck_models.features import FeatureSpec, cached_features, view_maps
-from bitneck_models.network_training import (
+from bitneck_models.data.class_maps import (
+    VOID,
+    ViewRange,
+    confusion,
+    load_class_map,
+    mapped_photos,
+    mean_iou,
+    random_view,
+)
+from bitneck_models.data.features import FeatureSpec, cached_features, view_maps
+from bitneck_models.losses.task_terms import NO_LABEL, Labels, TaskLoss
+from bitneck_models.networks.backbones import Backbone, begin_network, build_backbone, load_stages, stages_state
+from bitneck_models.networks.deeplab import AtrousConv2d
+from bitneck_models.networks.to_onnx import to_onnx
+from bitneck_models.training.network import (
     NetworkTraining,
     forget_finished,
     load_network_training,
     train_network,
 )
-from bitneck_models.onnx_export import to_onnx
-from bitneck_models.pipeline import photo_sets, train_point
-from bitneck_models.recipe import TaskTerm
-from bitneck_models.tasks import NO_LABEL, Labels, TaskLoss
-from bitneck_models.zoo import ZooEntry
+from bitneck_models.training.pipeline import photo_sets, train_point
+from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.recipe import TaskTerm
 
 NAME = "deeplabv3_efficientnet_lite0"
 

@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from bitneck.bundle import Bundle
-from bitneck_cloud.metrics import Metrics
+from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.settings import CloudSettings
+from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
-from bitneck_edge.results import Answer
 from bitneck_edge.settings import EdgeSettings
 from servers import running_server
 from tiny import photo

@@ -17,10 +17,10 @@ from PIL import Image
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, DeadlineExceeded, ImageError, Overloaded, ProtocolError, Unavailable
 from bitneck.v1 import inference_pb2 as pb
+from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
-from bitneck_edge.link import Link, LinkSettings
-from bitneck_edge.remote import Access
-from bitneck_edge.results import Answer, Failure
+from bitneck_edge.link.link import Link, LinkSettings
+from bitneck_edge.link.remote import Access
 from rogue import answer_all, opened, result, rogue_server
 from servers import BIN
 from tiny import photo, photo_bytes
@@ -234,7 +234,7 @@ async def test_a_disk_that_fills_up_in_mid_write(tiny_bundle: Bundle, tmp_path: 
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 sys.argv = ["bitneck-edge", *sys.argv[1:]]
-from bitneck_edge.cli import main
+from bitneck_edge.cli.main import main
 main()
 """
     async with rogue_server(tiny_bundle) as (address, _), asyncio.timeout(HANG_S):

@@ -17,8 +17,8 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck.errors import ImageError, Unavailable
+from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.client import EdgeClient
-from bitneck_edge.results import Answer, Failure, Switch
 from bitneck_edge.sync import SyncEdgeClient
 from links import Proxy
 from servers import Server, running_server, start_server

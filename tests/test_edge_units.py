@@ -22,11 +22,11 @@ from bitneck.errors import (
 )
 from bitneck.frames import seal_frame
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_edge.cache import forget_old, remember
+from bitneck_edge.answers.results import Answer, Failure
+from bitneck_edge.bundles.cache import forget_old, remember
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
-from bitneck_edge.flow import Flow
-from bitneck_edge.results import Answer, Failure
+from bitneck_edge.link.flow import Flow
 from rogue import answer_all, opened, result, rogue_server
 from tiny import photo, photo_bytes
 

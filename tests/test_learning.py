@@ -13,18 +13,18 @@ from torch import nn
 
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
 from bitneck.runtime import OnnxModule
-from bitneck_models.complexity import Complexity, onnx_complexity
-from bitneck_models.evaluation import mean_interval, wilson
-from bitneck_models.onnx_export import to_onnx
-from bitneck_models.pipeline import choose_device, photo_sets, train_point
-from bitneck_models.rate import L1Rate
-from bitneck_models.recipe import PointRecipe, TaskTerm, TrainingRecipe, load_recipe
-from bitneck_models.scalars import Scalars
-from bitneck_models.starts import init_linear, init_nested, init_next
-from bitneck_models.tasks import Labels, TaskLoss
-from bitneck_models.training import StepReport, train_unit
-from bitneck_models.units import BottleneckUnit, Topology
-from bitneck_models.zoo import ZooEntry
+from bitneck_models.losses.rate_terms import L1Rate
+from bitneck_models.losses.task_terms import Labels, TaskLoss
+from bitneck_models.measure.complexity import Complexity, onnx_complexity
+from bitneck_models.measure.evaluation import mean_interval, wilson
+from bitneck_models.networks.to_onnx import to_onnx
+from bitneck_models.training.pipeline import choose_device, photo_sets, train_point
+from bitneck_models.training.scalars import Scalars
+from bitneck_models.training.unit import StepReport, train_unit
+from bitneck_models.units.starts import init_linear, init_nested, init_next
+from bitneck_models.units.units import BottleneckUnit, Topology
+from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.recipe import PointRecipe, TaskTerm, TrainingRecipe, load_recipe
 from small import small_backbone
 from tiny import INPUT, photo
 
@@ -394,7 +394,7 @@ def test_scalars_of_a_resumed_run_replace_what_it_repeats(tmp_path: Path) -> Non
 
 def test_augmented_views_of_tiny_photographs(tmp_path: Path) -> None:
     """Smaller than the network's input: enlarged, not refused."""
-    from bitneck_models.photos import augment
+    from bitneck_models.data.photos import augment
 
     for height, width in ((32, 32), (24, 40)):
         spec = INPUT.model_copy(update={"height": height, "width": width})

@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
-from bitneck.classmap import encode_map
+from bitneck.coding.class_map import encode_map
 from bitneck.errors import InvalidConfig
 from bitneck.image import load_photo, preprocess
-from bitneck_models.class_maps import class_iou, load_class_map, mapped_photos, mean_iou
-from bitneck_models.cli import app
-from bitneck_models.map_evaluation import MapEvaluation, evaluate_maps
-from bitneck_models.vision import import_torchvision
-from bitneck_models.zoo import tables_digests
+from bitneck_models.cli.main import app
+from bitneck_models.data.class_maps import class_iou, load_class_map, mapped_photos, mean_iou
+from bitneck_models.measure.map_evaluation import MapEvaluation, evaluate_maps
+from bitneck_models.networks.vision import import_torchvision
+from bitneck_models.zoo.entry import tables_digests
 from tiny import SCENE_CLASSES, SCENE_INPUT, photo
 
 H, W, K = SCENE_INPUT.height, SCENE_INPUT.width, len(SCENE_CLASSES)

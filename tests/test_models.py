@@ -12,20 +12,20 @@ from scipy import stats
 from torch import nn
 
 from bitneck.bundle import Bundle
+from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import ImageError, InvalidConfig, ModelFailure
-from bitneck.tables import FactorizedModel
-from bitneck_models.backbones import Backbone, build_backbone
-from bitneck_models.evaluation import evaluate
-from bitneck_models.export import NOT_MEASURED, export_bundle, prove
-from bitneck_models.features import FeatureSpec, cached_features
-from bitneck_models.photos import LabelledPhoto, labelled_photos, proof_images, split_off_validation
-from bitneck_models.pipeline import photo_sets, prune_and_fit, train_point
-from bitneck_models.rate import FactorizedDensity, FactorizedRate, HyperpriorRate, gaussian_bin_bits
-from bitneck_models.recipe import PointRecipe, TrainingRecipe, load_recipe
-from bitneck_models.starts import init_linear
-from bitneck_models.training import train_unit
-from bitneck_models.units import BottleneckUnit, Geometry, prune_channels
-from bitneck_models.zoo import ZooEntry, tables_digests
+from bitneck_models.data.features import FeatureSpec, cached_features
+from bitneck_models.data.photos import LabelledPhoto, labelled_photos, proof_images, split_off_validation
+from bitneck_models.export.bundle import NOT_MEASURED, export_bundle, prove
+from bitneck_models.losses.rate_terms import FactorizedDensity, FactorizedRate, HyperpriorRate, gaussian_bin_bits
+from bitneck_models.measure.evaluation import evaluate
+from bitneck_models.networks.backbones import Backbone, build_backbone
+from bitneck_models.training.pipeline import photo_sets, prune_and_fit, train_point
+from bitneck_models.training.unit import train_unit
+from bitneck_models.units.starts import init_linear
+from bitneck_models.units.units import BottleneckUnit, Geometry, prune_channels
+from bitneck_models.zoo.entry import ZooEntry, tables_digests
+from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe, load_recipe
 from small import small_backbone
 from tiny import photo
 

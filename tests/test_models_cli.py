@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from bitneck.errors import InvalidConfig
-from bitneck_models import backbones
-from bitneck_models.cli import app
+from bitneck_models.cli.main import app
+from bitneck_models.networks import backbones
 from small import small_backbone
 from tiny import photo
 
@@ -136,14 +136,14 @@ def test_two_workers_from_one_command(home: Path, monkeypatch: pytest.MonkeyPatc
         f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from bitneck_models import backbones
+from bitneck_models.networks import backbones
 from small import small_backbone
 backbones.BACKBONES["small"] = lambda _weights: small_backbone()
 """
     )
     monkeypatch.setenv("PYTHONPATH", str(home))
     run("search", "zoo", "--space", "space.toml", "--data", ".", "--trials", "6", "--workers", "2")
-    from bitneck_models.search import load_space, open_study
+    from bitneck_models.search.search import load_space, open_study
 
     trials = open_study(load_space(home / "space.toml"), f"sqlite:///{home}/runs/search/small.db", create=False).trials
     ended = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED")]

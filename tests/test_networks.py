@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from bitneck.errors import InvalidConfig
-from bitneck_models import weights as weights_module
-from bitneck_models.backbones import Backbone, build_backbone
-from bitneck_models.cli import app
-from bitneck_models.cutting import cut_network
-from bitneck_models.network_recipe import NetworkRecipe, load_network
-from bitneck_models.onnx_export import to_onnx
-from bitneck_models.recipe import load_recipe
-from bitneck_models.vision import import_torchvision
-from bitneck_models.voc import VOC_CLASSES
-from bitneck_models.weights import RANDOM, load_state, randomize
+from bitneck_models.cli.main import app
+from bitneck_models.networks import weights as weights_module
+from bitneck_models.networks.backbones import Backbone, build_backbone
+from bitneck_models.networks.cutting import cut_network
+from bitneck_models.networks.recipe import NetworkRecipe, load_network
+from bitneck_models.networks.to_onnx import to_onnx
+from bitneck_models.networks.vision import import_torchvision
+from bitneck_models.networks.voc import VOC_CLASSES
+from bitneck_models.networks.weights import RANDOM, load_state, randomize
+from bitneck_models.zoo.recipe import load_recipe
 
 SMALL = 65
 """Height and width in place of 224 and 513: neither network has a layer that knows its input's size, but the last."""

@@ -17,17 +17,17 @@ from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_cloud.models import ServedModel
+from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.client import EdgeClient
-from bitneck_models.backbones import Backbone, build_backbone
-from bitneck_models.evaluation import evaluate
-from bitneck_models.export import Proof, export_bundle
-from bitneck_models.photos import LabelledPhoto, proof_images
-from bitneck_models.pipeline import prune_and_fit
-from bitneck_models.spic import PLACES, load_spic
-from bitneck_models.spic_point import write_spic_point
-from bitneck_models.weights import RANDOM
-from bitneck_models.zoo import PointRecord, ZooEntry, new_unit, round_weights
+from bitneck_models.data.photos import LabelledPhoto, proof_images
+from bitneck_models.export.bundle import Proof, export_bundle
+from bitneck_models.measure.evaluation import evaluate
+from bitneck_models.networks.backbones import Backbone, build_backbone
+from bitneck_models.networks.weights import RANDOM
+from bitneck_models.spic.checkpoint import PLACES, load_spic
+from bitneck_models.spic.point import write_spic_point
+from bitneck_models.training.pipeline import prune_and_fit
+from bitneck_models.zoo.entry import PointRecord, ZooEntry, new_unit, round_weights
 from clients import Frames, assert_a_batch_equals_frame_by_frame
 from servers import Server, running_server
 from test_spic import checkpoint, saved

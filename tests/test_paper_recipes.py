@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from bitneck.errors import InvalidConfig
-from bitneck_models.pipeline import photo_sets, train_point
-from bitneck_models.recipe import Recipe, load_recipe
-from bitneck_models.search import load_space
-from bitneck_models.spic import PLACES
-from bitneck_models.tasks import TaskLoss
-from bitneck_models.units import BottleneckUnit
-from bitneck_models.voc import VOC_CLASSES
-from bitneck_models.zoo import ZooEntry
+from bitneck_models.losses.task_terms import TaskLoss
+from bitneck_models.networks.voc import VOC_CLASSES
+from bitneck_models.search.search import load_space
+from bitneck_models.spic.checkpoint import PLACES
+from bitneck_models.training.pipeline import photo_sets, train_point
+from bitneck_models.units.units import BottleneckUnit
+from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.recipe import Recipe, load_recipe
 from small import small_backbone
 from test_coco import coco, document, instance, square, write  # noqa: F401  a fixture
 from test_networks import SHAPES

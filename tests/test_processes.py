@@ -18,8 +18,8 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck.frames import parse_frame
-from bitneck_models.evaluation import evaluate
-from bitneck_models.photos import LabelledPhoto
+from bitneck_models.data.photos import LabelledPhoto
+from bitneck_models.measure.evaluation import evaluate
 from servers import BIN, Server, running_server, start_server
 from tiny import make_tiny_bundle, photo, photo_bytes
 
@@ -268,7 +268,7 @@ import sys
 for name in ("torch", "torchvision", "timm", "onnx", "fastapi", "uvicorn", "bitneck_cloud", "bitneck_models"):
     sys.modules[name] = None  # importing it fails from here on
 sys.argv = ["bitneck-edge", *{arguments!r}]
-from bitneck_edge.cli import main
+from bitneck_edge.cli.main import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bitneck.errors import InvalidConfig
-from bitneck_models.curves import Sample, bytes_at, rate_saving, read_results
-from bitneck_models.report import draw, markdown
+from bitneck_models.report.curves import Sample, bytes_at, rate_saving, read_results
+from bitneck_models.report.report import draw, markdown
 
 
 def curve(*points: tuple[float, float]) -> tuple[Sample, ...]:

@@ -11,15 +11,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bitneck.bundle import Bundle
+from bitneck.coding.conditional_codec import ConditionalCodec
+from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.manifest import InputSpec, sha256_hex
-from bitneck.similar import ConditionalCodec
-from bitneck.tables import FactorizedModel
-from bitneck_models import backbones
-from bitneck_models.cli import app
-from bitneck_models.scenes import Camera, Path2D, moving, still
-from bitneck_models.similar import ConditionalRecord, fit_conditional
-from bitneck_models.zoo import PointRecord, ZooEntry, save_point
+from bitneck_models.cli.main import app
+from bitneck_models.data.scenes import Camera, Path2D, moving, still
+from bitneck_models.networks import backbones
+from bitneck_models.training.conditional import ConditionalRecord, fit_conditional
+from bitneck_models.zoo.entry import PointRecord, ZooEntry, save_point
 from small import small_backbone
 from test_models_cli import RECIPE
 from tiny import INPUT, photo

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from bitneck.errors import InvalidConfig, ModelFailure
-from bitneck_models.pipeline import photo_sets
-from bitneck_models.search import (
+from bitneck_models.search.search import (
     adopt,
     describe,
     front,
@@ -23,7 +22,8 @@ from bitneck_models.search import (
     pick_ladder,
     work,
 )
-from bitneck_models.zoo import ZooEntry
+from bitneck_models.training.pipeline import photo_sets
+from bitneck_models.zoo.entry import ZooEntry
 from small import small_backbone
 from tiny import photo
 

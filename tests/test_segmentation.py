@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bitneck.bundle import Bundle
-from bitneck.classmap import count_classes, encode_map
+from bitneck.coding.class_map import count_classes, encode_map
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure, ProtocolError
 from bitneck.frames import parse_frame
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_cloud.models import ServedModel
-from bitneck_cloud.outputs import frames_of_a_pass, output_of
+from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_edge.answers.maps import MapWriter, colours, indexed
+from bitneck_edge.answers.results import Answer, ClassShare, Failure, Segmentation, StageTimes
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
-from bitneck_edge.maps import MapWriter, colours, indexed
-from bitneck_edge.results import Answer, ClassShare, Failure, Segmentation, StageTimes
 from clients import Frames, open_stream, stub
 from rogue import opened, rogue_server
 from servers import BIN, Server, running_server

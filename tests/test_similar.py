@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bitneck.bundle import Bundle
+from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import CorruptPayload, ReferenceUnknown
 from bitneck.frames import check_frame, seal_frame
 from bitneck.image import preprocess
 from bitneck.ladder import Ladder, OperatingPoint
-from bitneck.similar import Reference
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_cloud.session import Session
-from bitneck_edge.capture import Capture
+from bitneck_cloud.sessions.session import Session
+from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
-from bitneck_edge.references import References
-from bitneck_edge.results import Answer, Failure
+from bitneck_edge.link.references import References
+from bitneck_edge.sources.capture import Capture
 from clients import Frames, Stream, open_stream, stub
 from rogue import result, rogue_server
 from servers import BIN, Server, running_server, start_server

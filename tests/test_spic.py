@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from typer.testing import CliRunner
 
+from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
-from bitneck.tables import FactorizedModel
-from bitneck_models.cli import app
-from bitneck_models.spic import PLACES, SpicUnit, load_spic, spic_geometry
-from bitneck_models.spic_point import SpicRecord, load_features, write_spic_point
+from bitneck_models.cli.main import app
+from bitneck_models.spic.checkpoint import PLACES, SpicUnit, load_spic, spic_geometry
+from bitneck_models.spic.point import SpicRecord, load_features, write_spic_point
 
 ROOT = Path(__file__).resolve().parent.parent
 SPIC = Path(os.environ.get("BITNECK_SPIC", ROOT.parent / "shared" / "spic"))

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from bitneck.bundle import Bundle
+from bitneck.coding.symbols import dequantize, quantize
 from bitneck.image import load_photo, preprocess
 from bitneck.manifest import sha256_hex
-from bitneck.symbols import dequantize, quantize
-from bitneck_models.backbones import build_backbone
-from bitneck_models.class_maps import mapped_photos
-from bitneck_models.evaluation import evaluate
-from bitneck_models.export import prove
-from bitneck_models.network_training import NetworkRecord, NetworkTraining, load_network_training
-from bitneck_models.photos import labelled_photos, proof_images
-from bitneck_models.recipe import PointRecipe, TrainingRecipe
-from bitneck_models.similar import ConditionalRecord
-from bitneck_models.zoo import PointRecord, ZooEntry
+from bitneck_models.data.class_maps import mapped_photos
+from bitneck_models.data.photos import labelled_photos, proof_images
+from bitneck_models.export.bundle import prove
+from bitneck_models.measure.evaluation import evaluate
+from bitneck_models.networks.backbones import build_backbone
+from bitneck_models.training.conditional import ConditionalRecord
+from bitneck_models.training.network import NetworkRecord, NetworkTraining, load_network_training
+from bitneck_models.zoo.entry import PointRecord, ZooEntry
+from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = ROOT / "models" / "zoo" / "efficientnet_lite0"

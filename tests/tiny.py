@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from bitneck.bundle import Bundle, BundleWriter
-from bitneck.conditional import KERNEL_TOTAL, ConditionalModel
+from bitneck.coding.conditional_model import KERNEL_TOTAL, ConditionalModel
+from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.manifest import InputSpec, Manifest, PointEntry, Segment, SplitPoint, Task
-from bitneck.tables import FactorizedModel
 
 INPUT = InputSpec(height=32, width=32, resize=36, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CLASSES = tuple(f"class {i}" for i in range(10))

@@ -13,7 +13,7 @@ import bitneck
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.frames import crc32c_hex, parse_frame
-from bitneck_cloud.logs import configure_logging
+from bitneck_cloud.observe.logs import configure_logging
 from bitneck_cloud.settings import CloudSettings
 
 __all__ = ["app", "main"]
@@ -110,7 +110,7 @@ def decode(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Decode one frame from a file and answer it: the cloud's half, without a server."""
-    from bitneck_cloud.models import ServedModel
+    from bitneck_cloud.engine.served_model import ServedModel
 
     try:
         data = frame.read_bytes()

@@ -9,9 +9,9 @@ from pathlib import Path
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.runtime import ModulePool, return_freed_memory
-from bitneck_cloud.metrics import Metrics
-from bitneck_cloud.models import ServedModel
-from bitneck_cloud.registry import Registry
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.observe.metrics import Metrics
+from bitneck_cloud.sessions.registry import Registry
 
 __all__ = ["Reloaded", "Reloader"]
 

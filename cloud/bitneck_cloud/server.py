@@ -24,18 +24,18 @@ from bitneck.frames import MAX_MESSAGE_BYTES
 from bitneck.runtime import ModulePool, check_providers, return_freed_memory
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
-from bitneck_cloud.engine import Engine
-from bitneck_cloud.grpc_service import InferenceService
-from bitneck_cloud.http_api import Readiness, build_app
-from bitneck_cloud.metrics import Metrics
-from bitneck_cloud.models import ServedModel
-from bitneck_cloud.parsing import TolerantParsing
-from bitneck_cloud.registry import Registry
+from bitneck_cloud.access.security import DeviceTokens, grpc_credentials, tls_files_usable
+from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.api.grpc_service import InferenceService
+from bitneck_cloud.api.http_api import Readiness, build_app
+from bitneck_cloud.api.parsing import TolerantParsing
+from bitneck_cloud.engine.engine import Engine
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.observe.metrics import Metrics
+from bitneck_cloud.observe.tracing import open_traces
 from bitneck_cloud.reload import Reloader
-from bitneck_cloud.security import DeviceTokens, grpc_credentials, tls_files_usable
+from bitneck_cloud.sessions.registry import Registry
 from bitneck_cloud.settings import CloudSettings
-from bitneck_cloud.tokens import TokenSigner
-from bitneck_cloud.tracing import open_traces
 
 __all__ = ["Ready", "load_models", "serve"]
 

@@ -23,15 +23,15 @@ from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.runtime import ModulePool
 from bitneck.workers import Workers
-from bitneck_edge.capture import Capture, Slots, captures, newest
+from bitneck_edge.answers.assemble import answer_of
+from bitneck_edge.answers.results import Answer, Failure, Switch
+from bitneck_edge.bundles.fetch import fetch_bundle
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
-from bitneck_edge.fetch import fetch_bundle
-from bitneck_edge.frame_answers import answer_of
-from bitneck_edge.link import Link, LinkSettings, Received, Sent
+from bitneck_edge.link.link import Link, LinkSettings, Received, Sent
+from bitneck_edge.link.references import Candidate, Coded
 from bitneck_edge.ratecontrol import Decision, RateController
-from bitneck_edge.references import Candidate, Coded
-from bitneck_edge.results import Answer, Failure, Switch
 from bitneck_edge.settings import AUTO, EdgeSettings
+from bitneck_edge.sources.capture import Capture, Slots, captures, newest
 
 __all__ = ["EdgeClient"]
 
@@ -96,7 +96,7 @@ class EdgeClient:
         the link goes on trying, as often as `EdgeSettings.retries` says.
 
         Raises:
-            BitneckError: see `fetch_bundle` and `bitneck_edge.link.Link.open`.
+            BitneckError: see `fetch_bundle` and `bitneck_edge.link.link.Link.open`.
         """
         self._threads = Workers(self.workers, "bitneck-edge")
         try:

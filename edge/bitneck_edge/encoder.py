@@ -10,11 +10,11 @@ from PIL import Image
 
 from bitneck.bundle import Bundle
 from bitneck.chain import Encoded, PointEncoder, SegmentChain
+from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import ImageError
 from bitneck.image import load_photo, preprocess
 from bitneck.runtime import ModulePool, return_freed_memory
-from bitneck.similar import Reference
-from bitneck_edge.answers import check_classes
+from bitneck_edge.answers.verify import check_classes
 
 __all__ = ["EdgeEncoder", "EncodedPhoto", "Photo"]
 

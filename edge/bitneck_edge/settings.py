@@ -7,7 +7,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from bitneck.config import Address, Settings
-from bitneck_edge.remote import Access
+from bitneck_edge.link.remote import Access
 
 __all__ = ["AUTO", "EdgeSettings"]
 

@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from bitneck.errors import Unavailable
-from bitneck_edge.capture import Capture
+from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import Photo
-from bitneck_edge.results import Answer, Failure, Switch
 from bitneck_edge.settings import EdgeSettings
-from bitneck_edge.sources import in_thread
+from bitneck_edge.sources.capture import Capture
+from bitneck_edge.sources.read import in_thread
 
 __all__ = ["SyncEdgeClient"]
 

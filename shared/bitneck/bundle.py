@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from bitneck.conditional import ConditionalModel
+from bitneck.coding.conditional_model import ConditionalModel
+from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.ids import check_relative_path
 from bitneck.manifest import FileEntry, FileRole, Manifest, bundle_id_of, sha256_hex
-from bitneck.tables import FactorizedModel
 
 __all__ = ["MANIFEST_NAME", "Bundle", "BundleWriter", "verify_file"]
 

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.bundle import Bundle
-from bitneck.codec import FactorizedCodec
+from bitneck.coding.conditional_codec import ConditionalCodec, Reference
+from bitneck.coding.factorized_codec import FactorizedCodec
+from bitneck.coding.symbols import dequantize, quantize
 from bitneck.errors import MalformedFrame, ModelFailure
 from bitneck.ladder import OperatingPoint
 from bitneck.runtime import ModulePool, OnnxModule
-from bitneck.similar import ConditionalCodec, Reference
-from bitneck.symbols import dequantize, quantize
 
 __all__ = ["Encoded", "PointDecoder", "PointEncoder", "SegmentChain", "segments_of"]
 

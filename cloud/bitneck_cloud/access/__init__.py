@@ -1,0 +1,1 @@
+"""Who may call: TLS, bearer tokens, resume tokens."""

@@ -1,0 +1,101 @@
+"""Who may call: TLS credentials from files, and bearer tokens of devices, checked before any work."""
+
+import re
+import secrets
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from bitneck.errors import InvalidConfig, Unauthenticated
+from bitneck_cloud.observe.metrics import Metrics
+
+__all__ = ["DeviceTokens", "grpc_credentials", "same_secret", "tls_files_usable"]
+
+_GUARDED = re.compile(r"/(bitneck\.|grpc\.reflection\.)")
+_HEADER = "authorization"
+
+
+def same_secret(given: str, wanted: str) -> bool:
+    """Compare in constant time."""
+    return secrets.compare_digest(given.encode(errors="replace"), wanted.encode())
+
+
+class DeviceTokens(grpc.aio.ServerInterceptor):
+    """Refuses calls of our service and of reflection without the devices' bearer token; health checks stay open.
+
+    Args:
+        token: what devices send as ``authorization: Bearer TOKEN``.
+        metrics: refusals are counted there.
+    """
+
+    def __init__(self, token: str, metrics: Metrics) -> None:
+        self._token = token
+        self._metrics = metrics
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        """Pass the call on, or put a handler in its place that aborts it."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not _GUARDED.match(handler_call_details.method) or self._allowed(handler_call_details):
+            return handler
+        self._metrics.refused("UNAUTHENTICATED")
+        return _aborting(handler)
+
+    def _allowed(self, details: Any) -> bool:
+        for key, value in details.invocation_metadata or ():
+            if key == _HEADER:
+                scheme, _, given = value.partition(" ")
+                return scheme.lower() == "bearer" and same_secret(given, self._token)
+        return False
+
+
+def _aborting(handler: Any) -> Any:
+    exc = Unauthenticated("this server asks devices for a bearer token; give it with --token or BITNECK_EDGE_TOKEN")
+
+    async def refuse(_request: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode[exc.grpc_status], str(exc))
+
+    # Without a deserializer: who may not call has nothing parsed.
+    if handler.request_streaming and handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(refuse)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(refuse)
+    if handler.request_streaming:
+        return grpc.stream_unary_rpc_method_handler(refuse)
+    return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+def grpc_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
+    """Credentials of the gRPC server; with `client_ca` it asks clients for a certificate of that authority.
+
+    Raises:
+        InvalidConfig: a file cannot be read, or is no certificate or key.
+    """
+    tls_files_usable(cert, key, client_ca)
+    authority = client_ca.read_bytes() if client_ca is not None else None
+    return grpc.ssl_server_credentials(
+        [(key.read_bytes(), cert.read_bytes())], root_certificates=authority, require_client_auth=authority is not None
+    )
+
+
+def tls_files_usable(cert: Path, key: Path, client_ca: Path | None) -> None:
+    """Load the files as a server would: gRPC itself would only log, and refuse every client.
+
+    Raises:
+        InvalidConfig: a file cannot be read, is no certificate or key, or the two do not belong together.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key, password=lambda: "")  # an encrypted key is refused, not asked about
+    except (OSError, ssl.SSLError) as exc:
+        raise InvalidConfig(
+            f"tls_cert {cert} and tls_key {key} cannot be used ({exc}); "
+            "give a PEM certificate and its PEM key, without a passphrase"
+        ) from exc
+    if client_ca is not None:
+        try:
+            context.load_verify_locations(client_ca)
+        except (OSError, ssl.SSLError) as exc:
+            raise InvalidConfig(f"tls_client_ca {client_ca} cannot be used ({exc}); give PEM certificates") from exc

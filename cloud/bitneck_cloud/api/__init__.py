@@ -1,0 +1,1 @@
+"""The rims: gRPC for devices, HTTP for operators."""

@@ -1,0 +1,209 @@
+"""The gRPC service: manifests and files, single frames, and the bidirectional stream."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NoReturn
+
+import grpc
+
+from bitneck.errors import BitneckError, BundleMismatch, Unavailable, UnknownFile
+from bitneck.frames import check_frame
+from bitneck.v1 import inference_pb2 as pb
+from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck_cloud.api.messages import go_away, public_text, set_point
+from bitneck_cloud.engine.engine import Engine
+from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
+from bitneck_cloud.observe.metrics import Metrics
+from bitneck_cloud.observe.tracing import FrameTracer
+from bitneck_cloud.sessions.conversation import Context, Conversation, computed_of, job_of, result_of
+from bitneck_cloud.sessions.registry import Registry
+from bitneck_cloud.sessions.session import Event, Session, StreamState
+
+__all__ = ["InferenceService"]
+
+_LOG = logging.getLogger(__name__)
+_CHUNK_BYTES = 64 * 1024
+
+
+class InferenceService(pb_grpc.SplitInferenceServicer):
+    """`bitneck.v1.SplitInference` on one event loop.
+
+    Args:
+        registry: models and sessions.
+        engine: that computes.
+        metrics: what happens is counted there.
+        tracer: where frames' spans go.
+        idle_s: see `CloudSettings`.
+        similar_bytes: likewise.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        engine: Engine,
+        metrics: Metrics,
+        tracer: FrameTracer,
+        *,
+        idle_s: float,
+        similar_bytes: int,
+    ) -> None:
+        self._registry = registry
+        self._engine = engine
+        self._metrics = metrics
+        self._tracer = tracer
+        self._idle_s = idle_s
+        self._similar_bytes = similar_bytes
+        self._streams: dict[str, Conversation] = {}
+        self._draining = False
+
+    async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
+        """The manifest of a served model, compressed: a link may be thin, and it is text."""
+        context.set_compression(grpc.Compression.Gzip)
+        await _identify(context)
+        try:
+            bundle = self._registry.model(request.model).bundle
+        except BitneckError as exc:
+            await _abort(context, exc)
+        return pb.GetManifestResponse(
+            model=bundle.manifest.name, bundle_id=bundle.bundle_id, manifest_json=bundle.manifest_json
+        )
+
+    async def FetchFile(self, request: pb.FetchFileRequest, context: Context) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
+        """One file of the edge's half, in chunks."""
+        await _identify(context)
+        try:
+            path = self._edge_file(request)
+            file = path.open("rb")
+        except BitneckError as exc:
+            await _abort(context, exc)
+        except OSError as exc:
+            _LOG.error("%s cannot be read: %s", request.path, exc)
+            await _abort(context, Unavailable("the bundle is being replaced; get its manifest again"))
+        with file:
+            while data := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+                yield pb.FileChunk(data=data)
+
+    def _edge_file(self, request: pb.FetchFileRequest) -> Path:
+        bundle = self._registry.model(request.model).bundle
+        if request.bundle_id != bundle.bundle_id:  # an older generation is served, but its files are gone
+            raise BundleMismatch(
+                f"the client has bundle {request.bundle_id[:80] or '(none)'}, this server has {bundle.bundle_id}; "
+                "get its manifest and files again"
+            )
+        if request.path not in bundle.manifest.files_for("edge"):
+            raise UnknownFile(f"the bundle {bundle.manifest.name} hands out no file {request.path[:80]!r}")
+        return bundle.path(request.path)
+
+    async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802
+        """One frame, one answer."""
+        received = time.time()
+        await _identify(context)
+        frame = request.frame
+        name = "(none)"
+        try:
+            model = self._registry.generation(request.model, request.bundle_id)
+            name = model.name
+            check_frame(frame)
+            model.check(frame)
+            job = job_of(model, frame)
+            self._engine.submit(job)
+            self._metrics.accepted(name, frame.point, len(frame.payload))
+            computed = await computed_of(job)
+        except BitneckError as exc:
+            self._metrics.frame(name, exc.grpc_status)
+            await _abort(context, exc)
+        self._metrics.frame(name, "OK")
+        trace = self._tracer.parent(context.invocation_metadata())
+        self._tracer.frame(name, frame.point, frame.seq, received, computed, trace)
+        return pb.InferResponse(bundle_id=model.bundle.bundle_id, result=result_of(computed, frame.seq, received))
+
+    async def Stream(  # type: ignore[override]  # noqa: N802  grpc.aio also takes a coroutine that writes
+        self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
+    ) -> None:
+        """The normal way: Open, then frames; see the .proto."""
+        state = StreamState()
+        await _identify(context)
+        try:
+            opened = await anext(aiter(request_iterator), None)
+            if opened is None:
+                return
+            state.on(Event.OPEN if opened.HasField("open") else Event.FRAME)
+            if self._draining:
+                raise Unavailable("the server is stopping; connect elsewhere")
+            model = self._registry.generation(opened.open.model, opened.open.bundle_id)
+            admission = self._registry.open(
+                model, opened.open.client, opened.open.resume_token, time.monotonic(), time.time()
+            )
+        except BitneckError as exc:
+            await _abort(context, exc)
+        session = admission.session
+        wanted = opened.open.references and model.kept_bytes
+        session.keep(self._similar_bytes // model.kept_bytes if wanted else 0)
+        self._metrics.session(model.name, admission.how)
+        _LOG.info("session %s (%s) opened by client %r", session.session_id, admission.how, session.client)
+        conversation = Conversation(
+            self._engine, model, session, state, self._streams, self._metrics, self._tracer, idle_s=self._idle_s
+        )
+        opened_message = pb.Opened(
+            session_id=session.session_id,
+            resume_token=admission.token,
+            window=session.window,
+            point=session.asked_point or "",
+            references=session.reach,
+        )
+        try:
+            await context.write(pb.ServerMessage(opened=opened_message))
+            self._tell_if_draining(conversation)
+            await conversation.run(request_iterator, context)
+        finally:
+            if not self.connected(session):
+                self._registry.disconnect(session, time.monotonic())
+
+    def push_point(self, session: Session, point: str, reason: str) -> bool:
+        """Ask a session's client for another operating point, now.
+
+        Returns:
+            Whether the session is connected; else it is told when it resumes.
+        """
+        stream = self._streams.get(session.session_id)
+        if stream is None:
+            return False
+        stream.push(set_point(point, reason))
+        return True
+
+    def _tell_if_draining(self, conversation: Conversation) -> None:
+        """A stream that opened in the moment when the others were told."""
+        if self._draining:
+            conversation.push(go_away("the server is stopping"))
+
+    def connected(self, session: Session) -> bool:
+        """Whether a session has a stream."""
+        return session.session_id in self._streams
+
+    def drain(self, reason: str) -> None:
+        """Tell every client that the server is going away; new streams are refused from now on."""
+        self._draining = True
+        for stream in list(self._streams.values()):
+            stream.push(go_away(reason))
+
+    @property
+    def streams(self) -> int:
+        """Open streams."""
+        return len(self._streams)
+
+
+async def _identify(context: Context) -> None:
+    """Give the call an id for the logs: the client's own, or a new one; the client reads it in the metadata."""
+    given = ""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_HEADER:
+            given = value if isinstance(value, str) else ""
+    await context.send_initial_metadata(((REQUEST_ID_HEADER, new_request_id(given)),))
+
+
+async def _abort(context: Context, exc: BitneckError) -> NoReturn:
+    await context.abort(grpc.StatusCode[exc.grpc_status], public_text(exc))
+    raise AssertionError("abort raises")

@@ -1,0 +1,1 @@
+"""From payloads to outputs: queue, batches along the chain, the served model."""

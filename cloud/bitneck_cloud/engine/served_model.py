@@ -1,0 +1,179 @@
+"""A served model: tail segments, decoders and labels of one bundle, and one pass of a batch through them."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitneck.bundle import Bundle
+from bitneck.chain import PointDecoder, SegmentChain, segments_of
+from bitneck.coding.conditional_codec import Reference
+from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
+from bitneck.manifest import Manifest
+from bitneck.runtime import ModulePool
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_cloud.engine.batching import plan_batch
+from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
+
+__all__ = ["ServedModel"]
+
+_LOG = logging.getLogger(__name__)
+
+_Lane = tuple[str, tuple[int, int, int]] | None
+"""What frames that share a pass have in common: None where their features are as large as those that were sent, or the
+split point and the shape that the decoder returns."""
+
+
+class ServedModel:
+    """One bundle, ready to serve: every tail segment and every operating point's decoder is loaded.
+
+    Attributes:
+        max_frames: that one pass may take, see `bitneck_cloud.engine.outputs.frames_of_a_pass`.
+        identities: what defines each operating point, by id: its entry and its files' digests.
+        made_from: what each operating point's decoder is made from; where it is the same, generations share it.
+        kept_bytes: of a frame that later ones may refer to, at most; 0 where no point has conditional tables.
+
+    Args:
+        bundle: verified, the cloud's half.
+        threads: of ONNX Runtime inside one operator; 0 for every core.
+        pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
+        before: the generation before this one; operating points that are the same in both are shared, tables and all.
+
+    Raises:
+        BundleCorrupt: tables or labels are unreadable, or more classes than a class map can name.
+        ModelFailure: ONNX Runtime cannot load a file.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None, before: "ServedModel | None" = None
+    ) -> None:
+        pool = pool or ModulePool()
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.ladder = bundle.manifest.ladder
+        self.labels = bundle.labels()
+        self.max_frames = frames_of_a_pass(bundle.manifest, len(self.labels))
+        self._chain = SegmentChain(bundle, threads=threads, pool=pool)
+        self.identities = {point.id: _identity(bundle.manifest, point.id) for point in self.ladder}
+        self.made_from = {point.id: _decoder_identity(bundle.manifest, point.id) for point in self.ladder}
+        self.decoders: dict[str, PointDecoder] = {}
+        for point in self.ladder:
+            if before is not None and before.made_from.get(point.id) == self.made_from[point.id]:
+                self.decoders[point.id] = before.decoders[point.id]
+            else:
+                self.decoders[point.id] = PointDecoder(bundle, point, pool=pool)
+        self._lanes: dict[str, _Lane] = {
+            point.id: (point.split, point.decoded_shape) if point.decoded_shape is not None else None
+            for point in bundle.manifest.points
+        }
+        self._tail_start = {point.id: self._chain.head_length(point.split) for point in self.ladder}
+        conditional = [d.conditional for d in self.decoders.values() if d.conditional is not None]
+        self.kept_bytes = max((codec.kept_bytes for codec in conditional), default=0)
+        tails = segments_of(bundle, "cloud")
+        self._chain.load(tails.start, tails.stop)
+
+    @property
+    def name(self) -> str:
+        """The model's id."""
+        return self.manifest.name
+
+    def check(self, frame: pb.Frame) -> None:
+        """Check what the operating point decides about a frame, before it may queue.
+
+        Raises:
+            UnknownPoint: no such operating point.
+            MalformedFrame: more bytes than any payload of this point has.
+        """
+        decoder = self.decoders[self.ladder[frame.point].id]
+        codec = decoder.conditional if frame.reference and decoder.conditional is not None else decoder.codec
+        limit = codec.max_payload_bytes
+        if len(frame.payload) > limit:
+            raise MalformedFrame(
+                f"frame {frame.seq}: payload of {len(frame.payload)} bytes, {frame.point} gives at most {limit}"
+            )
+
+    def decode(self, point: str, payload: bytes) -> NDArray[np.float32]:
+        """Payload to the latent that the bottleneck decoder gets, (Cr, h, w) float32. Any thread may call it.
+
+        Raises:
+            MalformedFrame: a payload that no encoder of this point writes.
+        """
+        return self.decoders[point].dequantize(payload)
+
+    def decode_similar(
+        self, point: str, payload: bytes, reference: Reference | None
+    ) -> tuple[NDArray[np.float32], Reference | None]:
+        """`decode` for a frame of a session whose frames may refer to earlier ones. Any thread may call it.
+
+        Args:
+            point: the operating point.
+            payload: the coded bytes.
+            reference: what they are coded against; None where they are coded by themselves.
+
+        Returns:
+            The latent, and the frame as a reference for later ones; None where the point has no conditional tables.
+
+        Raises:
+            MalformedFrame: a payload that no encoder of this point writes.
+        """
+        decoder = self.decoders[point]
+        s = decoder.symbols(payload, reference)
+        return decoder.latent(s), decoder.conditional.keep(s) if decoder.conditional is not None else None
+
+    def compute(self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]) -> list[pb.Output | BitneckError]:
+        """One pass of a batch through the bottleneck decoders and the tail; see `bitneck_cloud.engine.batching`.
+
+        A frame whose logits are not finite fails alone; a failure of ONNX Runtime fails the frames that went through it
+        together: those whose decoded features are of one size.
+
+        Args:
+            points: each frame's operating point.
+            latents: each frame's latent, from `decode`.
+
+        Returns:
+            One result per frame, in order.
+        """
+        lanes: dict[_Lane, list[int]] = {}
+        for row, point in enumerate(points):
+            lanes.setdefault(self._lanes[point], []).append(row)
+        results: list[pb.Output | BitneckError] = [ModelFailure("not computed")] * len(points)
+        for rows in lanes.values():
+            try:
+                order, logits = self._walk([points[row] for row in rows], [latents[row] for row in rows])
+            except ModelFailure as exc:
+                _LOG.error("a batch of %d frames failed: %s", len(rows), exc)
+                for row in rows:
+                    results[row] = ModelFailure("the model failed on this frame's batch; the server's log says why")
+                continue
+            for k, one in zip(order, logits, strict=True):
+                results[rows[k]] = output_of(self.manifest, self.labels, one)
+        return results
+
+    def _walk(
+        self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]
+    ) -> tuple[list[int], NDArray[np.float32]]:
+        """Which frame each row of the logits belongs to, and the logits: (N, K), or (N, K, H, W) for segmentation."""
+        order: list[int] = []
+        parts: list[NDArray[np.float32]] = []
+        for step in plan_batch(points, self._tail_start, len(self._chain)):
+            for group in step.joining:
+                parts.append(self.decoders[group.point].decode(np.stack([latents[row] for row in group.rows])))
+                order += group.rows
+            f = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            parts = [self._chain.run(f, step.segment, step.segment + 1)]
+        return order, parts[0]
+
+
+def _identity(manifest: Manifest, point_id: str) -> tuple[str, ...]:
+    """What defines an operating point: its entry and its files."""
+    digests = (f.sha256 for name, f in sorted(manifest.files.items()) if name.startswith(f"points/{point_id}/"))
+    return (manifest.point(point_id).model_dump_json(), *digests)
+
+
+def _decoder_identity(manifest: Manifest, point_id: str) -> tuple[object, ...]:
+    """What a point's decoder is made from; not what was measured of it, nor its encoder."""
+    entry = manifest.point(point_id)
+    files = [f"points/{point_id}/{name}" for name in ("decoder.onnx", "tables.npz", "conditional.npz")]
+    digests = (manifest.files[name].sha256 if name in manifest.files else "" for name in files)
+    return (entry.step, entry.latent_shape, manifest.decoded_shape(point_id), *digests)

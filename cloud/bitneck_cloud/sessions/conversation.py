@@ -1,0 +1,259 @@
+"""One open stream: reads frames, computes them side by side, writes answers as they are ready."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from typing import Any
+
+import grpc
+
+from bitneck.coding.conditional_codec import Reference
+from bitneck.errors import BitneckError, MalformedFrame, ProtocolError
+from bitneck.frames import check_frame
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_cloud.api.messages import fault, go_away, set_point
+from bitneck_cloud.engine.engine import Computed, Engine, Job
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.observe.metrics import Metrics
+from bitneck_cloud.observe.tracing import FrameTracer
+from bitneck_cloud.sessions.outbox import Outbox
+from bitneck_cloud.sessions.session import Event, Session, StreamState, Verdict
+
+__all__ = ["Context", "Conversation", "computed_of", "job_of", "result_of"]
+
+_LOG = logging.getLogger(__name__)
+_SUPERSEDED_GRACE_S = 2.0
+"""How long the last words of a stream that was replaced may take; its link is probably dead."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Conversation:
+    """One open stream of a session.
+
+    Args:
+        engine: that computes.
+        model: the session's.
+        session: its state.
+        state: the stream's phase.
+        streams: every session's newest conversation, by session id; this one is put in, and answers go to whichever
+            is newest when they are ready.
+        metrics: what happens is counted there.
+        tracer: where frames' spans go.
+        idle_s: the stream ends after so long without a message; 0 for never.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        session: Session,
+        state: StreamState,
+        streams: MutableMapping[str, "Conversation"],
+        metrics: Metrics,
+        tracer: FrameTracer,
+        idle_s: float,
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._session = session
+        self._state = state
+        self._outbox = Outbox(limit=2 * session.window)
+        self._streams = streams
+        self._metrics = metrics
+        self._tracer = tracer
+        self._trace: Any = None
+        self._idle_s = idle_s
+        self._jobs: dict[Job, tuple[int, float]] = {}
+        self._none_left: asyncio.Future[None] | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._silent_since = math.inf
+
+    async def run(self, requests: AsyncIterator[pb.ClientMessage], context: Context) -> None:
+        """Until the client has finished, or is gone."""
+        self._trace = self._tracer.parent(context.invocation_metadata())
+        older = self._streams.get(self._session.session_id)
+        self._streams[self._session.session_id] = self
+        if older is not None:
+            older.supersede()
+        writer = self._writer = asyncio.create_task(self._write(context))
+        reader = asyncio.create_task(self._read(requests))
+        watchdog = asyncio.create_task(self._watch(reader))
+        try:
+            await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+            if reader.done() and not writer.done():
+                if (
+                    not reader.cancelled()
+                    and (exc := reader.exception()) is not None
+                    and not isinstance(exc, grpc.aio.UsageError)
+                ):
+                    _LOG.error("session %s: reading failed: %r", self._session.session_id, exc)
+                if self._jobs:  # the client has sent everything: answer it
+                    self._none_left = asyncio.get_running_loop().create_future()
+                    await self._none_left
+                self._outbox.close()
+                await writer
+        finally:
+            self._state.on(Event.CLOSE)
+            for task in (reader, writer, watchdog):
+                task.cancel()
+            if self._streams.get(self._session.session_id) is self:
+                del self._streams[self._session.session_id]
+                for job, (seq, _) in list(self._jobs.items()):
+                    if not job.started:  # nobody waits for it; what is being computed is kept for a resume
+                        job.result.cancel()
+                        self._session.drop(seq)
+            await asyncio.gather(reader, writer, watchdog, return_exceptions=True)
+
+    def supersede(self) -> None:
+        """A newer stream has taken the session over: end this one; its frames are answered on the newer."""
+        self._outbox.control(go_away("the session was resumed on another stream"))
+        self._outbox.close()
+        if self._writer is not None:
+            asyncio.get_running_loop().call_later(_SUPERSEDED_GRACE_S, self._writer.cancel)
+
+    def push(self, message: pb.ServerMessage) -> None:
+        """Send a control message, ahead of the answers."""
+        self._outbox.control(message)
+
+    async def _write(self, context: Context) -> None:
+        with contextlib.suppress(grpc.aio.UsageError, asyncio.InvalidStateError):
+            while (message := await self._outbox.get()) is not None:
+                await context.write(message)
+
+    async def _read(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
+        messages = aiter(requests)
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._outbox.room()
+            self._silent_since = loop.time()
+            try:
+                message = await anext(messages)
+            except StopAsyncIteration:
+                return
+            except MalformedFrame as exc:
+                self._fault(0, exc)
+                continue
+            finally:
+                self._silent_since = math.inf
+            if message.HasField("frame"):
+                self._frame(message.frame)
+            else:
+                kind = message.WhichOneof("message") or "an empty message"
+                self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
+
+    async def _watch(self, reader: "asyncio.Task[None]") -> None:
+        """End reading when no message has come for too long: one clock for the stream, no timer for each message."""
+        loop = asyncio.get_running_loop()
+        while self._idle_s:
+            left = min(self._idle_s, self._silent_since + self._idle_s - loop.time())
+            if left <= 0:
+                self._outbox.control(go_away(f"no message for {self._idle_s:.0f} s; come back with your token"))
+                reader.cancel()
+                return
+            await asyncio.sleep(left)
+
+    def _frame(self, frame: pb.Frame) -> None:
+        received = time.time()
+        try:
+            self._state.on(Event.FRAME)
+            reference = self._session.reference(frame.seq, frame.reference, frame.point)
+            check_frame(frame, reference.crc32c if reference is not None else None)
+            self._model.check(frame)
+            before = self._session.last_point
+            verdict = self._session.accept(frame.seq, frame.point, len(frame.payload), time.monotonic())
+        except BitneckError as exc:
+            self._fault(frame.seq, exc)
+            return
+        if verdict is Verdict.ANSWERED:
+            self._metrics.frame(self._model.name, "RESENT")
+            self._outbox.put(self._session.kept_answer(frame.seq))
+        elif verdict is Verdict.NEW:
+            job = job_of(self._model, frame, self._answer, reference=reference, keep=self._session.reach > 0)
+            try:
+                self._engine.submit(job)
+            except BitneckError as exc:
+                self._session.drop(frame.seq)
+                self._fault(frame.seq, exc)
+                return
+            self._jobs[job] = frame.seq, received
+            switched = before is not None and before != frame.point
+            similar = reference is not None
+            asyncio.get_running_loop().call_soon(self._accepted, frame.point, len(frame.payload), switched, similar)
+
+    def _accepted(self, point: str, payload_bytes: int, switched: bool, similar: bool) -> None:
+        """What can wait until the frame is on its way to the engine's thread."""
+        self._metrics.accepted(self._model.name, point, payload_bytes, switched=switched, similar=similar)
+        if (wanted := self._session.weigh_again()) is not None:
+            reason = f"max_kbps at {self._session.frames_per_s:.1f} frames per second"
+            self._outbox.control(set_point(wanted, reason))
+
+    def _answer(self, job: Job, computed: Computed | BitneckError) -> None:
+        """A frame is done: its answer goes to the session's newest stream."""
+        seq, received = self._jobs.pop(job)
+        if isinstance(computed, BitneckError):
+            self._session.fail(seq, computed.grpc_code)
+            message = fault(seq, computed)
+            outcome = computed.grpc_status
+        else:
+            message = pb.ServerMessage(result=result_of(computed, seq, received))
+            self._session.complete(seq, message, job.kept)
+            outcome = "OK"
+        newest = self._streams.get(self._session.session_id)
+        if newest is not None:
+            newest._outbox.put(message)
+        asyncio.get_running_loop().call_soon(self._done, job.point, seq, received, computed, outcome)
+        if self._none_left is not None and not self._jobs and not self._none_left.done():
+            self._none_left.set_result(None)
+
+    def _done(self, point: str, seq: int, received: float, computed: Computed | BitneckError, outcome: str) -> None:
+        """What can wait until the answer is written."""
+        self._metrics.frame(self._model.name, outcome)
+        if isinstance(computed, Computed):
+            self._tracer.frame(self._model.name, point, seq, received, computed, self._trace)
+
+    def _fault(self, seq: int, exc: BitneckError) -> None:
+        self._session.faults[exc.grpc_code] += 1
+        self._metrics.frame(self._model.name, exc.grpc_status)
+        self._outbox.put(fault(seq, exc))
+
+
+def job_of(
+    model: ServedModel,
+    frame: pb.Frame,
+    on_settled: Callable[[Job, Computed | BitneckError], None] | None = None,
+    *,
+    reference: Reference | None = None,
+    keep: bool = False,
+) -> Job:
+    """A frame as the engine takes it; its deadline begins now. For the others see `Job`."""
+    deadline = time.monotonic() + frame.deadline_ms / 1e3 if frame.deadline_ms else None
+    return Job(model, frame.point, frame.payload, deadline, on_settled, reference=reference, keep=keep)
+
+
+async def computed_of(job: Job) -> Computed:
+    """What became of a frame, once it is there.
+
+    Raises:
+        BitneckError: why there is no output.
+    """
+    try:
+        return await job.result
+    except asyncio.CancelledError:
+        job.result.cancel()
+        raise
+
+
+def result_of(computed: Computed, seq: int, received: float) -> pb.Result:
+    """The answer to a frame; `received` is in seconds since 1970."""
+    timings = pb.Timings(
+        received_unix_us=round(received * 1e6),
+        queued_us=computed.queued_us,
+        decode_us=computed.decode_us,
+        compute_us=computed.compute_us,
+        batch=computed.batch,
+    )
+    return pb.Result(seq=seq, output=computed.output, timings=timings)

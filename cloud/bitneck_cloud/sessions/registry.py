@@ -1,0 +1,197 @@
+"""The served models with their generations, the open sessions, and the rate that new ones begin with."""
+
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from bitneck.errors import BundleMismatch, Overloaded, RateUnreachable, UnknownModel, UnknownPoint, UnknownSession
+from bitneck.ladder import RatePolicy
+from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.sessions.session import Session
+
+__all__ = ["Admission", "Registry"]
+
+_MAX_CLIENT_CHARACTERS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What `Registry.open` gives: a session, its fresh token, and ``new``, ``resumed`` or ``adopted``."""
+
+    session: Session
+    token: str
+    how: str
+
+
+class Registry:
+    """Sessions by id, and the served models by name.
+
+    A model that was reloaded is kept beside its successor as long as sessions use it, and at least until the next
+    reload: a client that fetched its manifest a moment before is still welcome.
+
+    Args:
+        models: what is served.
+        window: see `CloudSettings`, like the others.
+        max_sessions: likewise.
+        resume_s: likewise.
+        assumed_fps: likewise.
+        max_bytes_per_s: likewise.
+        signer: of resume tokens.
+        adopt: whether a signed token of a session that is not known here is taken: the key is shared with others.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[ServedModel],
+        *,
+        window: int,
+        max_sessions: int,
+        resume_s: float,
+        assumed_fps: float,
+        max_bytes_per_s: float,
+        signer: TokenSigner,
+        adopt: bool,
+    ) -> None:
+        self.new_session_policy: RatePolicy | None = None
+        self._generations: dict[str, list[ServedModel]] = {model.name: [model] for model in models}
+        self._window = window
+        self._max_sessions = max_sessions
+        self._resume_s = resume_s
+        self._assumed_fps = assumed_fps
+        self._max_bytes_per_s = max_bytes_per_s
+        self._signer = signer
+        self._adopt = adopt
+        self._sessions: dict[str, Session] = {}
+
+    @property
+    def models(self) -> Mapping[str, ServedModel]:
+        """The newest generation of each model, by name."""
+        return {name: generations[0] for name, generations in self._generations.items()}
+
+    def model(self, name: str) -> ServedModel:
+        """The newest generation of a served model; an empty name stands for the only one.
+
+        Raises:
+            UnknownModel: none of this name, or no name where several are served.
+        """
+        if not name and len(self._generations) == 1:
+            return next(iter(self._generations.values()))[0]
+        if not name:
+            raise UnknownModel(f"several models are served, name one of them (--model): {', '.join(self._generations)}")
+        if name not in self._generations:
+            raise UnknownModel(f"no model {name[:80]!r} is served; there are: {', '.join(self._generations)}")
+        return self._generations[name][0]
+
+    def generation(self, name: str, bundle_id: str) -> ServedModel:
+        """The generation of a model that a client has.
+
+        Raises:
+            UnknownModel: see `model`.
+            BundleMismatch: it is not served, or not any more.
+        """
+        newest = self.model(name)
+        for model in self._generations[newest.name]:
+            if model.bundle.bundle_id == bundle_id:
+                return model
+        raise BundleMismatch(
+            f"the client has bundle {bundle_id[:80] or '(none)'}, this server has {newest.bundle.bundle_id}; "
+            "get its manifest and files again"
+        )
+
+    def swap(self, model: ServedModel) -> None:
+        """A new generation of a served model; the ones that nobody uses go, but for the one before.
+
+        Raises:
+            UnknownModel: none of this name is served.
+        """
+        self.model(model.name)
+        generations = self._generations[model.name]
+        used = {session.bundle_id for session in self._sessions.values() if session.model == model.name}
+        kept = [old for k, old in enumerate(generations) if k == 0 or old.bundle.bundle_id in used]
+        self._generations[model.name] = [model, *kept]
+
+    def open(self, model: ServedModel, client: str, token: str, now: float, wall: float) -> Admission:
+        """A new session, or the one that a resume token names.
+
+        An unknown or expired token gives a new session: the client sees another session id.
+
+        Args:
+            model: the generation that the client has.
+            client: its name.
+            token: a resume token, or nothing.
+            now: seconds, a monotonic clock.
+            wall: seconds since 1970.
+
+        Raises:
+            Overloaded: too many sessions.
+        """
+        self.expire(now)
+        said = self._signer.read(token, wall) if token else None
+        if said is not None and said.model != model.name:
+            said = None
+        session = self._sessions.get(said.session_id) if said is not None else None
+        if session is not None:
+            session.disconnected_at = None
+            if session.bundle_id != model.bundle.bundle_id:
+                session.move(model.ladder, model.bundle.bundle_id)
+            return Admission(session, self._token(session, wall), "resumed")
+        if len(self._sessions) >= self._max_sessions:
+            raise Overloaded(f"{self._max_sessions} sessions are open already; try again later")
+        adopted = said if self._adopt else None
+        session = Session(
+            session_id=adopted.session_id if adopted is not None else "s-" + secrets.token_hex(6),
+            model=model.name,
+            client=client[:_MAX_CLIENT_CHARACTERS],
+            ladder=model.ladder,
+            window=self._window,
+            assumed_fps=self._assumed_fps,
+            now=now,
+            bundle_id=model.bundle.bundle_id,
+            max_bytes_per_s=self._max_bytes_per_s,
+        )
+        self._sessions[session.session_id] = session
+        if self.new_session_policy is not None:
+            try:
+                session.set_policy(self.new_session_policy)
+            except (RateUnreachable, UnknownPoint):
+                session.policy = None  # another model's ladder: the client's own choice stands
+        return Admission(session, self._token(session, wall), "adopted" if adopted is not None else "new")
+
+    def _token(self, session: Session, wall: float) -> str:
+        return self._signer.sign(ResumeToken(session.session_id, session.model), wall)
+
+    def disconnect(self, session: Session, now: float) -> None:
+        """The session's stream ended; the session stays for a while."""
+        session.disconnected_at = now
+
+    def expire(self, now: float) -> None:
+        """Forget the sessions that were disconnected for too long."""
+        gone = [
+            s.session_id
+            for s in self._sessions.values()
+            if s.disconnected_at is not None and now - s.disconnected_at > self._resume_s
+        ]
+        for session_id in gone:
+            del self._sessions[session_id]
+
+    @property
+    def count(self) -> int:
+        """Sessions, disconnected ones included."""
+        return len(self._sessions)
+
+    def sessions(self, now: float) -> Iterator[Session]:
+        """The sessions, oldest first."""
+        self.expire(now)
+        return iter(tuple(self._sessions.values()))
+
+    def session(self, session_id: str, now: float) -> Session:
+        """A session by id.
+
+        Raises:
+            UnknownSession: there is none.
+        """
+        self.expire(now)
+        if session_id not in self._sessions:
+            raise UnknownSession(f"no session {session_id[:80]!r} is open; GET /v1/sessions lists them")
+        return self._sessions[session_id]

@@ -1,0 +1,319 @@
+"""A session's state: what may happen when, which frames are unanswered, and which rate is asked for.
+
+Pure: times come in as arguments, messages go in and out as values. A session outlives its connection: the client
+reconnects with its token and resends what is unanswered, and every seq is computed once.
+
+    seq unknown, above the floor  -> NEW       compute it
+    seq in flight                 -> ATTACHED  its answer will come, on the newest stream
+    seq answered lately           -> ANSWERED  the kept answer is sent again
+"""
+
+from collections import Counter, OrderedDict, deque
+from enum import Enum, auto
+
+from bitneck.coding.conditional_codec import Reference
+from bitneck.errors import (
+    MalformedFrame,
+    Overloaded,
+    ProtocolError,
+    RateUnreachable,
+    ReferenceUnknown,
+    UnknownPoint,
+)
+from bitneck.ladder import Ladder, MaxKbps, RatePolicy, choose
+from bitneck.v1 import inference_pb2 as pb
+
+__all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]
+
+_RATE_SAMPLES = 32
+_MIN_RATE_SAMPLES = 4
+_MIN_BURST_BYTES = 65536.0
+_WAITING = 8
+"""Frames that a client may have coded before there is room for them in its window."""
+_HYSTERESIS = 0.15
+"""`MaxKbps` is weighed again when the frame rate has moved by this share."""
+
+
+class Phase(Enum):
+    """Where a stream stands."""
+
+    IDLE = auto()
+    READY = auto()
+    CLOSED = auto()
+
+
+class Event(Enum):
+    """What can happen to a stream."""
+
+    OPEN = auto()
+    FRAME = auto()
+    CLOSE = auto()
+
+
+TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
+    Phase.IDLE: {Event.OPEN: Phase.READY, Event.CLOSE: Phase.CLOSED},
+    Phase.READY: {Event.FRAME: Phase.READY, Event.CLOSE: Phase.CLOSED},
+    Phase.CLOSED: {Event.CLOSE: Phase.CLOSED},
+}
+"""Every legal event; another one is the peer's error."""
+
+_REMEDY = {Event.OPEN: "Open is sent once, first", Event.FRAME: "send Open first", Event.CLOSE: ""}
+
+
+class StreamState:
+    """The conversation on one stream."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.IDLE
+
+    def on(self, event: Event) -> None:
+        """Take an event.
+
+        Raises:
+            ProtocolError: it is illegal in this phase.
+        """
+        following = TRANSITIONS[self.phase].get(event)
+        if following is None:
+            raise ProtocolError(f"{event.name} is illegal while the stream is {self.phase.name}: {_REMEDY[event]}")
+        self.phase = following
+
+
+class Verdict(Enum):
+    """What a frame's seq says."""
+
+    NEW = auto()
+    ATTACHED = auto()
+    ANSWERED = auto()
+
+
+class Session:
+    """One client's session.
+
+    Args:
+        session_id: public name, for the control API.
+        model: name of the served model.
+        client: the client's own name.
+        ladder: of the model.
+        window: frames that may be unanswered.
+        assumed_fps: frame rate until the session has shown its own.
+        now: seconds, any monotonic clock.
+        bundle_id: of the model's bundle when the session was opened.
+        max_bytes_per_s: payload bytes that are accepted in the long run; 0 for any number.
+
+    Attributes:
+        reach: how far back in seq a frame's reference may lie; 0 where no symbols are kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        session_id: str,
+        model: str,
+        client: str,
+        ladder: Ladder,
+        window: int,
+        assumed_fps: float,
+        now: float,
+        bundle_id: str = "",
+        max_bytes_per_s: float = 0.0,
+    ) -> None:
+        self.session_id = session_id
+        self.model = model
+        self.bundle_id = bundle_id
+        self.client = client
+        self.window = window
+        self.created = now
+        self.disconnected_at: float | None = None
+        self.policy: RatePolicy | None = None
+        self.asked_point: str | None = None
+        self.last_point: str | None = None
+        self.answered = 0
+        self.resent = 0
+        self.dropped = 0
+        self.payload_bytes = 0
+        self.faults: Counter[int] = Counter()
+        self.reach = 0
+        self._kept: dict[int, Reference] = {}
+        self._ladder = ladder
+        self._assumed_fps = assumed_fps
+        self._weighed_fps = assumed_fps
+        self._in_flight: set[int] = set()
+        self._answers: OrderedDict[int, pb.ServerMessage] = OrderedDict()
+        self._floor = 0
+        self._arrivals: deque[float] = deque(maxlen=_RATE_SAMPLES)
+        self._max_bytes_per_s = max_bytes_per_s
+        self._burst = max(max_bytes_per_s, _MIN_BURST_BYTES)
+        self._allowance = self._burst
+        self._allowed_at = now
+
+    def move(self, ladder: Ladder, bundle_id: str) -> None:
+        """The client came back with another bundle: its rate is chosen anew from that ladder."""
+        self._ladder, self.bundle_id = ladder, bundle_id
+        self._kept.clear()  # of other tables, perhaps
+        if self.policy is not None:
+            try:
+                self.set_policy(self.policy)
+            except (RateUnreachable, UnknownPoint):
+                self.policy, self.asked_point = None, None
+
+    @property
+    def in_flight(self) -> int:
+        """Frames that are accepted and not answered."""
+        return len(self._in_flight)
+
+    def accept(self, seq: int, point: str, payload_bytes: int, now: float) -> Verdict:
+        """Take a frame whose contents were checked.
+
+        Raises:
+            Overloaded: the window is full, or more bytes came than the session may send.
+            MalformedFrame: a seq that was answered too long ago to be told apart.
+        """
+        if seq in self._in_flight:
+            self.resent += 1
+            return Verdict.ATTACHED
+        if seq in self._answers:
+            self.resent += 1
+            return Verdict.ANSWERED
+        if seq <= self._floor:
+            raise MalformedFrame(f"seq {seq} is not above {self._floor}, which was answered long ago; count upwards")
+        if len(self._in_flight) >= self.window:
+            raise Overloaded(f"frame {seq}: {self.window} frames are unanswered already, the window is full; wait")
+        self._spend(seq, payload_bytes, now)
+        self._in_flight.add(seq)
+        self._arrivals.append(now)
+        self.last_point = point
+        self.payload_bytes += payload_bytes
+        return Verdict.NEW
+
+    def _spend(self, seq: int, payload_bytes: int, now: float) -> None:
+        """A token bucket: `max_bytes_per_s` in the long run, a burst of a second or 64 KiB."""
+        if not self._max_bytes_per_s:
+            return
+        self._allowance = min(self._burst, self._allowance + (now - self._allowed_at) * self._max_bytes_per_s)
+        self._allowed_at = now
+        if payload_bytes > self._allowance:
+            raise Overloaded(
+                f"frame {seq}: this session may send {self._max_bytes_per_s:.0f} payload bytes a second; "
+                "send fewer frames, or choose an operating point of a lower rate"
+            )
+        self._allowance -= payload_bytes
+
+    def kept_answer(self, seq: int) -> pb.ServerMessage:
+        """The answer of a seq that `accept` called ANSWERED."""
+        return self._answers[seq]
+
+    def keep(self, most: int) -> None:
+        """Keep symbols of answered frames, so that later ones may refer to them, as the client asks at the opening.
+
+        The window and a few more are wanted. Then the newest frame whose answer the client has is among them, whatever
+        was answered since; and so is the one that was its newest while it coded a frame that had to wait for its turn.
+
+        Args:
+            most: frames that may be kept; 0 for none.
+        """
+        self.reach = max(0, min(self.window + _WAITING, most - 1))
+        while len(self._kept) > (self.reach + 1 if self.reach else 0):
+            del self._kept[min(self._kept)]
+
+    def reference(self, seq: int, distance: int, point: str) -> Reference | None:
+        """What a frame is coded against; None for one that is coded by itself.
+
+        Args:
+            seq: the frame's.
+            distance: back to its reference, as the frame says; 0 for none.
+            point: the frame's.
+
+        Raises:
+            ReferenceUnknown: there is no such frame, it is not kept (any more), or it is of another operating point.
+        """
+        if not distance:
+            return None
+        kept = self._kept.get(seq - distance)
+        if kept is None or kept.point != point:
+            what = "is not kept here" if kept is None else f"is of {kept.point}"
+            raise ReferenceUnknown(
+                f"frame {seq} at {point[:80]} refers {distance} back, to a frame that {what}; "
+                "send it again, coded by itself"
+            )
+        return kept
+
+    def complete(self, seq: int, message: pb.ServerMessage, kept: Reference | None = None) -> None:
+        """A frame's result is there; it is kept for resends until twice the window has passed.
+
+        Args:
+            seq: the frame's.
+            message: its answer.
+            kept: its symbols, for frames that refer to it.
+        """
+        if kept is not None and self.reach:
+            self._kept[seq] = kept
+            if len(self._kept) > self.reach + 1:
+                del self._kept[min(self._kept)]
+        self._in_flight.discard(seq)
+        self._answers[seq] = message
+        self.answered += 1
+        while len(self._answers) > 2 * self.window:
+            old, _ = self._answers.popitem(last=False)
+            self._floor = max(self._floor, old)
+
+    def fail(self, seq: int, code: int) -> None:
+        """A frame ended in a fault; its seq may be sent again."""
+        self._in_flight.discard(seq)
+        self.faults[code] += 1
+
+    def drop(self, seq: int) -> None:
+        """A frame was dropped because its client went away; it may be sent again."""
+        self._in_flight.discard(seq)
+        self.dropped += 1
+
+    @property
+    def accepted(self) -> int:
+        """Frames that were accepted so far, resends not counted."""
+        return self.answered + self.dropped + self.in_flight
+
+    @property
+    def frames_per_s(self) -> float:
+        """Frame rate over the last frames; the assumed one before there are enough."""
+        if len(self._arrivals) < _MIN_RATE_SAMPLES:
+            return self._assumed_fps
+        span = self._arrivals[-1] - self._arrivals[0]
+        return (len(self._arrivals) - 1) / span if span > 0 else self._assumed_fps
+
+    def set_policy(self, policy: RatePolicy) -> str | None:
+        """Ask for a rate.
+
+        Returns:
+            The operating point chosen; None where the client chooses.
+
+        Raises:
+            UnknownPoint, RateUnreachable, InvalidConfig: see `bitneck.ladder.choose`; the session is unchanged.
+        """
+        fps = self.frames_per_s
+        chosen = choose(self._ladder, policy, frames_per_s=fps)
+        point = chosen.id if chosen is not None else None
+        self.policy, self.asked_point, self._weighed_fps = policy, point, fps
+        return point
+
+    def weigh_again(self) -> str | None:
+        """Choose again for `MaxKbps` when the frame rate has moved.
+
+        Where even the lowest point is above the limit, the lowest is chosen: the session goes on.
+
+        Returns:
+            The new point, or None where nothing changes.
+        """
+        if not isinstance(self.policy, MaxKbps) or len(self._arrivals) < _MIN_RATE_SAMPLES:
+            return None
+        fps = self.frames_per_s
+        if abs(fps - self._weighed_fps) <= _HYSTERESIS * self._weighed_fps:
+            return None
+        self._weighed_fps = fps
+        try:
+            chosen = choose(self._ladder, self.policy, frames_per_s=fps)
+        except RateUnreachable:
+            chosen = None
+        point = chosen.id if chosen is not None else self._ladder.measured[0].id
+        if point == self.asked_point:
+            return None
+        self.asked_point = point
+        return point

@@ -1,0 +1,1 @@
+"""What came back for a photograph: checked, put together, written."""

@@ -1,0 +1,66 @@
+"""One photograph's answer: what the cloud found, what was sent for it, and what it took."""
+
+from collections.abc import Sequence
+
+from bitneck.frames import crc32c_hex
+from bitneck.manifest import Manifest
+from bitneck_edge.answers.results import Answer, StageTimes
+from bitneck_edge.answers.verify import labels_of, segmentation_of
+from bitneck_edge.encoder import EncodedPhoto
+from bitneck_edge.link.link import Received, Sent
+from bitneck_edge.sources.capture import Capture
+
+__all__ = ["answer_of"]
+
+
+def answer_of(
+    capture: Capture, encoded: EncodedPhoto, sent: Sent, received: Received, manifest: Manifest, names: Sequence[str]
+) -> Answer:
+    """One photograph's answer, with what it took.
+
+    Args:
+        capture: the photograph, and when it was taken.
+        encoded: what was made of it here.
+        sent: the frame.
+        received: the cloud's result, and when it came.
+        manifest: of the bundle in use.
+        names: of the classes, by index; only segmentation needs them.
+
+    Raises:
+        ProtocolError: see `labels_of` and `segmentation_of`.
+    """
+    segmented = manifest.task == "segmentation"
+    timings = received.result.timings
+    queued, decode, compute = timings.queued_us / 1e3, timings.decode_us / 1e3, timings.compute_us / 1e3
+    round_trip = (received.at - sent.at) * 1e3
+    edge = encoded.load_ms + encoded.preprocess_ms + encoded.head_ms + encoded.encode_ms
+    wait = max(0.0, (sent.at - capture.at) * 1e3 - edge)
+    payload = sent.payload
+    pixels = manifest.input.pixels
+    return Answer(
+        file=capture.name,
+        seq=sent.seq,
+        point=encoded.point,
+        split=encoded.split,
+        payload_bytes=len(payload),
+        reference=sent.reference,
+        wire_bytes=sent.wire_bytes,
+        bpp_payload=len(payload) * 8 / pixels,
+        bpp_wire=sent.wire_bytes * 8 / pixels,
+        payload_crc32c=crc32c_hex(payload),
+        symbols_crc32c=crc32c_hex(encoded.encoded.symbols.astype("<i4").tobytes()),
+        labels=() if segmented else labels_of(received.result),
+        segmentation=segmentation_of(received.result, manifest, names) if segmented else None,
+        ms=StageTimes(
+            wait=wait,
+            load=encoded.load_ms,
+            preprocess=encoded.preprocess_ms,
+            head=encoded.head_ms,
+            encode=encoded.encode_ms,
+            link=max(0.0, round_trip - queued - decode - compute),
+            queued=queued,
+            decode=decode,
+            compute=compute,
+            total=wait + edge + round_trip,
+        ),
+    )

@@ -1,0 +1,128 @@
+"""Class maps as pictures: one colour for each class, an indexed PNG, and the photograph with the colours over it."""
+
+import re
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bitneck.coding.class_map import MAX_CLASSES
+from bitneck.errors import InvalidConfig, ProtocolError
+from bitneck.image import load_photo
+from bitneck_edge.answers.results import Answer, Segmentation, Written
+from bitneck_edge.encoder import Photo
+
+__all__ = ["MapWriter", "colours", "indexed", "overlay"]
+
+_NAME_CHARACTERS = 80
+_SHARE = 0.5
+"""Of the colours in an overlay."""
+
+
+def colours() -> NDArray[np.uint8]:
+    """The colour of each class, (256, 3) uint8 RGB: the same on every machine, and no two equal.
+
+    The bits of the index, three at a time, are the highest bits of red, green and blue, as in the colour map of PASCAL
+    VOC; that begins with black for its background, which no class is here, so this begins with its second colour and
+    black comes last.
+    """
+    index = (np.arange(MAX_CLASSES) + 1) % MAX_CLASSES
+    rgb = np.zeros((MAX_CLASSES, 3), dtype=np.uint8)
+    for bit in range(8):
+        rgb[:, bit % 3] |= (((index >> bit) & 1) << (7 - bit // 3)).astype(np.uint8)
+    return rgb
+
+
+def indexed(segmentation: Segmentation, size: tuple[int, int]) -> Image.Image:
+    """A class map at a photograph's size, each pixel the nearest of the map's.
+
+    Args:
+        segmentation: the map.
+        size: of the photograph, (width, height) in pixels.
+
+    Returns:
+        A palette picture whose values are class indices.
+    """
+    image = Image.fromarray(segmentation.map).resize(size, Image.Resampling.NEAREST)
+    image.putpalette(colours().tobytes())  # which makes it a palette picture
+    return image
+
+
+def overlay(photo: Image.Image, classes: Image.Image) -> Image.Image:
+    """A photograph with the colours of its classes over it.
+
+    Args:
+        photo: RGB.
+        classes: from `indexed`, of the same size.
+    """
+    return Image.blend(photo, classes.convert("RGB"), _SHARE)
+
+
+class MapWriter:
+    """Writes the class map of each answer and an overlay into a folder. Several threads may use it at once.
+
+    A file is named after its photograph; characters but letters, digits, ``.``, ``-`` and ``_`` become ``_``, and where
+    two photographs would have one name the later ones get a number. Files of an earlier run are replaced.
+
+    Args:
+        folder: where; `prepare` makes it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._taken: dict[str, int] = {}
+
+    def prepare(self) -> None:
+        """Make the folder where it is not there.
+
+        Raises:
+            InvalidConfig: it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise InvalidConfig(f"{self.folder} cannot be made ({exc.strerror}); choose another folder") from exc
+
+    def write(self, photo: Photo, answer: Answer) -> Answer:
+        """Write an answer: ``NAME.map.png`` and ``NAME.overlay.jpg``, both of the photograph's size, upright.
+
+        Returns:
+            The answer, with the files' names.
+
+        Raises:
+            ImageError: the photograph cannot be read any more.
+            InvalidConfig: a file cannot be written.
+        """
+        if answer.segmentation is None:
+            raise ProtocolError(f"the answer to frame {answer.seq} has no class map to write")
+        image = photo.convert("RGB") if isinstance(photo, Image.Image) else load_photo(photo)
+        classes = indexed(answer.segmentation, image.size)
+        name = self._name(answer.file)
+        map_file, overlay_file = self.folder / f"{name}.map.png", self.folder / f"{name}.overlay.jpg"
+        try:
+            classes.save(map_file)
+            overlay(image, classes).save(overlay_file, quality=90)
+        except OSError as exc:
+            raise InvalidConfig(f"{self.folder}/{name}.*: cannot write ({exc.strerror or exc})") from exc
+        return replace(answer, written=Written(str(map_file), str(overlay_file)))
+
+    def _name(self, file: str) -> str:
+        """A name that no other photograph of this run has, of harmless characters, whatever the photograph's is."""
+        path = Path(file)
+        frame = path.suffix.partition("#")[2]  # of a video: street.mp4#12
+        stem = f"{path.stem}-{frame}" if frame else path.stem
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", stem).lstrip(".-")[:_NAME_CHARACTERS] or "photograph"
+        with self._lock:
+            name, number = safe, self._taken.get(safe.casefold(), 0)
+            while number:
+                number += 1
+                name = f"{safe}-{number}"
+                if name.casefold() not in self._taken:
+                    break
+            self._taken[safe.casefold()] = max(1, number)
+            self._taken.setdefault(name.casefold(), 1)
+        return name

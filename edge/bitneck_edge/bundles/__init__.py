@@ -1,0 +1,1 @@
+"""The device's half of a bundle: fetched from the server, kept in the cache."""

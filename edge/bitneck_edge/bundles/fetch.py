@@ -1,0 +1,84 @@
+"""Which bundle the server has, and the edge's half of it."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Callable
+
+from bitneck.bundle import Bundle
+from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig, Unavailable
+from bitneck_edge.bundles.cache import cached_bundle, default_cache_dir, forget_old, recall, remember
+from bitneck_edge.link.remote import fetch_file, fetch_manifest, stub_of
+from bitneck_edge.settings import EdgeSettings
+
+__all__ = ["fetch_bundle"]
+
+_LOG = logging.getLogger(__name__)
+_RETRY_PAUSE_S, _MAX_RETRY_PAUSE_S = 0.3, 5.0
+_WHAT_TO_CHECK = (
+    "check the address, that `bitneck-cloud serve` runs there, and whether it wants TLS "
+    "(--tls, --tls-ca, --tls-cert) or not"
+)
+
+
+async def fetch_bundle(
+    settings: EdgeSettings,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
+    *,
+    offline: bool = False,
+) -> Bundle:
+    """The edge's half of the server's bundle, from the cache or from the server.
+
+    Args:
+        settings: server, cache and limits.
+        progress: called with (bytes fetched, bytes to fetch).
+        offline: where no server answers at the first attempt, take the bundle that it had last, if that is cached.
+
+    Raises:
+        Unavailable: no server after the retries.
+        BundleMismatch: not the bundle that `settings.bundle_id` asks for.
+        BundleCorrupt: what arrived is damaged.
+        InvalidConfig: the cache cannot be written.
+    """
+    access = settings.access
+    cache_dir = settings.cache_dir or default_cache_dir()
+    async with access.channel() as channel:
+        stub = stub_of(channel)
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                await access.connected(channel, settings.connect_timeout_s)
+                offer = await fetch_manifest(stub, settings.model, access, settings.answer_timeout_s)
+                break
+            except BitneckError as exc:
+                passing = isinstance(exc, Unavailable) or exc.grpc_status == "DEADLINE_EXCEEDED"
+                if not passing:
+                    raise
+                kept = await asyncio.to_thread(recall, cache_dir, settings.server, settings.model) if offline else None
+                if kept is not None and settings.bundle_id in ("", kept.bundle_id):
+                    _LOG.warning(
+                        "%s; starting with the bundle that it had last, %s, and going on trying: %s",
+                        exc, kept.bundle_id, _WHAT_TO_CHECK,
+                    )  # fmt: skip
+                    return kept
+                if 0 <= settings.retries < attempt:
+                    raise Unavailable(
+                        f"no bitneck server answers at {settings.server} ({attempt} attempts): {exc}; {_WHAT_TO_CHECK}"
+                    ) from exc
+                pause = min(_MAX_RETRY_PAUSE_S, _RETRY_PAUSE_S * 2 ** min(attempt, 8))
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+        if settings.bundle_id and offer.bundle_id != settings.bundle_id:
+            raise BundleMismatch(f"{settings.server} serves bundle {offer.bundle_id}, expected {settings.bundle_id}")
+
+        def fetch(path: str) -> AsyncGenerator[bytes]:
+            return fetch_file(stub, offer.model, offer.bundle_id, path, access, settings.answer_timeout_s)
+
+        bundle = await cached_bundle(cache_dir, offer.manifest_json, offer.bundle_id, fetch, progress)
+        try:
+            remember(cache_dir, settings.server, settings.model, offer.bundle_id)
+        except InvalidConfig as exc:  # the bundle is there: only a start without the server needs the note
+            _LOG.warning("%s", exc)
+        await asyncio.to_thread(forget_old, cache_dir, time.time())
+        return bundle

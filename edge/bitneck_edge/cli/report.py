@@ -1,0 +1,179 @@
+"""What `bitneck-edge run` prints: one JSON document, or lines and a table for people."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from bitneck.ladder import Ladder
+from bitneck_edge.answers.results import Answer, Failure, Segmentation
+from bitneck_edge.cli.memory import peak_mib
+from bitneck_edge.client import EdgeClient
+
+__all__ = ["RunSummary", "bench_table", "line", "load_table", "points_table", "run_document", "run_table"]
+
+_STAGES = ("wait", "load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
+_CLASSES = 3
+"""So many of an answer's classes are printed."""
+
+
+class RunSummary:
+    """Sums over a run; it keeps no result, so a run may be endless."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+        self.exit_code = 0
+        self.failures = 0
+        self._begin = time.perf_counter()
+        self._cpu = time.process_time()
+        self._sums: Counter[str] = Counter()
+        self._points: Counter[str] = Counter()
+
+    def add(self, result: Answer | Failure) -> None:
+        """Count a result."""
+        if isinstance(result, Failure):
+            self.failures += 1
+            self.exit_code = max(self.exit_code, result.error.exit_code)
+            return
+        self.answers += 1
+        self._points[result.point] += 1
+        for name in ("payload_bytes", "bpp_payload", "bpp_wire"):
+            self._sums[name] += getattr(result, name)
+        if result.segmentation is not None:
+            self._sums["map_bytes"] += result.segmentation.map_bytes
+        for stage in _STAGES:
+            self._sums[stage] += getattr(result.ms, stage)
+
+    def to_dict(self, client: EdgeClient) -> dict[str, Any]:
+        """For JSON: counts, means, and milliseconds of processor time a frame."""
+        seconds = time.perf_counter() - self._begin
+        summary: dict[str, Any] = {
+            "frames": self.answers,
+            "failed": self.failures,
+            "dropped": client.dropped,
+            "reconnects": client.reconnects,
+            "peak_mb": peak_mib(),
+        }
+        if self.answers:
+            mean = {name: value / self.answers for name, value in self._sums.items()}
+            summary |= {
+                "frames_per_s": self.answers / seconds,
+                "cpu_ms": (time.process_time() - self._cpu) * 1e3 / self.answers,
+                "payload_bytes_mean": mean["payload_bytes"],
+                "bpp_payload": mean["bpp_payload"],
+                "bpp_wire": mean["bpp_wire"],
+                "points": dict(self._points),
+                "ms": {stage: mean[stage] for stage in _STAGES},
+            }
+            if "map_bytes" in mean:
+                summary["map_bytes_mean"] = mean["map_bytes"]
+        return summary
+
+
+def run_document(client: EdgeClient, results: Sequence[Answer | Failure], summary: RunSummary) -> dict[str, Any]:
+    """Everything about a run, for ``--json``."""
+    return {
+        "server": client.settings.server,
+        "model": client.bundle.manifest.name,
+        "bundle_id": client.bundle.bundle_id,
+        "session_id": client.session_id,
+        "frames": [r.to_dict() for r in results if isinstance(r, Answer)],
+        "failed": [{"file": r.file, "error": str(r.error)} for r in results if isinstance(r, Failure)],
+        "switches": [
+            {"after_seq": s.after_seq, "from": s.old, "to": s.new, "reason": s.reason} for s in client.switches
+        ],
+        "summary": summary.to_dict(client),
+    }
+
+
+def line(answer: Answer) -> str:
+    """One answer on one line."""
+    start = f"{answer.seq:>5}  {answer.point:<8} {answer.payload_bytes:>5} bytes"
+    if answer.segmentation is not None:
+        back = f"{answer.segmentation.map_bytes:>6} back"
+        return f"{start} {back}  {answer.ms.total:>7.1f} ms  {_shares(answer.segmentation):<44}  {answer.file}"
+    best = answer.labels[0]
+    return f"{start}  {answer.ms.total:>7.1f} ms  {best.score:.3f}  {best.name:<28.28}  {answer.file}"
+
+
+def _shares(segmentation: Segmentation) -> str:
+    """The largest classes with their shares of the photograph."""
+    return ", ".join(f"{one.name:.20} {one.share:.0%}" for one in segmentation.classes[:_CLASSES])
+
+
+def run_table(results: Sequence[Answer | Failure]) -> Table:
+    """Answers as a table, with the time at the edge, on the link and in the cloud."""
+    segmented = any(isinstance(result, Answer) and result.segmentation is not None for result in results)
+    said = ("back", "classes") if segmented else ("label", "score")
+    table = Table("photo", "point", "bytes", "bpp", *said, "edge ms", "link ms", "cloud ms")
+    for column in table.columns[2:]:
+        column.justify = "left" if column.header in ("label", "classes") else "right"
+    for result in results:
+        if isinstance(result, Failure):
+            error = Text(type(result.error).__name__, style="red")
+            table.add_row(
+                Text(Path(result.file).name), "", "", "", *(("", error) if segmented else (error, "")), "", "", ""
+            )
+            continue
+        ms = result.ms
+        edge, cloud = ms.load + ms.preprocess + ms.head + ms.encode, ms.queued + ms.decode + ms.compute
+        table.add_row(
+            Text(Path(result.file).name),  # a Text, since a name may look like markup
+            result.point,
+            str(result.payload_bytes),
+            f"{result.bpp_payload:.4f}",
+            *_said(result),
+            f"{edge:.1f}",
+            f"{ms.link:.1f}",
+            f"{cloud:.1f}",
+        )
+    return table
+
+
+def _said(answer: Answer) -> tuple[str | Text, str | Text]:
+    """The two columns of what the network said."""
+    if answer.segmentation is not None:
+        return str(answer.segmentation.map_bytes), Text(_shares(answer.segmentation))
+    best = answer.labels[0]
+    return Text(best.name), f"{best.score:.3f}"
+
+
+def points_table(ladder: Ladder) -> Table:
+    """A ladder, lowest rate first."""
+    table = Table("point", "split", "payload bytes", "bpp", "accuracy")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for p in ladder:
+        table.add_row(p.id, p.split, f"{p.payload_bytes:.1f}", f"{p.bpp_payload:.4f}", f"{p.accuracy:.4f}")
+    return table
+
+
+def load_table(document: dict[str, Any]) -> Table:
+    """A load's percentiles, from `bitneck_edge.cli.load_generator.summarize`."""
+    table = Table("milliseconds", "p50", "p90", "p99", "mean")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, values in document.get("ms", {}).items():
+        table.add_row(name.replace("_", " "), *[f"{values[key]:.2f}" for key in ("p50", "p90", "p99", "mean")])
+    return table
+
+
+def bench_table(document: dict[str, Any]) -> Table:
+    """Medians of `bitneck_edge.cli.bench.bench`."""
+    table = Table("split", "point", "load", "preprocess", "head", "encode", "total ms", "p95", "CPU ms", "bytes")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for split in document["splits"]:
+        ms = split["ms"]
+        table.add_row(
+            split["split"],
+            split["point"],
+            *[f"{ms[stage]:.1f}" for stage in ("load", "preprocess", "head", "encode", "total", "total_p95")],
+            f"{split['cpu_ms']:.1f}",
+            f"{split['payload_bytes_mean']:.0f}",
+        )
+    return table

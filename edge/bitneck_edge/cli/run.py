@@ -1,0 +1,224 @@
+"""``bitneck-edge run``: pictures of some sources through a client, answers onto the terminal and into files."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from bitneck.errors import CallerError, InvalidConfig
+from bitneck_edge.answers.maps import MapWriter
+from bitneck_edge.answers.results import Answer, Failure, Switch
+from bitneck_edge.cli.report import RunSummary, line, run_document, run_table
+from bitneck_edge.client import EdgeClient
+from bitneck_edge.settings import EdgeSettings
+from bitneck_edge.sources.capture import Capture
+from bitneck_edge.sources.read import Source, read_sources
+
+__all__ = ["RunPlan", "run_plan"]
+
+_CLIENT_LOG = logging.getLogger("bitneck_edge.client")
+
+_LAST_ANSWERS_S = 3.0
+"""After a signal, how long the answers that are out are waited for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What ``bitneck-edge run`` does beside the settings of the client.
+
+    Attributes:
+        sources: of the pictures.
+        repeat: go through them so often.
+        fps: pictures a second, at most.
+        newest: send the newest first and drop what it overtook.
+        ordered: answers in the order of the pictures.
+        out: folder of the class maps; None to write none.
+        output: what is printed.
+    """
+
+    sources: Sequence[Source]
+    repeat: int
+    fps: float | None
+    newest: bool
+    ordered: bool
+    out: Path | None
+    output: Literal["json", "lines", "verbose", "table"]
+
+    @property
+    def total(self) -> int | None:
+        """Photographs, where their number is known."""
+        countable = all(source.photos for source in self.sources)
+        return sum(len(source.photos) for source in self.sources) * self.repeat if countable else None
+
+
+async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
+    """Send the pictures of the sources, and print what comes back.
+
+    Args:
+        settings: of the client.
+        plan: everything else.
+
+    Returns:
+        The exit code: after a signal 128 and its number.
+
+    Raises:
+        InvalidConfig: class maps are to be written, and the model gives none.
+        BitneckError: the session cannot be opened.
+    """
+    stop = asyncio.Event()
+    received: list[int] = []
+    _stop_on_signals(stop, received)
+    errors = Console(stderr=True)
+    results: list[Answer | Failure] = []
+    summary = RunSummary()
+
+    def on_switch(switch: Switch) -> None:
+        if plan.output == "verbose" and not _CLIENT_LOG.isEnabledFor(logging.INFO):  # else it says so itself
+            print(f"       {switch.old} -> {switch.new}: {switch.reason}", flush=True)  # noqa: T201
+
+    def take(result: Answer | Failure) -> None:
+        summary.add(result)
+        if plan.output in ("json", "table"):
+            results.append(result.without_map() if isinstance(result, Answer) else result)
+        if isinstance(result, Failure):
+            errors.print(f"error: {_about(result)}", style="red", markup=False, highlight=False, soft_wrap=True)
+        elif plan.output == "verbose":
+            print(line(result), flush=True)  # noqa: T201
+        if plan.output == "lines":
+            if isinstance(result, Failure):
+                document = {"file": result.file, "error": str(result.error)}
+            else:
+                document = result.to_dict()
+            print(json.dumps(document), flush=True)  # noqa: T201
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        console=errors, transient=True, disable=not errors.is_terminal or plan.output == "verbose",
+    ) as progress:  # fmt: skip
+        fetching = progress.add_task("fetching the bundle (bytes)", total=None, visible=False)
+
+        def on_fetch(done: int, size: int) -> None:
+            progress.update(fetching, completed=done, total=size, visible=done < size)
+
+        writer = MapWriter(plan.out) if plan.out is not None else None
+        finish = writer.write if writer is not None else None
+        client = EdgeClient(settings=settings, on_fetch=on_fetch, on_switch=on_switch, finish=finish)
+        async with contextlib.AsyncExitStack() as stack:
+            if not await _opened(client, stack, stop):
+                errors.print("stopped before the session was open", highlight=False)
+                return 128 + received[0]
+            if writer is not None:
+                _check_writes_maps(client)
+                writer.prepare()
+            closing = asyncio.create_task(_close_after(client, stop))
+            stack.callback(closing.cancel)
+            sending = progress.add_task("photographs", total=plan.total, visible=(plan.total or 0) > 20)
+            pictures = _pictures(client, plan, settings.retries, stop)
+            try:
+                async for result in client.stream(pictures, stop=stop, ordered=plan.ordered, newest_first=plan.newest):
+                    take(result)
+                    progress.update(sending, completed=summary.answers + summary.failures)
+            except CallerError as exc:  # a source that cannot be read any more: the answers so far count
+                take(Failure(_first(plan.sources), exc))
+            totals = summary.to_dict(client)
+            document = run_document(client, results, summary)
+    if plan.output == "json":
+        print(json.dumps(document))  # noqa: T201
+    elif plan.output == "lines":
+        print(json.dumps({"summary": totals}))  # noqa: T201
+    elif plan.output == "table" and results:
+        Console().print(run_table(results))
+    elif plan.output == "verbose" and summary.answers:
+        print(  # noqa: T201
+            f"{summary.answers} answers, {totals['frames_per_s']:.1f} a second, {summary.failures} failed, "
+            f"{client.dropped} dropped, {totals['payload_bytes_mean']:.0f} bytes a frame"
+        )
+    return 128 + received[0] if received else summary.exit_code
+
+
+def _check_writes_maps(client: EdgeClient) -> None:
+    manifest = client.bundle.manifest
+    if manifest.task != "segmentation":
+        raise InvalidConfig(f"--out is for class maps; {manifest.name} is for {manifest.task}, leave it out")
+
+
+def _first(sources: Sequence[Source]) -> str:
+    return ", ".join(source.name for source in sources if not source.photos) or sources[0].name
+
+
+def _about(failure: Failure) -> str:
+    """The message, with the photograph's name where it does not say it."""
+    text = str(failure.error)
+    return text if failure.file in text else f"{failure.file}: {text}"
+
+
+async def _opened(client: EdgeClient, stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> bool:
+    """Open the client's session; False if `stop` is set before it is open."""
+    opening = asyncio.create_task(stack.enter_async_context(client))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if opening.done():
+            opening.result()
+            return True
+        return False
+    finally:
+        opening.cancel()
+        stopping.cancel()
+        await asyncio.gather(opening, stopping, return_exceptions=True)
+
+
+async def _close_after(client: EdgeClient, stop: asyncio.Event) -> None:
+    """Once `stop` is set, frames may be answered for a moment longer; those that are not then fail."""
+    await stop.wait()
+    await asyncio.sleep(_LAST_ANSWERS_S)
+    await client.close()
+
+
+def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
+    """The first signal ends sending; the second ends the program."""
+    loop = asyncio.get_running_loop()
+
+    def handle(signum: int) -> None:
+        if received:
+            os._exit(128 + signum)
+        received.append(signum)
+        stop.set()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, handle, signum)
+
+
+async def _pictures(client: EdgeClient, plan: RunPlan, retries: int, stop: asyncio.Event) -> AsyncGenerator[Capture]:
+    """The pictures of the plan until `stop` is set, at their pace while they can be answered."""
+    stopping = asyncio.create_task(stop.wait())
+    pictures = read_sources(
+        plan.sources, repeat=plan.repeat, fps=plan.fps, retries=retries, hurry=lambda: client.failure is not None
+    )
+    try:
+        while True:
+            following = asyncio.ensure_future(anext(pictures, None))
+            await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+                return
+            picture = following.result()
+            if picture is None or stop.is_set():
+                return
+            yield picture
+            if client.failure is not None and any(not source.photos for source in plan.sources):
+                return  # no end of failures where the source has no end
+    finally:
+        stopping.cancel()
+        with contextlib.suppress(RuntimeError):
+            await pictures.aclose()

@@ -1,0 +1,1 @@
+"""The stream to the cloud: frames out, answers in, across reconnects."""

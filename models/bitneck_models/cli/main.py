@@ -1,0 +1,343 @@
+"""The command line ``bitneck-models``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import TaskID
+from rich.table import Table
+
+import bitneck
+from bitneck.errors import BitneckError, ModelFailure
+from bitneck_models.cli.measure import baselines, evaluate, report
+from bitneck_models.cli.options import Data, Json, Runs, Weights, Zoo, data_folder, progress_bars
+from bitneck_models.cli.spic import import_spic
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Train, evaluate and export bottleneck units.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+for _command in (import_spic, evaluate, baselines, report):
+    app.command()(_command)
+
+
+@app.command()
+def train(
+    zoo: Zoo,
+    data: Data = None,
+    point: Annotated[list[str] | None, typer.Option(help="Train this point only; repeatable.")] = None,
+    runs: Runs = Path("runs"),
+    weights: Weights = None,
+    again: Annotated[bool, typer.Option("--again", help="Train points that are trained already.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
+) -> None:
+    """Train the recipe's operating points; started again, it goes on where it stopped."""
+    from bitneck_models.training.pipeline import choose_device, photo_sets, train_point
+    from bitneck_models.training.unit import StepReport
+    from bitneck_models.zoo.entry import ZooEntry
+
+    entry = ZooEntry(zoo)
+    points = [entry.recipe.point(name) for name in point] if point else list(entry.recipe.points)
+    trained = {p.id for p in entry.trained()}
+    if not again:
+        points = [p for p in points if p.id not in trained]
+    console = Console(stderr=True)
+    if not points:
+        console.print(f"every point of {zoo} is trained; use --again to train anew")
+        return
+    backbone = entry.backbone(weights)
+    sets = photo_sets(entry.recipe, data_folder(data), backbone)
+    place = choose_device(device)
+    for item in points:
+        if again:
+            (runs / entry.recipe.name / f"{item.id}.pt").unlink(missing_ok=True)
+        with progress_bars(console) as progress:
+            cache_task = progress.add_task(f"{item.id}: features", total=None)
+            train_task = progress.add_task(f"{item.id}: training", total=None)
+
+            def on_features(done: int, total: int, task: TaskID = cache_task) -> None:
+                progress.update(task, completed=done, total=total)
+
+            def on_step(step: StepReport, task: TaskID = train_task, name: str = item.id) -> None:
+                text = f"{name}: {step.bits / 8:.1f} bytes, task {step.task:.4f}, lambda {step.lambda_:.0f}"
+                progress.update(task, completed=step.step, total=step.steps, description=text)
+                if not console.is_terminal and step.step % 250 == 0:
+                    console.print(f"{text}, step {step.step} of {step.steps}")
+
+            record = train_point(
+                entry, item, backbone, sets, runs, device=place, on_features=on_features, on_step=on_step
+            )
+        console.print(
+            f"{item.id}: {record.validation_bytes:.1f} bytes, agreement {record.validation_agreement:.3f} "
+            f"on {record.validation_photos} validation photographs"
+        )
+
+
+@app.command("train-network")
+def train_network_command(
+    zoo: Annotated[Path, typer.Argument(help="A folder of the zoo, with network.toml.", metavar="ZOO")],
+    data: Data = None,
+    runs: Runs = Path("runs"),
+    again: Annotated[bool, typer.Option("--again", help="Train it although it is trained already.")] = False,
+) -> None:
+    """Train a segmentation network of ours itself, before it is split; started again, it goes on where it stopped."""
+    from bitneck_models.networks.backbones import NETWORK_FILE, begin_network
+    from bitneck_models.training.network import NetworkStep, forget_finished, load_network_training, train_network
+
+    recipe = load_network_training(zoo)
+    console = Console(stderr=True)
+    if (zoo / NETWORK_FILE).is_file() and not again:
+        console.print(f"the network of {zoo} is trained; use --again to train anew, its units too then")
+        return
+    if again:
+        forget_finished(recipe, runs)
+    backbone = begin_network(recipe.backbone, recipe.seed)
+    with progress_bars(console) as progress:
+        task = progress.add_task("training", total=recipe.steps)
+
+        def on_step(step: NetworkStep) -> None:
+            looked = "" if step.validation_iou is None else f", validation mean IoU {step.validation_iou:.4f}"
+            progress.update(task, completed=step.step, description=f"loss {step.loss:.3f}")
+            if looked or (not console.is_terminal and step.step % 25 == 0):
+                console.print(f"step {step.step} of {step.steps}: loss {step.loss:.3f}{looked}")
+
+        record = train_network(recipe, backbone, data_folder(data), zoo, runs, report=on_step)
+    if record is not None:
+        console.print(
+            f"mean IoU {record.validation_iou:.4f} on {record.validation_photos} validation photographs, "
+            f"{record.test_iou:.4f} on {record.test_photos} test photographs"
+        )
+
+
+Space = Annotated[Path, typer.Option("--space", help="The search space, a TOML file.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="SQLAlchemy URL of the trials; else a SQLite file in --runs. PostgreSQL or MySQL for machines."),
+]
+
+
+@app.command()
+def search(
+    zoo: Zoo,
+    space: Space,
+    data: Data = None,
+    runs: Runs = Path("runs"),
+    storage: Storage = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Of the whole search, all workers and earlier runs together.")
+    ] = 50,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    weights: Weights = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
+) -> None:
+    """Search (S, Cr, lambda, Q) for the best rate-accuracy curve; started again, or elsewhere too, it goes on."""
+    from bitneck_models.search.search import describe, load_space, open_study, work
+    from bitneck_models.training.pipeline import choose_device, photo_sets, split_features
+    from bitneck_models.zoo.entry import ZooEntry
+
+    entry, wanted = ZooEntry(zoo), load_space(space)
+    folder = data_folder(data)
+    backbone = entry.backbone(weights)
+    wanted.check(backbone)
+    sets = photo_sets(entry.recipe, folder, backbone)
+    place = choose_device(device)
+    url = _storage(storage, runs, wanted.name)
+    study = open_study(wanted, url)
+    console = Console(stderr=True)
+    if workers > 1:
+        with progress_bars(console) as progress:
+            task = progress.add_task(f"{wanted.split}: features", total=None)
+            split_features(
+                backbone, wanted.split, sets, wanted.training.seed, runs,
+                lambda done, total: progress.update(task, completed=done, total=total),
+            )  # fmt: skip
+        _spawn(workers, zoo, space, folder, runs, url, trials, weights, device)
+        return
+
+    work(
+        study, wanted, entry, backbone, sets, runs,
+        trials=trials, device=place, on_trial=lambda trial: console.print(describe(trial)),
+    )  # fmt: skip
+
+
+def _storage(storage: str | None, runs: Path, name: str) -> str:
+    if storage is not None:
+        return storage
+    (runs / "search").mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{(runs / 'search' / f'{name}.db').resolve()}"
+
+
+def _spawn(
+    workers: int,
+    zoo: Path,
+    space: Path,
+    data: Path,
+    runs: Path,
+    url: str,
+    trials: int,
+    weights: Path | None,
+    device: str,
+) -> None:
+    """Several workers as processes of their own, each with its share of the cores; Ctrl-C reaches them all."""
+    command = [
+        sys.executable, "-c", "from bitneck_models.cli import main; main()", "search", str(zoo), "--space", str(space),
+        "--data", str(data), "--runs", str(runs), "--storage", url, "--trials", str(trials), "--device", device,
+        *(["--weights", str(weights)] if weights is not None else []),
+    ]  # fmt: skip
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"OMP_NUM_THREADS": threads}
+    processes = [subprocess.Popen(command, env=environment) for _ in range(workers)]  # noqa: S603  our own command
+    try:
+        codes = [process.wait() for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+    if any(codes):
+        raise ModelFailure(f"{sum(code != 0 for code in codes)} of {workers} workers failed; see above")
+
+
+@app.command()
+def pareto(
+    zoo: Zoo,
+    space: Space,
+    runs: Runs = Path("runs"),
+    storage: Storage = None,
+    points: Annotated[int, typer.Option(min=1, help="How many operating points to pick.")] = 6,
+    prefix: Annotated[str, typer.Option(help="Of the new points' ids: PREFIX1 is the lowest rate.")] = "",
+    write: Annotated[bool, typer.Option("--write", help="Write them into the zoo entry, units and recipe.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a search's front, pick a ladder from it, and write that into a zoo entry."""
+    from bitneck_models.search.search import adopt, front, load_space, open_study, pick_ladder
+    from bitneck_models.zoo.entry import ZooEntry
+
+    wanted, entry = load_space(space), ZooEntry(zoo)
+    found = front(open_study(wanted, _storage(storage, runs, wanted.name), create=False))
+    picked = [found[i] for i in pick_ladder([(f.bpp, f.agreement) for f in found], points)]
+    names = [f"{prefix or wanted.split + '-p'}{k}" for k in range(1, len(picked) + 1)]
+    if write:
+        adopt(entry, picked, names)
+    chosen = dict(zip((f.number for f in picked), names, strict=True))
+    rows = [
+        {
+            "trial": f.number, "point": chosen.get(f.number, ""), "payload_bytes": f.payload_bytes, "bpp": f.bpp,
+            "agreement": f.agreement, "stride": f.recipe["stride"], "channels": f.recipe["channels"],
+            "lambda": f.recipe["lambda"], "step": f.recipe["step"],
+        }
+        for f in found
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps({"study": wanted.name, "written": write, "front": rows}))  # noqa: T201
+        return
+    table = Table("trial", "point", "bytes", "bpp", "agreement", "S", "Cr", "lambda", "Q")
+    for r in rows:
+        table.add_row(
+            str(r["trial"]), str(r["point"]), f"{r['payload_bytes']:.1f}", f"{r['bpp']:.4f}", f"{r['agreement']:.4f}",
+            str(r["stride"]), str(r["channels"]), f"{r['lambda']:.0f}", f"{r['step']:.2f}",
+        )  # fmt: skip
+    Console().print(table)
+    print(f"{len(names)} points {'written to' if write else 'to write with --write into'} {zoo}")  # noqa: T201
+
+
+@app.command()
+def export(
+    zoo: Zoo,
+    out: Annotated[Path, typer.Option(help="The bundle's folder.")],
+    images: Annotated[Path | None, typer.Option(help="Photographs for the proof; else generated pictures.")] = None,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Export a zoo entry's trained points as a bundle, and prove that it equals the network."""
+    from bitneck_models.data.photos import proof_count, proof_images
+    from bitneck_models.export.bundle import NOT_MEASURED, export_bundle
+    from bitneck_models.zoo.entry import ZooEntry
+
+    entry = ZooEntry(zoo)
+    backbone = entry.backbone(weights)
+    console = Console(stderr=True)
+    with console.status("exporting") as status:
+        x = proof_images(backbone.input, images, count=proof_count(backbone.input))
+        bundle, proof = export_bundle(entry, backbone, out, x, lambda what: status.update(f"exporting: {what}"))
+    points = [point.id for point in bundle.manifest.ladder]
+    unmeasured = [point.id for point in bundle.manifest.points if point.dataset == NOT_MEASURED]
+    if unmeasured:
+        console.print(
+            f"{', '.join(unmeasured)}: not measured, or not since trained; rate control leaves them out until you run "
+            f"`bitneck-models evaluate --bundle {out} --data LABELLED --record {zoo}` and export again",
+            highlight=False,
+        )
+    document = {
+        "out": str(out),
+        "bundle_id": bundle.bundle_id,
+        "points": points,
+        "not_measured": unmeasured,
+        "bytes": sum(file.size for file in bundle.manifest.files.values()),
+        "proof": {"images": len(x), "chain": proof.chain, "encoders": proof.encoders, "decoders": proof.decoders},
+    }
+    if as_json:
+        print(json.dumps(document))  # noqa: T201
+    else:
+        print(f"{out}: {', '.join(points)}; differs from torch by at most {proof.worst:.1e}")  # noqa: T201
+
+
+@app.command()
+def similar(
+    zoo: Zoo,
+    bundle: Annotated[Path, typer.Option(help="The bundle that was exported from it.")],
+    data: Data = None,
+    point: Annotated[list[str] | None, typer.Option(help="Fit to this point only; repeatable.")] = None,
+    photos: Annotated[int, typer.Option(min=10, help="Training photographs to make scenes of.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 0,
+) -> None:
+    """Fit the tables that code a frame against one before it; export again, so that the bundle carries them."""
+    from bitneck.bundle import Bundle
+    from bitneck_models.training.conditional import MOTIONS, fit_points, scene_photos
+    from bitneck_models.zoo.entry import ZooEntry
+
+    entry, exported = ZooEntry(zoo), Bundle.open(bundle)
+    points = point or [each.id for each in exported.manifest.ladder]
+    for name in points:
+        exported.manifest.ladder[name]
+    chosen = scene_photos(entry.recipe, data_folder(data), exported.manifest.input, photos, seed)
+    console = Console(stderr=True)
+    with progress_bars(console) as progress:
+        tasks = {what: progress.add_task(what, total=None) for what in ("scenes", "validation", "tables")}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            progress.update(tasks[what], completed=done, total=total)
+
+        records = fit_points(entry, exported, points, chosen, seed, on_progress)
+    table = Table("point", *MOTIONS, title="bytes alone, and against the frame before")
+    for name, record in records.items():
+        cells = [f"{record.bytes_alone[m]:.1f}  {record.bytes_similar[m]:.1f}" for m in MOTIONS]
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(bitneck.__version__)  # noqa: T201
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a `BitneckError` becomes one line on stderr and its exit code."""
+    try:
+        app()
+    except BitneckError as exc:
+        print(f"error: {exc}", file=sys.stderr)  # noqa: T201
+        sys.exit(exc.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

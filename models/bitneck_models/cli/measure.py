@@ -1,0 +1,193 @@
+"""``bitneck-models evaluate``, ``baselines`` and ``report``: what is measured, and the page that shows it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bitneck.errors import InvalidConfig
+from bitneck_models.cli.options import Data, Json, Runs, Weights, data_folder, dataset_name, progress_bars
+
+if TYPE_CHECKING:
+    from bitneck.bundle import Bundle
+    from bitneck_models.measure.evaluation import Evaluation
+    from bitneck_models.measure.map_evaluation import MapEvaluation
+
+__all__ = ["baselines", "evaluate", "report"]
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Option(help="The bundle's folder.")],
+    data: Data = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Write the result into this zoo entry's ladder.json.", metavar="ZOO")
+    ] = None,
+    zoo: Annotated[
+        Path | None, typer.Option(help="Add each point's recipe and training record, for `report`.", metavar="ZOO")
+    ] = None,
+    ignore_index: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            max=255,
+            help="Segmentation: this index in class maps is void; repeatable.  [default: each that is no class]",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a bundle on labelled photographs, through real bytes.
+
+    --data is a folder with labels.csv (file, index) or with one folder for each class (WordNet id, index or label); for
+    segmentation a folder with images/ and, under the same names, labels/ (PNG of class indices), or COCO's photographs
+    (coco/val2017, beside coco/annotations/instances_val2017.json).
+    """
+    from bitneck.bundle import Bundle
+    from bitneck_models.measure.table import evaluation_line, evaluation_table
+    from bitneck_models.zoo.entry import ZooEntry, tables_digests
+
+    opened = Bundle.open(bundle)
+    digests = tables_digests(opened)  # before the measurement: the folder may get another bundle meanwhile
+    folder = data_folder(data)
+    console = Console(stderr=True)
+    with progress_bars(console) as progress:
+        task = progress.add_task("evaluating", total=None)
+        result = _measured(
+            opened, folder, ignore_index or [], lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    if record is not None:
+        ZooEntry(record).save_ladder(result.ladder(dataset_name(folder), digests))
+    if as_json:
+        document = {"dataset": dataset_name(folder)} | result.to_dict()
+        if zoo is not None:
+            document = ZooEntry(zoo).annotated(document)
+        print(json.dumps(document, indent=1))  # noqa: T201
+        return
+    Console().print(evaluation_table(result))
+    print(evaluation_line(result))  # noqa: T201
+
+
+def _measured(
+    bundle: "Bundle", folder: Path, ignore: list[int], progress: Callable[[int, int], None]
+) -> "Evaluation | MapEvaluation":
+    from bitneck_models.data.class_maps import mapped_photos
+    from bitneck_models.data.photos import labelled_photos
+    from bitneck_models.measure.evaluation import evaluate as measure
+    from bitneck_models.measure.map_evaluation import evaluate_maps
+    from bitneck_models.networks.vision import imagenet_wnids
+
+    if bundle.manifest.task == "segmentation":
+        return evaluate_maps(bundle, mapped_photos(folder), ignore=ignore, progress=progress)
+    if ignore:
+        raise InvalidConfig(f"--ignore-index is for segmentation; {bundle.manifest.name} is for classification")
+    labels = bundle.labels()
+    return measure(bundle, labelled_photos(folder, imagenet_wnids(labels), labels), progress=progress)
+
+
+def baselines(
+    data: Data = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="The network: a name, or a network recipe; efficientnet_lite0 without --zoo.")
+    ] = None,
+    codec: Annotated[list[str] | None, typer.Option(help="This image codec only; repeatable.")] = None,
+    zoo: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its network; its training photographs fit the training-free baseline, which is left out without it."
+        ),
+    ] = None,
+    train_data: Annotated[Path | None, typer.Option(help="The folder of that recipe's photographs.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="For raw features and the training-free baseline.")] = None,
+    runs: Runs = Path("runs"),
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what the units are compared with: image codecs, raw features, and pooling with principal components."""
+    from bitneck_models.data.class_maps import mapped_photos
+    from bitneck_models.data.photos import labelled_photos
+    from bitneck_models.measure import baselines as of
+    from bitneck_models.networks.backbones import build_backbone
+    from bitneck_models.training.pipeline import photo_sets, split_features, table_features
+    from bitneck_models.zoo.entry import ZooEntry
+
+    if zoo is not None and backbone is not None:
+        raise InvalidConfig(f"--zoo {zoo} names its own network: leave out --backbone {backbone}")
+    if zoo is not None:
+        net = ZooEntry(zoo).backbone(weights)
+    else:
+        net = build_backbone(backbone or "efficientnet_lite0", weights)
+    folder = data_folder(data)
+    maps = net.task == "segmentation"
+    photos = mapped_photos(folder) if maps else labelled_photos(folder, net.wnids, net.labels)
+    sweep = of.MAP_SWEEP if maps else of.SWEEP
+    splits = split or list(net.splits)
+    for name in splits:
+        net.split_index(name)
+    console = Console(stderr=True)
+    points = []
+    with progress_bars(console) as progress:
+
+        def counter(what: str) -> Callable[[int, int], None]:
+            task = progress.add_task(what, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        known = {**of.CODECS, **(of.MAP_CODECS if maps else {})}
+        codecs = {name: known.get(name, ()) for name in codec or (of.MAP_CODECS if maps else of.CODECS)}
+        uncompressed, found = of.image_baselines(
+            net, photos, runs / "cache", codecs=codecs, progress=counter("image codecs")
+        )
+        points += found
+        for name in splits:
+            points += of.raw_baselines(net, name, photos, runs / "cache", progress=counter(f"{name}: raw features"))
+            if zoo is not None:
+                sets = photo_sets(ZooEntry(zoo).recipe, data_folder(train_data), net)
+                features, _ = split_features(net, name, sets, 0, runs, counter(f"{name}: training features"))
+                points += of.training_free(
+                    net, name, table_features(features, sets)[::4], photos, runs / "cache",
+                    sweep=sweep, progress=counter(f"{name}: training-free"),
+                )  # fmt: skip
+    document = {
+        "dataset": dataset_name(folder),
+        "images": len(photos),
+        "uncompressed": {of.ACCURACY[net.task]: uncompressed},
+        "baselines": [point.to_dict(net.task) for point in points],
+    }
+    if as_json:
+        print(json.dumps(document, indent=1))  # noqa: T201
+        return
+    table = Table("codec", "split", "setting", "bytes", "bpp", "mean IoU" if maps else "top-1", "agreement")
+    for p in points:
+        table.add_row(
+            p.codec, p.split, p.setting, f"{p.bytes_mean:.0f}", f"{p.bpp:.4f}", f"{p.accuracy:.4f}",
+            f"{p.agreement:.4f}",
+        )  # fmt: skip
+    Console().print(table)
+    print(f"uncompressed: {uncompressed:.4f} on {len(photos)} photographs")  # noqa: T201
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder of documents of `evaluate --zoo` and `baselines`.")],
+    out: Annotated[Path, typer.Option(help="The page; pictures go into the folder of results.")] = Path(
+        "docs/results.md"
+    ),
+) -> None:
+    """Draw the curves and write the tables of what was measured; every folder in the folder is a part of the page."""
+    from bitneck_models.report.curves import read_results
+    from bitneck_models.report.report import draw, markdown
+
+    parts, counts = [], [0, 0, 0]
+    for folder in (results, *sorted(path for path in results.iterdir() if path.is_dir())):
+        found = read_results(folder)
+        notes = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))}
+        pictures = draw(found, folder)
+        place, title = results.resolve().name, "Results"
+        if folder != results:
+            place, title = f"{place}/{folder.name}", folder.name.capitalize()
+        parts.append(markdown(found, notes.pop("commands", ""), notes, pictures, place, title))
+        for k, count in enumerate((len(found.studies), len(found.baselines), len(pictures))):
+            counts[k] += count
+    out.write_text("\n".join(parts), encoding="utf-8")
+    print(f"{out}: {counts[0]} studies, {counts[1]} baselines, {counts[2]} pictures")  # noqa: T201

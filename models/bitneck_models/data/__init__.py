@@ -1,0 +1,1 @@
+"""Photographs, class maps and the cached features of the frozen head."""

@@ -1,0 +1,183 @@
+"""The frozen head's features, computed once and kept: a unit then trains in minutes on a CPU.
+
+A cache is a folder: ``features.npy`` (M, C, Hf, Wf) float16, ``done.npy`` (M,) bool and ``key.json``, which says what
+it was made from; another key makes another folder. Filling it can be cut off at any time and goes on where it stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from PIL import Image
+
+from bitneck.errors import InvalidConfig
+from bitneck.image import crop, load_photo, normalize
+from bitneck.runtime import OnnxModule
+from bitneck_models.data.class_maps import VOID, ViewRange, load_class_map, random_view
+from bitneck_models.data.photos import augment
+from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.to_onnx import to_onnx
+
+__all__ = ["FeatureSpec", "cached_features", "head_module", "view_maps"]
+
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureSpec:
+    """What a cache holds.
+
+    Attributes:
+        split: split point.
+        photos: the files, each with its number of views.
+        augmented: random views; else the backbone's own preprocessing (then one view each).
+        seed: of the random views.
+    """
+
+    split: str
+    photos: tuple[tuple[Path, int], ...]
+    augmented: bool
+    seed: int
+
+    def key(self, backbone: Backbone) -> str:
+        """Digest of all that decides the contents; of a photograph its path, size and time count."""
+        lines = [f"{backbone.name} {self.split} {self.augmented} {self.seed} 1"]
+        if backbone.weights_sha256 or backbone.task != "classification":
+            lines.append(f"{backbone.weights_sha256} {backbone.task} {_views(backbone)}")
+        for path, views in self.photos:
+            stat = path.stat()
+            lines.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {views}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def rng(self, path: Path, view: int) -> np.random.Generator:
+        """Source of one view's randomness."""
+        digest = hashlib.sha256(f"{self.seed} {view} {path.parent.name}/{path.name}".encode()).digest()
+        return np.random.default_rng(list(digest))
+
+
+def view_maps(backbone: Backbone, spec: FeatureSpec, maps: Mapping[Path, Path]) -> NDArray[np.uint8]:
+    """Class maps of the same views as `cached_features`, in the same order.
+
+    Args:
+        backbone: a segmentation network.
+        spec: the views.
+        maps: file of the class map of each photograph that has one.
+
+    Returns:
+        (M, H, W) uint8 at the input's height and width, `VOID` where nothing is known.
+    """
+    size = backbone.input.width, backbone.input.height
+    found = []
+    for path, count in spec.photos:
+        classes = load_class_map(maps[path], len(backbone.labels)) if path in maps else None
+        if classes is not None and classes.shape != size[::-1]:
+            classes = np.array(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
+        for view in range(count):
+            if classes is None:
+                found.append(np.full(size[::-1], VOID, np.uint8))
+            elif spec.augmented:
+                blank = Image.new("RGB", classes.shape[::-1])
+                found.append(random_view(blank, classes, _views(backbone), spec.rng(path, view))[1])
+            else:
+                found.append(classes)
+    return np.stack(found)
+
+
+def _views(backbone: Backbone) -> ViewRange:
+    """Of segmentation networks: whole pictures or a part of them, nothing from outside the photograph."""
+    return ViewRange(height=backbone.input.height, width=backbone.input.width, scale_min=1.0, scale_max=1.5, light=0.3)
+
+
+def head_module(backbone: Backbone, split: str, folder: Path) -> OnnxModule:
+    """The head as an ONNX Runtime module: several times faster on a CPU than eager torch."""
+    path = folder / f"{backbone.name}-{split}-head{backbone.weights_sha256[:16]}.onnx"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        temporary.write_bytes(to_onnx(backbone.head(split), backbone.input_shape))
+        temporary.rename(path)
+    return OnnxModule(path)
+
+
+def cached_features(
+    backbone: Backbone, spec: FeatureSpec, folder: Path, progress: Callable[[int, int], None] = lambda _done, _all: None
+) -> NDArray[np.float16]:
+    """The features of `spec`, computed where they are not there yet.
+
+    Args:
+        backbone: the network.
+        spec: what to compute.
+        folder: holds the caches.
+        progress: called with (views done, views in all).
+
+    Returns:
+        (M, C, Hf, Wf) float16, memory-mapped and read-only; the views of one photograph stand together.
+
+    Raises:
+        InvalidConfig: no photographs.
+        ImageError: a photograph cannot be read.
+    """
+    views = [(path, view) for path, count in spec.photos for view in range(count)]
+    if not views:
+        raise InvalidConfig("no photographs to take features from")
+    key = spec.key(backbone)
+    place = folder / f"{backbone.name}-{spec.split}-{key[:16]}"
+    place.mkdir(parents=True, exist_ok=True)
+    features_path, done_path = place / "features.npy", place / "done.npy"
+    shape = (len(views), *backbone.feature_shape(spec.split))
+    if not done_path.is_file():
+        open_memmap(features_path, "w+", np.float16, shape).flush()
+        (place / "key.json").write_text(json.dumps({"key": key, "split": spec.split, "views": len(views)}))
+        open_memmap(done_path, "w+", np.bool_, (len(views),)).flush()
+    done = open_memmap(done_path, "r+")
+    if not done.all():
+        features = open_memmap(features_path, "r+")
+        head = head_module(backbone, spec.split, folder)
+        missing = np.flatnonzero(~done)
+        for rows, x in _batches(backbone, spec, views, missing):
+            features[rows] = head.run(x)
+            done[rows] = True
+            progress(int(done.sum()), len(views))
+        features.flush()
+        done.flush()
+    result: NDArray[np.float16] = open_memmap(features_path, "r")
+    return result
+
+
+def _batches(
+    backbone: Backbone, spec: FeatureSpec, views: Sequence[tuple[Path, int]], rows: NDArray[np.intp]
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+    """Batches of rows and their inputs (N, 3, H, W) float32; photographs are read ahead by one thread."""
+
+    def one(row: int) -> NDArray[np.float32]:
+        path, view = views[row]
+        image = load_photo(path)
+        if spec.augmented and backbone.task == "segmentation":
+            size = backbone.input.width, backbone.input.height
+            if image.size != size:  # as serving stretches it; and its class map may have another size
+                image = image.resize(size, Image.Resampling.BILINEAR)
+            image, _ = random_view(image, None, _views(backbone), spec.rng(path, view))
+        elif spec.augmented:
+            image = augment(image, backbone.input, spec.rng(path, view))
+        else:
+            image = crop(image, backbone.input)
+        return normalize(image, backbone.input)
+
+    def batch(start: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        chunk = rows[start : start + _BATCH]
+        return chunk, np.concatenate([one(int(row)) for row in chunk])
+
+    starts = iter(range(0, len(rows), _BATCH))
+    with ThreadPoolExecutor(2) as pool:
+        ahead = [pool.submit(batch, start) for _, start in zip(range(4), starts, strict=False)]
+        while ahead:
+            current = ahead.pop(0).result()
+            if (start := next(starts, None)) is not None:
+                ahead.append(pool.submit(batch, start))
+            yield current

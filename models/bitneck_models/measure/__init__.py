@@ -1,0 +1,1 @@
+"""Measurements of bundles and of what they are compared with."""

@@ -1,0 +1,325 @@
+"""What the bottleneck units are compared with, on the same photographs and the same network.
+
+    image codecs    photo -> crop -> encode at a quality -> bytes -> decode -> the whole network
+    raw features    photo -> head -> f as float16, or as 8 bits -> LZMA -> bytes -> f_hat -> tail
+    training-free   photo -> head -> pool to k x k, principal components, one step -> ideal code length -> tail
+
+The last is PAPER.md's baseline: no gradient, only a rotation fitted on training features.
+
+Dimensions: N photographs, C x Hf x Wf feature.
+"""
+
+import io
+import lzma
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from bitneck.coding.factorized_model import FactorizedModel
+from bitneck.errors import InvalidConfig
+from bitneck.image import crop, load_photo, normalize
+from bitneck.manifest import Task
+from bitneck.runtime import OnnxModule
+from bitneck_models.data.class_maps import confusion, load_class_map, mean_iou
+from bitneck_models.data.photos import LabelledPhoto
+from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.to_onnx import to_onnx
+
+__all__ = [
+    "ACCURACY",
+    "CODECS",
+    "MAP_CODECS",
+    "MAP_SWEEP",
+    "SWEEP",
+    "BaselinePoint",
+    "image_baselines",
+    "raw_baselines",
+    "training_free",
+]
+
+CODECS: Mapping[str, tuple[int, ...]] = {
+    "jpeg": (5, 10, 15, 25, 40, 60, 80, 95),
+    "webp": (5, 15, 30, 50, 75, 90),
+    "avif": (15, 25, 35, 50, 65, 80),
+    "heic": (10, 20, 30, 40, 50, 65, 80),
+}
+"""Qualities of each image codec."""
+
+_OPTIONS: Mapping[str, dict[str, object]] = {"jpeg": {"optimize": True}, "avif": {"speed": 6}, "webp": {}, "heic": {}}
+_FORMATS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF", "heic": "HEIF"}
+
+SWEEP: tuple[tuple[float, float], ...] = tuple(
+    (share, step) for share in (1.0, 0.6, 0.3) for step in (2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+)
+"""The training-free baseline's settings: k as a share of the feature's size, and the step."""
+
+MAP_CODECS: Mapping[str, tuple[int, ...]] = {
+    "jpeg": (5, 10, 20, 40, 80),
+    "webp": (1, 10, 30, 70),
+    "avif": (10, 20, 35, 60),
+}
+"""Likewise for segmentation, where the whole network answers for each pixel and takes its time."""
+
+MAP_SWEEP: tuple[tuple[float, float], ...] = tuple((share, step) for share in (1.0, 0.5, 0.25) for step in (4.0, 16.0))
+"""The training-free baseline's settings for segmentation."""
+
+ACCURACY: Mapping[Task, str] = {"classification": "top1", "segmentation": "mean_iou"}
+"""What accuracy is called in documents."""
+
+_BATCH = 50
+_MAP_BATCH = 8
+Progress = Callable[[int, int], None]
+
+
+def _silent(_done: int, _all: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaselinePoint:
+    """One setting of one baseline, means over the photographs.
+
+    Attributes:
+        codec: what coded it.
+        setting: quality, or what else was set.
+        split: split point; empty for image codecs.
+        bytes_mean: of one photograph.
+        bpp: bits per input pixel.
+        accuracy: share whose best label is the true one; segmentation: mean IoU with the class maps.
+        agreement: share of the photographs, or of their pixels, whose class is the uncompressed network's.
+    """
+
+    codec: str
+    setting: str
+    split: str
+    bytes_mean: float
+    bpp: float
+    accuracy: float
+    agreement: float
+
+    def to_dict(self, task: Task) -> dict[str, object]:
+        """For the JSON document of ``bitneck-models baselines``: accuracy under its name, ``top1`` or ``mean_iou``."""
+        return {ACCURACY[task] if key == "accuracy" else key: value for key, value in asdict(self).items()}
+
+
+Photos = Sequence[LabelledPhoto] | Sequence[tuple[Path, Path]]
+"""With the index of a class; for segmentation with the file of a class map."""
+
+
+class _Judge:
+    """Compares answers with labels and with the uncompressed network's answers."""
+
+    def __init__(self, backbone: Backbone, photos: Photos, folder: Path) -> None:
+        if not photos:
+            raise InvalidConfig("no photographs to measure baselines on")
+        self.backbone, self.folder = backbone, folder
+        self.batch = _BATCH if backbone.task == "classification" else _MAP_BATCH
+        paths = [photo.path if isinstance(photo, LabelledPhoto) else photo[0] for photo in photos]
+        self.crops = [crop(load_photo(path), backbone.input) for path in paths]
+        self.labels: NDArray[np.integer] = np.stack([self._label(photo) for photo in photos])  # (N,) or (N, H, W)
+        self.network = self.module(backbone.segment(0), backbone.input_shape)
+        self.teacher = self.answers(self.network, self.inputs(self.crops))
+
+    def _label(self, photo: LabelledPhoto | tuple[Path, Path]) -> NDArray[np.integer]:
+        if isinstance(photo, LabelledPhoto):
+            return np.array(photo.label)
+        classes = Image.fromarray(load_class_map(photo[1], len(self.backbone.labels)))
+        return np.array(classes.resize(self.crops[0].size, Image.Resampling.NEAREST))
+
+    @property
+    def uncompressed(self) -> float:
+        """Accuracy of the network itself."""
+        return self.accuracy(self.teacher)
+
+    def accuracy(self, answers: NDArray[np.integer]) -> float:
+        """Share of right answers, or mean IoU."""
+        if self.backbone.task == "segmentation":
+            return mean_iou(confusion(self.labels, answers, len(self.backbone.labels)))
+        return float((answers == self.labels).mean())
+
+    def module(self, module: torch.nn.Module, shape: tuple[int, int, int]) -> OnnxModule:
+        """A module as an ONNX Runtime session."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "baseline.onnx"
+        path.write_bytes(to_onnx(module, shape))
+        return OnnxModule(path)
+
+    def inputs(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """(N, 3, H, W) float32."""
+        return np.concatenate([normalize(image, self.backbone.input) for image in images])
+
+    def answers(self, module: OnnxModule, x: NDArray[np.float32]) -> NDArray[np.uint16]:
+        """Best labels, (N,) or (N, H, W)."""
+        parts = [module.run(x[i : i + self.batch]).argmax(axis=1) for i in range(0, len(x), self.batch)]
+        return np.concatenate([part.astype(np.uint16) for part in parts])
+
+    def point(self, codec: str, setting: str, split: str, sizes: float, answers: NDArray[np.uint16]) -> BaselinePoint:
+        return BaselinePoint(
+            codec=codec,
+            setting=setting,
+            split=split,
+            bytes_mean=sizes,
+            bpp=sizes * 8 / self.backbone.input.pixels,
+            accuracy=self.accuracy(answers),
+            agreement=float((answers == self.teacher).mean()),
+        )
+
+    def cut(self, split: str) -> tuple[OnnxModule, NDArray[np.float32]]:
+        """The tail of a split point, and the photographs' features, (N, C, Hf, Wf) float32."""
+        head = self.module(self.backbone.head(split), self.backbone.input_shape)
+        x = self.inputs(self.crops)
+        features = np.concatenate([head.run(x[i : i + self.batch]) for i in range(0, len(x), self.batch)])
+        return self.module(self.backbone.tail(split), self.backbone.feature_shape(split)), features
+
+
+def image_baselines(
+    backbone: Backbone,
+    photos: Photos,
+    folder: Path,
+    *,
+    codecs: Mapping[str, Sequence[int]] | Sequence[str] = tuple(CODECS),
+    progress: Progress = _silent,
+) -> tuple[float, list[BaselinePoint]]:
+    """Image codecs over a sweep of quality: the crop that the network sees is coded and decoded.
+
+    JPEG with optimized Huffman tables, WebP and HEIC as Pillow and pillow-heif set them, AVIF at speed 6.
+
+    Args:
+        backbone: the network.
+        photos: at least one.
+        folder: for exported modules.
+        codecs: names, or names and qualities.
+        progress: called with (settings done, all).
+
+    Returns:
+        The uncompressed network's accuracy, and the points.
+
+    Raises:
+        InvalidConfig: a codec that is unknown, or that the installed libraries cannot write; no photographs.
+        ImageError: a photograph cannot be read.
+    """
+    unknown = [name for name in codecs if name not in CODECS]
+    if unknown:
+        raise InvalidConfig(f"no image codec {', '.join(unknown)}; known: {', '.join(CODECS)}")
+    sweep = codecs if isinstance(codecs, Mapping) else {name: CODECS[name] for name in codecs}
+    judge = _Judge(backbone, photos, folder)
+    points: list[BaselinePoint] = []
+    total = sum(len(qualities) for qualities in sweep.values())
+    for name, qualities in sweep.items():
+        for quality in qualities:
+            coded = [_encode(image, name, quality) for image in judge.crops]
+            x = judge.inputs([_decode(data) for data in coded])
+            size = float(np.mean([len(data) for data in coded]))
+            points.append(judge.point(name, f"quality {quality}", "", size, judge.answers(judge.network, x)))
+            progress(len(points), total)
+    return judge.uncompressed, points
+
+
+def _encode(image: Image.Image, codec: str, quality: int) -> bytes:
+    if codec == "heic":
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, _FORMATS[codec], quality=quality, **_OPTIONS[codec])
+    except (KeyError, OSError, ValueError, RuntimeError) as exc:
+        raise InvalidConfig(f"the installed libraries cannot write {codec} ({exc}); leave it out") from exc
+    return buffer.getvalue()
+
+
+def _decode(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
+def raw_baselines(
+    backbone: Backbone,
+    split: str,
+    photos: Photos,
+    folder: Path,
+    *,
+    progress: Progress = _silent,
+) -> list[BaselinePoint]:
+    """The feature itself: as float16, and as 8 bits between its smallest and largest value, each through LZMA.
+
+    Args:
+        backbone: the network.
+        split: split point.
+        photos: at least one.
+        folder: for exported modules.
+        progress: called with (settings done, all).
+    """
+    judge = _Judge(backbone, photos, folder)
+    tail, features = judge.cut(split)
+    halves = features.astype(np.float16)
+    low = features.min(axis=(1, 2, 3), keepdims=True)
+    scale = np.maximum((features.max(axis=(1, 2, 3), keepdims=True) - low) / 255, 1e-12)
+    octets = np.rint((features - low) / scale).astype(np.uint8)
+    points = []
+    for name, coded, f_hat, extra in (
+        ("raw float16", halves, halves.astype(np.float32), 0),
+        ("raw 8 bit", octets, (octets * scale + low).astype(np.float32), 8),  # and two float32 for the range
+    ):
+        size = float(np.mean([len(_lzma(one.tobytes())) + extra for one in coded]))
+        points.append(judge.point(name, "LZMA", split, size, judge.answers(tail, f_hat)))
+        progress(len(points), 2)
+    return points
+
+
+def _lzma(data: bytes) -> bytes:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=filters)
+
+
+def training_free(
+    backbone: Backbone,
+    split: str,
+    train_features: NDArray[np.float16],
+    photos: Photos,
+    folder: Path,
+    *,
+    sweep: Sequence[tuple[float, float]] = SWEEP,
+    progress: Progress = _silent,
+) -> list[BaselinePoint]:
+    """Pooling, principal components, one step; each component coded with its own static table (ideal code length).
+
+    Args:
+        backbone: the network.
+        split: split point.
+        train_features: what components and tables are fitted on, (M, C, Hf, Wf).
+        photos: at least one.
+        folder: for exported modules.
+        sweep: (k as a share of the feature's size, step).
+        progress: called with (settings done, all).
+    """
+    judge = _Judge(backbone, photos, folder)
+    tail, features = judge.cut(split)
+    height, width = features.shape[2:]
+    points = []
+    for share, step in sweep:
+        k = max(1, round(share * height)), max(1, round(share * width))
+        pooled = [
+            F.adaptive_avg_pool2d(torch.from_numpy(f.astype(np.float32)), k) for f in (train_features, features)
+        ]  # (M, C, k0, k1) and (N, C, k0, k1)
+        flat = pooled[0].transpose(0, 1).flatten(1)  # (C, M * k0 * k1)
+        mean = flat.mean(dim=1)[:, None, None]
+        components = torch.linalg.eigh(torch.cov(flat)).eigenvectors.flip(1)  # (C, C), the most important first
+        symbols = [torch.einsum("nchw,cd->ndhw", p - mean, components).div(step).round().int().numpy() for p in pooled]
+        model = FactorizedModel.fit(symbols[0])
+        s = np.clip(symbols[1], model.lo[:, None, None], model.hi[:, None, None]).astype(np.int32)  # (N, C, k0, k1)
+        back = (
+            torch.einsum("ndhw,cd->nchw", torch.from_numpy(s.astype(np.float32) * np.float32(step)), components) + mean
+        )
+        f_hat = F.interpolate(back, size=(height, width), mode="bilinear", align_corners=False).numpy()
+        coded = float(np.mean([model.ideal_bits(one) for one in s])) / 8
+        setting = f"{k[0]}x{k[1]}, step {step:g}"
+        points.append(judge.point("training-free", setting, split, coded, judge.answers(tail, f_hat)))
+        progress(len(points), len(sweep))
+    return points

@@ -1,0 +1,1 @@
+"""Checkpoints of the paper's authors as operating points."""

@@ -1,0 +1,1 @@
+"""Training of units, of conditional tables and of segmentation networks."""

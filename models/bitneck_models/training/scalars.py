@@ -1,0 +1,46 @@
+"""TensorBoard scalars of a training run: estimated bytes, task term, lambda."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from bitneck_models.training.unit import StepReport
+
+__all__ = ["Scalars"]
+
+_EVERY = 10
+
+
+class Scalars:
+    """Writes every tenth step; a resumed run goes on in the same folder, and what it repeats replaces what was there.
+
+    Args:
+        folder: for ``tensorboard --logdir``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def add(self, step: StepReport) -> None:
+        """One step."""
+        if step.step % _EVERY and step.step != step.steps:
+            return
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.folder), purge_step=step.step)
+        values = {"estimated_bytes": step.bits / 8, "task": step.task, "lambda": step.lambda_}
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step.step)
+
+    def __enter__(self) -> Self:
+        """Nothing is written before the first step."""
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()

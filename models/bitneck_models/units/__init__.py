@@ -1,0 +1,1 @@
+"""Bottleneck units: geometry, layers, topologies, and where their training begins."""

@@ -1,0 +1,1 @@
+"""Zoo entries: recipes, and what was trained and measured of them."""
