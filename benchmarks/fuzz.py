@@ -26,8 +26,10 @@ from bitneck.errors import BitneckError
 from bitneck.frames import check_frame, seal_frame
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.api.wire import frame_from_wire
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.session import Session
+from bitneck_edge.link.wire import frame_to_wire
 from tiny import make_tiny_bundle
 
 ALLOWED_GROWTH_MIB = 16
@@ -76,18 +78,14 @@ def main() -> None:
     similar = [(codec, codec.encode(s, codec.keep(s)), codec.keep(s)) for codec in conditional
                for s in [np.zeros(codec.latent_shape, np.int32)]]  # fmt: skip
     points = list(model.decoders)
-    messages = [
-        pb.ClientMessage(
-            frame=seal_frame(seq=k + 1, point=points[k % len(points)], payload=payload)
-        ).SerializeToString()
-        for k, (_, payload) in enumerate(right)
+    frames = [
+        seal_frame(seq=k + 1, point=points[k % len(points)], payload=payload) for k, (_, payload) in enumerate(right)
     ]
-    messages += [
-        pb.ClientMessage(
-            frame=seal_frame(seq=k + 2, point=codec.point, payload=payload, reference=1, reference_crc32c=kept.crc32c)
-        ).SerializeToString()
+    frames += [
+        seal_frame(seq=k + 2, point=codec.point, payload=payload, reference=1, reference_crc32c=kept.crc32c)
         for k, (codec, payload, kept) in enumerate(similar)
     ]
+    messages = [pb.ClientMessage(frame=frame_to_wire(frame)).SerializeToString() for frame in frames]
     messages.append(pb.ClientMessage(open=pb.Open(bundle_id=model.bundle.bundle_id, client="x")).SerializeToString())
     session = Session(
         session_id="s-1", model="m", client="c", ladder=model.ladder, window=64, assumed_fps=10, now=0.0,
@@ -122,7 +120,7 @@ def main() -> None:
                 message = pb.ClientMessage()
                 message.ParseFromString(data)
                 if message.HasField("frame"):
-                    frame = message.frame
+                    frame = frame_from_wire(message.frame)
                     reference = session.reference(frame.seq, frame.reference, frame.point)
                     check_frame(frame, reference.crc32c if reference is not None else None)
                     model.check(frame)

@@ -14,7 +14,13 @@ from bitneck.image import preprocess
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_edge.link.wire import frame_to_wire
 from tiny import photo
+
+
+def sealed(**fields: Any) -> pb.Frame:
+    """A frame with its CRC, as it goes on the wire."""
+    return frame_to_wire(seal_frame(**fields))
 
 
 class Frames:
@@ -33,7 +39,7 @@ class Frames:
         return encoder.encode(f).payload
 
     def frame(self, seq: int, point: str = "s1-r2", seed: int = 0, **fields: Any) -> pb.Frame:
-        return seal_frame(seq=seq, point=point, payload=self.payload(point, seed), **fields)
+        return sealed(seq=seq, point=point, payload=self.payload(point, seed), **fields)
 
     def logits(self, point: str, payload: bytes) -> np.ndarray:
         decoder = self.decoders[point]

@@ -16,9 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from bitneck.bundle import Bundle
-from bitneck.frames import frame_crc32c, seal_frame
+from bitneck.frames import frame_crc32c
 from bitneck.v1 import inference_pb2 as pb
-from clients import Frames, Stream, open_stream, stub
+from clients import Frames, Stream, open_stream, sealed, stub
 from servers import BIN, Server, running_server, start_server
 from tiny import make_tiny_bundle
 
@@ -126,12 +126,12 @@ def bad_frames(frames: Frames) -> dict[str, tuple[pb.Frame, str, str]]:
     return {
         "wrong CRC": (flipped, "DATA_LOSS", "CRC-32C"),
         "point altered": (moved, "DATA_LOSS", "CRC-32C"),
-        "no seq": (seal_frame(seq=0, point="s1-r2", payload=good.payload), "INVALID_ARGUMENT", "seq"),
-        "unknown point": (seal_frame(seq=7, point="s9", payload=good.payload), "NOT_FOUND", "s1-r1, s2-r1, s1-r2"),
-        "empty point": (seal_frame(seq=7, point="", payload=b""), "NOT_FOUND", "no operating point"),
-        "too long": (seal_frame(seq=7, point="s1-r2", payload=junk), "INVALID_ARGUMENT", "at most"),
-        "padded": (seal_frame(seq=7, point="s1-r2", payload=good.payload + b"\0"), "INVALID_ARGUMENT", "longer"),
-        "random": (seal_frame(seq=7, point="s1-r2", payload=b"\xff" * 40), "INVALID_ARGUMENT", "payload"),
+        "no seq": (sealed(seq=0, point="s1-r2", payload=good.payload), "INVALID_ARGUMENT", "seq"),
+        "unknown point": (sealed(seq=7, point="s9", payload=good.payload), "NOT_FOUND", "s1-r1, s2-r1, s1-r2"),
+        "empty point": (sealed(seq=7, point="", payload=b""), "NOT_FOUND", "no operating point"),
+        "too long": (sealed(seq=7, point="s1-r2", payload=junk), "INVALID_ARGUMENT", "at most"),
+        "padded": (sealed(seq=7, point="s1-r2", payload=good.payload + b"\0"), "INVALID_ARGUMENT", "longer"),
+        "random": (sealed(seq=7, point="s1-r2", payload=b"\xff" * 40), "INVALID_ARGUMENT", "payload"),
     }
 
 
@@ -181,7 +181,7 @@ async def test_another_bundle_and_another_model_are_refused(cloud: Any) -> None:
 async def test_an_oversized_message_ends_its_call_and_nothing_else(
     cloud: Any, frames: Frames, tiny_bundle: Bundle
 ) -> None:
-    huge = seal_frame(seq=1, point="s1-r2", payload=bytes(1 << 20))
+    huge = sealed(seq=1, point="s1-r2", payload=bytes(1 << 20))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await cloud.Infer(pb.InferRequest(bundle_id=tiny_bundle.bundle_id, frame=huge))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

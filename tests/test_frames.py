@@ -1,5 +1,7 @@
 """Frames: what was sealed checks, and whatever was changed on the way is refused."""
 
+from dataclasses import replace
+
 import google_crc32c
 import pytest
 from hypothesis import given
@@ -11,11 +13,12 @@ from bitneck.frames import (
     check_frame,
     crc32c_hex,
     frame_crc32c,
-    parse_frame,
     seal_frame,
     wire_bytes,
 )
 from bitneck.v1 import inference_pb2 as pb
+from bitneck_cloud.api.wire import parse_frame
+from bitneck_edge.link.wire import frame_bytes, frame_to_wire
 
 POINTS = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,15}", fullmatch=True)
 
@@ -24,8 +27,8 @@ POINTS = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,15}", fullmatch=True)
 def test_a_sealed_frame_travels_unchanged(seq: int, point: str, payload: bytes, deadline: int, captured: int) -> None:
     frame = seal_frame(seq=seq, point=point, payload=payload, deadline_ms=deadline, captured_unix_us=captured)
     check_frame(frame)
-    assert parse_frame(frame.SerializeToString(), "a.frame") == frame
-    assert len(payload) < wire_bytes(frame) == len(pb.ClientMessage(frame=frame).SerializeToString())
+    assert parse_frame(frame_bytes(frame), "a.frame") == frame
+    assert len(payload) < wire_bytes(frame) == len(pb.ClientMessage(frame=frame_to_wire(frame)).SerializeToString())
     assert wire_bytes(frame) <= len(payload) + 64
 
 
@@ -33,12 +36,12 @@ def test_a_sealed_frame_travels_unchanged(seq: int, point: str, payload: bytes, 
 def test_every_flipped_bit_of_payload_or_point_is_noticed(point: str, payload: bytes, data: st.DataObject) -> None:
     frame = seal_frame(seq=17, point=point, payload=payload)
     k, bit = data.draw(st.integers(0, len(payload) - 1)), data.draw(st.integers(0, 7))
-    frame.payload = payload[:k] + bytes([payload[k] ^ 1 << bit]) + payload[k + 1 :]
+    frame = replace(frame, payload=payload[:k] + bytes([payload[k] ^ 1 << bit]) + payload[k + 1 :])
     with pytest.raises(CorruptPayload, match=rf"frame 17, {len(payload)} bytes"):
         check_frame(frame)
     k = data.draw(st.integers(0, len(point) - 1))
     frame = seal_frame(seq=17, point=point, payload=payload)
-    frame.point = point[:k] + chr(ord(point[k]) ^ 1) + point[k + 1 :]
+    frame = replace(frame, point=point[:k] + chr(ord(point[k]) ^ 1) + point[k + 1 :])
     with pytest.raises(CorruptPayload):
         check_frame(frame)
 
@@ -72,7 +75,7 @@ def test_any_bytes_are_a_frame_or_the_peers_mistake(data: bytes) -> None:
 
 
 def test_a_damaged_file_is_refused_wherever_it_was_cut() -> None:
-    data = seal_frame(seq=3, point="s1-r1", payload=bytes(range(50))).SerializeToString()
+    data = frame_bytes(seal_frame(seq=3, point="s1-r1", payload=bytes(range(50))))
     for size in range(len(data)):
         with pytest.raises(PeerError):
             parse_frame(data[:size], "cut.frame")

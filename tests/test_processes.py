@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from bitneck.bundle import Bundle
-from bitneck.frames import parse_frame
+from bitneck_cloud.api.wire import parse_frame
 from bitneck_models.data.photos import LabelledPhoto
 from bitneck_models.measure.evaluation import evaluate
 from servers import BIN, Server, running_server, start_server

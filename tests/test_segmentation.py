@@ -15,10 +15,10 @@ from PIL import Image
 from bitneck.bundle import Bundle
 from bitneck.coding.class_map import count_classes, encode_map
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure, ProtocolError
-from bitneck.frames import parse_frame
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest
 from bitneck.v1 import inference_pb2 as pb
+from bitneck_cloud.api.wire import parse_frame
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.answers.maps import MapWriter, colours, indexed

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.references import References
 from bitneck_edge.sources.capture import Capture
-from clients import Frames, Stream, open_stream, stub
+from clients import Frames, Stream, open_stream, sealed, stub
 from rogue import result, rogue_server
 from servers import BIN, Server, running_server, start_server
 from tiny import INPUT, make_tiny_bundle, photo
@@ -251,7 +252,7 @@ class Similar(Frames):
         codec = self.encoders[point].conditional
         assert codec is not None
         reference = codec.keep(self.symbols(point, other))
-        return seal_frame(
+        return sealed(
             seq=seq,
             point=point,
             payload=codec.encode(self.symbols(point, seed), reference),
@@ -305,7 +306,7 @@ async def test_wrong_and_hostile_references(server: Server, bundle: Bundle, fram
         one = codec.keep(frames.symbols("s1-r2", 1))
         long = bytes(codec.max_payload_bytes + 1)
         for payload in (long, honest.payload + b"\0"):  # right in all but the payload itself
-            frame = seal_frame(seq=4, point="s1-r2", payload=payload, reference=3, reference_crc32c=one.crc32c)
+            frame = sealed(seq=4, point="s1-r2", payload=payload, reference=3, reference_crc32c=one.crc32c)
             assert await refused(stream, frame) == "INVALID_ARGUMENT"
         answer = (await stream.ask(honest)).result
         alone = await opened(cloud, bundle, references=False)
@@ -461,7 +462,7 @@ def test_the_crc_covers_the_reference() -> None:
         check_frame(frame, 98)
     with pytest.raises(ReferenceUnknown, match="coded by itself"):
         check_frame(frame)
-    frame.reference = 0
+    frame = replace(frame, reference=0)
     with pytest.raises(CorruptPayload):
         check_frame(frame)
     check_frame(seal_frame(seq=5, point="p", payload=b"abc"), 99)  # without a reference there is nothing to cover

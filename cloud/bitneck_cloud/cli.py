@@ -12,7 +12,8 @@ import typer
 import bitneck
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
-from bitneck.frames import crc32c_hex, parse_frame
+from bitneck.frames import crc32c_hex
+from bitneck_cloud.api.wire import parse_frame
 from bitneck_cloud.observe.logs import configure_logging
 from bitneck_cloud.settings import CloudSettings
 

@@ -1,15 +1,11 @@
-"""Frames: sealed at the edge, checked in the cloud before anything is decoded. Pure: bytes in, values out.
-
-The messages are those of ``proto/bitneck/v1/inference.proto``.
-"""
+"""Frames: sealed at the edge, checked in the cloud before anything is decoded. Pure: values in, values out."""
 
 import google_crc32c
-from google.protobuf.message import DecodeError
 
 from bitneck.errors import CorruptPayload, MalformedFrame, ReferenceUnknown
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.messages import Frame
 
-__all__ = ["MAX_MESSAGE_BYTES", "check_frame", "crc32c_hex", "frame_crc32c", "parse_frame", "seal_frame", "wire_bytes"]
+__all__ = ["MAX_MESSAGE_BYTES", "check_frame", "crc32c_hex", "frame_crc32c", "seal_frame", "wire_bytes"]
 
 MAX_MESSAGE_BYTES = 1 << 18
 """gRPC's receive limit for what a client sends. The largest frame of a 64x14x14 latent at 16 bits a symbol is 25 KB."""
@@ -40,7 +36,7 @@ def seal_frame(
     captured_unix_us: int = 0,
     reference: int = 0,
     reference_crc32c: int | None = None,
-) -> pb.Frame:
+) -> Frame:
     """A frame with its CRC.
 
     Args:
@@ -52,7 +48,7 @@ def seal_frame(
         reference: how far back in seq the frame stands that the payload is coded against; 0 for none.
         reference_crc32c: of that frame's symbols.
     """
-    return pb.Frame(
+    return Frame(
         seq=seq,
         point=point,
         payload=payload,
@@ -63,9 +59,22 @@ def seal_frame(
     )
 
 
-def wire_bytes(frame: pb.Frame) -> int:
-    """Bytes of a frame on the stream: payload, protobuf header and the envelope; gRPC's and HTTP/2's own are not in."""
-    return pb.ClientMessage(frame=frame).ByteSize()
+def wire_bytes(frame: Frame) -> int:
+    """Bytes of a frame's message on the stream, as protobuf codes it; the headers of gRPC and HTTP/2 are not counted.
+
+    A field that has its default takes no bytes; every field number fits into a tag of one byte.
+    """
+    point_bytes = len(frame.point.encode())
+    varints = (frame.seq, frame.deadline_ms, frame.captured_unix_us, frame.reference)
+    size = sum(1 + _varint_bytes(value) for value in varints if value)
+    size += sum(1 + _varint_bytes(length) + length for length in (point_bytes, len(frame.payload)) if length)
+    size += 5 if frame.crc32c else 0
+    return 1 + _varint_bytes(size) + size
+
+
+def _varint_bytes(value: int) -> int:
+    """Bytes of a protobuf varint: 7 bits each."""
+    return max(1, -(-value.bit_length() // 7))
 
 
 def crc32c_hex(data: bytes) -> str:
@@ -73,7 +82,7 @@ def crc32c_hex(data: bytes) -> str:
     return f"{google_crc32c.value(data):08x}"
 
 
-def check_frame(frame: pb.Frame, reference_crc32c: int | None = None) -> None:
+def check_frame(frame: Frame, reference_crc32c: int | None = None) -> None:
     """Check a frame's number and CRC; its operating point and length are checked where they are known.
 
     Args:
@@ -99,24 +108,3 @@ def check_frame(frame: pb.Frame, reference_crc32c: int | None = None) -> None:
             f"CRC-32C {crc:#010x}, the frame says {frame.crc32c:#010x} "
             f"(frame {frame.seq}, {len(frame.payload)} bytes, point {frame.point[:80]!r}); frame dropped, send it again"
         )
-
-
-def parse_frame(data: bytes, where: str) -> pb.Frame:
-    """A frame from a file that `bitneck-edge encode` wrote: one serialized ``Frame``.
-
-    Args:
-        data: the file's bytes.
-        where: for the message.
-
-    Raises:
-        MalformedFrame: not a frame.
-        ReferenceUnknown: it is coded against another frame.
-        CorruptPayload: the CRC does not match.
-    """
-    frame = pb.Frame()
-    try:
-        frame.ParseFromString(data)
-    except DecodeError as exc:
-        raise MalformedFrame(f"{where}: not a frame; `bitneck-edge encode` writes frames") from exc
-    check_frame(frame)
-    return frame

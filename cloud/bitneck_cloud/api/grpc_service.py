@@ -13,7 +13,7 @@ from bitneck.errors import BitneckError, BundleMismatch, Unavailable, UnknownFil
 from bitneck.frames import check_frame
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
-from bitneck_cloud.api.messages import go_away, public_text, set_point
+from bitneck_cloud.api.wire import frame_from_wire, go_away, public_text, set_point
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
@@ -101,7 +101,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         """One frame, one answer."""
         received = time.time()
         await _identify(context)
-        frame = request.frame
+        frame = frame_from_wire(request.frame)
         name = "(none)"
         try:
             model = self._registry.generation(request.model, request.bundle_id)

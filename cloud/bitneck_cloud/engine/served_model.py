@@ -11,6 +11,7 @@ from bitneck.chain import PointDecoder, SegmentChain, segments_of
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
 from bitneck.manifest import Manifest
+from bitneck.messages import Frame
 from bitneck.runtime import ModulePool
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.engine.batching import plan_batch
@@ -78,7 +79,7 @@ class ServedModel:
         """The model's id."""
         return self.manifest.name
 
-    def check(self, frame: pb.Frame) -> None:
+    def check(self, frame: Frame) -> None:
         """Check what the operating point decides about a frame, before it may queue.
 
         Raises:

@@ -13,8 +13,9 @@ import grpc
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ProtocolError
 from bitneck.frames import check_frame
+from bitneck.messages import Frame
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_cloud.api.messages import fault, go_away, set_point
+from bitneck_cloud.api.wire import fault, frame_from_wire, go_away, set_point
 from bitneck_cloud.engine.engine import Computed, Engine, Job
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.observe.metrics import Metrics
@@ -140,7 +141,7 @@ class Conversation:
             finally:
                 self._silent_since = math.inf
             if message.HasField("frame"):
-                self._frame(message.frame)
+                self._frame(frame_from_wire(message.frame))
             else:
                 kind = message.WhichOneof("message") or "an empty message"
                 self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
@@ -156,7 +157,7 @@ class Conversation:
                 return
             await asyncio.sleep(left)
 
-    def _frame(self, frame: pb.Frame) -> None:
+    def _frame(self, frame: Frame) -> None:
         received = time.time()
         try:
             self._state.on(Event.FRAME)
@@ -223,7 +224,7 @@ class Conversation:
 
 def job_of(
     model: ServedModel,
-    frame: pb.Frame,
+    frame: Frame,
     on_settled: Callable[[Job, Computed | BitneckError], None] | None = None,
     *,
     reference: Reference | None = None,

@@ -18,6 +18,7 @@ from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.frames import crc32c_hex, seal_frame
 from bitneck.image import find_photos
+from bitneck_edge.link.wire import frame_bytes
 from bitneck_edge.settings import AUTO, EdgeSettings
 
 __all__ = ["app", "main"]
@@ -189,7 +190,7 @@ def encode(
     result = encoder.encode(photo, chosen)
     frame = seal_frame(seq=1, point=chosen, payload=result.encoded.payload)
     try:
-        out.write_bytes(frame.SerializeToString())
+        out.write_bytes(frame_bytes(frame))
         if symbols is not None:
             with symbols.open("wb") as file:
                 np.save(file, result.encoded.symbols)

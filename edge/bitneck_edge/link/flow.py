@@ -6,7 +6,7 @@ next_seq -> sent -> unanswered -> answered (once)
 """
 
 from bitneck.errors import Overloaded
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.messages import Frame
 
 __all__ = ["Flow"]
 
@@ -24,8 +24,8 @@ class Flow:
         self.window = window
         self.duplicates = 0
         self._next = 1
-        self._unanswered: dict[int, pb.Frame] = {}
-        self._alone: dict[int, pb.Frame] = {}
+        self._unanswered: dict[int, Frame] = {}
+        self._alone: dict[int, Frame] = {}
         self._attempts: dict[int, int] = {}
 
     @property
@@ -42,7 +42,7 @@ class Flow:
         """The number of the next frame."""
         return self._next
 
-    def add(self, frame: pb.Frame, alone: pb.Frame | None = None) -> None:
+    def add(self, frame: Frame, alone: Frame | None = None) -> None:
         """A frame is about to be sent for the first time.
 
         Args:
@@ -69,7 +69,7 @@ class Flow:
         self._alone.pop(seq, None)
         return True
 
-    def retry(self, seq: int) -> pb.Frame | None:
+    def retry(self, seq: int) -> Frame | None:
         """The frame to send again after a fault that may pass; None once it has been tried often enough."""
         frame = self._unanswered.get(seq)
         if frame is None or self._attempts[seq] >= _MAX_ATTEMPTS:
@@ -81,7 +81,7 @@ class Flow:
         """Whether an unanswered frame was coded against another one when it was first sent."""
         return seq in self._alone
 
-    def to_resend(self) -> list[pb.Frame]:
+    def to_resend(self) -> list[Frame]:
         """Every unanswered frame, in order and coded by itself, for a new connection."""
         return [self._alone.get(seq, self._unanswered[seq]) for seq in sorted(self._unanswered)]
 

@@ -25,10 +25,12 @@ from bitneck.errors import (
     error_from_status,
 )
 from bitneck.frames import MAX_MESSAGE_BYTES, seal_frame, wire_bytes
+from bitneck.messages import Frame
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.link.flow import Flow
 from bitneck_edge.link.references import Candidate, Coded, References
 from bitneck_edge.link.remote import Access, from_rpc_error, stub_of
+from bitneck_edge.link.wire import frame_to_wire
 
 __all__ = ["Link", "LinkSettings", "Received", "Sent"]
 
@@ -220,7 +222,7 @@ class Link:
         await self._write(frame)
         return Sent(frame.seq, frame.payload, frame.reference, size, at, answer)
 
-    def _smaller(self, alone: pb.Frame, similar: Coded) -> pb.Frame:
+    def _smaller(self, alone: Frame, similar: Coded) -> Frame:
         """A frame coded by itself, or the same against its reference."""
         distance = self._references.distance(similar.candidate, alone.seq)
         if not distance or similar.candidate is None or similar.payload is None:
@@ -236,11 +238,11 @@ class Link:
         )
         return frame if wire_bytes(frame) < wire_bytes(alone) else alone
 
-    async def _write(self, frame: pb.Frame) -> None:
+    async def _write(self, frame: Frame) -> None:
         """Write a frame, if there is a connection; else it goes out with the resends of the next one."""
         async with self._write_lock:
             if self._call is not None:
-                await _put(self._call, pb.ClientMessage(frame=frame))
+                await _put(self._call, pb.ClientMessage(frame=frame_to_wire(frame)))
 
     async def _run(self, opened: asyncio.Future[None]) -> None:
         """Keep connected until that fails for good; then tell everyone who waits."""
@@ -333,7 +335,7 @@ class Link:
             async with asyncio.timeout(s.answer_timeout_s), self._write_lock:
                 for frame in self._flow.to_resend():
                     self._sent_at[frame.seq] = time.perf_counter()
-                    await _put(call, pb.ClientMessage(frame=frame))
+                    await _put(call, pb.ClientMessage(frame=frame_to_wire(frame)))
                 self._call = call
         except TimeoutError as exc:
             raise DeadlineExceeded(

@@ -1,0 +1,191 @@
+"""What edge and cloud tell each other, as plain values.
+
+Engine, sessions and flow work on these. One module on each side turns them into protobuf and back:
+`bitneck_edge.link.wire` and `bitneck_cloud.api.wire`. ``proto/bitneck/v1/inference.proto`` explains every field.
+"""
+
+from dataclasses import dataclass
+
+__all__ = [
+    "ClassShare",
+    "Classification",
+    "ClientMessage",
+    "CodedMap",
+    "Fault",
+    "Frame",
+    "GoAway",
+    "Label",
+    "Open",
+    "Opened",
+    "Output",
+    "Result",
+    "ServerMessage",
+    "SetPoint",
+    "Timings",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """The first message of a stream: which model and bundle, and which session to resume.
+
+    Attributes:
+        model: id of a served model; empty for the only one.
+        bundle_id: of the client's bundle.
+        client: the client's name, for logs.
+        resume_token: of the session to resume; empty for a new one.
+        references: whether frames may be coded against earlier ones.
+    """
+
+    model: str
+    bundle_id: str
+    client: str = ""
+    resume_token: str = ""
+    references: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """One coded photograph. `bitneck.frames.seal_frame` makes it.
+
+    Attributes:
+        seq: counts from 1; each frame has its own, and a resent frame keeps it.
+        point: id of the operating point that coded the payload.
+        payload: the coded bytes.
+        crc32c: of the point, the payload and the reference's symbols; see `bitneck.frames.frame_crc32c`.
+        deadline_ms: from receipt in the cloud; 0 for none.
+        captured_unix_us: when the photograph was taken, microseconds since 1970; 0 if unknown.
+        reference: how far back in seq the frame is that the payload is coded against; 0 for none.
+    """
+
+    seq: int
+    point: str
+    payload: bytes
+    crc32c: int
+    deadline_ms: int = 0
+    captured_unix_us: int = 0
+    reference: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """The session is open.
+
+    Attributes:
+        session_id: public name of the session.
+        resume_token: secret; resumes the session after a lost connection.
+        window: number of frames that may be unanswered.
+        point: operating point that the cloud asks for; empty if the client chooses.
+        references: how far back in seq a reference may lie; 0 for no references.
+    """
+
+    session_id: str
+    resume_token: str
+    window: int
+    point: str = ""
+    references: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A class and its softmax probability."""
+
+    index: int
+    name: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClassShare:
+    """A class and its share of the pixels, 0 to 1."""
+
+    index: int
+    name: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """The best labels, the best first."""
+
+    labels: tuple[Label, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedMap:
+    """The best class of every pixel of the network's input.
+
+    Attributes:
+        height: of the input, pixels.
+        width: likewise.
+        map: coded; see `bitneck.coding.class_map`.
+        classes: those that occur, the largest share first.
+    """
+
+    height: int
+    width: int
+    map: bytes
+    classes: tuple[ClassShare, ...]
+
+
+Output = Classification | CodedMap
+"""What the network found in one photograph."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Microseconds that one frame took in the cloud.
+
+    Attributes:
+        received_unix_us: wall clock at receipt, microseconds since 1970.
+        queued_us: waiting for the engine.
+        decode_us: range decoding and dequantization.
+        compute_us: bottleneck decoder and tail, for the whole batch.
+        batch: number of frames in that batch.
+    """
+
+    received_unix_us: int
+    queued_us: int
+    decode_us: int
+    compute_us: int
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to one frame; `output` is None if the message had none."""
+
+    seq: int
+    output: Output | None
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class SetPoint:
+    """The cloud asks for another operating point; an empty one lets the client choose again."""
+
+    point: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A frame could not be answered. `seq` is 0 if the message was no frame; `code` is a gRPC status code."""
+
+    seq: int
+    code: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class GoAway:
+    """The cloud will end this stream soon: finish, reconnect and resume."""
+
+    reason: str
+
+
+ClientMessage = Open | Frame
+"""What a client sends on a stream."""
+
+ServerMessage = Opened | Result | SetPoint | Fault | GoAway
+"""What the cloud sends on a stream."""
