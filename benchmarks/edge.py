@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import grpc
+from operation import BIN, PHOTO, Server
 from PIL import Image
+from serving import Bare
 
 import bitneck_edge.encoder
 from bitneck.bundle import Bundle
@@ -35,9 +37,7 @@ from bitneck.runtime import OnnxModule
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
-from links import Proxy, proxy_process
-from operation import BIN, PHOTO, Server
-from serving import Bare
+from bitneck_testing.links import Proxy, proxy_process
 
 DELAY_S = 0.02
 FRAMES, WARM = 200, 20

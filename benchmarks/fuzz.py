@@ -18,8 +18,6 @@ from pathlib import Path
 import numpy as np
 from google.protobuf.message import DecodeError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
 from bitneck.coding.factorized_codec import FactorizedCodec
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BitneckError
@@ -30,7 +28,7 @@ from bitneck_cloud.api.wire import frame_from_wire
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.session import Session
 from bitneck_edge.link.wire import frame_to_wire
-from tiny import make_tiny_bundle
+from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 ALLOWED_GROWTH_MIB = 16
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from bitneck.bundle import Bundle
-from tiny import make_tiny_bundle
+from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 
 @pytest.fixture(scope="session")

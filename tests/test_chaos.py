@@ -19,9 +19,9 @@ from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.cli.load_generator import LoadPlan, run_load, summarize
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
-from clients import Frames, Stream, open_stream, stub
-from servers import BIN, Server, running_server, start_server
-from tiny import photo, photo_bytes
+from bitneck_testing.processes import BIN, Server, running_server, start_server
+from bitneck_testing.streams import Frames, Stream, open_stream, stub
+from bitneck_testing.tiny_bundles import photo, photo_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUESTS = 10_000

@@ -13,7 +13,7 @@ from bitneck.errors import InvalidConfig
 from bitneck_models.data.class_maps import VOID, load_class_map, mapped_photos
 from bitneck_models.data.coco import LEAST_PIXELS, coco_maps, find_instances, instance_map
 from bitneck_models.networks.voc import VOC_CLASSES
-from tiny import photo
+from bitneck_testing.tiny_bundles import photo
 
 NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle"}
 NAMES |= {"pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv"}

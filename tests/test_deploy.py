@@ -21,8 +21,8 @@ from bitneck_cloud.settings import CloudSettings
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
-from servers import running_server
-from tiny import photo
+from bitneck_testing.processes import running_server
+from bitneck_testing.tiny_bundles import photo
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"

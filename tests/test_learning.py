@@ -25,8 +25,8 @@ from bitneck_models.units.starts import init_linear, init_nested, init_next
 from bitneck_models.units.units import BottleneckUnit, Topology
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.recipe import PointRecipe, TaskTerm, TrainingRecipe, load_recipe
-from small import small_backbone
-from tiny import INPUT, photo
+from bitneck_testing.networks import small_backbone
+from bitneck_testing.tiny_bundles import INPUT, photo
 
 TOPOLOGIES: tuple[Topology, ...] = ("separable", "separable2", "conv", "conv2", "inverted", "nested")
 

@@ -26,8 +26,8 @@ from bitneck_models.units.starts import init_linear
 from bitneck_models.units.units import BottleneckUnit, Geometry, prune_channels
 from bitneck_models.zoo.entry import ZooEntry, tables_digests
 from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe, load_recipe
-from small import small_backbone
-from tiny import photo
+from bitneck_testing.networks import small_backbone
+from bitneck_testing.tiny_bundles import photo
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from bitneck.errors import InvalidConfig
 from bitneck_models.cli.main import app
 from bitneck_models.networks import backbones
-from small import small_backbone
-from tiny import photo
+from bitneck_testing.networks import small_backbone
+from bitneck_testing.tiny_bundles import photo
 
 RECIPE = """
 name = "efficientnet_lite0"
@@ -135,9 +135,9 @@ def test_two_workers_from_one_command(home: Path, monkeypatch: pytest.MonkeyPatc
     (home / "sitecustomize.py").write_text(
         f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1] / "testing")!r})
 from bitneck_models.networks import backbones
-from small import small_backbone
+from bitneck_testing.networks import small_backbone
 backbones.BACKBONES["small"] = lambda _weights: small_backbone()
 """
     )

@@ -28,10 +28,10 @@ from bitneck_models.spic.checkpoint import PLACES, load_spic
 from bitneck_models.spic.point import write_spic_point
 from bitneck_models.training.pipeline import prune_and_fit
 from bitneck_models.zoo.entry import PointRecord, ZooEntry, new_unit, round_weights
-from clients import Frames, assert_a_batch_equals_frame_by_frame
-from servers import Server, running_server
+from bitneck_testing.processes import Server, running_server
+from bitneck_testing.streams import Frames, assert_a_batch_equals_frame_by_frame
+from bitneck_testing.tiny_bundles import photo
 from test_spic import checkpoint, saved
-from tiny import photo
 
 RECIPE = """
 name = "paper"

@@ -17,10 +17,10 @@ from bitneck_models.training.pipeline import photo_sets, train_point
 from bitneck_models.units.units import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.recipe import Recipe, load_recipe
-from small import small_backbone
+from bitneck_testing.networks import small_backbone
+from bitneck_testing.tiny_bundles import photo
 from test_coco import coco, document, instance, square, write  # noqa: F401  a fixture
 from test_networks import SHAPES
-from tiny import photo
 
 ZOO = Path(__file__).resolve().parent.parent / "models" / "zoo"
 NETWORKS = ("resnet50", "deeplabv3_resnet50")

@@ -20,8 +20,8 @@ from bitneck.bundle import Bundle
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_models.data.photos import LabelledPhoto
 from bitneck_models.measure.evaluation import evaluate
-from servers import BIN, Server, running_server, start_server
-from tiny import make_tiny_bundle, photo, photo_bytes
+from bitneck_testing.processes import BIN, Server, running_server, start_server
+from bitneck_testing.tiny_bundles import make_tiny_bundle, photo, photo_bytes
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import skimage
 
-from servers import BIN, Server, running_server
+from bitneck_testing.processes import BIN, Server, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / "build" / "efficientnet_lite0"

@@ -24,8 +24,8 @@ from bitneck_models.search.search import (
 )
 from bitneck_models.training.pipeline import photo_sets
 from bitneck_models.zoo.entry import ZooEntry
-from small import small_backbone
-from tiny import photo
+from bitneck_testing.networks import small_backbone
+from bitneck_testing.tiny_bundles import photo
 
 SPACE = """
 name = "s1-search"

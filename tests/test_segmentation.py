@@ -25,10 +25,10 @@ from bitneck_edge.answers.maps import MapWriter, colours, indexed
 from bitneck_edge.answers.results import Answer, ClassShare, Failure, Segmentation, StageTimes
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
-from clients import Frames, open_stream, stub
-from rogue import opened, rogue_server
-from servers import BIN, Server, running_server
-from tiny import SCENE_CLASSES, SCENE_INPUT, photo, photo_bytes
+from bitneck_testing.processes import BIN, Server, running_server
+from bitneck_testing.rogue_servers import opened, rogue_server
+from bitneck_testing.streams import Frames, open_stream, stub
+from bitneck_testing.tiny_bundles import SCENE_CLASSES, SCENE_INPUT, photo, photo_bytes
 
 H, W, K = SCENE_INPUT.height, SCENE_INPUT.width, len(SCENE_CLASSES)
 

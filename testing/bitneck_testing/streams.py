@@ -15,7 +15,7 @@ from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.link.wire import frame_to_wire
-from tiny import photo
+from bitneck_testing.tiny_bundles import photo
 
 
 def sealed(**fields: Any) -> pb.Frame:
