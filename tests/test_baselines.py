@@ -9,7 +9,7 @@ from bitneck.errors import InvalidConfig
 from bitneck_models.data.photos import LabelledPhoto
 from bitneck_models.measure.baselines import CODECS, image_baselines, raw_baselines, training_free
 from bitneck_testing.networks import small_backbone
-from bitneck_testing.tiny_bundles import photo
+from bitneck_testing.photographs import photo
 
 
 @pytest.fixture

@@ -21,8 +21,9 @@ from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.sync import SyncEdgeClient
 from bitneck_testing.links import Proxy
+from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server, running_server, start_server
-from bitneck_testing.tiny_bundles import make_tiny_bundle, photo
+from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 HANG_S = 60.0
 PHOTO = photo(3)

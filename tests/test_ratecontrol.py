@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ratecontrol import SCENES, frames_to_react, ladder_of, run
 
 from bitneck.errors import InvalidConfig
 from bitneck.ladder import Ladder, OperatingPoint
 from bitneck_edge.ratecontrol import OVERHEAD_BYTES, Decision, RateController, rungs
+from bitneck_testing.rate_simulation import SCENES, frames_to_react, ladder_of, run
 
 ZOO = Path(__file__).parent.parent / "models" / "zoo" / "efficientnet_lite0"
 
