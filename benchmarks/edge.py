@@ -1,31 +1,29 @@
-"""What the edge client costs and gains.
-
-- pipelining: frames a second of `EdgeClient.stream` over those of `EdgeClient.infer` one after the other, through a
-  link with a delay, and on loopback where client and cloud share the cores; and the bound: the same frames encoded in a
-  loop on every core with nothing sent;
-- processor time: of the whole client process per frame outside ONNX Runtime, with and without preprocessing (the
-  picture is decoded already), one thread everywhere; beside it the same for a bare exchange over grpc.aio after the
-  same computation, with nothing of bitneck;
-- memory: peak of resident memory of `bitneck-edge run` for each split point;
-- cuts (--cuts): 1,000 frames through a link that is cut every 50 frames for 2 s.
+"""What the edge client costs and gains, against the real bundle and a server process on this machine.
 
     python benchmarks/edge.py --bundle build/efficientnet_lite0 [--cuts] [--json]
 
-Timings are compared within one run only: the machines that run this are shared.
+Prints:
+- pipelining: frames a second of `EdgeClient.stream`, divided by those of `EdgeClient.infer` called one after the other;
+  through a link with a delay of 20 ms, and on loopback, where client and cloud share the cores; and the stream divided
+  by its bound, which is encoding the same frames in a loop on every core without sending them;
+- processor time: of the whole client process per frame, outside ONNX Runtime, with and without preprocessing, with one
+  thread everywhere (the picture is already decoded); beside it the same for a bare gRPC exchange after the same
+  computation, without anything of bitneck;
+- memory: the peak of resident memory of `bitneck-edge run` at each split point;
+- with --cuts: how often each of 1,000 frames is answered through a link that is cut every 50 frames for 2 s.
+
+Compare timings within one run only, because the machines that run this are shared.
 """
 
 import argparse
 import asyncio
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import grpc
 from PIL import Image
 
 import bitneck_edge.encoder
@@ -35,9 +33,11 @@ from bitneck.runtime import OnnxModule
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
-from links import Proxy, proxy_process
-from operation import BIN, PHOTO, Server
-from serving import Bare
+from bitneck_testing.bare_exchange import BareWork, bare_server, open_exchange
+from bitneck_testing.links import Proxy, proxy_process
+from bitneck_testing.measuring import TimeInside
+from bitneck_testing.photographs import sample_photo
+from bitneck_testing.processes import QUIET, edge_run, run_json, running_server
 
 DELAY_S = 0.02
 FRAMES, WARM = 200, 20
@@ -45,7 +45,7 @@ CUT_FRAMES, CUT_EVERY, CUT_S = 1000, 50, 2.0
 
 
 async def pipelining(address: str, cache: Path, image: Image.Image, point: str) -> tuple[float, float]:
-    """Frames a second: as a stream, and one after the other."""
+    """Frames a second: as a stream, and one after the other. The better of two runs each."""
     async with EdgeClient(address, cache_dir=cache, point=point) as client:
         rates = []
         for streamed in (True, False, True, False):
@@ -61,7 +61,7 @@ async def pipelining(address: str, cache: Path, image: Image.Image, point: str) 
 
 
 def encoding_bound(bundle: Bundle, image: Image.Image, point: str) -> float:
-    """Frames a second of encoding alone, on every core."""
+    """Frames a second of encoding alone, on every core, without sending."""
     encoder = EdgeEncoder(bundle)
     for _ in range(WARM):
         encoder.encode(image, point)
@@ -71,102 +71,45 @@ def encoding_bound(bundle: Bundle, image: Image.Image, point: str) -> float:
     return FRAMES / (time.perf_counter() - begin)
 
 
-class ThreadTime:
-    """Processor time inside some functions, of the threads that call them."""
-
-    def __init__(self, *places: tuple[Any, str]) -> None:
-        self._places = places
-        self.seconds = [0.0] * len(places)
-
-    def __enter__(self) -> Self:
-        self._originals = [getattr(owner, name) for owner, name in self._places]
-        for k, (owner, name) in enumerate(self._places):
-            setattr(owner, name, self._timed(k))
-        return self
-
-    def _timed(self, k: int) -> Any:
-        original = self._originals[k]
-
-        def timed(*args: Any, **values: Any) -> Any:
-            begin = time.thread_time()
-            try:
-                return original(*args, **values)
-            finally:
-                self.seconds[k] += time.thread_time() - begin
-
-        return timed
-
-    def __exit__(self, *_: object) -> None:
-        for (owner, name), original in zip(self._places, self._originals, strict=True):
-            setattr(owner, name, original)
-
-
 async def processor_time(address: str, cache: Path, image: Image.Image, point: str) -> dict[str, float]:
     """Milliseconds of processor time per frame outside ONNX Runtime."""
     async with EdgeClient(address, cache_dir=cache, point=point, threads=1, workers=1) as client:
         async for _ in client.stream([image] * WARM):
             pass
-        with ThreadTime((OnnxModule, "run"), (bitneck_edge.encoder, "preprocess")) as times:
+        places = (OnnxModule, "run"), (bitneck_edge.encoder, "preprocess")
+        with TimeInside(*places, clock=time.thread_time) as inside:
             begin = time.process_time()
             async for _ in client.stream([image] * FRAMES):
                 pass
             total = time.process_time() - begin
-    onnx, preprocess = times.seconds
+    onnx, preprocess = inside.seconds
     return {
         "cpu_outside_onnx_ms": (total - onnx) / FRAMES * 1e3,
         "cpu_outside_onnx_and_preprocessing_ms": (total - onnx - preprocess) / FRAMES * 1e3,
     }
 
 
-async def bare_processor_time(bundle: Bundle, point: str) -> float:
-    """The same for a bare exchange of 200 bytes each way with a server that echoes."""
-    code = (
-        "import asyncio, grpc\n"
-        "async def echo(_, context):\n"
-        "    while (message := await context.read()) is not grpc.aio.EOF:\n"
-        "        await context.write(message)\n"
-        "async def main():\n"
-        "    server = grpc.aio.server()\n"
-        "    method = grpc.stream_stream_rpc_method_handler(echo)\n"
-        "    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler('bare.Bare', {'E': method}),))\n"
-        "    print(server.add_insecure_port('127.0.0.1:0'), flush=True)\n"
-        "    await server.start()\n"
-        "    await server.wait_for_termination()\n"
-        "asyncio.run(main())\n"
-    )
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    port = int(await process.stdout.readline())
-    bare = Bare(bundle, point, threads=1)
-    onnx = total = 0.0
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            call = channel.stream_stream("/bare.Bare/E")()
-            with ThreadTime((OnnxModule, "run")) as times:
-                for k in range(WARM + FRAMES):
-                    if k == WARM:
-                        begin, onnx = time.process_time(), times.seconds[0]
-                    await bare.edge()
-                    await call.write(bytes(200))
-                    await call.read()
-                total, onnx = time.process_time() - begin, times.seconds[0] - onnx
-            call.cancel()
-    finally:
-        process.terminate()
-        await process.wait()
-    return (total - onnx) / FRAMES * 1e3
+async def bare_processor_time(bundle: Bundle, address: str, point: str) -> float:
+    """The same for a bare exchange with a server that computes nothing."""
+    begin = onnx = 0.0
+    async with open_exchange(address, BareWork(bundle, point, threads=1)) as exchange:
+        with TimeInside((OnnxModule, "run"), clock=time.thread_time) as inside:
+            for k in range(WARM + FRAMES):
+                if k == WARM:
+                    begin, onnx = time.process_time(), inside.seconds[0]
+                await exchange.once()
+            total = time.process_time() - begin
+    return (total - (inside.seconds[0] - onnx)) / FRAMES * 1e3
 
 
 def peak_mib(address: str, cache: Path, photo: Path, point: str) -> float:
     """Peak of resident memory of `bitneck-edge run`."""
-    command = [str(BIN / "bitneck-edge"), "run", "--json", "--server", address, "--cache-dir", str(cache)]
-    command += ["--point", point, "--repeat", "50", str(photo)]
-    summary = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["summary"]
-    return float(summary["peak_mb"])
+    document = run_json(edge_run(address, cache, "--json", "--point", point, "--repeat", 50, photo))
+    return float(document["summary"]["peak_mb"])
 
 
 async def cuts(address: str, cache: Path, image: Image.Image, point: str) -> dict[str, Any]:
-    """Frames through a link that is cut again and again: how often each was answered."""
+    """Send frames through a link that is cut again and again, and count how often each is answered."""
     seen: Counter[int] = Counter()
     failed = 0
     async with (
@@ -192,15 +135,18 @@ async def cuts(address: str, cache: Path, image: Image.Image, point: str) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--cuts", action="store_true", help="also 1,000 frames through a link that is cut (a minute)")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--bundle", type=Path, required=True, help="a bundle for classification")
+    parser.add_argument(
+        "--cuts", action="store_true", help="also send 1,000 frames through a link that is cut (a minute)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
-    image = load_photo(PHOTO)
+    photo = sample_photo()
+    image = load_photo(photo)
     best = bundle.manifest.ladder.best.id
     result: dict[str, Any] = {"point": best, "frames": FRAMES, "delay_s": DELAY_S}
-    with Server(arguments.bundle) as server, tempfile.TemporaryDirectory() as folder:
+    with running_server(bundle.root, options=QUIET) as server, tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
         with proxy_process(server.grpc, delay_s=DELAY_S / 2) as remote:
             stream, serial = asyncio.run(pipelining(remote, cache, image, best))
@@ -209,9 +155,10 @@ def main() -> None:
         result["pipelining_loopback"] = stream / serial
         result["stream_over_encoding_alone"] = stream / encoding_bound(bundle, image, best)
         result |= asyncio.run(processor_time(server.grpc, cache, image, best))
-        result["bare_exchange_cpu_ms"] = asyncio.run(bare_processor_time(bundle, best))
+        with bare_server() as bare:
+            result["bare_exchange_cpu_ms"] = asyncio.run(bare_processor_time(bundle, bare, best))
         result["peak_mib"] = {
-            split.name: peak_mib(server.grpc, cache, PHOTO, point.id)
+            split.name: peak_mib(server.grpc, cache, photo, point.id)
             for split in bundle.manifest.split_points
             for point in [max((p for p in bundle.manifest.ladder if p.split == split.name), key=lambda p: p.accuracy)]
         }

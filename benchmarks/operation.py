@@ -1,14 +1,17 @@
 """What changes cost while frames flow: rate switches, reloads, many operating points in memory, and a long soak.
 
-- switch: p99 of the round trip while every frame has another operating point than the one before and the control API is
-  asked for another rate 20 times a second, over p99 with one point;
-- reload: p99 of the frames that were in the air in the second after a reload began, over p99 before, with the failures;
-- memory: the server's resident memory with every operating point loaded, over that with one;
-- soak (--soak MINUTES): resident memory at the end over that after the warm-up, under load with reconnects.
-
     python benchmarks/operation.py --bundle build/efficientnet_lite0 [--soak 30] [--json]
 
-Timings are compared within one run only: the machines that run this are shared.
+Prints:
+- switch: the p99 of the round trip while every frame has another operating point than the one before and the control
+  API is asked for another rate 20 times a second, divided by the p99 with one operating point;
+- reload: the p99 of the frames sent in the second after a reload begins, divided by the p99 of the second before; how
+  long a reload takes; and how many frames failed;
+- memory: resident memory of the server with every operating point loaded, divided by that with one;
+- with --soak MINUTES, only this: resident memory at the end divided by that after the warm-up, under load with clients
+  that leave and come back.
+
+Compare timings within one run only, because the machines that run this are shared.
 """
 
 import argparse
@@ -16,19 +19,15 @@ import asyncio
 import itertools
 import json
 import random
-import select
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import numpy as np
-import skimage
 
 from bitneck.bundle import Bundle, BundleWriter
 from bitneck.errors import BitneckError
@@ -36,51 +35,27 @@ from bitneck_edge.bundles.fetch import fetch_bundle
 from bitneck_edge.encoder import EdgeEncoder
 from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.settings import EdgeSettings
+from bitneck_testing.measuring import p50_and_p99
+from bitneck_testing.photographs import sample_photo
+from bitneck_testing.processes import QUIET, Server, running_server
 
-BIN = Path(sys.executable).parent
-PHOTO = Path(skimage.__file__).parent / "data" / "coffee.png"
 CLIENTS, SECONDS, RELOADS = 4, 6.0, 6
 
 
-class Server:
-    """`bitneck-cloud serve` in its own process."""
-
-    def __init__(self, bundle: Path, *options: str) -> None:
-        command = [str(BIN / "bitneck-cloud"), "serve", "--bundle", str(bundle), "--json", "--log-level", "warning"]
-        self._command = [*command, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", *options]
-
-    def __enter__(self) -> Self:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE)
-        assert self.process.stdout is not None
-        select.select([self.process.stdout], [], [], 120)
-        ready = json.loads(self.process.stdout.readline())
-        self.grpc, self.http = ready["grpc"], f"http://{ready['http']}"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-
-    @property
-    def resident_mib(self) -> float:
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
-
-
 def subset(bundle: Bundle, out: Path, keep: Sequence[str]) -> Bundle:
-    """The bundle with some of its operating points only."""
+    """A copy of the bundle with only some of its operating points."""
     points = [entry for entry in bundle.manifest.points if entry.id in keep]
     dropped = tuple(f"points/{entry.id}/" for entry in bundle.manifest.points if entry.id not in keep)
     with BundleWriter(out) as writer:
         for name, entry in bundle.manifest.files.items():
-            if not name.startswith(dropped) if dropped else True:
+            if not name.startswith(dropped):
                 writer.add(name, bundle.path(name).read_bytes(), entry.role)
         fields = bundle.manifest.model_dump() | {"points": [p.model_dump() for p in points], "files": writer.files}
         return writer.finish(type(bundle.manifest).model_validate(fields))
 
 
 class Cameras:
-    """Clients that send pre-encoded frames, one after the other, and note when each was answered."""
+    """Clients that send frames encoded in advance, each one frame at a time, and note the round trips."""
 
     def __init__(self, server: Server, cache: Path) -> None:
         self.settings = EdgeSettings.load({"server": server.grpc, "cache_dir": cache, "retries": 10})
@@ -90,7 +65,7 @@ class Cameras:
     async def prepare(self) -> None:
         self.bundle = await fetch_bundle(self.settings)
         encoder = EdgeEncoder(self.bundle)
-        self.payloads = {p.id: encoder.encode(PHOTO, p.id).encoded.payload for p in encoder.ladder}
+        self.payloads = {p.id: encoder.encode(sample_photo(), p.id).encoded.payload for p in encoder.ladder}
 
     def link(self, name: str) -> Link:
         s = self.settings
@@ -101,7 +76,7 @@ class Cameras:
         return Link(settings, lambda _point, _reason: None)
 
     async def run(self, points: Sequence[str], seconds: float, *, reconnect_s: float = 0.0) -> None:
-        """Load for a while; with `reconnect_s` clients leave and come back about so often."""
+        """Send for a while. With `reconnect_s`, each client leaves and comes back about that often."""
         end = time.perf_counter() + seconds
 
         async def one(k: int) -> None:
@@ -130,14 +105,15 @@ class Cameras:
         await asyncio.gather(*[one(k) for k in range(CLIENTS)])
 
     def p99(self, begin: float = 0.0, end: float = float("inf")) -> float:
-        return float(np.percentile([ms for at, ms in self.rows if begin <= at < end], 99))
+        """99th percentile of the round trips of frames sent between two moments, ms."""
+        return p50_and_p99([ms for at, ms in self.rows if begin <= at < end])["p99_ms"]
 
 
 async def switching(bundle: Bundle, cache: Path) -> dict[str, Any]:
-    """Alternating runs with one point and with another point at every frame."""
+    """Run in turns with one operating point, and with another one at every frame."""
     points = [p.id for p in bundle.manifest.ladder if p.split == bundle.manifest.ladder.best.split]
     ratios, failed, frames = [], 0, 0
-    with Server(bundle.root) as server:
+    with running_server(bundle.root, options=QUIET) as server:
         for _ in range(3):
             fixed, mixed = Cameras(server, cache), Cameras(server, cache)
             await fixed.prepare()
@@ -154,7 +130,7 @@ async def switching(bundle: Bundle, cache: Path) -> dict[str, Any]:
 
 
 async def _ask(server: Server, points: Sequence[str], stop: asyncio.Event) -> int:
-    """Ask for another rate of every session, 20 times a second; how many requests failed."""
+    """Ask for another rate of every session, 20 times a second. Returns how many requests failed."""
     failed = 0
     async with httpx.AsyncClient(base_url=server.http) as http:
         for point in itertools.cycle(points):
@@ -162,19 +138,19 @@ async def _ask(server: Server, points: Sequence[str], stop: asyncio.Event) -> in
                 return failed
             for session in (await http.get("/v1/sessions")).json():
                 reply = await http.put(f"/v1/sessions/{session['id']}/rate", json={"point": point})
-                failed += reply.status_code not in (200, 404)  # 404: it ended in between
+                failed += reply.status_code not in (200, 404)  # 404: the session has just ended
             await asyncio.sleep(0.05)
     return failed
 
 
 async def reloading(bundle: Bundle, folder: Path, cache: Path) -> dict[str, Any]:
-    """Reloads between the whole bundle and one that lacks a point, while every client sends."""
+    """Reload the bundle with all its operating points and with one less in turns, while every client sends."""
     ids = [p.id for p in bundle.manifest.ladder]
     variants = [subset(bundle, folder / "all", ids), subset(bundle, folder / "fewer", ids[1:])]
     served = folder / "served"
     shutil.copytree(variants[0].root, served)
     took, ratios = [], []
-    with Server(served) as server:
+    with running_server(served, options=QUIET) as server:
         cameras = Cameras(server, cache)
         await cameras.prepare()
         sending = asyncio.create_task(cameras.run(ids[1:], 2.0 + RELOADS * 2.5))
@@ -209,11 +185,12 @@ def _replace(source: Path, served: Path) -> None:
 
 
 async def memory(bundle: Bundle, folder: Path, cache: Path) -> dict[str, float]:
-    """Resident memory after frames at every operating point that is loaded."""
+    """Resident memory with every operating point and with one, after frames at each that is loaded."""
     sizes = []
     ids = [p.id for p in bundle.manifest.ladder]
     for keep in (ids, [bundle.manifest.ladder.best.id]):
-        with Server(subset(bundle, folder / f"points-{len(keep)}", keep).root) as server:
+        fewer = subset(bundle, folder / f"points-{len(keep)}", keep)
+        with running_server(fewer.root, options=QUIET) as server:
             cameras = Cameras(server, cache)
             await cameras.prepare()
             await cameras.run(keep, 4.0)
@@ -222,8 +199,8 @@ async def memory(bundle: Bundle, folder: Path, cache: Path) -> dict[str, float]:
 
 
 async def soak(bundle: Bundle, cache: Path, minutes: float) -> dict[str, Any]:
-    """Mixed load with reconnects; memory is read every ten seconds."""
-    with Server(bundle.root, "--resume-s", "5") as server:
+    """Mixed load with reconnects. Memory is read every ten seconds."""
+    with running_server(bundle.root, options=(*QUIET, "--resume-s", "5")) as server:
         cameras = Cameras(server, cache)
         await cameras.prepare()
         running = asyncio.create_task(
@@ -242,9 +219,9 @@ async def soak(bundle: Bundle, cache: Path, minutes: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="only the soak, so long")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--bundle", type=Path, required=True, help="a bundle for classification")
+    parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES", help="run only the soak, for this time")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     result: dict[str, Any] = {}

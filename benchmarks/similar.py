@@ -1,14 +1,19 @@
-"""Bytes of similar frames: coded against an answered frame, or each by itself; on still and on moving scenes.
+"""Bytes of similar frames: coded against a frame that was answered, compared with each frame coded by itself.
 
     python benchmarks/similar.py --bundle build/efficientnet_lite0 [--point s1-r1 ...] [--json]
 
-Wants BITNECK_DATA. Scenes are made from photographs that nothing was fitted to (`imagenet-eval-400`), by
-`bitneck_models.data.scenes`; `drive` are the street scenes of `camvid/test` as they were taken, a second apart; `video`
-is a still scene through H.264. Every frame is coded with the bundle's own codecs, decoded again and compared, and its
-size is that of the message on the stream. The reference is the newest frame that an answer could be there for, `--lag`
-frames back; frames are sent as the edge client sends them: the smaller one of the two, and one in a hundred by itself.
+Scenes are made by `bitneck_models.data.scenes` from photographs that nothing was fitted to (`imagenet-eval-400`):
+- still: the camera stands still, under several kinds of light; `video` is such a scene through H.264;
+- pan, zoom: the camera moves;
+- drive: the street scenes of `camvid/test` as they were taken, one second apart.
 
-Ends with status 1 where a still scene saves less than 20 % of its bytes, or a moving one costs more than 2 % more.
+Each frame is coded with the bundle's own codecs, then decoded and compared. As in the edge client, the smaller of the
+two codings is sent, and one frame in a hundred is coded by itself. The reference is `--lag` frames back: the newest
+frame that can have been answered. Prints for each scene and operating point the bytes saved on the stream, and the
+bytes of the payload without and with a reference.
+
+The data is found through BITNECK_DATA. Ends with status 1 if a still scene saves less than 20 % of its bytes, or a
+moving one costs more than 2 % more.
 """
 
 import argparse
@@ -38,7 +43,13 @@ Frames = Iterator[Image.Image]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A kind of scene: its name, whether the camera stands still, and its frames from a photograph."""
+    """A kind of scene.
+
+    Attributes:
+        name: what the table calls it.
+        still: whether the camera stands still.
+        frames: makes its frames from a photograph.
+    """
 
     name: str
     still: bool
@@ -47,7 +58,7 @@ class Scene:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over frames."""
+    """Sums over the frames of a scene at an operating point: frames, frames with a reference, and bytes."""
 
     frames: int = 0
     referring: int = 0
@@ -84,7 +95,7 @@ def scenes(bundle: Bundle, count: int) -> list[Scene]:
 
 
 def h264(pictures: Sequence[Image.Image]) -> Frames:
-    """The pictures as they come back from an H.264 file."""
+    """The pictures after coding and decoding with H.264."""
     import io
 
     import av
@@ -104,7 +115,7 @@ def h264(pictures: Sequence[Image.Image]) -> Frames:
 
 
 class Streams:
-    """One stream at every operating point, side by side."""
+    """One stream for each operating point, all of the same frames."""
 
     def __init__(self, bundle: Bundle, points: Sequence[str], lag: int) -> None:
         self._bundle = bundle
@@ -115,7 +126,7 @@ class Streams:
         self.tallies: dict[tuple[str, str], Tally] = {}
 
     def run(self, scene: str, frames: Frames) -> None:
-        """Code a sequence of frames."""
+        """Code a sequence of frames at every operating point."""
         sent: dict[str, list[NDArray[np.int32]]] = {name: [] for name in self._encoders}
         for frame in frames:
             f, at = preprocess(frame, self._bundle.manifest.input), 0
@@ -151,7 +162,7 @@ class Streams:
 
 
 def drives(folder: Path) -> Iterator[list[Path]]:
-    """The sequences of street scenes: files of one name's beginning, in order."""
+    """The sequences of street scenes: files whose names begin alike, in order."""
     photos = find_photos(folder)
     for beginning in dict.fromkeys(photo.name.split("_")[0] for photo in photos):
         yield [photo for photo in photos if photo.name.startswith(beginning)]
@@ -159,12 +170,12 @@ def drives(folder: Path) -> Iterator[list[Path]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--point", action="append", help="these only; repeatable")
-    parser.add_argument("--photos", type=int, default=20)
-    parser.add_argument("--frames", type=int, default=15, help="of each scene, the first key frame among them")
-    parser.add_argument("--lag", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--bundle", type=Path, required=True, help="a bundle with tables for similar frames")
+    parser.add_argument("--point", action="append", metavar="ID", help="an operating point; repeatable; all by default")
+    parser.add_argument("--photos", type=int, default=20, help="photographs that each kind of scene is made from")
+    parser.add_argument("--frames", type=int, default=15, help="frames of each scene, the first key frame included")
+    parser.add_argument("--lag", type=int, default=1, help="how many frames back the reference is")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     data = Path(os.environ["BITNECK_DATA"])
     bundle = Bundle.open(arguments.bundle)
@@ -185,7 +196,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows))
     else:
-        print("Saved of the bytes on the wire (of the payload), and the payload alone -> against a reference, bytes:")
+        print("Bytes saved on the wire (of the payload); payload bytes without a reference -> with one:")
         print(f"{'scene':24}" + "".join(f"{point:>23}" for point in points))
         for scene in names:
             cells = [

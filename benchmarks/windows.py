@@ -1,11 +1,13 @@
-"""What coding windows of a latent together saves: groups of windows, rotated to their principal components.
+"""What it saves to code several windows of a latent together: groups of windows, rotated to their principal components.
 
     python benchmarks/windows.py models/zoo/deeplabv3_efficientnet_lite0 --point s1-r6 --data PHOTOS [--runs runs]
 
-The latents are those of a trained separable unit. Photographs of one drive (the file name up to the first `_`) are left
-out in turn: transform and tables are fitted to the other drives' training views, and the drive left out is coded. No
-transform is trained further. Printed: ideal payload bytes at the squared error at which windows coded by themselves,
-rotated likewise, cost 300, 200, 100 bytes; `-` beyond the steps that were tried.
+The latents are those of a trained separable unit; no transform is trained further. The photographs of one drive (file
+names that are equal up to the first `_`) are left out at a time: transform and tables are fitted to the training views
+of the other drives, and the drive that was left out is coded.
+
+Prints for each drive and group the ideal payload bytes at the squared error at which single windows, rotated in the
+same way, cost 300, 200 and 100 bytes. `-` means that no step that was tried comes near that error.
 """
 
 import argparse
@@ -22,12 +24,13 @@ from bitneck_models.zoo.entry import ZooEntry
 
 _CHUNK = 50
 _STEPS = np.geomspace(0.7, 12, 11)
-"""In steps of the point."""
+"""Quantizer steps to try, in steps of the operating point."""
 _PLAIN = (300.0, 200.0, 100.0)
+"""Bytes of single windows, at whose errors the groups are compared."""
 
 
 def grouped(y: NDArray[np.float32], group: tuple[int, int]) -> NDArray[np.float32]:
-    """(N, Cr, h * G1, w * G2) to (N, Cr * G1 * G2, h, w)."""
+    """Windows of a group become channels: (N, Cr, h * G1, w * G2) to (N, Cr * G1 * G2, h, w)."""
     t: torch.Tensor = SpaceToDepth(group)(torch.from_numpy(y))
     return t.numpy()
 
@@ -35,7 +38,14 @@ def grouped(y: NDArray[np.float32], group: tuple[int, int]) -> NDArray[np.float3
 def curve(
     fitted: NDArray[np.float32], coded: NDArray[np.float32], group: tuple[int, int], step: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Squared error and ideal bytes a photograph at each of `_STEPS`; both latents are (N, Cr, h, w)."""
+    """Squared error and ideal bytes of a photograph at each of `_STEPS`.
+
+    Args:
+        fitted: latents that transform and tables are fitted to, (N, Cr, h, w).
+        coded: latents to code, (N, Cr, h, w).
+        group: windows that are coded together, (height, width).
+        step: of the operating point.
+    """
     train, test = grouped(fitted, group), grouped(coded, group)
     mean = train.mean(axis=(0, 2, 3), keepdims=True)
     flat = (train - mean).transpose(1, 0, 2, 3).reshape(train.shape[1], -1)
@@ -57,11 +67,11 @@ def curve(
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("zoo", type=Path)
-    parser.add_argument("--point", required=True, help="a separable point, trained")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--views", type=int, default=6, help="of each photograph, at most")
+    parser.add_argument("zoo", type=Path, help="folder of the zoo")
+    parser.add_argument("--point", required=True, help="a trained operating point with a separable unit")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the recipe's photographs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the cached features")
+    parser.add_argument("--views", type=int, default=6, help="views of each photograph, at most")
     args = parser.parse_args()
     entry = ZooEntry(args.zoo)
     backbone, point = entry.backbone(), entry.recipe.point(args.point)
@@ -70,7 +80,7 @@ def main() -> None:
     kept = np.concatenate([np.arange(views) < args.views for _, views in sets.train])
     drives = np.concatenate([[path.name.split("_")[0]] * views for path, views in sets.train])[kept]
     if len(set(drives)) < 2:
-        parser.error("the photographs are of one drive; none can be left out")
+        parser.error("all photographs are of one drive, so none can be left out")
     unit, rows = entry.unit(backbone, point), np.flatnonzero(kept)
     with torch.no_grad():
         chunks = (rows[k : k + _CHUNK] for k in range(0, len(rows), _CHUNK))

@@ -1,10 +1,10 @@
-"""Run the Dockerfiles' own commands without a container engine: every stage in clean virtual environments.
-
-The stages' RUN lines are taken from the files, with their folders moved to a temporary place; COPY is done by hand, and
-what needs root (the user) is left out. Then the cloud's entry point serves the bundle that the builder exported, and
-the edge's sends it a photograph. It takes a few minutes, and downloads what the images would.
+"""Check the Dockerfiles without a container engine: run their own commands in clean virtual environments.
 
     python scripts/check_containers.py [--keep DIR]
+
+The RUN lines are taken from the files; their folders are moved to a temporary place. This script does the COPY lines
+itself and leaves out what needs root. Then the cloud's entry point serves the bundle that the builder exported, and the
+edge's entry point sends it a photograph. It takes a few minutes and downloads what the images would download.
 """
 
 import argparse
@@ -18,21 +18,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-import skimage
+from bitneck_testing.photographs import sample_photo
+from bitneck_testing.processes import edge_run, run_json, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
-PHOTO = Path(skimage.__file__).parent / "data" / "coffee.png"
 NEEDS_ROOT = re.compile(r"&& (useradd|mkdir /cache|chown|rm -rf /wheels)[^&]*")
 
 
 def stages(dockerfile: Path) -> list[tuple[str, str]]:
-    """(instruction, arguments) of a Dockerfile, lines joined, comments left out."""
+    """The (instruction, arguments) of a Dockerfile: continued lines are joined, comments are left out."""
     text = re.sub(r"^#.*\n", "", dockerfile.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in text.splitlines() if line.strip()]
 
 
 def build(name: str, image: Path) -> None:
-    """Do what the Dockerfile says, below `image`."""
+    """Do what the Dockerfile of a component says, below the folder `image`."""
     source, environment = image / "src", dict(os.environ)
     source.mkdir(parents=True)
     for instruction, arguments in stages(ROOT / name / "Dockerfile"):
@@ -55,14 +55,14 @@ def build(name: str, image: Path) -> None:
 
 
 def installed(venv: Path) -> set[str]:
-    """Packages of a virtual environment."""
+    """The packages that a virtual environment has."""
     done = subprocess.run([venv / "bin" / "pip", "list", "--format", "json"], capture_output=True, check=True)
     return {package["name"] for package in json.loads(done.stdout)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path, help="work here, and leave what was made")
+    parser.add_argument("--keep", type=Path, help="work in this folder, and keep it afterwards")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.keep or Path(temporary)
@@ -71,18 +71,10 @@ def main() -> None:
             packages = installed(root / name / "opt" / "bitneck")
             assert not packages & {"torch", "torchvision", "timm"}, packages
             assert ("fastapi" in packages) == (name == "cloud"), packages
-        cloud = [root / "cloud" / "opt" / "bitneck" / "bin" / "bitneck-cloud", "serve"]
-        options = ["--bundle", root / "cloud" / "bundle", "--log-format", "json", "--json"]
-        addresses = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-        with subprocess.Popen([*cloud, *options, *addresses], stdout=subprocess.PIPE) as server:
-            try:
-                assert server.stdout is not None
-                address = json.loads(server.stdout.readline())["grpc"]
-                edge = [root / "edge" / "opt" / "bitneck" / "bin" / "bitneck-edge", "run", PHOTO, "--server", address]
-                done = subprocess.run([*edge, "--cache-dir", root / "cache", "--json"], capture_output=True, check=True)
-            finally:
-                server.terminate()
-        answer = json.loads(done.stdout)["frames"][0]
+        cloud, edge = (root / name / "opt" / "bitneck" / "bin" / f"bitneck-{name}" for name in ("cloud", "edge"))
+        with running_server(root / "cloud" / "bundle", options=("--log-format", "json"), program=cloud) as server:
+            document = run_json(edge_run(server.grpc, root / "cache", "--json", sample_photo(), program=edge))
+        answer = document["frames"][0]
         print(f"{answer['point']}: {answer['payload_bytes']} bytes, {answer['labels'][0]['name']}")
 
 

@@ -1,30 +1,25 @@
-"""The whole path on real photographs: a cloud process, edge processes, every operating point, and a rate change.
+"""Show the whole path on real photographs: a cloud process, edge processes, every operating point, and a rate change.
 
-Prints, for every photograph and operating point, bytes, label and time beside JPEG at the lowest quality that keeps the
-label; then changes the rate over HTTP in the middle of a running stream; then a street scene goes to the second model
-of the same server and comes back as a class map (photograph and overlays in one picture). Exits 0 only if all of it
-happened.
+First it prints, for every photograph and operating point, bytes, label and time, beside JPEG at the lowest quality that
+keeps the label. Then it changes the rate over HTTP in the middle of a running stream. Then it sends a street scene to
+the second model of the same server and gets a class map back; one picture shows the photograph and the overlays. It
+exits with 0 only if all of it happened.
 """
 
 import argparse
 import io
 import json
 import os
-import select
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
-import skimage
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -32,85 +27,40 @@ from rich.table import Table
 from bitneck.bundle import Bundle
 from bitneck.chain import SegmentChain
 from bitneck.image import crop, load_photo, normalize, preprocess
+from bitneck_testing.photographs import sample_photo
+from bitneck_testing.processes import (
+    QUIET,
+    ProcessFailed,
+    Server,
+    child_process,
+    edge_run,
+    run_json,
+    running_server,
+    wait_for_session,
+)
 
-BIN = Path(sys.executable).parent
 PHOTOS = ("camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
-START_S = 120.0
 FPS = 20.0
 
 
 class DemoError(Exception):
-    """Something that the demo shows did not happen."""
-
-
-@dataclass(frozen=True)
-class Cloud:
-    grpc: str
-    http: str
-
-
-@contextmanager
-def process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A child process that never outlives the block."""
-    child = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, **options)
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
-            try:
-                child.wait(15)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-        if child.stdout is not None:
-            child.stdout.close()
-
-
-@contextmanager
-def cloud(*bundles: Path) -> Iterator[Cloud]:
-    command = [str(BIN / "bitneck-cloud"), "serve", "--grpc", "127.0.0.1:0"]
-    for bundle in bundles:
-        command += ["--bundle", str(bundle)]
-    command += ["--http", "127.0.0.1:0", "--json", "--log-level", "warning"]
-    with process(command) as child:
-        assert child.stdout is not None
-        readable, _, _ = select.select([child.stdout], [], [], START_S)
-        line = child.stdout.readline() if readable else ""
-        if not line:
-            raise DemoError(f"the cloud did not start within {START_S:.0f} s (exit code {child.poll()})")
-        ready = json.loads(line)
-        yield Cloud(ready["grpc"], f"http://{ready['http']}")
+    """Something that the demo wants to show did not happen."""
 
 
 @dataclass(frozen=True)
 class Edge:
     """`bitneck-edge run` for one of the cloud's models."""
 
-    cloud: Cloud
+    cloud: Server
     cache: Path
     model: str
 
     def command(self, *arguments: str) -> list[str]:
-        command = [str(BIN / "bitneck-edge"), "run", "--json", "--server", self.cloud.grpc, "--model", self.model]
-        return [*command, "--cache-dir", str(self.cache), *arguments]
+        return edge_run(self.cloud.grpc, self.cache, "--json", "--model", self.model, *arguments)
 
     def run(self, *arguments: str) -> dict[str, Any]:
-        """As its own process; its JSON document."""
-        command = self.command(*arguments)
-        with process(command) as child:
-            out, _ = child.communicate()
-            if child.returncode != 0:
-                raise DemoError(f"{' '.join(command)} ended with {child.returncode}")
-            document: dict[str, Any] = json.loads(out)
-            return document
-
-
-def http(method: str, url: str, body: dict[str, Any] | None = None) -> Any:
-    data = json.dumps(body).encode() if body is not None else None
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)  # noqa: S310
-    with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
-        return json.load(response)
+        """Run it as a process of its own; its JSON document."""
+        return run_json(self.command(*arguments))
 
 
 def top_label(chain: SegmentChain, bundle: Bundle, image: Image.Image) -> int:
@@ -194,13 +144,13 @@ def show_rate_change(console: Console, bundle: Bundle, edge: Edge, photos: list[
     seconds = 6
     repeat = int(FPS * seconds / len(photos))
     command = edge.command("--client", "demo", "--point", high.id, "--fps", str(FPS), "--repeat", str(repeat))
-    with process([*command, *map(str, photos)]) as child:
+    with child_process([*command, *photos]) as child:
         session = wait_for_session(edge.cloud, "demo")
         time.sleep(seconds / 3)
         url = f"{edge.cloud.http}/v1/sessions/{session}/rate"
-        first = http("PUT", url, {"max_bytes_per_frame": low.payload_bytes + 1})
+        first = httpx.put(url, json={"max_bytes_per_frame": low.payload_bytes + 1}).raise_for_status().json()
         time.sleep(seconds / 3)
-        second = http("PUT", url, {"point": high.id})
+        second = httpx.put(url, json={"point": high.id}).raise_for_status().json()
         out, _ = child.communicate(timeout=60)
         if child.returncode != 0:
             raise DemoError(f"the stream ended with {child.returncode}")
@@ -227,13 +177,13 @@ def show_rate_change(console: Console, bundle: Bundle, edge: Edge, photos: list[
 
 
 def street() -> Path:
-    """A street scene of CamVid's test set where the data is there; else any photograph."""
+    """A street scene of CamVid's test set if BITNECK_DATA has it, else a photograph of a motorcycle."""
     scenes = sorted((Path(os.environ.get("BITNECK_DATA", "")) / "camvid" / "test" / "images").glob("*"))
-    return scenes[len(scenes) // 2] if scenes else Path(skimage.__file__).parent / "data" / "motorcycle_left.png"
+    return scenes[len(scenes) // 2] if scenes else sample_photo("motorcycle_left.png")
 
 
 def show_class_maps(console: Console, bundle: Bundle, edge: Edge, photo: Path, out: Path) -> None:
-    """One photograph at every operating point, and what becomes of it."""
+    """Send one photograph at every operating point, and compare the class maps with that of the whole network."""
     manifest, chain = bundle.manifest, SegmentChain(bundle)
     reference = chain.run(preprocess(load_photo(photo), manifest.input), 0, len(chain))[0].argmax(axis=0)  # (H, W)
     table = Table("", "bytes", "bpp", "map back", "as uncompressed", "largest classes", "cloud ms", title=photo.name)
@@ -270,31 +220,21 @@ def show_class_maps(console: Console, bundle: Bundle, edge: Edge, photo: Path, o
     )
 
 
-def wait_for_session(server: Cloud, client: str) -> str:
-    limit = time.monotonic() + START_S
-    while time.monotonic() < limit:
-        for session in http("GET", f"{server.http}/v1/sessions"):
-            if session["client"] == client and session["frames_answered"]:
-                return str(session["id"])
-        time.sleep(0.1)
-    raise DemoError("the stream never appeared in the control API")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, required=True, help="of a network for classification")
-    parser.add_argument("--segmentation", type=Path, required=True, help="the bundle of one for segmentation")
-    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="for the pictures of class maps")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, required=True, help="a bundle for classification")
+    parser.add_argument("--segmentation", type=Path, required=True, help="a bundle for segmentation")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the pictures of class maps")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was started with SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # even if SIGINT was ignored at the start
     console = Console(width=max(110, Console().width), soft_wrap=False)
-    folder = Path(skimage.__file__).parent / "data"
-    photos = [folder / name for name in PHOTOS]
+    photos = [sample_photo(name) for name in PHOTOS]
     bundle, scenes = Bundle.open(arguments.bundle), Bundle.open(arguments.segmentation)
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory() as cache, cloud(arguments.bundle, arguments.segmentation) as server:
+        bundles = (arguments.bundle, arguments.segmentation)
+        with tempfile.TemporaryDirectory() as cache, running_server(*bundles, options=QUIET) as server:
             console.print(f"cloud: gRPC {server.grpc}, control API {server.http}/docs")
             edge = Edge(server, Path(cache), bundle.manifest.name)
             show_points(console, bundle, edge, photos)
@@ -302,7 +242,7 @@ def main() -> None:
             streets = Edge(server, Path(cache), scenes.manifest.name)
             console.print(f"\n{scenes.manifest.name}, on the same server:")
             show_class_maps(console, scenes, streets, street(), arguments.out)
-    except DemoError as exc:
+    except (DemoError, ProcessFailed, httpx.HTTPError) as exc:
         sys.exit(f"demo failed: {exc}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,24 +1,41 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bitneck.bundle import Bundle
-from tiny import make_tiny_bundle
+from bitneck_testing.coco_folders import make_coco_folder
+from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A small real bundle, shared: do not change its files."""
+    """A small real bundle for classification. All tests share it: do not change its files."""
     return make_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
 
 
 @pytest.fixture(scope="session")
 def scene_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A small real bundle for segmentation, shared: do not change its files."""
+    """A small real bundle for segmentation. All tests share it: do not change its files."""
     return make_tiny_bundle(tmp_path_factory.mktemp("scene") / "bundle", name="scene", task="segmentation")
 
 
 @pytest.fixture
 def own_tiny_bundle(tmp_path: Path) -> Bundle:
-    """A small real bundle of the test's own, to break."""
+    """A small real bundle that the test may break."""
     return make_tiny_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """A folder of five photographs with annotations as COCO has them, which the test may change."""
+    return make_coco_folder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch: the networks are tiny, so more threads would only wait for one another."""
+    from bitneck_testing.networks import torch_threads
+
+    with torch_threads(1):
+        yield

@@ -8,7 +8,7 @@ import torch
 from bitneck_models.search.search import load_space, open_study, work
 from bitneck_models.training.pipeline import photo_sets
 from bitneck_models.zoo.entry import ZooEntry
-from small import small_backbone
+from bitneck_testing.networks import small_backbone
 
 torch.set_num_threads(1)
 storage, space_path, zoo, data, runs, trials = sys.argv[1:]

@@ -8,8 +8,8 @@ import pytest
 from bitneck.errors import InvalidConfig
 from bitneck_models.data.photos import LabelledPhoto
 from bitneck_models.measure.baselines import CODECS, image_baselines, raw_baselines, training_free
-from small import small_backbone
-from tiny import photo
+from bitneck_testing.networks import small_backbone
+from bitneck_testing.photographs import photo
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
 from bitneck.ids import check_id, check_relative_path
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest, bundle_id_of, sha256_hex
-from tiny import CLASSES, INPUT, make_tiny_bundle, photo
+from bitneck_testing.photographs import photo
+from bitneck_testing.tiny_bundles import CLASSES, INPUT, make_tiny_bundle
 
 
 def test_open_reads_what_was_written(tiny_bundle: Bundle) -> None:

@@ -19,9 +19,9 @@ from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.cli.load_generator import LoadPlan, run_load, summarize
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
-from clients import Frames, Stream, open_stream, stub
-from servers import BIN, Server, running_server, start_server
-from tiny import photo, photo_bytes
+from bitneck_testing.photographs import photo, photo_bytes
+from bitneck_testing.processes import BIN, running_server, start_server
+from bitneck_testing.streams import Frames, Stream, open_stream, stub
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUESTS = 10_000
@@ -30,13 +30,6 @@ REQUESTS = 10_000
 @pytest.fixture(scope="module")
 def frames(tiny_bundle: Bundle) -> Frames:
     return Frames(tiny_bundle)
-
-
-def resident_mib(server: Server) -> float:
-    for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError("no VmRSS")
 
 
 @pytest.mark.timeout(240)
@@ -85,11 +78,11 @@ async def test_ten_thousand_requests_of_which_a_third_is_bad(tiny_bundle: Bundle
                 await stream.call.done_writing()
 
         await asyncio.gather(*[client(k) for k in range(2)])
-        after_some = resident_mib(server)
+        after_some = server.resident_mib
         await asyncio.gather(*[client(k) for k in range(2, 8)])
         assert sum(outcomes.values()) == REQUESTS
         assert 0.27 < outcomes["fault"] / REQUESTS < 0.38
-        assert resident_mib(server) < after_some + 24
+        assert server.resident_mib < after_some + 24
         async with stub(server.grpc) as cloud:
             stream = await open_stream(cloud, tiny_bundle.bundle_id)
             assert (await stream.ask(frames.frame(1))).HasField("result")
@@ -99,7 +92,7 @@ async def test_a_slow_reader_holds_up_nobody_but_itself(tiny_bundle: Bundle, fra
     with running_server(tiny_bundle.root, options=("--window", "8")) as server:
         async with stub(server.grpc) as cloud, stub(server.grpc) as other:
             slow = await open_stream(cloud, tiny_bundle.bundle_id)
-            before = resident_mib(server)
+            before = server.resident_mib
             frame = frames.frame(1)
 
             async def push() -> None:
@@ -113,7 +106,7 @@ async def test_a_slow_reader_holds_up_nobody_but_itself(tiny_bundle: Bundle, fra
                 assert (await quick.ask(frames.frame(seq, seed=seq % 3))).HasField("result")
             await asyncio.sleep(1.0)
             assert not pushing.done()  # flow control has stopped it
-            assert resident_mib(server) < before + 32
+            assert server.resident_mib < before + 32
             pushing.cancel()
             slow.call.cancel()
 

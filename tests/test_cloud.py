@@ -18,9 +18,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from bitneck.bundle import Bundle
 from bitneck.frames import frame_crc32c
 from bitneck.v1 import inference_pb2 as pb
-from clients import Frames, Stream, open_stream, sealed, stub
-from servers import BIN, Server, running_server, start_server
-from tiny import make_tiny_bundle
+from bitneck_testing.processes import BIN, Server, running_server, start_server
+from bitneck_testing.streams import Frames, Stream, open_stream, sealed, stub
+from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 CODE = {status.name: status.value[0] for status in grpc.StatusCode}
 

@@ -32,8 +32,8 @@ from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.outbox import Outbox
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_cloud.sessions.session import Event, Phase, Session, StreamState, Verdict
-from clients import Frames, assert_a_batch_equals_frame_by_frame
-from tiny import make_tiny_bundle
+from bitneck_testing.streams import Frames, assert_a_batch_equals_frame_by_frame
+from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=20))

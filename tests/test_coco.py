@@ -1,7 +1,6 @@
 """COCO's instances as class maps: what is drawn, what is void, what is left out, and training on it."""
 
 import builtins
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,57 +12,7 @@ from bitneck.errors import InvalidConfig
 from bitneck_models.data.class_maps import VOID, load_class_map, mapped_photos
 from bitneck_models.data.coco import LEAST_PIXELS, coco_maps, find_instances, instance_map
 from bitneck_models.networks.voc import VOC_CLASSES
-from tiny import photo
-
-NAMES = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle"}
-NAMES |= {"pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv"}
-IDS = {name: 10 * k for k, name in enumerate(VOC_CLASSES) if k}
-PERSON, DOG, TRUCK = IDS["person"], IDS["dog"], 7
-CLASSES = {number: VOC_CLASSES.index(name) for name, number in IDS.items()}
-
-
-def square(left: int, top: int, size: int) -> list[list[float]]:
-    return [[left, top, left + size, top, left + size, top + size, left, top + size]]
-
-
-def instance(picture: int, category: int, segmentation: Any, crowd: int = 0) -> dict[str, Any]:
-    return {"image_id": picture, "category_id": category, "segmentation": segmentation, "iscrowd": crowd}
-
-
-def document(**changes: Any) -> dict[str, Any]:
-    """Five photographs of 64 x 48: enough, too little, nothing of ours, a crowd, two dogs."""
-    categories = [{"id": number, "name": NAMES.get(name, name)} for name, number in IDS.items()]
-    pictures = [{"id": k, "file_name": f"{k:03d}.jpg", "width": 64, "height": 48} for k in (5, 4, 3, 2, 1)]
-    crowd = {"size": [48, 64], "counts": [48 * 20, 48 * 30, 48 * 14]}  # columns 20 to 49
-    annotations = [
-        instance(1, PERSON, square(2, 3, 40)),
-        instance(1, DOG, square(30, 10, 20)),
-        instance(2, PERSON, square(0, 0, 10)),
-        instance(3, TRUCK, square(0, 0, 40)),
-        instance(4, PERSON, crowd, crowd=1),
-        instance(4, DOG, square(0, 0, 15)),
-        instance(5, DOG, square(0, 0, 45)),
-    ]
-    return {"categories": [*categories, {"id": TRUCK, "name": "truck"}], "images": pictures} | {
-        "annotations": annotations
-    } | changes  # fmt: skip
-
-
-@pytest.fixture
-def coco(tmp_path: Path) -> Path:
-    folder = tmp_path / "coco" / "tiny2017"
-    folder.mkdir(parents=True)
-    (tmp_path / "coco" / "annotations").mkdir()
-    for k in range(1, 6):
-        photo(k, (64, 48)).save(folder / f"{k:03d}.jpg")
-    write(folder, document())
-    return folder
-
-
-def write(folder: Path, values: Any) -> Path:
-    path = folder.parent / "annotations" / f"instances_{folder.name}.json"
-    path.write_text(json.dumps(values))
-    return path
+from bitneck_testing.coco_folders import CLASSES, DOG, PERSON, TRUCK, document, instance, square, write
 
 
 def test_what_is_drawn() -> None:

@@ -14,7 +14,7 @@ from bitneck.coding.conditional_codec import ConditionalCodec, Reference, symbol
 from bitneck.coding.conditional_model import KEEP_TOTAL, KERNEL_TOTAL, ConditionalModel
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig, MalformedFrame
-from tiny import conditional, make_tiny_bundle
+from bitneck_testing.tiny_bundles import conditional, make_tiny_bundle
 
 GOLDEN_SIMILAR = "d69ef90d72a95661ad3c"
 GOLDEN_OTHER = "b3cf96f663dc99c0c92c1cc69ac0199a577055410baba8"

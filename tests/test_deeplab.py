@@ -1,6 +1,5 @@
 """DeepLab v3 on EfficientNet-Lite0: the network, its training, and units that learn from class maps."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +39,7 @@ from bitneck_models.zoo.recipe import TaskTerm
 NAME = "deeplabv3_efficientnet_lite0"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

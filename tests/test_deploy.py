@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +20,8 @@ from bitneck_cloud.settings import CloudSettings
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
-from servers import running_server
-from tiny import photo
+from bitneck_testing.photographs import photo
+from bitneck_testing.processes import free_port, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -101,13 +100,6 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
 def _sample_names(family: Any) -> set[str]:
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}[family.type]
     return {family.name + suffix for suffix in suffixes}
-
-
-def free_port() -> int:
-    with socket.socket() as it:
-        it.bind(("127.0.0.1", 0))
-        port: int = it.getsockname()[1]
-    return port
 
 
 @pytest.mark.skipif(shutil.which("haproxy") is None, reason="needs haproxy, a Debian package")

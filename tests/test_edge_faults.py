@@ -21,9 +21,9 @@ from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.link.remote import Access
-from rogue import answer_all, opened, result, rogue_server
-from servers import BIN
-from tiny import photo, photo_bytes
+from bitneck_testing.photographs import photo, photo_bytes
+from bitneck_testing.processes import BIN
+from bitneck_testing.rogue_servers import answer_all, opened, result, rogue_server
 
 HANG_S = 60.0
 """Only a hang takes so long."""

@@ -20,9 +20,10 @@ from bitneck.errors import ImageError, Unavailable
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.sync import SyncEdgeClient
-from links import Proxy
-from servers import Server, running_server, start_server
-from tiny import make_tiny_bundle, photo
+from bitneck_testing.links import Proxy
+from bitneck_testing.photographs import photo
+from bitneck_testing.processes import Server, running_server, start_server
+from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 HANG_S = 60.0
 PHOTO = photo(3)

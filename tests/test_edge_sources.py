@@ -21,8 +21,8 @@ from bitneck.bundle import Bundle
 from bitneck.errors import ImageError, InvalidConfig
 from bitneck_edge.sources.capture import Capture, Slots, captures, newest
 from bitneck_edge.sources.read import Source, in_thread, parse_sources, read_sources
-from servers import Server, running_server
-from tiny import photo, photo_bytes
+from bitneck_testing.photographs import photo, photo_bytes
+from bitneck_testing.processes import Server, running_server
 
 BIN = Path(sys.executable).parent
 HANG_S = 60.0

@@ -27,8 +27,8 @@ from bitneck_edge.bundles.cache import forget_old, remember
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
 from bitneck_edge.link.flow import Flow
-from rogue import answer_all, opened, result, rogue_server
-from tiny import photo, photo_bytes
+from bitneck_testing.photographs import photo, photo_bytes
+from bitneck_testing.rogue_servers import answer_all, opened, result, rogue_server
 
 
 def settings(tmp_path: Path, **values: Any) -> dict[str, Any]:

@@ -16,9 +16,14 @@ import pytest
 from bitneck import errors
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPONENTS = {"shared": "bitneck", "edge": "bitneck_edge", "cloud": "bitneck_cloud", "models": "bitneck_models"}
+COMPONENTS = {
+    "shared": "bitneck", "edge": "bitneck_edge", "cloud": "bitneck_cloud", "models": "bitneck_models",
+    "testing": "bitneck_testing",
+}  # fmt: skip
 PACKAGES = set(COMPONENTS.values())
 TORCH = {"torch", "torchvision", "timm"}
+WITH_TORCH = ROOT / "testing" / "bitneck_testing" / "networks.py"
+"""The one module outside models that may import torch; serving tests do without it."""
 
 
 def sources(component: str) -> list[Path]:
@@ -38,11 +43,33 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_components_import_shared_and_nothing_else_of_ours(component: str) -> None:
-    allowed = {"bitneck", COMPONENTS[component]}
+    """Testing may import all of them; none of them imports testing."""
+    allowed = {"bitneck", COMPONENTS[component]} if component != "testing" else PACKAGES
     for path in sources(component):
         assert imported(path) & PACKAGES <= allowed, path
-        if component != "models":
+        if component != "models" and path != WITH_TORCH:
             assert not imported(path) & TORCH, path
+
+
+def test_tests_benchmarks_and_scripts_do_not_import_one_another() -> None:
+    """What they share stands in `bitneck_testing`."""
+    folders = {name: sorted((ROOT / name).glob("*.py")) for name in ("tests", "benchmarks", "scripts")}
+    theirs = {path.stem for paths in folders.values() for path in paths}
+    assert {"conftest", "oracle", "serving", "demo"} <= theirs
+    for folder, paths in folders.items():
+        allowed = {"oracle"} if folder == "tests" else set()
+        for path in paths:
+            assert imported(path) & theirs <= allowed, path
+
+
+def test_helpers_of_tests_are_not_in_the_wheel() -> None:
+    """A development install has them on its path all the same."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    product = [f"{folder}/{package}" for folder, package in COMPONENTS.items() if folder != "testing"]
+    assert build["targets"]["wheel"]["packages"] == product
+    assert build["dev-mode-dirs"] == list(COMPONENTS)
+    for name in ("cloud", "edge"):
+        assert "testing" not in (ROOT / name / "Dockerfile").read_text()
 
 
 def test_only_the_commands_load_a_component_by_its_name() -> None:
@@ -57,11 +84,12 @@ def test_only_the_commands_load_a_component_by_its_name() -> None:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_what_is_imported_is_declared(component: str) -> None:
-    """In the dependencies that everyone gets, or in the component's own extra: not in another one's."""
+    """In the dependencies that everyone gets, or in the component's own extras: not in another one's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"].get(component, [])]
-    on_demand = {"cloud": "traces", "edge": "video"}  # imported only if asked for
-    wanted += project["optional-dependencies"].get(on_demand.get(component, ""), [])
+    further = {"cloud": ("traces",), "edge": ("video",), "testing": ("edge", "cloud", "models", "dev")}
+    wanted = list(project["dependencies"])
+    for extra in (component, *further.get(component, ())):
+        wanted += project["optional-dependencies"].get(extra, [])
     declared = {re.split(r"[<>=!~; \[]", line)[0].lower().replace("-", "_") for line in wanted}
     declared |= {"starlette"} if "fastapi" in declared else set()  # fastapi is a layer of it, and hands its types out
     provided_by = importlib.metadata.packages_distributions()
@@ -113,9 +141,9 @@ def test_what_shared_defines_in_public_is_listed() -> None:
         assert defined <= set(module.__all__), path
 
 
-@pytest.mark.parametrize("component", ["shared", "edge", "cloud"])
+@pytest.mark.parametrize("component", ["shared", "edge", "cloud", "testing"])
 def test_serving_imports_no_torch_and_prints_nothing(component: str) -> None:
-    lines = [f"import {name}" for name in modules(component)]
+    lines = [f"import {name}" for name in modules(component) if name != "bitneck_testing.networks"]
     code = ";".join(
         [*lines, "import sys", "bad = {'torch','torchvision','timm'} & set(sys.modules)", "assert not bad, bad"]
     )

@@ -15,7 +15,7 @@ from bitneck.errors import ImageError
 from bitneck.image import crop, find_photos, load_photo, preprocess
 from bitneck.manifest import InputSpec
 from bitneck_models.networks.vision import import_torchvision
-from tiny import photo, photo_bytes
+from bitneck_testing.photographs import photo, photo_bytes
 
 SIZES = ((500, 375), (375, 500), (256, 256), (257, 256), (224, 300), (90, 61), (31, 1000), (1024, 768), (1, 1), (3, 2))
 

@@ -1,6 +1,5 @@
 """Topologies, starts, task terms, the l1 rate term, labels, complexity, intervals."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +24,14 @@ from bitneck_models.units.starts import init_linear, init_nested, init_next
 from bitneck_models.units.units import BottleneckUnit, Topology
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.recipe import PointRecipe, TaskTerm, TrainingRecipe, load_recipe
-from small import small_backbone
-from tiny import INPUT, photo
+from bitneck_testing.networks import small_backbone
+from bitneck_testing.photographs import photo
+from bitneck_testing.tiny_bundles import INPUT
 
 TOPOLOGIES: tuple[Topology, ...] = ("separable", "separable2", "conv", "conv2", "inverted", "nested")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tail_of_ten(channels: int) -> nn.Sequential:

@@ -19,7 +19,8 @@ from bitneck_models.data.class_maps import class_iou, load_class_map, mapped_pho
 from bitneck_models.measure.map_evaluation import MapEvaluation, evaluate_maps
 from bitneck_models.networks.vision import import_torchvision
 from bitneck_models.zoo.entry import tables_digests
-from tiny import SCENE_CLASSES, SCENE_INPUT, photo
+from bitneck_testing.photographs import photo
+from bitneck_testing.tiny_bundles import SCENE_CLASSES, SCENE_INPUT
 
 H, W, K = SCENE_INPUT.height, SCENE_INPUT.width, len(SCENE_CLASSES)
 SIZES = ((40, 24), (70, 50), (33, 90), (40, 24), (64, 64))

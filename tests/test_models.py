@@ -1,7 +1,6 @@
 """Training side: backbone and splits, units, rate terms, recipes, training, export, evaluation."""
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,13 @@ from bitneck_models.units.starts import init_linear
 from bitneck_models.units.units import BottleneckUnit, Geometry, prune_channels
 from bitneck_models.zoo.entry import ZooEntry, tables_digests
 from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe, load_recipe
-from small import small_backbone
-from tiny import photo
+from bitneck_testing.networks import small_backbone
+from bitneck_testing.photographs import photo
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These networks are tiny: several threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """`bitneck-models` from photographs to the report, with the network of three stages."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,39 +13,9 @@ from typer.testing import CliRunner
 from bitneck.errors import InvalidConfig
 from bitneck_models.cli.main import app
 from bitneck_models.networks import backbones
-from small import small_backbone
-from tiny import photo
+from bitneck_testing.networks import RECIPE, small_backbone
+from bitneck_testing.photographs import photo
 
-RECIPE = """
-name = "efficientnet_lite0"
-backbone = "small"
-[[data]]
-folder = "photos"
-views = 3
-validate_every = 4
-[training]
-steps = 10
-finish_steps = 5
-batch = 16
-warmup_steps = 3
-[[points]]
-id = "s1-r2"
-split = "s1"
-stride = 2
-channels = 6
-step = 0.1
-lambda = 300
-init = "principal"
-[[points]]
-id = "s1-r1"
-split = "s1"
-stride = 2
-channels = 6
-step = 0.3
-lambda = 30
-init = "s1-r2"
-task = [{ kind = "kl" }]
-"""
 SPACE = """
 name = "small"
 split = "s1"
@@ -133,15 +105,13 @@ def test_search_and_pareto(home: Path) -> None:
 def test_two_workers_from_one_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers are processes of their own; they learn of the small network as they start."""
     (home / "sitecustomize.py").write_text(
-        f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+        """
 from bitneck_models.networks import backbones
-from small import small_backbone
+from bitneck_testing.networks import small_backbone
 backbones.BACKBONES["small"] = lambda _weights: small_backbone()
 """
     )
-    monkeypatch.setenv("PYTHONPATH", str(home))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(home), *filter(None, sys.path)]))
     run("search", "zoo", "--space", "space.toml", "--data", ".", "--trials", "6", "--workers", "2")
     from bitneck_models.search.search import load_space, open_study
 

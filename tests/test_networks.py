@@ -27,6 +27,7 @@ from bitneck_models.networks.vision import import_torchvision
 from bitneck_models.networks.voc import VOC_CLASSES
 from bitneck_models.networks.weights import RANDOM, load_state, randomize
 from bitneck_models.zoo.recipe import load_recipe
+from bitneck_testing.networks import SHAPES, torch_threads
 
 SMALL = 65
 """Height and width in place of 224 and 513: neither network has a layer that knows its input's size, but the last."""
@@ -34,10 +35,8 @@ SMALL = 65
 
 @pytest.fixture(scope="module", autouse=True)
 def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +93,6 @@ def difference(a: Any, b: Any) -> float:
 def onnx_run(module: nn.Module, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     out: np.ndarray[Any, Any] = onnxruntime.InferenceSession(to_onnx(module, x.shape[1:])).run(None, {"x": x})[0]
     return out
-
-
-SHAPES = {
-    "resnet50": {"s3": (1024, 14, 14), "s2": (2048, 7, 7), "s1": (2048, 7, 7)},
-    "deeplabv3_resnet50": {"s3": (1024, 65, 65), "s2": (2048, 65, 65), "s1": (256, 65, 65)},
-}
 
 
 @pytest.mark.parametrize("name", ["resnet50", "deeplabv3_resnet50"])

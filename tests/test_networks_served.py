@@ -28,10 +28,10 @@ from bitneck_models.spic.checkpoint import PLACES, load_spic
 from bitneck_models.spic.point import write_spic_point
 from bitneck_models.training.pipeline import prune_and_fit
 from bitneck_models.zoo.entry import PointRecord, ZooEntry, new_unit, round_weights
-from clients import Frames, assert_a_batch_equals_frame_by_frame
-from servers import Server, running_server
-from test_spic import checkpoint, saved
-from tiny import photo
+from bitneck_testing.networks import checkpoint, saved
+from bitneck_testing.photographs import photo
+from bitneck_testing.processes import Server, running_server
+from bitneck_testing.streams import Frames, assert_a_batch_equals_frame_by_frame
 
 RECIPE = """
 name = "paper"
@@ -52,12 +52,7 @@ init = "random"
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()

@@ -24,9 +24,10 @@ from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, Unauthenticated, Unavailable
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.client import EdgeClient
-from clients import Frames, open_stream, stub
-from servers import BIN, Server, running_server
-from tiny import make_tiny_bundle, photo
+from bitneck_testing.photographs import photo
+from bitneck_testing.processes import BIN, Server, running_server
+from bitneck_testing.streams import Frames, open_stream, stub
+from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 
 @pytest.fixture(scope="module")

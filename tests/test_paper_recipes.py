@@ -17,10 +17,9 @@ from bitneck_models.training.pipeline import photo_sets, train_point
 from bitneck_models.units.units import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.recipe import Recipe, load_recipe
-from small import small_backbone
-from test_coco import coco, document, instance, square, write  # noqa: F401  a fixture
-from test_networks import SHAPES
-from tiny import photo
+from bitneck_testing.coco_folders import document, instance, square, write
+from bitneck_testing.networks import SHAPES, small_backbone
+from bitneck_testing.photographs import photo
 
 ZOO = Path(__file__).resolve().parent.parent / "models" / "zoo"
 NETWORKS = ("resnet50", "deeplabv3_resnet50")
@@ -76,7 +75,7 @@ def test_a_limit_takes_photographs_from_the_whole_folder(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("task", ["ce", "mae"])
-def test_units_learn_from_coco(coco: Path, tmp_path: Path, task: str) -> None:  # noqa: F811
+def test_units_learn_from_coco(coco: Path, tmp_path: Path, task: str) -> None:
     """Supervised and unsupervised, with a network of 21 classes; what has no pixel of them is left out."""
     write(coco, document(annotations=[instance(k, 10 * k, square(0, 0, 40)) for k in range(1, 6)]))
     small = small_backbone()

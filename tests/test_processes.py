@@ -1,13 +1,11 @@
 """Edge and cloud as two processes on loopback, and the command lines as a user meets them."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ from bitneck.bundle import Bundle
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_models.data.photos import LabelledPhoto
 from bitneck_models.measure.evaluation import evaluate
-from servers import BIN, Server, running_server, start_server
-from tiny import make_tiny_bundle, photo, photo_bytes
+from bitneck_testing.photographs import photo, photo_bytes
+from bitneck_testing.processes import BIN, Server, edge, running_server, start_server, wait_for_session
+from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +40,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
-
-
-def edge(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(BIN / "bitneck-edge"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env=os.environ | (env or {}),
-    )
 
 
 def run_json(server: Server, cache: Path, *arguments: object) -> dict[str, Any]:
@@ -198,15 +187,6 @@ def test_the_rate_changes_in_the_middle_of_a_stream(server: Server, cache: Path,
     assert "max_bytes_per_frame" in switch["reason"]
     assert points[switch["after_seq"]] in ("s1-r2", "s1-r1")
     assert first_low - switch["after_seq"] <= 1  # at most the frame that was being encoded is late
-
-
-def wait_for_session(server: Server, client: str) -> str:
-    for _ in range(600):
-        for session in httpx.get(f"{server.http}/v1/sessions").json():
-            if session["client"] == client and session["frames_answered"] > 5:
-                return str(session["id"])
-        time.sleep(0.05)
-    raise AssertionError("the session never appeared")
 
 
 def test_a_server_killed_in_mid_stream_and_started_again(tiny_bundle: Bundle, cache: Path, photos: Path) -> None:

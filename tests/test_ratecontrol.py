@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bitneck.errors import InvalidConfig
 from bitneck.ladder import Ladder, OperatingPoint
 from bitneck_edge.ratecontrol import OVERHEAD_BYTES, Decision, RateController, rungs
-from ratecontrol import SCENES, frames_to_react, ladder_of, run
+from bitneck_testing.rate_simulation import SCENES, frames_to_react, ladder_of, run
 
 ZOO = Path(__file__).parent.parent / "models" / "zoo" / "efficientnet_lite0"
 

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import skimage
 
-from servers import BIN, Server, running_server
+from bitneck_testing.photographs import sample_photo
+from bitneck_testing.processes import BIN, Server, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / "build" / "efficientnet_lite0"
 README = (ROOT / "README.md").read_text()
 EDGE = (ROOT / "docs" / "edge.md").read_text()
-PHOTO = Path(skimage.__file__).parent / "data" / "coffee.png"
+PHOTO = sample_photo()
 
 needs_bundle = pytest.mark.skipif(not BUNDLE.is_dir(), reason="make bundle has not run")
 

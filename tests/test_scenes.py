@@ -20,9 +20,9 @@ from bitneck_models.data.scenes import Camera, Path2D, moving, still
 from bitneck_models.networks import backbones
 from bitneck_models.training.conditional import ConditionalRecord, fit_conditional
 from bitneck_models.zoo.entry import PointRecord, ZooEntry, save_point
-from small import small_backbone
-from test_models_cli import RECIPE
-from tiny import INPUT, photo
+from bitneck_testing.networks import RECIPE, small_backbone
+from bitneck_testing.photographs import photo
+from bitneck_testing.tiny_bundles import INPUT
 
 WIDE = InputSpec(
     height=24, width=40, resize=None, fit="stretch", interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3

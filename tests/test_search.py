@@ -2,11 +2,9 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
@@ -24,8 +22,8 @@ from bitneck_models.search.search import (
 )
 from bitneck_models.training.pipeline import photo_sets
 from bitneck_models.zoo.entry import ZooEntry
-from small import small_backbone
-from tiny import photo
+from bitneck_testing.networks import small_backbone
+from bitneck_testing.photographs import photo
 
 SPACE = """
 name = "s1-search"
@@ -59,12 +57,7 @@ lambda = 300
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -25,10 +25,11 @@ from bitneck_edge.answers.maps import MapWriter, colours, indexed
 from bitneck_edge.answers.results import Answer, ClassShare, Failure, Segmentation, StageTimes
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
-from clients import Frames, open_stream, stub
-from rogue import opened, rogue_server
-from servers import BIN, Server, running_server
-from tiny import SCENE_CLASSES, SCENE_INPUT, photo, photo_bytes
+from bitneck_testing.photographs import photo, photo_bytes
+from bitneck_testing.processes import BIN, Server, edge, running_server
+from bitneck_testing.rogue_servers import opened, rogue_server
+from bitneck_testing.streams import Frames, open_stream, stub
+from bitneck_testing.tiny_bundles import SCENE_CLASSES, SCENE_INPUT
 
 H, W, K = SCENE_INPUT.height, SCENE_INPUT.width, len(SCENE_CLASSES)
 
@@ -47,11 +48,6 @@ def street(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k, name in enumerate(("a b;$(x).png", "left/one.png", "one.jpg", "-x.png", "ONE.png")):
         photo(k, (70 + k, 50)).save(folder / name)
     return folder
-
-
-def edge(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / "bitneck-edge"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90)
 
 
 def expected(bundle: Bundle, point: str, image: Image.Image) -> NDArray[np.uint8]:

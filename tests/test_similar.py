@@ -28,10 +28,11 @@ from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.references import References
 from bitneck_edge.sources.capture import Capture
-from clients import Frames, Stream, open_stream, sealed, stub
-from rogue import result, rogue_server
-from servers import BIN, Server, running_server, start_server
-from tiny import INPUT, make_tiny_bundle, photo
+from bitneck_testing.photographs import photo
+from bitneck_testing.processes import BIN, Server, running_server, start_server
+from bitneck_testing.rogue_servers import result, rogue_server
+from bitneck_testing.streams import Frames, Stream, open_stream, sealed, stub
+from bitneck_testing.tiny_bundles import INPUT, make_tiny_bundle
 
 CODE = {status.name: status.value[0] for status in grpc.StatusCode}
 HANG_S = 60.0

@@ -19,6 +19,7 @@ from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck_models.cli.main import app
 from bitneck_models.spic.checkpoint import PLACES, SpicUnit, load_spic, spic_geometry
 from bitneck_models.spic.point import SpicRecord, load_features, write_spic_point
+from bitneck_testing.networks import checkpoint, saved
 
 ROOT = Path(__file__).resolve().parent.parent
 SPIC = Path(os.environ.get("BITNECK_SPIC", ROOT.parent / "shared" / "spic"))
@@ -27,48 +28,6 @@ INDEX: list[dict[str, Any]] = json.loads((SPIC / "index.json").read_text()) if (
 needs_spic = pytest.mark.skipif(not INDEX, reason=f"no checkpoints of the authors at {SPIC}; set BITNECK_SPIC")
 
 UNITS = [(b, s, stride) for b, places in PLACES.items() for s, place in places.items() for stride in place.decoders]
-NORMS = {"bn2_1": "c", "bn3_1": "r", "bn4_1": "c", "bn5_1": "c"}
-NORMS |= {"priorEncoder.bn1": "r", "priorEncoder.bn2": "z", "priorDecoder.bn1": "r", "priorDecoder.bn2": "r"}
-
-
-def checkpoint(c: int, r: int, kernel: int, *, trained: bool = True, seed: int = 0) -> dict[str, Tensor]:
-    """A state dict with the authors' keys: C, Cr, kernel of the transposed convolution."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g)
-
-    state = {
-        "conv2_2.weight": normal(c, 1, 3, 3) / 3,
-        "conv2_3.weight": normal(r, c, 1, 1) / c**0.5,
-        "conv2_4.weight": normal(r, c, 1, 1) / r**0.5,
-        "conv2_5.weight": normal(c, 1, kernel, kernel) / 3,
-        "priorEncoder.conv1.weight": normal(r, 1, 3, 3),
-        "priorEncoder.conv1.bias": normal(r),
-        "priorEncoder.conv2.weight": normal(8, r, 1, 1) / r**0.5,
-        "priorEncoder.conv2.bias": normal(8),
-        "priorDecoder.deconv1.weight": normal(8, r, 1, 1),
-        "priorDecoder.deconv1.bias": normal(r),
-        "priorDecoder.deconv2.weight": normal(r, 1, 3, 3) / 3,
-        "priorDecoder.deconv2.bias": normal(r),
-    }
-    for norm, size in NORMS.items():
-        n = {"c": c, "r": r, "z": 8}[size]
-        live = trained or not norm.startswith("prior")
-        state[f"{norm}.weight"] = torch.rand(n, generator=g) + 0.5 if live else torch.full((n,), 0.2118)
-        state[f"{norm}.bias"] = normal(n) * 0.2 if live else torch.zeros(n)
-        state[f"{norm}.running_mean"] = normal(n) * 0.1
-        state[f"{norm}.running_var"] = torch.rand(n, generator=g) + 0.5
-        state[f"{norm}.num_batches_tracked"] = torch.tensor(3337)
-    for layer in range(1, 5):
-        for name in "hba" if layer < 4 else "hb":
-            state[f"bitEstimator_z.f{layer}.{name}"] = normal(1, 8, 1, 1) * 0.5
-    return state
-
-
-def saved(path: Path, state: dict[str, Any]) -> Path:
-    torch.save({"state_dict": state}, path)
-    return path
 
 
 def small(tmp_path: Path, **options: Any) -> tuple[SpicUnit, dict[str, Tensor], Path]:

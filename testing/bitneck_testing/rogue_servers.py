@@ -1,4 +1,4 @@
-"""A real gRPC server that misbehaves on purpose, for what a right server never does."""
+"""A real gRPC server that misbehaves on purpose."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,32 +11,45 @@ from bitneck.bundle import Bundle
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 
+__all__ = ["Converse", "Rogue", "answer_all", "opened", "result", "rogue_server"]
+
 Converse = Callable[[Any], Awaitable[None]]
+"""Serves one stream, given the call's context."""
 
 
 async def at_once(_path: str) -> None:
-    """Before a file is handed out: no pause."""
+    """No pause before a file is sent."""
 
 
 async def answer_all(context: Any) -> None:
-    """What a right server does, without computing."""
+    """Serve a stream as a right server does, but with made-up results."""
     await opened(context)
     while isinstance(message := await context.read(), pb.ClientMessage):
         await context.write(result(message.frame.seq))
 
 
 async def opened(context: Any, window: int = 4) -> None:
+    """Read the client's Open and answer it."""
     await context.read()
-    await context.write(pb.ServerMessage(opened=pb.Opened(session_id="s-rogue", resume_token="t", window=window)))
+    answer = pb.Opened(session_id="s-rogue", resume_token="t", window=window)  # noqa: S106  no secret
+    await context.write(pb.ServerMessage(opened=answer))
 
 
 def result(seq: int) -> pb.ServerMessage:
+    """A made-up result of a frame: its label is `answer SEQ`."""
     labels = [pb.Label(index=seq % 10, name=f"answer {seq}", score=1.0)]
     output = pb.Output(classification=pb.Classification(labels=labels))
     return pb.ServerMessage(result=pb.Result(seq=seq, output=output))
 
 
 class Rogue(pb_grpc.SplitInferenceServicer):
+    """The service; see `rogue_server`.
+
+    Attributes:
+        streams: how many streams clients have begun.
+        fetched: paths of the files that clients have asked for, in order.
+    """
+
     def __init__(
         self,
         bundle: Bundle,
@@ -51,18 +64,26 @@ class Rogue(pb_grpc.SplitInferenceServicer):
         self.streams = 0
         self.fetched: list[str] = []
 
-    async def GetManifest(self, request: Any, context: Any) -> pb.GetManifestResponse:  # noqa: N802
+    async def GetManifest(self, _request: Any, _context: Any) -> pb.GetManifestResponse:  # noqa: N802
+        """The manifest, spoiled or not."""
         data = self.spoil("manifest.json", self.bundle.manifest_json)
         return pb.GetManifestResponse(model="tiny", bundle_id=self.bundle.bundle_id, manifest_json=data)
 
-    async def FetchFile(self, request: Any, context: Any) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
+    async def FetchFile(self, request: Any, _context: Any) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
+        """A file in chunks of 1,000 bytes, spoiled or not."""
         self.fetched.append(request.path)
         await self.before_fetch(request.path)
         data = self.spoil(request.path, (self.bundle.root / request.path).read_bytes())
         for start in range(0, len(data), 1000):
             yield pb.FileChunk(data=data[start : start + 1000])
 
-    async def Stream(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+    async def Infer(self, _request: Any, context: Any) -> pb.InferResponse:  # noqa: N802
+        """Refused: clients under test use streams."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+        raise AssertionError
+
+    async def Stream(self, _requests: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802  it writes itself
+        """One stream, served by `converse`."""
         self.streams += 1
         await self.converse(context)
 
@@ -74,6 +95,17 @@ async def rogue_server(
     spoil: Callable[[str, bytes], bytes] = lambda _path, data: data,
     before_fetch: Callable[[str], Awaitable[None]] = at_once,
 ) -> AsyncIterator[tuple[str, Rogue]]:
+    """A server in this process, for the length of a block.
+
+    Args:
+        bundle: what clients fetch.
+        converse: serves a stream.
+        spoil: called with the path and the content of each file, the manifest too; returns what is sent instead.
+        before_fetch: awaited with the path before a file is sent.
+
+    Yields:
+        HOST:PORT, and the service.
+    """
     server = grpc.aio.server()
     rogue = Rogue(bundle, converse, spoil, before_fetch)
     pb_grpc.add_SplitInferenceServicer_to_server(rogue, server)

@@ -1,27 +1,33 @@
-"""A small real bundle made with onnx alone: random weights, real ONNX files, tables fitted to its own symbols.
+"""Small real bundles, made with onnx alone: random weights, real ONNX files, tables fitted to their own symbols.
+
+For classification:
 
     x (3,32,32) -> [seg 0] -> s2 (8,8,8) -> [seg 1] -> s1 (16,4,4) -> [seg 2] -> logits (10)
 
-and one for segmentation:
+For segmentation:
 
     x (3,24,40) -> [seg 0] -> s2 (8,6,10) -> [seg 1] -> s1 (16,3,5) -> [seg 2] -> logits (5,24,40)
 """
 
-import io
 import json
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
 
 from bitneck.bundle import Bundle, BundleWriter
+from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.coding.conditional_model import KERNEL_TOTAL, ConditionalModel
 from bitneck.coding.factorized_model import FactorizedModel
-from bitneck.manifest import InputSpec, Manifest, PointEntry, Segment, SplitPoint, Task
+from bitneck.image import preprocess
+from bitneck.manifest import FileRole, InputSpec, Manifest, PointEntry, Segment, SplitPoint, Task
+from bitneck_testing.photographs import photo
+
+__all__ = ["CLASSES", "INPUT", "SCENE_CLASSES", "SCENE_INPUT", "conditional", "make_tiny_bundle"]
 
 INPUT = InputSpec(height=32, width=32, resize=36, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CLASSES = tuple(f"class {i}" for i in range(10))
@@ -29,18 +35,6 @@ SCENE_INPUT = InputSpec(
     height=24, width=40, fit="stretch", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 )
 SCENE_CLASSES = ("sky", "road", "tree", "car", "sign")
-
-
-def photo(seed: int = 0, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """A smooth random picture: noise of a few pixels, enlarged."""
-    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-
-
-def photo_bytes(seed: int = 0, fmt: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    photo(seed).save(buffer, fmt)
-    return buffer.getvalue()
 
 
 def _model(
@@ -86,8 +80,19 @@ def _classifier(rng: np.random.Generator, name: str, cin: int) -> bytes:
     return _model(name, nodes, {"w": w}, cin, ["k"])
 
 
+def _segmenter(rng: np.random.Generator, name: str, cin: int) -> bytes:
+    """A 1x1 convolution to the classes, enlarged to the input's size."""
+    w = rng.normal(size=(len(SCENE_CLASSES), cin, 1, 1)).astype(np.float32) * 2
+    scales = np.array([1, 1, 8, 8], dtype=np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Resize", ["c", "", "s"], ["y"], mode="linear", coordinate_transformation_mode="half_pixel"),
+    ]
+    return _model(name, nodes, {"w": w, "s": scales}, cin, ["k", "h2", "w2"])
+
+
 def conditional(channels: int) -> ConditionalModel:
-    """Two motions: hardly any change, and some."""
+    """Conditional tables for two kinds of motion: hardly any change, and some."""
     distance = np.arange(16)
     kernels = np.stack([np.maximum(decay**distance * KERNEL_TOTAL, 1) for decay in (0.02, 0.3, 0.7)])
     rows = np.ones((2, channels), dtype=np.uint8)
@@ -100,29 +105,36 @@ def conditional(channels: int) -> ConditionalModel:
     )
 
 
-def _segmenter(rng: np.random.Generator, name: str, cin: int) -> bytes:
-    """A 1x1 convolution to the classes, enlarged to the input's size."""
-    w = rng.normal(size=(len(SCENE_CLASSES), cin, 1, 1)).astype(np.float32) * 2
-    scales = np.array([1, 1, 8, 8], dtype=np.float32)
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"]),
-        helper.make_node("Resize", ["c", "", "s"], ["y"], mode="linear", coordinate_transformation_mode="half_pixel"),
-    ]
-    return _model(name, nodes, {"w": w, "s": scales}, cin, ["k", "h2", "w2"])
+class _Row(NamedTuple):
+    """An operating point: what its unit looks like, and figures that nothing measured."""
+
+    id: str
+    split: str
+    features: int
+    channels: int
+    stride: int
+    step: float
+    latent_shape: tuple[int, int, int]
+    payload_bytes: float
+    accuracy: float
 
 
-PointRow = tuple[str, str, int, int, int, float, tuple[int, int, int], float, float]
-#    id       split  C   Cr stride step   latent      bytes top-1
-POINTS: tuple[PointRow, ...] = (
-    ("s1-r1", "s1", 16, 4, 4, 0.5, (4, 1, 1), 4.0, 0.6),
-    ("s1-r2", "s1", 16, 8, 2, 0.2, (8, 2, 2), 16.0, 0.8),
-    ("s2-r1", "s2", 8, 6, 4, 0.2, (6, 2, 2), 12.0, 0.7),
-)
-SCENE_POINTS: tuple[PointRow, ...] = (
-    ("s1-r1", "s1", 16, 4, 1, 0.5, (4, 3, 5), 20.0, 0.4),
-    ("s1-r2", "s1", 16, 12, 1, 0.1, (12, 3, 5), 90.0, 0.6),
-    ("s2-r1", "s2", 8, 6, 2, 0.2, (6, 3, 5), 60.0, 0.5),
-)
+_ROWS: dict[Task, tuple[_Row, ...]] = {
+    "classification": (
+        _Row("s1-r1", "s1", 16, 4, 4, 0.5, (4, 1, 1), 4.0, 0.6),
+        _Row("s1-r2", "s1", 16, 8, 2, 0.2, (8, 2, 2), 16.0, 0.8),
+        _Row("s2-r1", "s2", 8, 6, 4, 0.2, (6, 2, 2), 12.0, 0.7),
+    ),
+    "segmentation": (
+        _Row("s1-r1", "s1", 16, 4, 1, 0.5, (4, 3, 5), 20.0, 0.4),
+        _Row("s1-r2", "s1", 16, 12, 1, 0.1, (12, 3, 5), 90.0, 0.6),
+        _Row("s2-r1", "s2", 8, 6, 2, 0.2, (6, 3, 5), 60.0, 0.5),
+    ),
+}
+_ROLES: tuple[FileRole, ...] = ("edge", "both", "cloud")
+"""Of the three segments."""
+_FITTED_TO = range(100, 130)
+"""Seeds of the photographs that the tables are fitted to."""
 
 
 def make_tiny_bundle(
@@ -134,41 +146,42 @@ def make_tiny_bundle(
     task: Task = "classification",
     similar: tuple[str, ...] = (),
 ) -> Bundle:
-    """Write the bundle to `root`; another seed gives another bundle id. `similar` points get conditional tables."""
-    from bitneck.chain import PointEncoder, SegmentChain
-    from bitneck.image import preprocess
+    """Write a bundle with the operating points s1-r1, s1-r2 and s2-r1 to `root`.
 
+    Args:
+        root: the bundle's folder.
+        seed: of the weights; another seed gives another bundle id.
+        name: the bundle's name.
+        drop_points: operating points to leave out.
+        task: "segmentation" gives an input of 24x40 and a class map of that size.
+        similar: operating points that get conditional tables, for similar frames.
+    """
     rng = np.random.default_rng(seed)
     scene = task == "segmentation"
     spec, classes = (SCENE_INPUT, SCENE_CLASSES) if scene else (INPUT, CLASSES)
     h, w = spec.height // 8, spec.width // 8
     last = _segmenter if scene else _classifier
     segments = [_conv(rng, "seg0", 3, 8, 4), _conv(rng, "seg1", 8, 16, 2), last(rng, "seg2", 16)]
-    roles = ("edge", "both", "cloud")
-    points = list(SCENE_POINTS if scene else POINTS)
-    points = [p for p in points if p[0] not in drop_points]
+    rows = [row for row in _ROWS[task] if row.id not in drop_points]
     units = {
-        p[0]: (_conv(rng, "enc", p[2], p[3], p[4], relu=False), _deconv(rng, "dec", p[3], p[2], p[4])) for p in points
-    }
-    entries = [
-        PointEntry(
-            id=p[0], split=p[1], stride=p[4], channels=p[3], step=p[5], latent_shape=p[6], payload_bytes=p[7],
-            bpp_payload=p[7] * 8 / spec.pixels, accuracy=p[8], agreement=p[8], dataset="random", images=10,
-            measured=date(2026, 1, 1),
+        row.id: (
+            _conv(rng, "enc", row.features, row.channels, row.stride, relu=False),
+            _deconv(rng, "dec", row.channels, row.features, row.stride),
         )
-        for p in points
-    ]  # fmt: skip
+        for row in rows
+    }
 
     def write(tables: dict[str, FactorizedModel]) -> Bundle:
         with BundleWriter(root) as writer:
-            for index, (data, role) in enumerate(zip(segments, roles, strict=True)):
-                writer.add(f"segments/{index:02d}-seg{index}.onnx", data, role)  # type: ignore[arg-type]
-            for p in points:
-                writer.add(f"points/{p[0]}/encoder.onnx", units[p[0]][0], "edge")
-                writer.add(f"points/{p[0]}/decoder.onnx", units[p[0]][1], "cloud")
-                writer.add(f"points/{p[0]}/tables.npz", tables[p[0]].to_npz(), "both")
-                if p[0] in similar:
-                    writer.add(f"points/{p[0]}/conditional.npz", conditional(p[3]).to_npz(), "both")
+            for index, (data, role) in enumerate(zip(segments, _ROLES, strict=True)):
+                writer.add(f"segments/{index:02d}-seg{index}.onnx", data, role)
+            for row in rows:
+                encoder, decoder = units[row.id]
+                writer.add(f"points/{row.id}/encoder.onnx", encoder, "edge")
+                writer.add(f"points/{row.id}/decoder.onnx", decoder, "cloud")
+                writer.add(f"points/{row.id}/tables.npz", tables[row.id].to_npz(), "both")
+                if row.id in similar:
+                    writer.add(f"points/{row.id}/conditional.npz", conditional(row.channels).to_npz(), "both")
             writer.add("labels.json", json.dumps(classes).encode(), "both" if scene else "cloud")
             return writer.finish(
                 Manifest(
@@ -183,21 +196,27 @@ def make_tiny_bundle(
                         SplitPoint(name="s2", after_segment=0, feature_shape=(8, 2 * h, 2 * w)),
                         SplitPoint(name="s1", after_segment=1, feature_shape=(16, h, w)),
                     ),
-                    points=tuple(entries),
+                    points=tuple(_entry(row, spec) for row in rows),
                     files=writer.files,
                 )
             )
 
-    wide = {
-        p[0]: FactorizedModel.fit(np.stack([np.full(p[6], v, dtype=np.int32) for v in (-200, 200)])) for p in points
-    }
-    first = write(wide)  # its encoders tell which symbols occur; then the tables are fitted to them
-    chain = SegmentChain(first, threads=1)
+    # Tables that hold any symbol come first: the bundle's own encoders then tell which symbols occur.
+    extremes = {row.id: [np.full(row.latent_shape, value, dtype=np.int32) for value in (-200, 200)] for row in rows}
+    wide = write({row_id: FactorizedModel.fit(np.stack(symbols)) for row_id, symbols in extremes.items()})
+    chain = SegmentChain(wide, threads=1)
     fitted = {}
-    for p in points:
-        encoder = PointEncoder(first, first.manifest.ladder[p[0]])
-        symbols = [
-            encoder.symbols(chain.run(preprocess(photo(i), spec), 0, chain.head_length(p[1]))) for i in range(100, 130)
-        ]
-        fitted[p[0]] = FactorizedModel.fit(np.stack(symbols))
+    for row in rows:
+        encoder, head = PointEncoder(wide, wide.manifest.ladder[row.id]), chain.head_length(row.split)
+        symbols = [encoder.symbols(chain.run(preprocess(photo(k), spec), 0, head)) for k in _FITTED_TO]
+        fitted[row.id] = FactorizedModel.fit(np.stack(symbols))
     return write(fitted)
+
+
+def _entry(row: _Row, spec: InputSpec) -> PointEntry:
+    return PointEntry(
+        id=row.id, split=row.split, stride=row.stride, channels=row.channels, step=row.step,
+        latent_shape=row.latent_shape, payload_bytes=row.payload_bytes,
+        bpp_payload=row.payload_bytes * 8 / spec.pixels, accuracy=row.accuracy, agreement=row.accuracy,
+        dataset="random", images=10, measured=date(2026, 1, 1),
+    )  # fmt: skip

@@ -1,17 +1,19 @@
-"""A link that can be bad: a TCP proxy with a delay, a rate, cuts, and silence.
+"""Thin, slow and broken links: a TCP proxy with a delay, a rate, cuts, and silence.
 
 async with Proxy("127.0.0.1:50051", delay_s=0.02) as link:
     ... EdgeClient(link.address) ...
-    link.cut()       # every connection ends, new ones too
+    link.cut()       # every connection ends, and new ones end at once
     link.mend()
-    link.silence()   # half-open: connections stay, nothing passes
+    link.silence()   # half-open: connections stay, but nothing passes
 """
 
 import asyncio
 import contextlib
 import multiprocessing
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Self
+
+from bitneck_testing.processes import spawned_server
 
 __all__ = ["Proxy", "proxy_process"]
 
@@ -19,12 +21,17 @@ _CHUNK = 16 * 1024
 
 
 class Proxy:
-    """Forwards to one address.
+    """Forwards TCP connections to one address.
 
     Args:
         target: HOST:PORT.
-        delay_s: each way.
-        bits_per_s: each way; None for no limit.
+        delay_s: added each way.
+        bits_per_s: the rate each way; None for no limit.
+
+    Attributes:
+        address: HOST:PORT to connect to, once the block is entered.
+        bits_per_s: may be changed at any time.
+        accepted: how many connections were taken so far.
     """
 
     def __init__(self, target: str, *, delay_s: float = 0.0, bits_per_s: float | None = None) -> None:
@@ -52,17 +59,17 @@ class Proxy:
             await asyncio.wait(self._tasks)
 
     def cut(self) -> None:
-        """End every connection, and each new one at once, until `mend`."""
+        """End every connection. New ones end at once, until `mend` is called."""
         self._open = False
         for writer in self._writers:
             writer.transport.abort()
 
     def silence(self) -> None:
-        """Keep every connection, and let nothing pass, until `mend`."""
+        """Keep every connection, but let nothing pass until `mend` is called."""
         self._passing.clear()
 
     def mend(self) -> None:
-        """Take connections again, and let everything pass."""
+        """Take new connections again, and let everything pass."""
         self._open = True
         self._passing.set()
 
@@ -94,7 +101,7 @@ class Proxy:
                 one.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Forward; what is on its way waits in a queue, so that a delay costs no throughput."""
+        """Forward one direction. Data on its way waits in a queue, so that a delay costs no throughput."""
         loop = asyncio.get_running_loop()
         waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(1024)
 
@@ -121,24 +128,15 @@ class Proxy:
             await asyncio.gather(delivery, return_exceptions=True)
 
 
-def _serve(target: str, delay_s: float, port: "multiprocessing.Queue[str]") -> None:
+def _serve(target: str, delay_s: float, address: "multiprocessing.Queue[str]") -> None:
     async def main() -> None:
         async with Proxy(target, delay_s=delay_s) as proxy:
-            port.put(proxy.address)
+            address.put(proxy.address)
             await asyncio.get_running_loop().create_future()
 
     asyncio.run(main())
 
 
-@contextlib.contextmanager
-def proxy_process(target: str, *, delay_s: float) -> Iterator[str]:
-    """A `Proxy` in a process of its own, so that it takes no time from the client's: its address."""
-    context = multiprocessing.get_context("spawn")
-    port: multiprocessing.Queue[str] = context.Queue()
-    process = context.Process(target=_serve, args=(target, delay_s, port), daemon=True)
-    process.start()
-    try:
-        yield port.get(timeout=60)
-    finally:
-        process.terminate()
-        process.join()
+def proxy_process(target: str, *, delay_s: float) -> AbstractContextManager[str]:
+    """A `Proxy` in a process of its own, so that it takes no time from the client's. Its address."""
+    return spawned_server(_serve, target, delay_s)

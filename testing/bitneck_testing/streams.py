@@ -1,4 +1,4 @@
-"""A bare client for tests: frames made with the bundle's own numerics, sent with plain grpc.aio."""
+"""Raw gRPC streams: frames made with the bundle's own numerics, sent with plain grpc.aio, without the edge client."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from numpy.typing import NDArray
 
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
@@ -15,16 +16,18 @@ from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.link.wire import frame_to_wire
-from tiny import photo
+from bitneck_testing.photographs import photo
+
+__all__ = ["Frames", "Stream", "assert_a_batch_equals_frame_by_frame", "open_stream", "sealed", "stub"]
 
 
 def sealed(**fields: Any) -> pb.Frame:
-    """A frame with its CRC, as it goes on the wire."""
+    """A frame with its CRC, ready for the wire. The fields are those of `seal_frame`."""
     return frame_to_wire(seal_frame(**fields))
 
 
 class Frames:
-    """Right frames, and the right answers to them."""
+    """Right frames of a bundle, and the right answers to them."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
@@ -34,20 +37,26 @@ class Frames:
         self.decoders = {p.id: PointDecoder(bundle, p) for p in bundle.manifest.ladder}
 
     def payload(self, point: str, seed: int) -> bytes:
+        """The payload of `photo(seed)` at an operating point."""
         encoder = self.encoders[point]
         f = self.chain.run(preprocess(photo(seed), self.spec), 0, self.chain.head_length(encoder.point.split))
         return encoder.encode(f).payload
 
     def frame(self, seq: int, point: str = "s1-r2", seed: int = 0, **fields: Any) -> pb.Frame:
+        """The frame of `photo(seed)` at an operating point."""
         return sealed(seq=seq, point=point, payload=self.payload(point, seed), **fields)
 
-    def logits(self, point: str, payload: bytes) -> np.ndarray:
+    def logits(self, point: str, payload: bytes) -> NDArray[np.float32]:
+        """What the network makes of a payload: (classes,) or (classes, H, W)."""
         decoder = self.decoders[point]
         f_hat = decoder.decode(decoder.dequantize(payload)[None])
-        return self.chain.run(f_hat, self.chain.head_length(decoder.point.split), len(self.chain))[0]
+        logits: NDArray[np.float32]
+        logits = self.chain.run(f_hat, self.chain.head_length(decoder.point.split), len(self.chain))[0]
+        return logits
 
 
 def assert_a_batch_equals_frame_by_frame(frames: Frames, model: ServedModel, points: list[str]) -> None:
+    """Frame k has operating point `points[k]`; all in one pass give the same labels as one after the other."""
     latents = [model.decode(point, frames.payload(point, k)) for k, point in enumerate(points)]
     together = model.compute(points, latents)
     for point, latent, output in zip(points, latents, together, strict=True):
@@ -60,32 +69,42 @@ def assert_a_batch_equals_frame_by_frame(frames: Frames, model: ServedModel, poi
 
 
 class Stream:
-    """One open stream."""
+    """One open stream.
+
+    Attributes:
+        call: the gRPC call.
+        opened: the server's answer to Open.
+    """
 
     def __init__(self, call: Any, opened: pb.Opened) -> None:
         self.call = call
         self.opened = opened
 
     async def send(self, frame: pb.Frame) -> None:
+        """Send a frame."""
         await self.call.write(pb.ClientMessage(frame=frame))
 
     async def read(self) -> pb.ServerMessage:
+        """The next message from the server. It fails if the stream has ended."""
         message = await self.call.read()
         assert isinstance(message, pb.ServerMessage), "the stream ended"
         return message
 
     async def ask(self, frame: pb.Frame) -> pb.ServerMessage:
+        """Send a frame and read the next message."""
         await self.send(frame)
         return await self.read()
 
 
 @asynccontextmanager
 async def stub(address: str) -> AsyncIterator[Any]:
+    """A stub of the service, on a channel of its own."""
     async with grpc.aio.insecure_channel(address) as channel:
         yield pb_grpc.SplitInferenceStub(channel)
 
 
 async def open_stream(stub: Any, bundle_id: str, token: str = "", client: str = "test", model: str = "") -> Stream:
+    """Open a stream, or resume a session with its token. It fails if the server does not answer with Opened."""
     call = stub.Stream()
     opening = pb.Open(model=model, bundle_id=bundle_id, client=client, resume_token=token)
     await call.write(pb.ClientMessage(open=opening))

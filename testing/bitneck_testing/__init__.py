@@ -1,0 +1,1 @@
+"""What tests, benchmarks and scripts share: server processes, links, rogue servers, small bundles and networks."""

@@ -1,0 +1,70 @@
+"""Figures of this and other processes: memory, percentiles, and time inside functions."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+__all__ = ["TimeInside", "p50_and_p99", "resident_mib"]
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process now, MiB. Linux only.
+
+    Raises:
+        OSError: no such process.
+    """
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
+
+
+def p50_and_p99(milliseconds: Sequence[float]) -> dict[str, float]:
+    """Median and 99th percentile, as ``{"p50_ms": ..., "p99_ms": ...}``."""
+    return {f"p{q}_ms": float(np.percentile(milliseconds, q)) for q in (50, 99)}
+
+
+class TimeInside:
+    """Adds up the time inside some functions while its block runs, in every thread that calls them.
+
+        with TimeInside((OnnxModule, "run"), clock=time.thread_time) as inside:
+            ...
+        inside.seconds[0]
+
+    Args:
+        places: (module or class, name of one of its functions).
+        clock: `time.perf_counter` for elapsed time, `time.thread_time` for processor time of the calling thread.
+
+    Attributes:
+        seconds: inside each of the places so far.
+    """
+
+    def __init__(self, *places: tuple[Any, str], clock: Callable[[], float] = time.perf_counter) -> None:
+        self._places, self._clock, self._lock = places, clock, threading.Lock()
+        self.seconds = [0.0] * len(places)
+
+    def __enter__(self) -> Self:
+        self._originals = [getattr(owner, name) for owner, name in self._places]
+        for k, (owner, name) in enumerate(self._places):
+            setattr(owner, name, self._timed(k))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for (owner, name), original in zip(self._places, self._originals, strict=True):
+            setattr(owner, name, original)
+
+    def _timed(self, k: int) -> Callable[..., Any]:
+        original, clock = self._originals[k], self._clock
+
+        def timed(*args: Any, **values: Any) -> Any:
+            begin = clock()
+            try:
+                return original(*args, **values)
+            finally:
+                spent = clock() - begin
+                with self._lock:
+                    self.seconds[k] += spent
+
+        return timed
