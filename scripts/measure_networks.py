@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from bitneck.image import preprocess
-from bitneck_models.networks.backbones import Backbone, build_backbone
+from bitneck_models.networks.backbone import Backbone
+from bitneck_models.networks.registry import build_backbone
 from bitneck_models.networks.weights import RANDOM
 from bitneck_models.training.pipeline import prune_and_fit
 from bitneck_models.zoo.entry import PointRecord, ZooEntry, new_unit, round_weights

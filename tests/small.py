@@ -1,14 +1,16 @@
 """A backbone of three stages with random weights: the same code as a real one's, in milliseconds."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from bitneck.manifest import InputSpec
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 
 
-def small_backbone() -> Backbone:
-    """Features of 8x8x8 at s2 and 12x4x4 at s1, ten classes."""
+def small_backbone(_weights: Path | None = None) -> Backbone:
+    """Features of 8x8x8 at s2 and 12x4x4 at s1, ten classes; `SMALL` is its entry in the registry of networks."""
     torch.manual_seed(0)
     stages: dict[str, nn.Module] = {
         "stem": nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU()),
@@ -27,3 +29,6 @@ def small_backbone() -> Backbone:
         labels=tuple(f"class {k}" for k in range(10)),
         wnids=(),
     )
+
+
+SMALL = f"{__name__}:small_backbone"

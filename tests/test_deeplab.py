@@ -24,8 +24,9 @@ from bitneck_models.data.class_maps import (
 )
 from bitneck_models.data.features import FeatureSpec, cached_features, view_maps
 from bitneck_models.losses.task_terms import NO_LABEL, Labels, TaskLoss
-from bitneck_models.networks.backbones import Backbone, begin_network, build_backbone, load_stages, stages_state
+from bitneck_models.networks.backbone import Backbone, load_stages, stages_state
 from bitneck_models.networks.deeplab import AtrousConv2d
+from bitneck_models.networks.registry import begin_network, build_backbone
 from bitneck_models.networks.to_onnx import to_onnx
 from bitneck_models.training.network import (
     NetworkTraining,

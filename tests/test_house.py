@@ -192,3 +192,19 @@ def test_documents_have_no_gaps_and_no_dead_links() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def test_the_registry_of_networks_imports_none() -> None:
+    code = (
+        "import sys, bitneck_models.networks.registry as registry;"
+        "bad = {'torch', 'torchvision', 'timm'} & set(sys.modules); assert not bad, bad;"
+        "places = [*registry.BACKBONES.values(), *registry.TRAINED_HERE.values()];"
+        "bad = {place.partition(':')[0] for place in places} & set(sys.modules); assert not bad, bad"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    from bitneck_models.networks import registry
+
+    for place in (*registry.BACKBONES.values(), *registry.TRAINED_HERE.values()):
+        module, _, function = place.partition(":")
+        assert function in importlib.import_module(module).__all__, place

@@ -19,7 +19,8 @@ from bitneck_models.data.photos import LabelledPhoto, labelled_photos, proof_ima
 from bitneck_models.export.bundle import NOT_MEASURED, export_bundle, prove
 from bitneck_models.losses.rate_terms import FactorizedDensity, FactorizedRate, HyperpriorRate, gaussian_bin_bits
 from bitneck_models.measure.evaluation import evaluate
-from bitneck_models.networks.backbones import Backbone, build_backbone
+from bitneck_models.networks.backbone import Backbone
+from bitneck_models.networks.registry import build_backbone
 from bitneck_models.training.pipeline import photo_sets, prune_and_fit, train_point
 from bitneck_models.training.unit import train_unit
 from bitneck_models.units.starts import init_linear

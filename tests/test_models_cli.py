@@ -1,6 +1,7 @@
 """`bitneck-models` from photographs to the report, with the network of three stages."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from typer.testing import CliRunner
 
 from bitneck.errors import InvalidConfig
 from bitneck_models.cli.main import app
-from bitneck_models.networks import backbones
-from small import small_backbone
+from bitneck_models.networks import registry
+from small import SMALL
 from tiny import photo
 
 RECIPE = """
@@ -61,7 +62,7 @@ warmup_steps = 3
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setitem(backbones.BACKBONES, "small", lambda _weights: small_backbone())  # type: ignore[arg-type]
+    monkeypatch.setitem(registry.BACKBONES, "small", SMALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "zoo").mkdir()
@@ -136,12 +137,12 @@ def test_two_workers_from_one_command(home: Path, monkeypatch: pytest.MonkeyPatc
         f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from bitneck_models.networks import backbones
-from small import small_backbone
-backbones.BACKBONES["small"] = lambda _weights: small_backbone()
+from bitneck_models.networks import registry
+from small import SMALL
+registry.BACKBONES["small"] = SMALL
 """
     )
-    monkeypatch.setenv("PYTHONPATH", str(home))
+    monkeypatch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
     run("search", "zoo", "--space", "space.toml", "--data", ".", "--trials", "6", "--workers", "2")
     from bitneck_models.search.search import load_space, open_study
 

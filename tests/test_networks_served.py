@@ -22,7 +22,8 @@ from bitneck_edge.client import EdgeClient
 from bitneck_models.data.photos import LabelledPhoto, proof_images
 from bitneck_models.export.bundle import Proof, export_bundle
 from bitneck_models.measure.evaluation import evaluate
-from bitneck_models.networks.backbones import Backbone, build_backbone
+from bitneck_models.networks.backbone import Backbone
+from bitneck_models.networks.registry import build_backbone
 from bitneck_models.networks.weights import RANDOM
 from bitneck_models.spic.checkpoint import PLACES, load_spic
 from bitneck_models.spic.point import write_spic_point

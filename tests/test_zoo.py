@@ -17,7 +17,7 @@ from bitneck_models.data.class_maps import mapped_photos
 from bitneck_models.data.photos import labelled_photos, proof_images
 from bitneck_models.export.bundle import prove
 from bitneck_models.measure.evaluation import evaluate
-from bitneck_models.networks.backbones import build_backbone
+from bitneck_models.networks.registry import build_backbone
 from bitneck_models.training.conditional import ConditionalRecord
 from bitneck_models.training.network import NetworkRecord, NetworkTraining, load_network_training
 from bitneck_models.zoo.entry import PointRecord, ZooEntry

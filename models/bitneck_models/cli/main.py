@@ -91,7 +91,8 @@ def train_network_command(
     again: Annotated[bool, typer.Option("--again", help="Train it although it is trained already.")] = False,
 ) -> None:
     """Train a segmentation network of ours itself, before it is split; started again, it goes on where it stopped."""
-    from bitneck_models.networks.backbones import NETWORK_FILE, begin_network
+    from bitneck_models.networks.backbone import NETWORK_FILE
+    from bitneck_models.networks.registry import begin_network
     from bitneck_models.training.network import NetworkStep, forget_finished, load_network_training, train_network
 
     recipe = load_network_training(zoo)

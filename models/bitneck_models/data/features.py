@@ -21,7 +21,7 @@ from bitneck.image import crop, load_photo, normalize
 from bitneck.runtime import OnnxModule
 from bitneck_models.data.class_maps import VOID, ViewRange, load_class_map, random_view
 from bitneck_models.data.photos import augment
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.to_onnx import to_onnx
 
 __all__ = ["FeatureSpec", "cached_features", "head_module", "view_maps"]

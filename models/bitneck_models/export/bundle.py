@@ -21,7 +21,7 @@ from bitneck.bundle import Bundle, BundleWriter
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
 from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck.manifest import FileRole, Manifest, PointEntry, Segment, SplitPoint
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.to_onnx import to_onnx
 from bitneck_models.units.units import BottleneckUnit
 from bitneck_models.zoo.entry import MeasuredLadder, MeasuredPoint, ZooEntry

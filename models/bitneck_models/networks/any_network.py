@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
 from bitneck.manifest import InputSpec, sha256_hex
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.cutting import cut_network
 from bitneck_models.networks.recipe import NetworkRecipe
 from bitneck_models.networks.vision import imagenet_wnids, import_timm, import_torchvision

@@ -11,14 +11,27 @@ Dimensions: N batch, K classes, H x W input, h x w = ceil(H / 16) x ceil(W / 16)
 """
 
 from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
+from bitneck.manifest import InputSpec, sha256_hex
+from bitneck_models.networks.backbone import NETWORK_FILE, Backbone, load_stages
+from bitneck_models.networks.efficientnet import lite0_net, load_lite0
 
-__all__ = ["Aspp", "AtrousConv2d", "Upsample", "deeplab_stages"]
+__all__ = ["CAMVID_CLASSES", "Aspp", "AtrousConv2d", "Upsample", "begin_deeplab", "deeplabv3_efficientnet_lite0"]
+
+CAMVID_CLASSES = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+)  # fmt: skip
+"""Classes of CamVid by index, as in the SegNet release."""
+
+_NAME = "deeplabv3_efficientnet_lite0"
+_OWN_WEIGHTS = Path(__file__).resolve().parents[2] / "zoo" / _NAME / NETWORK_FILE
 
 STRIDE = 16
 """Input pixels a position of the map, each way."""
@@ -27,6 +40,57 @@ PLACES = 4
 RATES = (3, 6, 9)
 _BRANCH = 128
 _PROJECTED = 256
+
+
+def deeplabv3_efficientnet_lite0(weights: Path | None) -> Backbone:
+    """Build the network with the weights that were trained in this repository, on CamVid.
+
+    Split points: ``s1`` after atrous pooling and its projection (256x23x30); ``s2`` after the stage before the last
+    (192x23x30); ``s3`` after the last block at 1/16 without holes (112x23x30). All three are linear outputs.
+
+    Args:
+        weights: a file; None for that of the zoo entry.
+
+    Raises:
+        InvalidConfig: the file does not exist or is unreadable, or its tensors are not those of the network.
+    """
+    path = weights or _OWN_WEIGHTS
+    if not path.is_file():
+        raise InvalidConfig(
+            f"{path}: no weights of {_NAME} there; give --weights FILE ({NETWORK_FILE} of its zoo entry), or make them "
+            "with `bitneck-models train-network`"
+        )
+    backbone = _deeplab(lite0_net(output_stride=STRIDE))
+    load_stages(backbone.stages, path)
+    return replace(backbone, weights_sha256=sha256_hex(path.read_bytes()))
+
+
+def begin_deeplab(seed: int) -> Backbone:
+    """Build the network as its training begins: ImageNet's weights in the blocks, fresh weights in the head.
+
+    Args:
+        seed: seed of the head's weights.
+    """
+    net = lite0_net(output_stride=STRIDE)
+    load_lite0(net)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _deeplab(net)
+
+
+def _deeplab(net: nn.Module) -> Backbone:
+    spec = InputSpec(
+        height=360, width=480, fit="stretch", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    )
+    return Backbone(
+        name=_NAME,
+        stages=_stages(net, len(CAMVID_CLASSES), spec.height, spec.width),
+        splits={"s3": "blocks.4.2", "s2": "blocks.5.3", "s1": "aspp"},
+        input=spec,
+        labels=CAMVID_CLASSES,
+        wnids=(),
+        task="segmentation",
+    )
 
 
 class AtrousConv2d(nn.Conv2d):
@@ -141,7 +205,7 @@ class Upsample(nn.Module):
         return F.interpolate(logits, size=(self.height, self.width), mode="bilinear", align_corners=False)
 
 
-def deeplab_stages(net: nn.Module, classes: int, height: int, width: int) -> "OrderedDict[str, nn.Module]":
+def _stages(net: nn.Module, classes: int, height: int, width: int) -> "OrderedDict[str, nn.Module]":
     """The stages of the network, its head with fresh weights.
 
     Args:

@@ -11,11 +11,11 @@ A file like this, or the same keys as a zoo recipe's table ``[backbone]``, stand
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from bitneck.ids import ID_PATTERN
 from bitneck.manifest import InputSpec, Task
-from bitneck_models.toml_file import load_toml, validated
+from bitneck_models.typed_files import Strict, load_toml, validated
 
 __all__ = ["NetworkRecipe", "load_network"]
 
@@ -23,7 +23,7 @@ Id = Annotated[str, Field(pattern=ID_PATTERN)]
 Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
 
 
-class NetworkRecipe(BaseModel):
+class NetworkRecipe(Strict):
     """A network and where it may be cut. Refuses unknown keys.
 
     Attributes:
@@ -40,8 +40,6 @@ class NetworkRecipe(BaseModel):
         options: further arguments of the model, such as ``output_stride``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
     source: Literal["torchvision", "timm"]
     name: Id
     splits: Annotated[dict[Id, Module], Field(min_length=1, max_length=32)]
@@ -51,7 +49,7 @@ class NetworkRecipe(BaseModel):
     weights: str | None = None
     input: InputSpec | None = None
     labels: tuple[str, ...] | None = None
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
 
 
 def load_network(path: Path) -> NetworkRecipe:

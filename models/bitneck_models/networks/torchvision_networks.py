@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from bitneck.manifest import InputSpec
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.vision import import_timm, import_torchvision
 from bitneck_models.networks.voc import VOC_CLASSES
 from bitneck_models.networks.weights import download, fill

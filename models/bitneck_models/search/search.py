@@ -30,8 +30,7 @@ import bitneck
 from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
 from bitneck.ids import ID_PATTERN
 from bitneck_models.losses.rate_terms import RateKind
-from bitneck_models.networks.backbones import Backbone
-from bitneck_models.toml_file import load_toml, validated
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.training.pipeline import (
     PhotoSets,
     Validation,
@@ -42,6 +41,7 @@ from bitneck_models.training.pipeline import (
     validate,
 )
 from bitneck_models.training.unit import StepReport, train_unit
+from bitneck_models.typed_files import load_toml, validated
 from bitneck_models.units.units import BottleneckUnit, Topology
 from bitneck_models.zoo.entry import PointRecord, ZooEntry, new_unit, round_weights, save_point
 from bitneck_models.zoo.recipe import Group, PointRecipe, TaskTerm, TrainingRecipe

@@ -40,9 +40,9 @@ from bitneck_models.data.class_maps import (
     mean_iou,
     random_view,
 )
-from bitneck_models.networks.backbones import NETWORK_FILE, Backbone, stages_state
+from bitneck_models.networks.backbone import NETWORK_FILE, Backbone, stages_state
 from bitneck_models.networks.to_onnx import to_onnx
-from bitneck_models.toml_file import load_toml, validated
+from bitneck_models.typed_files import load_toml, validated
 
 __all__ = ["NetworkRecord", "NetworkStep", "NetworkTraining", "load_network_training", "train_network"]
 

@@ -19,7 +19,7 @@ from bitneck_models.data.class_maps import confusion, mapped_photos, mean_iou
 from bitneck_models.data.features import FeatureSpec, cached_features, view_maps
 from bitneck_models.data.photos import labelled_photos, split_off_validation, unlabelled_photos
 from bitneck_models.losses.task_terms import NO_LABEL
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.training.scalars import Scalars
 from bitneck_models.training.unit import StepReport, train_unit
 from bitneck_models.units.starts import init_linear, init_nested, init_next

@@ -27,7 +27,8 @@ from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.ids import check_id
 from bitneck.manifest import sha256_hex
-from bitneck_models.networks.backbones import NETWORK_FILE, Backbone, build_backbone
+from bitneck_models.networks.backbone import NETWORK_FILE, Backbone
+from bitneck_models.networks.registry import build_backbone
 from bitneck_models.spic.point import RECORD, SpicRecord
 from bitneck_models.units.units import BottleneckUnit
 from bitneck_models.zoo.recipe import PointRecipe, Recipe, load_recipe

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from bitneck.errors import InvalidConfig
 from bitneck.ids import ID_PATTERN
 from bitneck_models.losses.rate_terms import RateKind
 from bitneck_models.networks.recipe import NetworkRecipe, load_network
-from bitneck_models.toml_file import load_toml, validated
+from bitneck_models.typed_files import Strict, load_toml, validated
 from bitneck_models.units.units import Topology
 
 __all__ = ["PointRecipe", "Recipe", "Source", "TaskTerm", "TrainingRecipe", "load_recipe"]
@@ -17,11 +17,7 @@ __all__ = ["PointRecipe", "Recipe", "Source", "TaskTerm", "TrainingRecipe", "loa
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
-
-
-class Source(_Strict):
+class Source(Strict):
     """A folder of photographs to learn from.
 
     Attributes:
@@ -44,7 +40,7 @@ class Source(_Strict):
     limit: Annotated[int, Field(ge=1)] | None = None
 
 
-class TaskTerm(_Strict):
+class TaskTerm(Strict):
     """One summand of the task term: how far the student is from where it should be.
 
     Attributes:
@@ -70,7 +66,7 @@ class TaskTerm(_Strict):
         return self
 
 
-class TrainingRecipe(_Strict):
+class TrainingRecipe(Strict):
     """How a unit is trained.
 
     Attributes:
@@ -107,7 +103,7 @@ Group = tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=
 """Rows and columns of windows that are coded together."""
 
 
-class PointRecipe(_Strict):
+class PointRecipe(Strict):
     """One operating point.
 
     The loss is eq. (2) of the paper, ``bits + lambda * task``, with bits per image and the task term a mean. lambda
@@ -166,7 +162,7 @@ class PointRecipe(_Strict):
     init: str = "task"
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A zoo entry: the backbone, the photographs, and the operating points to train.
 
     Attributes:
