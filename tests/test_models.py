@@ -23,8 +23,10 @@ from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.registry import build_backbone
 from bitneck_models.training.pipeline import photo_sets, prune_and_fit, train_point
 from bitneck_models.training.unit import train_unit
+from bitneck_models.units.geometry import Geometry
+from bitneck_models.units.prune import prune_channels
 from bitneck_models.units.starts import init_linear
-from bitneck_models.units.units import BottleneckUnit, Geometry, prune_channels
+from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry, tables_digests
 from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe, load_recipe
 from small import small_backbone

@@ -14,7 +14,7 @@ from bitneck_models.networks.voc import VOC_CLASSES
 from bitneck_models.search.search import load_space
 from bitneck_models.spic.checkpoint import PLACES
 from bitneck_models.training.pipeline import photo_sets, train_point
-from bitneck_models.units.units import BottleneckUnit
+from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.recipe import Recipe, load_recipe
 from small import small_backbone

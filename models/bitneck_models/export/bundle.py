@@ -23,7 +23,7 @@ from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck.manifest import FileRole, Manifest, PointEntry, Segment, SplitPoint
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.to_onnx import to_onnx
-from bitneck_models.units.units import BottleneckUnit
+from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import MeasuredLadder, MeasuredPoint, ZooEntry
 
 __all__ = ["NOT_MEASURED", "Proof", "export_bundle", "prove"]

@@ -42,7 +42,8 @@ from bitneck_models.training.pipeline import (
 )
 from bitneck_models.training.unit import StepReport, train_unit
 from bitneck_models.typed_files import load_toml, validated
-from bitneck_models.units.units import BottleneckUnit, Topology
+from bitneck_models.units.topologies import Topology
+from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import PointRecord, ZooEntry, new_unit, round_weights, save_point
 from bitneck_models.zoo.recipe import Group, PointRecipe, TaskTerm, TrainingRecipe
 

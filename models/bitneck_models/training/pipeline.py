@@ -22,8 +22,9 @@ from bitneck_models.losses.task_terms import NO_LABEL
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.training.scalars import Scalars
 from bitneck_models.training.unit import StepReport, train_unit
+from bitneck_models.units.prune import prune_channels
 from bitneck_models.units.starts import init_linear, init_nested, init_next
-from bitneck_models.units.units import BottleneckUnit, prune_channels
+from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import PointRecord, ZooEntry, new_unit, round_weights
 from bitneck_models.zoo.recipe import PointRecipe, Recipe
 

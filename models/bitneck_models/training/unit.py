@@ -24,7 +24,7 @@ from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck_models.data.class_maps import VOID
 from bitneck_models.losses.rate_terms import RateTerm, build_rate
 from bitneck_models.losses.task_terms import NO_LABEL, Labels, TaskLoss
-from bitneck_models.units.units import BottleneckUnit
+from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe
 
 __all__ = ["StepReport", "train_unit"]
@@ -175,14 +175,11 @@ class _Run:
             with torch.no_grad(), self._low_precision():
                 teacher = self.task.features(f) if self.task.needs_teacher else {}
             with self._low_precision():
-                t = self.unit.encoder.body(f)
-            y = self.unit.encoder.latent(t.float())
-            t = self.unit.decoder.mix(self.unit.rounded(y, self.point.step))
+                y, f_hat = self.unit(f, self.point.step)
+                student = self.task.features(f_hat)
             bits = self.rate(y, self.point.step).mean()
             with torch.no_grad():
                 coded = self.rate(y, self.point.step, hard=True).mean().item()
-            with self._low_precision():
-                student = self.task.features(self.unit.decoder.body(t))
             task = self.task(student, teacher, labels)
         loss = bits + self.lambda_ * task
         if not torch.isfinite(loss):

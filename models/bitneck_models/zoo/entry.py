@@ -30,7 +30,8 @@ from bitneck.manifest import sha256_hex
 from bitneck_models.networks.backbone import NETWORK_FILE, Backbone
 from bitneck_models.networks.registry import build_backbone
 from bitneck_models.spic.point import RECORD, SpicRecord
-from bitneck_models.units.units import BottleneckUnit
+from bitneck_models.units.topologies import TOPOLOGIES
+from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.recipe import PointRecipe, Recipe, load_recipe
 
 __all__ = [
@@ -308,7 +309,8 @@ def new_unit(
         InvalidConfig: a split point, stride or number of channels that does not fit the backbone.
     """
     feature_shape = backbone.feature_shape(point.split)
-    inherited = point.channels if point.topology in ("separable2", "conv2", "nested") else None
+    traits = TOPOLOGIES[point.topology]
+    inherited = point.channels if traits.takes_hidden and traits.hidden_by_channels is None else None
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return BottleneckUnit(

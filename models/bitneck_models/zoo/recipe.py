@@ -10,7 +10,7 @@ from bitneck.ids import ID_PATTERN
 from bitneck_models.losses.rate_terms import RateKind
 from bitneck_models.networks.recipe import NetworkRecipe, load_network
 from bitneck_models.typed_files import Strict, load_toml, validated
-from bitneck_models.units.units import Topology
+from bitneck_models.units.topologies import Topology
 
 __all__ = ["PointRecipe", "Recipe", "Source", "TaskTerm", "TrainingRecipe", "load_recipe"]
 
@@ -120,8 +120,8 @@ class PointRecipe(Strict):
         target_bytes: where given, lambda is only where training begins; it is then moved until the estimated rate is
             this many bytes per image.
         kernel: K of the depthwise layers; None for the smallest that covers the stride.
-        topology: of the unit; see `bitneck_models.units.units`.
-        filters: D, depthwise filters a channel; see `bitneck_models.units.units.BottleneckUnit`.
+        topology: of the unit; see `bitneck_models.units.topologies`.
+        filters: D, depthwise filters a channel; see `bitneck_models.units.unit.BottleneckUnit`.
         hidden: H, channels between the layers, where the topology has any; a nested unit that starts from a separable
             one takes over its latent channels.
         group: (G1, G2), rows and columns of windows that a nested unit codes together.
