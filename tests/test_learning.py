@@ -14,18 +14,20 @@ from torch import nn
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
 from bitneck.runtime import OnnxModule
 from bitneck_models.losses.rate_terms import L1Rate
-from bitneck_models.losses.task_terms import Labels, TaskLoss
+from bitneck_models.losses.task_terms import Labels, TaskLoss, TaskTerm
 from bitneck_models.measure.complexity import Complexity, onnx_complexity
 from bitneck_models.measure.evaluation import mean_interval, wilson
 from bitneck_models.networks.to_onnx import to_onnx
-from bitneck_models.training.pipeline import choose_device, photo_sets, train_point
+from bitneck_models.training.photo_sets import photo_sets
+from bitneck_models.training.point import train_point
+from bitneck_models.training.run import choose_device
 from bitneck_models.training.scalars import Scalars
 from bitneck_models.training.unit import StepReport, train_unit
 from bitneck_models.units.starts import init_linear, init_nested, init_next
 from bitneck_models.units.topologies import Topology
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_models.zoo.recipe import PointRecipe, TaskTerm, TrainingRecipe, load_recipe
+from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe, load_recipe
 from small import small_backbone
 from tiny import INPUT, photo
 

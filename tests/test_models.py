@@ -15,13 +15,16 @@ from bitneck.bundle import Bundle
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import ImageError, InvalidConfig, ModelFailure
 from bitneck_models.data.features import FeatureSpec, cached_features
-from bitneck_models.data.photos import LabelledPhoto, labelled_photos, proof_images, split_off_validation
-from bitneck_models.export.bundle import NOT_MEASURED, export_bundle, prove
+from bitneck_models.data.photos import LabelledPhoto, labelled_photos, split_off_validation
+from bitneck_models.export.bundle import NOT_MEASURED, export_bundle
+from bitneck_models.export.proof import proof_images, prove
 from bitneck_models.losses.rate_terms import FactorizedDensity, FactorizedRate, HyperpriorRate, gaussian_bin_bits
 from bitneck_models.measure.evaluation import evaluate
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.registry import build_backbone
-from bitneck_models.training.pipeline import photo_sets, prune_and_fit, train_point
+from bitneck_models.training.photo_sets import photo_sets
+from bitneck_models.training.point import train_point
+from bitneck_models.training.tables import prune_and_fit
 from bitneck_models.training.unit import train_unit
 from bitneck_models.units.geometry import Geometry
 from bitneck_models.units.prune import prune_channels

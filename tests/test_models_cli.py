@@ -144,7 +144,8 @@ registry.BACKBONES["small"] = SMALL
     )
     monkeypatch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
     run("search", "zoo", "--space", "space.toml", "--data", ".", "--trials", "6", "--workers", "2")
-    from bitneck_models.search.search import load_space, open_study
+    from bitneck_models.search.space import load_space
+    from bitneck_models.search.study import open_study
 
     trials = open_study(load_space(home / "space.toml"), f"sqlite:///{home}/runs/search/small.db", create=False).trials
     ended = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED")]

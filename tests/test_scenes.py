@@ -18,8 +18,10 @@ from bitneck.manifest import InputSpec, sha256_hex
 from bitneck_models.cli.main import app
 from bitneck_models.data.scenes import Camera, Path2D, moving, still
 from bitneck_models.networks import registry
-from bitneck_models.training.conditional import ConditionalRecord, fit_conditional
-from bitneck_models.zoo.entry import PointRecord, ZooEntry, save_point
+from bitneck_models.training.conditional import fit_conditional
+from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.point import save_point
+from bitneck_models.zoo.records import ConditionalRecord, PointRecord
 from small import SMALL, small_backbone
 from test_models_cli import RECIPE
 from tiny import INPUT, photo

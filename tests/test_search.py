@@ -12,17 +12,12 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from bitneck.errors import InvalidConfig, ModelFailure
-from bitneck_models.search.search import (
-    adopt,
-    describe,
-    front,
-    is_hopeless,
-    load_space,
-    open_study,
-    pick_ladder,
-    work,
-)
-from bitneck_models.training.pipeline import photo_sets
+from bitneck_models.search.adopt import adopt
+from bitneck_models.search.front import front, pick_ladder
+from bitneck_models.search.space import load_space
+from bitneck_models.search.study import describe, open_study
+from bitneck_models.search.worker import is_hopeless, work
+from bitneck_models.training.photo_sets import photo_sets
 from bitneck_models.zoo.entry import ZooEntry
 from small import small_backbone
 from tiny import photo

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck_models.cli.main import app
-from bitneck_models.spic.checkpoint import PLACES, SpicUnit, load_spic, spic_geometry
-from bitneck_models.spic.point import SpicRecord, load_features, write_spic_point
+from bitneck_models.spic.checkpoint import SpicUnit, load_spic
+from bitneck_models.spic.places import PLACES, spic_geometry
+from bitneck_models.spic.point import load_features, write_spic_point
+from bitneck_models.spic.record import SpicRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 SPIC = Path(os.environ.get("BITNECK_SPIC", ROOT.parent / "shared" / "spic"))

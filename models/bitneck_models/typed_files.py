@@ -3,13 +3,17 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitneck.errors import InvalidConfig
+from bitneck.ids import ID_PATTERN
 
-__all__ = ["Strict", "load_toml", "validated"]
+__all__ = ["Id", "Positive", "Strict", "load_toml", "validated"]
+
+Id = Annotated[str, Field(pattern=ID_PATTERN)]
+Positive = Annotated[float, Field(gt=0)]
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -6,25 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from bitneck.errors import InvalidConfig
-from bitneck.image import find_photos, load_photo, preprocess
+from bitneck.image import find_photos
 from bitneck.manifest import InputSpec
 
 __all__ = [
     "LabelledPhoto",
     "augment",
     "labelled_photos",
-    "proof_count",
-    "proof_images",
     "split_off_validation",
     "unlabelled_photos",
 ]
-
-
-_PROOF_PIXELS = 8 * 224 * 224
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,32 +88,6 @@ def _from_table(folder: Path, table: Path, classes: int) -> list[LabelledPhoto]:
     if not photos:
         raise InvalidConfig(f"{table}: no photographs listed")
     return photos
-
-
-def proof_count(spec: InputSpec) -> int:
-    """How many pictures a bundle is proven on: 8 of 224x224, fewer of larger ones, at least 2."""
-    return max(2, min(8, _PROOF_PIXELS // spec.pixels))
-
-
-def proof_images(spec: InputSpec, source: Path | None, count: int = 8) -> NDArray[np.float32]:
-    """Inputs to compare a bundle with its network on.
-
-    Args:
-        spec: the backbone's input.
-        source: photographs, of which the first are taken; None for generated pictures of smooth random colours.
-        count: how many.
-
-    Returns:
-        (count or fewer, 3, H, W) float32, normalized.
-
-    Raises:
-        ImageError: no photographs, or unreadable ones.
-    """
-    if source is not None:
-        return np.concatenate([preprocess(load_photo(path), spec) for path in find_photos(source)[:count]])
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)) for _ in range(count)]
-    return np.concatenate([preprocess(p.resize((400, 300), Image.Resampling.BICUBIC), spec) for p in pictures])
 
 
 def split_off_validation(photos: Sequence[Path], every: int) -> tuple[list[Path], list[Path]]:

@@ -13,13 +13,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bitneck.ids import ID_PATTERN
 from bitneck.manifest import InputSpec, Task
-from bitneck_models.typed_files import Strict, load_toml, validated
+from bitneck_models.typed_files import Id, Strict, load_toml, validated
 
 __all__ = ["NetworkRecipe", "load_network"]
 
-Id = Annotated[str, Field(pattern=ID_PATTERN)]
 Module = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
 
 
