@@ -298,6 +298,8 @@ def test_a_network_learns_and_resumes_to_the_same_weights(data: Path) -> None:
 
     resumed = small_network()
     assert train_network(RECIPE, resumed, data, data / "zoo2", data / "runs2", stop_after=30) is None
+    often = RECIPE.model_copy(update={"validate_every": 7})  # the cadence of validation may change
+    assert train_network(often, small_network(), data, data / "zoo2", data / "runs2", stop_after=31) is None
     again = train_network(RECIPE, small_network(), data, data / "zoo2", data / "runs2")
     assert again is not None
     assert again.sha256 == record.sha256

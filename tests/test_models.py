@@ -256,6 +256,7 @@ def entry(tmp_path: Path) -> ZooEntry:
         (recipe_text(**{"lambda": "0"}), "lambda"),
         (recipe_text(extra="rate = 'magic'"), "rate"),
         (recipe_text().replace('init = "s1-r2"', 'init = "s9"'), "no point listed before it"),
+        (recipe_text(extra="topology = 'nested'").replace('"principal"', '"next"'), "a nested unit starts as"),
         (recipe_text().replace('id = "s1-r1"', 'id = "s1-r2"'), "two points"),
         (recipe_text().replace('id = "s1-r1"', 'id = "S1/.."'), "id"),
         ("name = ", "not TOML"),
@@ -362,9 +363,37 @@ def test_a_run_cut_off_and_resumed_gives_the_same_weights(tmp_path: Path) -> Non
         assert train_unit(resumed, tail, features, point, training, checkpoint=checkpoint)
         for name, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[name]), (cut, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["12.pt", "15.pt", "5.pt"]  # nothing half written
     other = point.model_copy(update={"step": 0.4})
     with pytest.raises(InvalidConfig, match="another recipe"):
         train_unit(fresh(), tail, features, other, training, checkpoint=tmp_path / "5.pt")
+
+
+def test_checkpoints_that_cannot_be_read_say_what_to_do(tmp_path: Path) -> None:
+    features = np.random.default_rng(1).normal(size=(64, 12, 4, 4)).astype(np.float16)
+    point = PointRecipe.model_validate(
+        {"id": "p", "split": "s1", "stride": 2, "channels": 6, "step": 0.3, "lambda": 50.0}
+    )
+    training, path = TrainingRecipe(steps=3, finish_steps=0, batch=16), tmp_path / "p.pt"
+
+    def train() -> bool:
+        unit = BottleneckUnit((12, 4, 4), 6, 2)
+        return train_unit(unit, small_backbone().tail("s1"), features, point, training, checkpoint=path)
+
+    assert train()
+    state = torch.load(path, weights_only=True)
+    older = dict(state["identity"]["training"])
+    del older["ema"]  # a key that the version of that time did not know has its default
+    torch.save(state | {"identity": state["identity"] | {"training": older}}, path)
+    assert train()
+    strange = state["identity"] | {"training": older | {"momentum": 0.9}}
+    for broken in (state | {"identity": strange}, {k: v for k, v in state.items() if k != "identity"}):
+        torch.save(broken, path)
+        with pytest.raises(InvalidConfig, match=r"not readable as a checkpoint .*; remove it to train anew"):
+            train()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InvalidConfig, match=r"not readable as a checkpoint .*; remove it to train anew"):
+        train()
 
 
 def test_training_that_cannot_work_fails_early(tmp_path: Path) -> None:
