@@ -23,17 +23,22 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class LabelledPhoto:
-    """A photograph and the index of its class."""
+    """A photograph and its class.
+
+    Attributes:
+        path: file of the photograph.
+        label: index of the class.
+    """
 
     path: Path
     label: int
 
 
 def unlabelled_photos(folders: Sequence[Path]) -> list[Path]:
-    """Every photograph in some folders and below, sorted within each folder.
+    """Every photograph in the folders and below them, sorted within each folder.
 
     Raises:
-        ImageError: a folder that does not exist or has no photographs.
+        ImageError: a folder does not exist or has no photographs.
     """
     return [photo for folder in folders for photo in find_photos(folder)]
 
@@ -42,13 +47,13 @@ def labelled_photos(folder: Path, wnids: Sequence[str], labels: Sequence[str]) -
     """Photographs with their classes.
 
     Args:
-        folder: holds either ``labels.csv`` with the columns ``file`` (relative to the folder) and ``index``, or one
-            folder for each class, named by its WordNet id, its index or its label.
+        folder: a folder with ``labels.csv``, which has the columns ``file`` (relative to the folder) and ``index``; or
+            a folder with one folder for each class, named by its WordNet id, its index or its label.
         wnids: WordNet ids by class index, or empty.
         labels: names by class index.
 
     Raises:
-        InvalidConfig: the folder is neither, or names a class or file that does not exist.
+        InvalidConfig: the folder has neither, or names a class or a file that does not exist.
     """
     table = folder / "labels.csv"
     if table.is_file():
@@ -91,7 +96,7 @@ def _from_table(folder: Path, table: Path, classes: int) -> list[LabelledPhoto]:
 
 
 def split_off_validation(photos: Sequence[Path], every: int) -> tuple[list[Path], list[Path]]:
-    """Put every n-th photograph aside; the same ones each time.
+    """Put every n-th photograph aside, the same ones each time.
 
     Returns:
         Training and validation photographs.
@@ -102,11 +107,11 @@ def split_off_validation(photos: Sequence[Path], every: int) -> tuple[list[Path]
 
 
 def augment(image: Image.Image, spec: InputSpec, rng: np.random.Generator) -> Image.Image:
-    """A random view: area 25 to 100 %, aspect 3:4 to 4:3 of the input's own, flip, mild light and colour.
+    """A random view: area 25 to 100 %, aspect 3:4 to 4:3 of the input's, flip, mild changes of light and colour.
 
     Args:
         image: RGB.
-        spec: of the input that it becomes; its height and width count.
+        spec: gives height and width of the view.
         rng: source of randomness.
     """
     width, height = image.size

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm as backbones, from a `bitneck_models.networks.recipe.NetworkRecipe`."""
+"""Any network of torchvision or timm as a backbone, from a `bitneck_models.networks.recipe.NetworkRecipe`."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,15 +20,15 @@ __all__ = ["any_network"]
 
 
 def any_network(recipe: NetworkRecipe, weights: Path | None) -> Backbone:
-    """Build a network, and cut it; see `bitneck_models.networks.cutting` for what is proven.
+    """Build a network and cut it; see `bitneck_models.networks.cutting`.
 
     Args:
         recipe: names the model and its split points.
         weights: a file, ``random``, or None for the library's, which are downloaded once.
 
     Raises:
-        InvalidConfig: no such model, weights that cannot be had, a cut that more than one tensor crosses, a feature
-            that is no C x Hf x Wf, or an output that is not the task's.
+        InvalidConfig: there is no such model, the weights cannot be obtained or do not fit, more than one tensor
+            crosses a cut, a feature is not C x Hf x Wf, or the output has not the shape that the task needs.
     """
     net, default, spec, labels = (_torchvision if recipe.source == "torchvision" else _timm)(recipe)
     shape = (3, spec.height, spec.width)
@@ -64,7 +64,7 @@ _Found = tuple[nn.Module, Callable[[], Mapping[str, Tensor]], InputSpec, tuple[s
 
 
 def _torchvision(recipe: NetworkRecipe) -> _Found:
-    """The model, what gets its weights, its input, and its labels."""
+    """The model, a function that gets its weights, its input, and its labels."""
     models = import_torchvision().models
     if recipe.name not in models.list_models():
         raise InvalidConfig(f"torchvision has no model {recipe.name!r}; `torchvision.models.list_models()` lists them")

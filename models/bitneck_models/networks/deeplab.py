@@ -34,9 +34,9 @@ _NAME = "deeplabv3_efficientnet_lite0"
 _OWN_WEIGHTS = Path(__file__).resolve().parents[2] / "zoo" / _NAME / NETWORK_FILE
 
 STRIDE = 16
-"""Input pixels a position of the map, each way."""
+"""Input pixels for each position of the map, in height and in width."""
 PLACES = 4
-"""Places of the class map in a position of the map, each way."""
+"""Places of the class map for each position of the map, in height and in width."""
 RATES = (3, 6, 9)
 _BRANCH = 128
 _PROJECTED = 256
@@ -94,11 +94,11 @@ def _deeplab(net: nn.Module) -> Backbone:
 
 
 class AtrousConv2d(nn.Conv2d):
-    """Depthwise K x K with holes, stride 1, output as large as the input.
+    """Depthwise K x K convolution with holes, stride 1, output as large as the input.
 
-    In torch it runs as a dense convolution on the d x d phases of the map, because depthwise convolutions with holes
-    are slow on a CPU there, above all backwards (measured, 6 x 672 x 18 x 24, 5 x 5, d = 2, two AVX2 cores: a block
-    forth and back takes 55 ms an image, and 12 ms this way). It is exported as what it is.
+    torch runs it as a convolution without holes on the d x d phases of the map, because its depthwise convolutions with
+    holes are slow on a CPU, above all their gradients (measured, 6 x 672 x 18 x 24, 5 x 5, d = 2, two AVX2 cores: a
+    block forward and backward takes 55 ms an image, and 12 ms this way). It is exported as one convolution with holes.
     """
 
     def __init__(self, channels: int, kernel: int, rate: int) -> None:
@@ -122,10 +122,10 @@ class AtrousConv2d(nn.Conv2d):
 
 
 class PadToStride(nn.Module):
-    """Zeros below and to the right, so that the input is a whole number of positions.
+    """Adds zeros below and to the right, so that the input is a whole number of positions.
 
-    Every stride-2 convolution then sees an even size, which puts the map's positions in the same places for pictures
-    of every size: crops in training, whole pictures afterwards.
+    Every stride-2 convolution then gets an even size. This puts the map's positions in the same places for pictures of
+    every size: crops in training, whole pictures afterwards.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,13 +142,15 @@ def _pointwise(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class Aspp(nn.Module):
-    """Atrous spatial pyramid pooling: 1x1, three rates and the whole picture side by side, then a linear projection.
+    """Atrous spatial pyramid pooling: parallel branches, then a linear projection.
+
+    The branches are a 1x1 convolution, three atrous convolutions, and the mean of the whole picture.
 
     Args:
         inputs: channels of the backbone.
         branch: channels of each branch.
         outputs: channels of the projection.
-        rates: of the atrous branches.
+        rates: rates of the atrous branches.
     """
 
     def __init__(self, inputs: int, branch: int, outputs: int, rates: tuple[int, ...] = RATES) -> None:
@@ -172,11 +174,11 @@ class Aspp(nn.Module):
 
 
 class _CutPadding(nn.Module):
-    """What the padding answers, cut off.
+    """Removes the logits of the padding.
 
     Args:
-        height: largest that is left.
-        width: likewise.
+        height: largest height that is kept.
+        width: largest width that is kept.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -189,11 +191,11 @@ class _CutPadding(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Logits to the input's size, bilinear.
+    """Enlarges logits to the input's size, bilinear.
 
     Args:
-        height: of the input.
-        width: of the input.
+        height: height of the input.
+        width: width of the input.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -206,16 +208,16 @@ class Upsample(nn.Module):
 
 
 def _stages(net: nn.Module, classes: int, height: int, width: int) -> "OrderedDict[str, nn.Module]":
-    """The stages of the network, its head with fresh weights.
+    """The stages of the network; those of the head have fresh weights.
 
     Args:
         net: timm's EfficientNet-Lite0 with ``output_stride=16``.
         classes: K.
-        height: of the input; a multiple of 4.
-        width: likewise.
+        height: height of the input; a multiple of 4.
+        width: width of the input; a multiple of 4.
 
     Raises:
-        InvalidConfig: an input of another size.
+        InvalidConfig: the input has another size.
     """
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     stages["stem"] = nn.Sequential(PadToStride(), net.get_submodule("conv_stem"), net.get_submodule("bn1"))
@@ -235,7 +237,7 @@ def _stages(net: nn.Module, classes: int, height: int, width: int) -> "OrderedDi
     )
     step = STRIDE // PLACES
     if height % step or width % step:
-        raise InvalidConfig(f"an input of {height}x{width} is no multiple of {step}, as the class map's places need")
+        raise InvalidConfig(f"the input is {height}x{width}; height and width must be multiples of {step}")
     stages["classes"] = nn.Sequential(
         nn.Conv2d(_PROJECTED, classes * PLACES**2, 1),
         nn.PixelShuffle(PLACES),
@@ -246,7 +248,7 @@ def _stages(net: nn.Module, classes: int, height: int, width: int) -> "OrderedDi
 
 
 def _replace_atrous(block: nn.Module) -> None:
-    """Depthwise convolutions with holes by the same ones that train fast."""
+    """Replace depthwise convolutions with holes by `AtrousConv2d`, which trains faster."""
     conv = block.conv_dw
     if isinstance(conv, nn.Conv2d) and conv.dilation != (1, 1):
         fast = AtrousConv2d(conv.in_channels, conv.kernel_size[0], conv.dilation[0])

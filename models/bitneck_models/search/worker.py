@@ -125,7 +125,9 @@ def work(
         n_trials=None if len(study.get_trials(states=_ENDED)) < trials else 0,
     )
     if len(failures) == _MAX_FAILURES:
-        raise ModelFailure(f"{_MAX_FAILURES} trials in a row failed, the last because: {failures[-1]}; mend the space")
+        raise ModelFailure(
+            f"{_MAX_FAILURES} trials in a row failed, the last because: {failures[-1]}; change the space"
+        )
 
 
 def _copy(unit: BottleneckUnit, backbone: Backbone, point: PointRecipe) -> BottleneckUnit:

@@ -1,18 +1,18 @@
-"""The paper's own bottleneck units: checkpoints that its authors published, as operating points of this system.
+"""The paper's own bottleneck units, read from checkpoints that its authors published.
 
     conv2_2  depthwise 3x3 at S   bn2_1  ReLU        f (N,C,Hf,Wf)    -> (N,C,h,w)
     conv2_3  1x1                  bn3_1  ReLU                         -> y (N,Cr,h,w)      encoder.onnx
     conv2_4  1x1 transposed       bn4_1  ReLU        y_hat (N,Cr,h,w) -> (N,C,h,w)
     conv2_5  depthwise transposed bn5_1  ReLU                         -> f_hat (N,C,H',W') decoder.onnx
 
-The padding stands in no checkpoint; it follows from network, split point and stride (`PLACES`). H' and W' are those of
-the feature, but for ResNet-50 at s3, whose decoder returns a little more. The unit is convolutions alone, so its files
-take a feature of any size.
+No checkpoint has the padding, which follows from network, split point and stride (`bitneck_models.spic.places`). H' and
+W' are those of the feature, except for ResNet-50 at s3, whose decoder returns a little more. The unit has convolutions
+only, so its files take a feature of any size.
 
 ``priorEncoder``, ``priorDecoder`` and ``bitEstimator_z`` are the paper's rate estimator, eq. (3). It becomes a
-`bitneck_models.losses.rate_terms.HyperpriorRate` with cumulative layers of width 1. Published checkpoints hold it
-untrained: every scale of a batch norm has one value and every shift is zero, as initialized and then shrunk by weight
-decay, so what it estimates says nothing about the rate; `SpicUnit.prior_trained` tells.
+`bitneck_models.losses.rate_terms.HyperpriorRate` with cumulative layers of width 1. In published checkpoints it is not
+trained: the scales of each batch norm are equal and all shifts are zero, as initialized and then shrunk by weight
+decay. So its estimates say nothing about the rate; see `SpicUnit.prior_trained`.
 """
 
 import pickle
@@ -46,8 +46,8 @@ class SpicUnit:
         encoder: (N, C, Hf, Wf) to the latent (N, Cr, h, w), which is never negative.
         decoder: (N, Cr, h, w) to (N, C, H', W').
         rate: its rate estimator.
-        prior_trained: whether that was trained; no published one was.
-        sha256: of the checkpoint's file.
+        prior_trained: whether the rate estimator was trained; no published one was.
+        sha256: digest of the checkpoint's file.
     """
 
     geometry: SpicGeometry
@@ -60,7 +60,7 @@ class SpicUnit:
 
     @torch.no_grad()
     def estimated_bits(self, y: Tensor) -> float:
-        """Mean bits of latents (N, Cr, h, w) by the checkpoint's own rate estimator."""
+        """Mean bits of latents (N, Cr, h, w), estimated by the checkpoint's own rate estimator."""
         return float(self.rate(y, self.step, hard=True).mean())
 
 
@@ -68,15 +68,15 @@ def load_spic(path: Path, *, backbone: str, split: str, step: float, stride: int
     """Read a checkpoint of the authors.
 
     Args:
-        path: the file; it is read with ``weights_only=True``, so nothing in it can run.
+        path: the file. It is read with ``weights_only=True``, so no code in it can run.
         backbone: ``resnet50`` or ``deeplabv3_resnet50``.
         split: s1, s2 or s3; US1 and US2 of the authors are s1 and s2.
-        step: Q, which stands in no checkpoint.
-        stride: S, likewise.
+        step: Q, which no checkpoint has.
+        stride: S, which no checkpoint has.
 
     Raises:
-        InvalidConfig: not a checkpoint, or one of something else: other keys, shapes, types, values that are not
-            finite, or a geometry that does not go with `backbone`, `split` and `stride`.
+        InvalidConfig: the file is no checkpoint of a unit: it has other keys, shapes or types, or values that are not
+            finite; or its geometry does not fit `backbone`, `split` and `stride`.
     """
     if not 0 < step < float("inf"):
         raise InvalidConfig(f"the step is {step}, expected a positive number")
@@ -96,17 +96,17 @@ def load_spic(path: Path, *, backbone: str, split: str, step: float, stride: int
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The state dict and the file's digest."""
+    """The state dict, and the digest of the file."""
     try:
         digest = sha256_hex(path.read_bytes())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles; what torch can read safely is checked below
+            warnings.simplefilter("ignore")  # about unusual pickles; the content is checked below
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as exc:
         raise InvalidConfig(f"{path}: no such checkpoint") from exc
     except pickle.UnpicklingError as exc:
         raise InvalidConfig(
-            f"{path}: holds more than tensors, or is no checkpoint ({_reason(exc)}); nothing in it was run"
+            f"{path}: holds more than tensors, or is no checkpoint ({_reason(exc)}); no code in it was run"
         ) from exc
     except Exception as exc:  # torch.load raises many kinds for a broken file
         raise InvalidConfig(f"{path}: not readable as a checkpoint, or cut short ({_reason(exc)})") from exc
@@ -117,7 +117,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _reason(exc: Exception) -> str:
-    """What an exception says, in one line; torch puts the cause after its advice."""
+    """The cause of an exception in one line; torch puts it after its advice."""
     lines = str(exc).replace("WeightsUnpickler error: ", "\n").strip().splitlines()
     return next(
         (line.strip() for line in lines if "GLOBAL" in line or "global" in line), lines[0] if lines else repr(exc)
@@ -129,7 +129,7 @@ _PRIOR_NORMS = ("priorEncoder.bn1", "priorEncoder.bn2", "priorDecoder.bn1", "pri
 
 
 def _shapes(c: int, cr: int, kernel: int) -> dict[str, tuple[int, ...]]:
-    """Every key of a checkpoint, and its shape."""
+    """Every key of a checkpoint, with its shape."""
     z = _HYPER
     shapes: dict[str, tuple[int, ...]] = {
         "conv2_2.weight": (c, 1, 3, 3),
@@ -242,10 +242,10 @@ def _decoder(g: SpicGeometry, state: Mapping[str, Tensor]) -> nn.Sequential:
 
 
 def _rate(g: SpicGeometry, state: Mapping[str, Tensor], step: float) -> HyperpriorRate:
-    """The authors' estimator in ours.
+    """The authors' rate estimator, as ours.
 
-    Theirs sees the latent y, ours y / Q, so the first layer's kernels are multiplied with Q. Their density has one unit
-    a layer, and no scale of its own.
+    Theirs takes the latent y and ours y / Q, so the kernels of the first layer are multiplied by Q. Their density has
+    one unit in each layer, and no scale.
     """
     rate = HyperpriorRate(g.channels, _HYPER, density_width=1)
     own = {f"h_a.{i}": f"priorEncoder.{name}" for i, name in ((0, "conv1"), (1, "bn1"), (3, "conv2"), (4, "bn2"))}
@@ -264,7 +264,7 @@ def _rate(g: SpicGeometry, state: Mapping[str, Tensor], step: float) -> Hyperpri
 
 
 def _trained(state: Mapping[str, Tensor]) -> bool:
-    """Whether a gradient ever reached the estimator: batch norms begin with equal scales and shifts of zero."""
+    """Whether the estimator ever got a gradient: batch norms start with equal scales, and with shifts of zero."""
     return any(
         bool((state[f"{norm}.bias"] != 0).any()) or bool((state[f"{norm}.weight"] != state[f"{norm}.weight"][0]).any())
         for norm in _PRIOR_NORMS

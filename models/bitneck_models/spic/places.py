@@ -1,7 +1,4 @@
-"""Where the units of the paper's authors stand in their networks, and the geometry that follows from it.
-
-The padding is in no checkpoint; it follows from network, split point and stride.
-"""
+"""The places of the authors' units in their networks, and the geometry that follows: no checkpoint has the padding."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,15 +10,15 @@ __all__ = ["PLACES", "Place", "SpicGeometry", "spic_geometry"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a unit of the authors stands, and what its checkpoint does not say.
+    """The place of a unit of the authors, and what its checkpoint does not say.
 
     Attributes:
-        channels: C, of the feature.
-        size: Hf = Wf of the feature at the network's own input size.
-        encoder_padding: of `conv2_2`.
-        decoders: stride to kernel and padding of `conv2_5`; the strides that the unit can have.
+        channels: C.
+        size: Hf = Wf of the feature, at the network's own input size.
+        encoder_padding: padding of `conv2_2`.
+        decoders: kernel and padding of `conv2_5`, by stride. The unit can have these strides only.
         module: the module that gives the feature, as torchvision names it.
-        true_cut: whether nothing but the feature crosses there.
+        true_cut: whether the feature is the only tensor that crosses.
     """
 
     channels: int
@@ -49,7 +46,7 @@ PLACES: Mapping[str, Mapping[str, Place]] = {
             size=65,
             encoder_padding=0,
             decoders={4: (5, 0), 6: (5, 0), 8: (9, 0)},
-            module="classifier.0.convs.1",  # one of five branches, the others pass around it
+            module="classifier.0.convs.1",  # one of five branches; the others pass around it
             true_cut=False,
         ),
         "s2": Place(channels=2048, size=65, encoder_padding=0, decoders=_DEEPLAB_BODY, module="backbone.layer4.1"),
@@ -61,16 +58,16 @@ PLACES: Mapping[str, Mapping[str, Place]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpicGeometry:
-    """All that decides the shapes of one unit.
+    """Everything that decides the shapes of one unit.
 
     Attributes:
-        backbone: network.
-        split: split point.
+        backbone: the network.
+        split: the split point.
         place: see `Place`.
         stride: S.
         channels: Cr.
-        kernel: of the transposed convolution.
-        padding: likewise.
+        kernel: kernel of the transposed convolution.
+        padding: padding of the transposed convolution.
     """
 
     backbone: str
@@ -82,7 +79,7 @@ class SpicGeometry:
     padding: int
 
     def latent_size(self, size: int) -> int:
-        """Height or width of the latent of a feature of this height or width."""
+        """Height or width of the latent, for a feature of this height or width."""
         return (size + 2 * self.place.encoder_padding - 3) // self.stride + 1
 
     def decoded_size(self, size: int) -> int:
@@ -96,12 +93,12 @@ class SpicGeometry:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(Cr, h, w) likewise."""
+        """(Cr, h, w) at the network's own input size."""
         return self.channels, (n := self.latent_size(self.place.size)), n
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
-        """(C, H', W') of the decoded feature, likewise."""
+        """(C, H', W') of the decoded feature, at the network's own input size."""
         return self.place.channels, (n := self.decoded_size(self.place.size)), n
 
 
@@ -113,10 +110,10 @@ def spic_geometry(backbone: str, split: str, stride: int, channels: int, kernel:
         split: s1, s2 or s3.
         stride: S.
         channels: Cr, from the checkpoint's shapes.
-        kernel: of the transposed convolution, likewise.
+        kernel: kernel of the transposed convolution, from the checkpoint's shapes.
 
     Raises:
-        InvalidConfig: the authors have no such unit, or the kernel is another stride's.
+        InvalidConfig: the authors have no such unit, or the kernel belongs to another stride.
     """
     if backbone not in PLACES:
         raise InvalidConfig(f"the authors have no units for {backbone!r}; they have: {', '.join(PLACES)}")

@@ -1,8 +1,8 @@
 """Point folders from checkpoints of the paper's authors; see `bitneck_models.spic.checkpoint`.
 
 encoder.onnx, decoder.onnx    both halves, for features of any size
-spic.json                     the record: where it came from, its geometry, what it costs
-tables.npz                    the factorized model, only where features were given to fit it to
+spic.json                     the record: source, geometry, rate
+tables.npz                    the factorized model, if features were given to fit it to
 """
 
 import json
@@ -26,17 +26,17 @@ _CHUNK = 16
 
 
 def load_features(path: Path) -> NDArray[np.floating]:
-    """Features of a split point from a file.
+    """Read features of a split point from a file.
 
     Args:
-        path: ``.npy``, such as ``features.npy`` of a training cache, or ``.npz`` with the array ``features`` or
-            ``feature``: (N, C, Hf, Wf), or (C, Hf, Wf) for one.
+        path: a ``.npy`` file, such as ``features.npy`` of a training cache, or a ``.npz`` file with the array
+            ``features`` or ``feature``. The array is (N, C, Hf, Wf), or (C, Hf, Wf) for one feature.
 
     Returns:
-        (N, C, Hf, Wf), as it is on disk; not read into memory as a whole where it is ``.npy``.
+        (N, C, Hf, Wf); memory-mapped if the file is ``.npy``.
 
     Raises:
-        InvalidConfig: no such file, no such array, or another shape.
+        InvalidConfig: there is no such file or array, or it has another shape.
     """
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -60,17 +60,17 @@ def load_features(path: Path) -> NDArray[np.floating]:
 def write_spic_point(
     unit: SpicUnit, out: Path, *, checkpoint: str, features: NDArray[np.floating] | None = None, features_file: str = ""
 ) -> SpicRecord:
-    """Write a point folder, the record last: it marks the folder as complete.
+    """Write a point folder. The record is written last, because it marks the folder as complete.
 
     Args:
-        unit: from `bitneck_models.spic.checkpoint.load_spic`.
-        out: the folder; made where it does not exist. One that holds something else is refused.
-        checkpoint: the checkpoint's name, for the record.
+        unit: see `bitneck_models.spic.checkpoint.load_spic`.
+        out: the folder; created if it does not exist. A folder with other content is refused.
+        checkpoint: name of the checkpoint, for the record.
         features: (N, C, Hf, Wf), to estimate the rate on and to fit tables to; None for neither.
-        features_file: their file's name, for the record.
+        features_file: name of their file, for the record.
 
     Raises:
-        InvalidConfig: a folder that holds something else, or features of another split point.
+        InvalidConfig: the folder has other content, or the features are those of another split point.
         ModelFailure: the export failed.
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).is_file())):
@@ -113,7 +113,7 @@ def write_spic_point(
 
 
 def _measured(unit: SpicUnit, features: NDArray[np.floating], file: str) -> tuple[FactorizedModel, SpicEstimate]:
-    """Tables fitted to the features' symbols, and what these cost."""
+    """Tables fitted to the features' symbols, and the rate of these."""
     g = unit.geometry
     if features.shape[1] != g.place.channels or min(features.shape[2:]) < 3:
         raise InvalidConfig(

@@ -18,12 +18,12 @@ Shape3 = tuple[int, int, int]
 
 
 class SpicEstimate(Strict):
-    """What the latents of some features cost, mean of each.
+    """The rate of the latents of some features, means.
 
     Attributes:
-        features: how many.
-        file: their file's name.
-        estimated_bits: by the checkpoint's own rate estimator, after rounding; worth something only where
+        features: number of features.
+        file: name of their file.
+        estimated_bits: estimate of the checkpoint's own rate estimator, after rounding; only meaningful if
             `SpicRecord.prior_trained`.
         tables_bits: ideal code length under the tables that were fitted to these features.
     """
@@ -35,20 +35,21 @@ class SpicEstimate(Strict):
 
 
 class SpicRecord(Strict):
-    """What stands beside an imported point.
+    """How a point was imported.
 
     Attributes:
-        format: of this record.
-        checkpoint: the file's name.
+        format: format of this record.
+        checkpoint: name of the checkpoint's file.
         checkpoint_sha256: its digest.
-        backbone, split, stride, channels, step: the point; the step and the stride were given, the rest follows.
-        module: the module of the network, as torchvision names it, whose output the unit was trained on.
-        true_cut: whether that is a split point, where nothing else crosses.
+        backbone, split, stride, step: the point, as given.
+        channels: Cr.
+        module: the module whose output the unit was trained on, as torchvision names it.
+        true_cut: whether that output is the only tensor that crosses, so that it is a split point.
         feature_shape, latent_shape, output_shape: (C, Hf, Wf), (Cr, h, w) and (C, H', W') at the network's input size.
-        encoder_kernel, encoder_padding, decoder_kernel, decoder_padding: of the two depthwise convolutions.
+        encoder_kernel, encoder_padding, decoder_kernel, decoder_padding: sizes of the two depthwise convolutions.
         prior_trained: whether the checkpoint's rate estimator was trained.
-        estimate: what it costs; None where no features were given.
-        files: digest by name.
+        estimate: the rate of some features; None if none were given.
+        files: digests by name.
     """
 
     format: Literal[1] = 1
@@ -73,7 +74,7 @@ class SpicRecord(Strict):
     files: dict[str, str]
 
     def annotation(self) -> dict[str, Any]:
-        """What an evaluation's document says of this point, in place of a recipe and a training record."""
+        """Entry in the document of an evaluation, in place of a recipe and a training record."""
         shown = {"split": self.split, "stride": self.stride, "channels": self.channels, "step": self.step}
         bits = self.estimate.tables_bits if self.estimate is not None else 0.0
         return {
@@ -90,8 +91,8 @@ class SpicRecord(Strict):
             feature_shapes: (C, Hf, Wf) by split point.
 
         Raises:
-            InvalidConfig: another network's or split point's, no tables, trained where other tensors cross too, or a
-                decoder that returns no feature of this split point, whatever its size.
+            InvalidConfig: the point belongs to another network or split point, has no tables, or was trained where
+                other tensors cross too; or its decoder returns no feature of this split point, of any size.
         """
         expected = feature_shapes.get(self.split)
         problem = None
@@ -111,10 +112,10 @@ class SpicRecord(Strict):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The record of a point folder, its files checked against it.
+        """Read the record of a point folder, and check the folder's files.
 
         Raises:
-            BundleCorrupt: no record, not one of this format, or files that are missing or were changed.
+            BundleCorrupt: the record is missing or has another format, or files are missing or were changed.
         """
         path = folder / RECORD
         try:
