@@ -26,11 +26,17 @@ from bitneck_models.zoo.records import ConditionalRecord
 __all__ = ["fit_conditional", "fit_points"]
 
 _DISTANCES = 48
+"""Distances |s - s'| that a kernel has weights for; the last weight stands for all larger ones."""
 _DECAYS = (0.05, 0.1, 0.15, 0.22, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.94, 0.98)
+"""Like kernels that fall by this factor with each distance."""
 _DEVIATIONS = (0.35, 0.5, 0.7, 0.9, 1.2, 1.6, 2.2, 3.0, 4.5)
+"""Like kernels that are Gaussians with this standard deviation."""
 _GAUSSIAN_FLOOR = 32
+"""Least weight of a Gaussian."""
 _NEAR_DECAYS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+"""Near kernels that fall by this factor with each distance."""
 _KEEPS = (0, 8, 16, 24, 32, 40, 48, 54, 58, 61, 63)
+"""Shares of the near part, in units of 1 / `KEEP_TOTAL`."""
 
 
 def fit_conditional(tables: FactorizedModel, pairs: Sequence[NDArray[np.integer]]) -> ConditionalModel:
