@@ -66,7 +66,7 @@ class Labels:
 
     Attributes:
         first: classes of the first feature, (N,) or (N, H, W) int64, `NO_LABEL` where unknown.
-        second: classes of the second feature, likewise.
+        second: classes of the second feature, in the same form.
         share: share of the first feature in the mixture, (N,) float32.
     """
 

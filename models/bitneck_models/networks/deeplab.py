@@ -23,7 +23,15 @@ from bitneck.manifest import InputSpec, sha256_hex
 from bitneck_models.networks.backbone import NETWORK_FILE, Backbone, load_stages
 from bitneck_models.networks.efficientnet import lite0_net, load_lite0
 
-__all__ = ["CAMVID_CLASSES", "Aspp", "AtrousConv2d", "Upsample", "begin_deeplab", "deeplabv3_efficientnet_lite0"]
+__all__ = [
+    "CAMVID_CLASSES",
+    "Aspp",
+    "AtrousConv2d",
+    "Upsample",
+    "begin_deeplab",
+    "deeplab_stages",
+    "deeplabv3_efficientnet_lite0",
+]
 
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
@@ -84,7 +92,7 @@ def _deeplab(net: nn.Module) -> Backbone:
     )
     return Backbone(
         name=_NAME,
-        stages=_stages(net, len(CAMVID_CLASSES), spec.height, spec.width),
+        stages=deeplab_stages(net, len(CAMVID_CLASSES), spec.height, spec.width),
         splits={"s3": "blocks.4.2", "s2": "blocks.5.3", "s1": "aspp"},
         input=spec,
         labels=CAMVID_CLASSES,
@@ -207,7 +215,7 @@ class Upsample(nn.Module):
         return F.interpolate(logits, size=(self.height, self.width), mode="bilinear", align_corners=False)
 
 
-def _stages(net: nn.Module, classes: int, height: int, width: int) -> "OrderedDict[str, nn.Module]":
+def deeplab_stages(net: nn.Module, classes: int, height: int, width: int) -> "OrderedDict[str, nn.Module]":
     """The stages of the network; those of the head have fresh weights.
 
     Args:

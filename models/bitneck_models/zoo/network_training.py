@@ -18,7 +18,7 @@ class NetworkTraining(Strict):
         folder: path below the data folder; holds ``train``, ``val`` and ``test``, each with ``images`` and ``labels``.
         train_from: the first stage that is trained; the stages before it stay as they are.
         height: height of a training view, pixels; a multiple of 16.
-        width: its width, likewise.
+        width: its width, pixels; a multiple of 16.
         scale_min, scale_max, light: see `bitneck_models.data.class_maps.ViewRange`.
         steps: updates.
         batch: views in an update.
