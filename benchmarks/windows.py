@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from bitneck.coding.factorized_model import FactorizedModel
-from bitneck_models.training.pipeline import photo_sets, split_features
-from bitneck_models.units.units import SpaceToDepth
+from bitneck_models.training.photo_sets import photo_sets, split_features
+from bitneck_models.units.layers import SpaceToDepth
 from bitneck_models.zoo.entry import ZooEntry
 
 _CHUNK = 50

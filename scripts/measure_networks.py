@@ -20,10 +20,13 @@ import torch
 from PIL import Image
 
 from bitneck.image import preprocess
-from bitneck_models.networks.backbones import Backbone, build_backbone
+from bitneck_models.networks.backbone import Backbone
+from bitneck_models.networks.registry import build_backbone
 from bitneck_models.networks.weights import RANDOM
-from bitneck_models.training.pipeline import prune_and_fit
-from bitneck_models.zoo.entry import PointRecord, ZooEntry, new_unit, round_weights
+from bitneck_models.training.tables import prune_and_fit
+from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.point import new_unit, round_weights
+from bitneck_models.zoo.records import PointRecord
 
 POINT = '[[points]]\nid = "{s}-r1"\nsplit = "{s}"\nstride = {stride}\nchannels = 32\nstep = 0.5\nlambda = 1.0\n'
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
-from bitneck_models.search.search import load_space, open_study, work
-from bitneck_models.training.pipeline import photo_sets
+from bitneck_models.search.space import load_space
+from bitneck_models.search.study import open_study
+from bitneck_models.search.worker import work
+from bitneck_models.training.photo_sets import photo_sets
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_testing.networks import small_backbone
 

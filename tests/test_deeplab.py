@@ -22,19 +22,16 @@ from bitneck_models.data.class_maps import (
     random_view,
 )
 from bitneck_models.data.features import FeatureSpec, cached_features, view_maps
-from bitneck_models.losses.task_terms import NO_LABEL, Labels, TaskLoss
-from bitneck_models.networks.backbones import Backbone, begin_network, build_backbone, load_stages, stages_state
+from bitneck_models.losses.task_terms import NO_LABEL, Labels, TaskLoss, TaskTerm
+from bitneck_models.networks.backbone import Backbone, load_stages, stages_state
 from bitneck_models.networks.deeplab import AtrousConv2d
+from bitneck_models.networks.registry import begin_network, build_backbone
 from bitneck_models.networks.to_onnx import to_onnx
-from bitneck_models.training.network import (
-    NetworkTraining,
-    forget_finished,
-    load_network_training,
-    train_network,
-)
-from bitneck_models.training.pipeline import photo_sets, train_point
+from bitneck_models.training.network import forget_finished, train_network
+from bitneck_models.training.photo_sets import photo_sets
+from bitneck_models.training.point import train_point
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_models.zoo.recipe import TaskTerm
+from bitneck_models.zoo.network_training import NetworkTraining, load_network_training
 
 NAME = "deeplabv3_efficientnet_lite0"
 
@@ -295,6 +292,8 @@ def test_a_network_learns_and_resumes_to_the_same_weights(data: Path) -> None:
 
     resumed = small_network()
     assert train_network(RECIPE, resumed, data, data / "zoo2", data / "runs2", stop_after=30) is None
+    often = RECIPE.model_copy(update={"validate_every": 7})  # the cadence of validation may change
+    assert train_network(often, small_network(), data, data / "zoo2", data / "runs2", stop_after=31) is None
     again = train_network(RECIPE, small_network(), data, data / "zoo2", data / "runs2")
     assert again is not None
     assert again.sha256 == record.sha256

@@ -24,6 +24,10 @@ PACKAGES = set(COMPONENTS.values())
 TORCH = {"torch", "torchvision", "timm"}
 WITH_TORCH = ROOT / "testing" / "bitneck_testing" / "networks.py"
 """The one module outside models that may import torch; serving tests do without it."""
+ROOMS = (
+    "networks", "units", "losses", "data", "spic", "zoo", "training", "search", "measure", "export", "report", "cli",
+)  # fmt: skip
+"""Of `bitneck_models`, in order: each imports only from itself and from those before it."""
 
 
 def sources(component: str) -> list[Path]:
@@ -220,3 +224,45 @@ def test_documents_have_no_gaps_and_no_dead_links() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path}: {target}"
+
+
+def names_imported(path: Path) -> set[str]:
+    """Modules that a file imports, also inside functions, and names that may be modules."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_rooms_of_models_import_only_from_rooms_above() -> None:
+    package = ROOT / "models" / "bitneck_models"
+    folders = {p.name for p in package.iterdir() if p.is_dir() and any(p.glob("*.py"))}
+    assert folders == set(ROOMS)
+    listed = importlib.import_module("bitneck_models").__doc__ or ""
+    assert tuple(re.findall(r"^    (\w+) ", listed, flags=re.M)) == ROOMS
+    for path in sources("models"):
+        place = path.relative_to(package).parts
+        allowed = set(ROOMS[: ROOMS.index(place[0]) + 1]) if len(place) > 1 else set()
+        for name in names_imported(path):
+            parts = name.split(".")
+            if parts[0] == "bitneck_models" and len(parts) > 1 and parts[1] in ROOMS:
+                assert parts[1] in allowed, f"{path}: {name}"
+
+
+def test_the_registry_of_networks_imports_none() -> None:
+    code = (
+        "import sys, bitneck_models.networks.registry as registry;"
+        "bad = {'torch', 'torchvision', 'timm'} & set(sys.modules); assert not bad, bad;"
+        "places = [*registry.BACKBONES.values(), *registry.TRAINED_HERE.values()];"
+        "bad = {place.partition(':')[0] for place in places} & set(sys.modules); assert not bad, bad"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    from bitneck_models.networks import registry
+
+    for place in (*registry.BACKBONES.values(), *registry.TRAINED_HERE.values()):
+        module, _, function = place.partition(":")
+        assert function in importlib.import_module(module).__all__, place

@@ -13,17 +13,20 @@ from torch import nn
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
 from bitneck.runtime import OnnxModule
 from bitneck_models.losses.rate_terms import L1Rate
-from bitneck_models.losses.task_terms import Labels, TaskLoss
+from bitneck_models.losses.task_terms import Labels, TaskLoss, TaskTerm
 from bitneck_models.measure.complexity import Complexity, onnx_complexity
 from bitneck_models.measure.evaluation import mean_interval, wilson
 from bitneck_models.networks.to_onnx import to_onnx
-from bitneck_models.training.pipeline import choose_device, photo_sets, train_point
+from bitneck_models.training.photo_sets import photo_sets
+from bitneck_models.training.point import train_point
+from bitneck_models.training.run import choose_device
 from bitneck_models.training.scalars import Scalars
 from bitneck_models.training.unit import StepReport, train_unit
 from bitneck_models.units.starts import init_linear, init_nested, init_next
-from bitneck_models.units.units import BottleneckUnit, Topology
+from bitneck_models.units.topologies import Topology
+from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_models.zoo.recipe import PointRecipe, TaskTerm, TrainingRecipe, load_recipe
+from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe, load_recipe
 from bitneck_testing.networks import small_backbone
 from bitneck_testing.photographs import photo
 from bitneck_testing.tiny_bundles import INPUT
@@ -315,6 +318,37 @@ def test_recipes_that_are_refused(tmp_path: Path, old: str, new: str, message: s
     (tmp_path / "recipe.toml").write_text(RECIPE.replace(old, new))
     with pytest.raises(InvalidConfig, match=message):
         load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_runs_the_units_own_forward(precision: str) -> None:
+    features = np.random.default_rng(0).normal(size=(64, 12, 4, 4)).astype(np.float16)
+    point = PointRecipe.model_validate(
+        {"id": "p", "split": "s1", "stride": 2, "channels": 6, "step": 0.25, "lambda": 50.0}
+    )
+    training = TrainingRecipe.model_validate({"steps": 4, "finish_steps": 3, "batch": 16, "precision": precision})
+    unit, tail = BottleneckUnit((12, 4, 4), 6, 2).eval(), small_backbone().tail("s1")
+    whole: list[tuple[torch.Tensor, float, torch.Tensor, torch.Tensor]] = []
+    mixed: list[torch.Tensor] = []
+    halves = {"encoder": 0, "decoder": 0}
+
+    def count(name: str) -> None:
+        halves[name] += 1
+
+    unit.register_forward_hook(lambda _unit, given, made: whole.append((*given, *made)))
+    unit.decoder.mix.register_forward_hook(lambda _mix, given, _made: mixed.append(given[0]))
+    unit.encoder.body.register_forward_hook(lambda *_: count("encoder"))
+    wide: list[torch.dtype] = []
+    unit.encoder.body.get_submodule("spatial").register_forward_hook(lambda _conv, _f, t: wide.append(t.dtype))
+    unit.decoder.body.register_forward_hook(lambda *_: count("decoder"))
+    assert train_unit(unit, tail, features, point, training)
+    assert len(whole) == 7
+    assert halves == {"encoder": 7 + 2, "decoder": 7}  # each stage looks once at the latents that it begins with
+    assert wide.count(getattr(torch, precision)) >= 7
+    for (f, step, y, f_hat), y_hat in zip(whole, mixed, strict=True):
+        assert (tuple(f.shape), step, f_hat.shape) == ((16, 12, 4, 4), 0.25, f.shape)
+        assert y.dtype == y_hat.dtype == torch.float32
+        torch.testing.assert_close(y_hat, torch.round(y / 0.25) * 0.25)
 
 
 def test_frozen_layers_stay_as_they_are() -> None:

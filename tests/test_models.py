@@ -14,15 +14,21 @@ from bitneck.bundle import Bundle
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import ImageError, InvalidConfig, ModelFailure
 from bitneck_models.data.features import FeatureSpec, cached_features
-from bitneck_models.data.photos import LabelledPhoto, labelled_photos, proof_images, split_off_validation
-from bitneck_models.export.bundle import NOT_MEASURED, export_bundle, prove
+from bitneck_models.data.photos import LabelledPhoto, labelled_photos, split_off_validation
+from bitneck_models.export.bundle import NOT_MEASURED, export_bundle
+from bitneck_models.export.proof import proof_images, prove
 from bitneck_models.losses.rate_terms import FactorizedDensity, FactorizedRate, HyperpriorRate, gaussian_bin_bits
 from bitneck_models.measure.evaluation import evaluate
-from bitneck_models.networks.backbones import Backbone, build_backbone
-from bitneck_models.training.pipeline import photo_sets, prune_and_fit, train_point
+from bitneck_models.networks.backbone import Backbone
+from bitneck_models.networks.registry import build_backbone
+from bitneck_models.training.photo_sets import photo_sets
+from bitneck_models.training.point import train_point
+from bitneck_models.training.tables import prune_and_fit
 from bitneck_models.training.unit import train_unit
+from bitneck_models.units.geometry import Geometry
+from bitneck_models.units.prune import prune_channels
 from bitneck_models.units.starts import init_linear
-from bitneck_models.units.units import BottleneckUnit, Geometry, prune_channels
+from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry, tables_digests
 from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe, load_recipe
 from bitneck_testing.networks import small_backbone
@@ -243,6 +249,7 @@ def entry(tmp_path: Path) -> ZooEntry:
         (recipe_text(**{"lambda": "0"}), "lambda"),
         (recipe_text(extra="rate = 'magic'"), "rate"),
         (recipe_text().replace('init = "s1-r2"', 'init = "s9"'), "no point listed before it"),
+        (recipe_text(extra="topology = 'nested'").replace('"principal"', '"next"'), "a nested unit starts as"),
         (recipe_text().replace('id = "s1-r1"', 'id = "s1-r2"'), "two points"),
         (recipe_text().replace('id = "s1-r1"', 'id = "S1/.."'), "id"),
         ("name = ", "not TOML"),
@@ -349,9 +356,37 @@ def test_a_run_cut_off_and_resumed_gives_the_same_weights(tmp_path: Path) -> Non
         assert train_unit(resumed, tail, features, point, training, checkpoint=checkpoint)
         for name, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[name]), (cut, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["12.pt", "15.pt", "5.pt"]  # nothing half written
     other = point.model_copy(update={"step": 0.4})
     with pytest.raises(InvalidConfig, match="another recipe"):
         train_unit(fresh(), tail, features, other, training, checkpoint=tmp_path / "5.pt")
+
+
+def test_checkpoints_that_cannot_be_read_say_what_to_do(tmp_path: Path) -> None:
+    features = np.random.default_rng(1).normal(size=(64, 12, 4, 4)).astype(np.float16)
+    point = PointRecipe.model_validate(
+        {"id": "p", "split": "s1", "stride": 2, "channels": 6, "step": 0.3, "lambda": 50.0}
+    )
+    training, path = TrainingRecipe(steps=3, finish_steps=0, batch=16), tmp_path / "p.pt"
+
+    def train() -> bool:
+        unit = BottleneckUnit((12, 4, 4), 6, 2)
+        return train_unit(unit, small_backbone().tail("s1"), features, point, training, checkpoint=path)
+
+    assert train()
+    state = torch.load(path, weights_only=True)
+    older = dict(state["identity"]["training"])
+    del older["ema"]  # a key that the version of that time did not know has its default
+    torch.save(state | {"identity": state["identity"] | {"training": older}}, path)
+    assert train()
+    strange = state["identity"] | {"training": older | {"momentum": 0.9}}
+    for broken in (state | {"identity": strange}, {k: v for k, v in state.items() if k != "identity"}):
+        torch.save(broken, path)
+        with pytest.raises(InvalidConfig, match=r"not readable as a checkpoint .*; remove it to train anew"):
+            train()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InvalidConfig, match=r"not readable as a checkpoint .*; remove it to train anew"):
+        train()
 
 
 def test_training_that_cannot_work_fails_early(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from bitneck.errors import InvalidConfig
 from bitneck_models.cli.main import app
-from bitneck_models.networks import backbones
-from bitneck_testing.networks import RECIPE, small_backbone
+from bitneck_models.networks import registry
+from bitneck_testing.networks import RECIPE, SMALL
 from bitneck_testing.photographs import photo
 
 SPACE = """
@@ -33,7 +33,7 @@ warmup_steps = 3
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setitem(backbones.BACKBONES, "small", lambda _weights: small_backbone())  # type: ignore[arg-type]
+    monkeypatch.setitem(registry.BACKBONES, "small", SMALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "zoo").mkdir()
@@ -106,14 +106,15 @@ def test_two_workers_from_one_command(home: Path, monkeypatch: pytest.MonkeyPatc
     """The workers are processes of their own; they learn of the small network as they start."""
     (home / "sitecustomize.py").write_text(
         """
-from bitneck_models.networks import backbones
-from bitneck_testing.networks import small_backbone
-backbones.BACKBONES["small"] = lambda _weights: small_backbone()
+from bitneck_models.networks import registry
+from bitneck_testing.networks import SMALL
+registry.BACKBONES["small"] = SMALL
 """
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(home), *filter(None, sys.path)]))
     run("search", "zoo", "--space", "space.toml", "--data", ".", "--trials", "6", "--workers", "2")
-    from bitneck_models.search.search import load_space, open_study
+    from bitneck_models.search.space import load_space
+    from bitneck_models.search.study import open_study
 
     trials = open_study(load_space(home / "space.toml"), f"sqlite:///{home}/runs/search/small.db", create=False).trials
     ended = [t for t in trials if t.state.name in ("COMPLETE", "PRUNED")]

@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from bitneck.errors import InvalidConfig
 from bitneck_models.cli.main import app
 from bitneck_models.networks import weights as weights_module
-from bitneck_models.networks.backbones import Backbone, build_backbone
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.cutting import cut_network
 from bitneck_models.networks.recipe import NetworkRecipe, load_network
+from bitneck_models.networks.registry import build_backbone
 from bitneck_models.networks.to_onnx import to_onnx
 from bitneck_models.networks.vision import import_torchvision
 from bitneck_models.networks.voc import VOC_CLASSES

@@ -19,15 +19,20 @@ from bitneck.manifest import Manifest
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.client import EdgeClient
-from bitneck_models.data.photos import LabelledPhoto, proof_images
-from bitneck_models.export.bundle import Proof, export_bundle
+from bitneck_models.data.photos import LabelledPhoto
+from bitneck_models.export.bundle import export_bundle
+from bitneck_models.export.proof import Proof, proof_images
 from bitneck_models.measure.evaluation import evaluate
-from bitneck_models.networks.backbones import Backbone, build_backbone
+from bitneck_models.networks.backbone import Backbone
+from bitneck_models.networks.registry import build_backbone
 from bitneck_models.networks.weights import RANDOM
-from bitneck_models.spic.checkpoint import PLACES, load_spic
+from bitneck_models.spic.checkpoint import load_spic
+from bitneck_models.spic.places import PLACES
 from bitneck_models.spic.point import write_spic_point
-from bitneck_models.training.pipeline import prune_and_fit
-from bitneck_models.zoo.entry import PointRecord, ZooEntry, new_unit, round_weights
+from bitneck_models.training.tables import prune_and_fit
+from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.point import new_unit, round_weights
+from bitneck_models.zoo.records import PointRecord
 from bitneck_testing.networks import checkpoint, saved
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server, running_server

@@ -11,10 +11,11 @@ from torch import nn
 from bitneck.errors import InvalidConfig
 from bitneck_models.losses.task_terms import TaskLoss
 from bitneck_models.networks.voc import VOC_CLASSES
-from bitneck_models.search.search import load_space
-from bitneck_models.spic.checkpoint import PLACES
-from bitneck_models.training.pipeline import photo_sets, train_point
-from bitneck_models.units.units import BottleneckUnit
+from bitneck_models.search.space import load_space
+from bitneck_models.spic.places import PLACES
+from bitneck_models.training.photo_sets import photo_sets
+from bitneck_models.training.point import train_point
+from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.recipe import Recipe, load_recipe
 from bitneck_testing.coco_folders import document, instance, square, write

@@ -17,10 +17,12 @@ from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.manifest import InputSpec, sha256_hex
 from bitneck_models.cli.main import app
 from bitneck_models.data.scenes import Camera, Path2D, moving, still
-from bitneck_models.networks import backbones
-from bitneck_models.training.conditional import ConditionalRecord, fit_conditional
-from bitneck_models.zoo.entry import PointRecord, ZooEntry, save_point
-from bitneck_testing.networks import RECIPE, small_backbone
+from bitneck_models.networks import registry
+from bitneck_models.training.conditional import fit_conditional
+from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.point import save_point
+from bitneck_models.zoo.records import ConditionalRecord, PointRecord
+from bitneck_testing.networks import RECIPE, SMALL, small_backbone
 from bitneck_testing.photographs import photo
 from bitneck_testing.tiny_bundles import INPUT
 
@@ -81,7 +83,7 @@ def test_tables_are_fitted_to_how_much_changes() -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(backbones.BACKBONES, "small", lambda _weights: small_backbone())  # type: ignore[arg-type]
+    monkeypatch.setitem(registry.BACKBONES, "small", SMALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "zoo").mkdir()

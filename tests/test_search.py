@@ -2,26 +2,24 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from bitneck.errors import InvalidConfig, ModelFailure
-from bitneck_models.search.search import (
-    adopt,
-    describe,
-    front,
-    is_hopeless,
-    load_space,
-    open_study,
-    pick_ladder,
-    work,
-)
-from bitneck_models.training.pipeline import photo_sets
+from bitneck_models.search.adopt import adopt
+from bitneck_models.search.front import front, pick_ladder
+from bitneck_models.search.space import load_space
+from bitneck_models.search.study import describe, open_study
+from bitneck_models.search.worker import is_hopeless, work
+from bitneck_models.training.photo_sets import photo_sets
 from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.recipe import UnitRecipe
 from bitneck_testing.networks import small_backbone
 from bitneck_testing.photographs import photo
 
@@ -39,6 +37,7 @@ finish_steps = 6
 batch = 16
 precision = "float32"
 warmup_steps = 3
+ema = 0.9
 """
 RECIPE = """
 name = "small"
@@ -121,6 +120,7 @@ def test_the_front_becomes_a_zoo_entrys_ladder(home: Path) -> None:
         assert (point.stride, point.step) == (f.recipe["stride"], f.recipe["step"])
         assert again.unit(small_backbone(), point).latent_shape[0] == again.tables(point.id).channels
         assert again.recipe.training_of(point).steps == 12
+        assert again.recipe.training_of(point).ema == 0.9
     with pytest.raises(InvalidConfig, match="has s1-p0 already"):
         adopt(again, found[:1], names[:1])
     (found[0].folder / "unit.safetensors").unlink()
@@ -149,6 +149,7 @@ def test_a_search_in_which_every_trial_fails_ends(home: Path) -> None:
         ("step = [0.05, 0.3]", "step = [0, 0.6]", "step"),
         ("stride = [2, 4]", "stride = []", "stride"),
         ('split = "s1"', 'split = "s1"\ninit = "s1-r1"', "is no method"),
+        ('split = "s1"', 'split = "s1"\ninit = "next"\ntopology = "nested"', "a nested unit starts as"),
         ("name", "= name", "not TOML"),
     ],
 )
@@ -175,6 +176,30 @@ def test_spaces_and_storages_that_do_not_fit(home: Path) -> None:
     open_study(space, storage)
     with pytest.raises(InvalidConfig, match="another search space"):
         open_study(space.model_copy(update={"stride": (2,)}), storage)
+
+
+def test_a_trial_is_a_point_of_the_spaces_unit(tmp_path: Path) -> None:
+    """Whatever a space says of the unit and its loss goes into every trial."""
+    text = """
+split = "s1"
+topology = "nested"
+filters = 4
+hidden = 5
+group = [1, 2]
+freeze = true
+rate = "factorized"
+task = [{ kind = "kl", weight = 2.0 }, { kind = "mse", layer = "body" }]
+init = "random"
+"""
+    (tmp_path / "space.toml").write_text(text + SPACE.replace('split = "s1"', ""))
+    space = load_space(tmp_path / "space.toml")
+    trial = optuna.trial.FixedTrial({"stride": 4, "channels": 3, "lambda": 50.0, "step": 0.1}, number=7)
+    point = space.point(trial)  # type: ignore[arg-type]
+    assert (point.id, point.stride, point.channels, point.lambda_, point.step) == ("s1-t0007", 4, 3, 50.0, 0.1)
+    fields = UnitRecipe.model_fields
+    assert set(fields) <= set(tomllib.loads(text))
+    for name, field in fields.items():
+        assert getattr(point, name) == getattr(space, name) != field.default, name
 
 
 def test_hopeless_is_clearly_worse_at_no_fewer_bytes() -> None:

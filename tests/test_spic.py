@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck_models.cli.main import app
-from bitneck_models.spic.checkpoint import PLACES, SpicUnit, load_spic, spic_geometry
-from bitneck_models.spic.point import SpicRecord, load_features, write_spic_point
+from bitneck_models.spic.checkpoint import SpicUnit, load_spic
+from bitneck_models.spic.places import PLACES, spic_geometry
+from bitneck_models.spic.point import load_features, write_spic_point
+from bitneck_models.spic.record import SpicRecord
 from bitneck_testing.networks import checkpoint, saved
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,9 +171,9 @@ def test_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         path.write_bytes(whole[:length])
         refused("not readable as a checkpoint|is no checkpoint")
     torch.save({"state_dict": good | {"conv2_2.weight": Exploit()}}, path)
-    refused("nothing in it was run")
+    refused("no code in it was run")
     path.write_bytes(pickle.dumps(Exploit()))
-    refused("nothing in it was run")
+    refused("no code in it was run")
     assert not (tmp_path / "exploited").exists()
     torch.save([good], path)
     refused("no state dict")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bitneck.manifest import InputSpec
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 
-__all__ = ["RECIPE", "SHAPES", "checkpoint", "saved", "small_backbone", "torch_threads"]
+__all__ = ["RECIPE", "SHAPES", "SMALL", "checkpoint", "saved", "small_backbone", "torch_threads"]
 
 RECIPE = """
 name = "efficientnet_lite0"
@@ -56,7 +56,11 @@ _NORMS |= {"priorEncoder.bn1": "r", "priorEncoder.bn2": "z", "priorDecoder.bn1":
 """Batch norms of an authors' checkpoint, and how many channels each has: C, Cr, or the 8 of the hyper-latent."""
 
 
-def small_backbone() -> Backbone:
+SMALL = f"{__name__}:small_backbone"
+"""`small_backbone` as an entry of the registry of networks."""
+
+
+def small_backbone(_weights: Path | None = None) -> Backbone:
     """Three stages of random weights: an input of 32x32, features (8, 8, 8) at s2 and (12, 4, 4) at s1, ten classes."""
     torch.manual_seed(0)
     stages: dict[str, nn.Module] = {

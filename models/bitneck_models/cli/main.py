@@ -42,7 +42,9 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
 ) -> None:
     """Train the recipe's operating points; started again, it goes on where it stopped."""
-    from bitneck_models.training.pipeline import choose_device, photo_sets, train_point
+    from bitneck_models.training.photo_sets import photo_sets
+    from bitneck_models.training.point import train_point
+    from bitneck_models.training.run import choose_device
     from bitneck_models.training.unit import StepReport
     from bitneck_models.zoo.entry import ZooEntry
 
@@ -91,8 +93,10 @@ def train_network_command(
     again: Annotated[bool, typer.Option("--again", help="Train it although it is trained already.")] = False,
 ) -> None:
     """Train a segmentation network of ours itself, before it is split; started again, it goes on where it stopped."""
-    from bitneck_models.networks.backbones import NETWORK_FILE, begin_network
-    from bitneck_models.training.network import NetworkStep, forget_finished, load_network_training, train_network
+    from bitneck_models.networks.backbone import NETWORK_FILE
+    from bitneck_models.networks.registry import begin_network
+    from bitneck_models.training.network import NetworkStep, forget_finished, train_network
+    from bitneck_models.zoo.network_training import load_network_training
 
     recipe = load_network_training(zoo)
     console = Console(stderr=True)
@@ -141,8 +145,11 @@ def search(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
 ) -> None:
     """Search (S, Cr, lambda, Q) for the best rate-accuracy curve; started again, or elsewhere too, it goes on."""
-    from bitneck_models.search.search import describe, load_space, open_study, work
-    from bitneck_models.training.pipeline import choose_device, photo_sets, split_features
+    from bitneck_models.search.space import load_space
+    from bitneck_models.search.study import describe, open_study
+    from bitneck_models.search.worker import work
+    from bitneck_models.training.photo_sets import photo_sets, split_features
+    from bitneck_models.training.run import choose_device
     from bitneck_models.zoo.entry import ZooEntry
 
     entry, wanted = ZooEntry(zoo), load_space(space)
@@ -218,7 +225,10 @@ def pareto(
     as_json: Json = False,
 ) -> None:
     """Show a search's front, pick a ladder from it, and write that into a zoo entry."""
-    from bitneck_models.search.search import adopt, front, load_space, open_study, pick_ladder
+    from bitneck_models.search.adopt import adopt
+    from bitneck_models.search.front import front, pick_ladder
+    from bitneck_models.search.space import load_space
+    from bitneck_models.search.study import open_study
     from bitneck_models.zoo.entry import ZooEntry
 
     wanted, entry = load_space(space), ZooEntry(zoo)
@@ -258,8 +268,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a zoo entry's trained points as a bundle, and prove that it equals the network."""
-    from bitneck_models.data.photos import proof_count, proof_images
     from bitneck_models.export.bundle import NOT_MEASURED, export_bundle
+    from bitneck_models.export.proof import proof_count, proof_images
     from bitneck_models.zoo.entry import ZooEntry
 
     entry = ZooEntry(zoo)
@@ -301,7 +311,8 @@ def similar(
 ) -> None:
     """Fit the tables that code a frame against one before it; export again, so that the bundle carries them."""
     from bitneck.bundle import Bundle
-    from bitneck_models.training.conditional import MOTIONS, fit_points, scene_photos
+    from bitneck_models.training.conditional import fit_points
+    from bitneck_models.training.pairs import MOTIONS, scene_photos
     from bitneck_models.zoo.entry import ZooEntry
 
     entry, exported = ZooEntry(zoo), Bundle.open(bundle)

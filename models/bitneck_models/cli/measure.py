@@ -109,8 +109,8 @@ def baselines(
     from bitneck_models.data.class_maps import mapped_photos
     from bitneck_models.data.photos import labelled_photos
     from bitneck_models.measure import baselines as of
-    from bitneck_models.networks.backbones import build_backbone
-    from bitneck_models.training.pipeline import photo_sets, split_features, table_features
+    from bitneck_models.networks.registry import build_backbone
+    from bitneck_models.training.photo_sets import photo_sets, split_features, table_features
     from bitneck_models.zoo.entry import ZooEntry
 
     if zoo is not None and backbone is not None:

@@ -1,1 +1,1 @@
-"""Photographs, class maps and the cached features of the frozen head."""
+"""Photographs, class maps, scenes, and the cached features of the frozen head."""

@@ -1,4 +1,4 @@
-"""Photographs with a class for each pixel: pairs of files, random views of both, and intersection over union.
+"""Photographs with a class for each pixel: pairs of files, random views of both, and intersection over union (IoU).
 
 Dimensions: H x W pixels, K classes.
 """
@@ -13,12 +13,10 @@ from PIL import Image, ImageEnhance
 
 from bitneck.errors import InvalidConfig
 from bitneck.image import find_photos
-from bitneck_models.data.coco import coco_maps, find_instances
+from bitneck_models.data.coco import VOID, coco_maps, find_instances
 
 __all__ = ["VOID", "ViewRange", "class_iou", "confusion", "load_class_map", "mapped_photos", "mean_iou", "random_view"]
 
-VOID = 255
-"""Of pixels that no class is given to, or that lie outside the photograph."""
 _GREY = (124, 116, 104)
 
 
@@ -26,12 +24,13 @@ def mapped_photos(folder: Path) -> list[tuple[Path, Path]]:
     """Photographs with their class maps.
 
     Args:
-        folder: holds ``images/``, and ``labels/`` with maps of the same names; or it is a folder of COCO's photographs,
-            such as ``coco/train2017``, beside ``annotations/instances_train2017.json``: see `bitneck_models.data.coco`.
+        folder: a folder with ``images/`` and ``labels/``, whose files have the same names; or a folder of COCO's
+            photographs, such as ``coco/train2017``, beside ``annotations/instances_train2017.json`` (see
+            `bitneck_models.data.coco`).
 
     Raises:
-        ImageError: no photographs.
-        InvalidConfig: a photograph without a map, or COCO's instances cannot be read.
+        ImageError: there are no photographs.
+        InvalidConfig: a photograph has no class map, or COCO's instances cannot be read.
     """
     if find_instances(folder) is not None:
         return coco_maps(folder)
@@ -43,16 +42,16 @@ def mapped_photos(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def load_class_map(path: Path, classes: int, ignore: Collection[int] = ()) -> NDArray[np.uint8]:
-    """A PNG of class indices, (H, W) uint8; whatever is no class becomes `VOID`.
+    """Read a PNG of class indices, (H, W) uint8; pixels without a class become `VOID`.
 
     Args:
-        path: of the file.
-        classes: their number.
-        ignore: indices that are void; any other that is no class is then an error. Without them each index that is no
-            class is void.
+        path: the file.
+        classes: number of classes.
+        ignore: indices of pixels without a class. Other indices outside the classes are then errors. If empty, every
+            index outside the classes is void.
 
     Raises:
-        InvalidConfig: unreadable, not a picture of indices, or an index that is neither a class nor to be ignored.
+        InvalidConfig: the file is unreadable or no picture of indices, or an index is neither a class nor ignored.
     """
     try:
         with Image.open(path) as image:
@@ -72,14 +71,15 @@ def load_class_map(path: Path, classes: int, ignore: Collection[int] = ()) -> ND
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewRange:
-    """What random views are drawn from.
+    """Ranges of random views.
 
     Attributes:
-        height: of a view, pixels.
-        width: likewise.
-        scale_min: smallest enlargement of the photograph before the view is cut out; outside it is grey and void.
-        scale_max: largest.
-        light: brightness and contrast vary by up to this share, and colour too.
+        height: height of a view, pixels.
+        width: width of a view, pixels.
+        scale_min: smallest enlargement of the photograph before the view is cut out. Outside the photograph a view is
+            grey and void.
+        scale_max: largest enlargement.
+        light: largest change of brightness, contrast and colour, as a share.
     """
 
     height: int
@@ -96,12 +96,12 @@ def random_view(
 
     Args:
         image: RGB.
-        classes: its class map, (H, W); None where there is none. What is drawn from `rng` does not depend on it.
-        views: of what kind.
+        classes: its class map, (H, W), or None. The view of the photograph is the same with and without it.
+        views: ranges of the view.
         rng: source of randomness.
 
     Returns:
-        RGB of the view's size, and its classes (height, width) uint8, `VOID` where unknown.
+        RGB of the view's size, and its classes, (height, width) uint8, `VOID` where unknown.
     """
     scale = float(np.exp(rng.uniform(np.log(views.scale_min), np.log(views.scale_max))))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -122,7 +122,7 @@ def random_view(
 
 
 def confusion(truth: NDArray[np.integer], answer: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
-    """How often class i was answered as j, (K, K); pixels of no class are left out."""
+    """How often class i was answered as j, (K, K). Pixels without a class are ignored."""
     known = truth < classes
     pairs = truth[known].astype(np.int64) * classes + answer[known]
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
@@ -135,7 +135,7 @@ def class_iou(matrix: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.flo
         matrix: how often class i was answered as j, (..., K, K).
 
     Returns:
-        (..., K); NaN for a class that occurs neither in the class maps nor in the answers.
+        (..., K); NaN for a class that is neither in the class maps nor in the answers.
     """
     hits = np.diagonal(matrix, axis1=-2, axis2=-1).astype(np.float64)  # (..., K)
     union = matrix.sum(axis=-1) + matrix.sum(axis=-2) - hits
@@ -144,5 +144,5 @@ def class_iou(matrix: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.flo
 
 
 def mean_iou(matrix: NDArray[np.int64]) -> float:
-    """Mean intersection over union of the classes that occur, of a confusion matrix (K, K) that is not all zero."""
+    """Mean intersection over union of the classes that occur, from a confusion matrix (K, K) that is not all zero."""
     return float(np.nanmean(class_iou(matrix)))

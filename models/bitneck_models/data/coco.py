@@ -1,14 +1,14 @@
-"""COCO 2017 with a class for each pixel: the 20 classes of Pascal VOC and background, from its instances.
+"""COCO 2017 with a class for each pixel: the 20 classes of Pascal VOC and background, drawn from COCO's instances.
 
-    DATA/coco/train2017/*.jpg                              the photographs; their folder is what a recipe names
+    DATA/coco/train2017/*.jpg                              the photographs; a recipe names their folder
     DATA/coco/annotations/instances_train2017.json         found by the folder's name
-    DATA/coco/class_maps/train2017/*.png, index.json       written once, here
+    DATA/coco/class_maps/train2017/*.png, index.json       written once, by this module
 
-As in torchvision's reference for its published weights: pixels of more than one instance are void, and so is a crowd,
-which marks a region and not its objects; instances of COCO's other 60 classes are background. Photographs with at most
+As in torchvision's reference for its published weights, pixels of more than one instance are void, and so are crowds,
+which mark a region and not its objects. Instances of COCO's other 60 classes are background. Photographs with at most
 1,000 pixels of the 20 classes are left out, in training and in evaluation, as the paper's authors do.
 
-``pycocotools`` decodes polygons and run lengths; it comes with the extra ``models``.
+``pycocotools`` decodes polygons and run lengths; the extra ``models`` installs it.
 """
 
 import json
@@ -26,18 +26,20 @@ from bitneck.errors import InvalidConfig
 from bitneck.image import MAX_PIXELS
 from bitneck_models.networks.voc import VOC_CLASSES
 
-__all__ = ["LEAST_PIXELS", "coco_maps", "find_instances", "instance_map"]
+__all__ = ["LEAST_PIXELS", "VOID", "coco_maps", "find_instances", "instance_map"]
+
+VOID = 255
+"""Value in class maps of pixels without a class."""
 
 LEAST_PIXELS = 1000
-"""Photographs with no more pixels of the 20 classes than this are left out."""
+"""Photographs with at most this many pixels of the 20 classes are left out."""
 
-_VOID = 255
 _INDEX = "index.json"
 _COCO_NAMES = {
     "aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
     "sofa": "couch", "tvmonitor": "tv",
 }  # fmt: skip
-"""Classes that COCO calls otherwise."""
+"""COCO's names of classes that have another name there."""
 
 
 def find_instances(folder: Path) -> Path | None:
@@ -47,20 +49,20 @@ def find_instances(folder: Path) -> Path | None:
 
 
 def coco_maps(folder: Path, progress: Callable[[int, int], None] = lambda _done, _all: None) -> list[tuple[Path, Path]]:
-    """Photographs and their class maps, which are drawn where they are not there yet.
+    """Photographs and their class maps; missing class maps are drawn first.
 
-    Cut off, it goes on where it stopped; another file of instances begins anew.
+    Interrupted drawing continues where it stopped. Another file of instances makes it begin anew.
 
     Args:
-        folder: of the photographs, such as ``coco/train2017``.
+        folder: folder of the photographs, such as ``coco/train2017``.
         progress: called with (class maps drawn, all).
 
     Returns:
         (photograph, PNG of class indices), in order of their names.
 
     Raises:
-        InvalidConfig: no file of instances, one that is none, photographs that are missing, no pycocotools, or a folder
-            for the maps that cannot be written.
+        InvalidConfig: the file of instances is missing or malformed, photographs or pycocotools are missing, or the
+            folder of the maps cannot be written.
     """
     instances = find_instances(folder)
     if instances is None:
@@ -79,7 +81,7 @@ def coco_maps(folder: Path, progress: Callable[[int, int], None] = lambda _done,
 
 
 def _read_index(maps: Path, source: str) -> list[str] | None:
-    """Names of the photographs kept, or None where the maps are not all drawn."""
+    """Names of the photographs kept, or None if not all class maps are drawn."""
     try:
         index = json.loads((maps / _INDEX).read_bytes())
         return [str(name) for name in index["kept"]] if index["source"] == source else None
@@ -101,7 +103,7 @@ def _draw(folder: Path, instances: Path, maps: Path, source: str, progress: Call
     kept = []
     for done, (name, size, key) in enumerate(pictures, start=1):
         if not (folder / name).is_file():
-            raise InvalidConfig(f"{folder / name}: {instances} lists it, and it is not there; unpack {folder.name}.zip")
+            raise InvalidConfig(f"{folder / name} is missing, although {instances} lists it; unpack {folder.name}.zip")
         path = maps / f"{Path(name).stem}.png"
         if path.is_file():
             with Image.open(path) as image:
@@ -111,7 +113,7 @@ def _draw(folder: Path, instances: Path, maps: Path, source: str, progress: Call
             temporary = path.with_suffix(".part")
             Image.fromarray(drawn).save(temporary, "PNG")
             temporary.rename(path)
-        if int(((drawn > 0) & (drawn != _VOID)).sum()) > LEAST_PIXELS:
+        if int(((drawn > 0) & (drawn != VOID)).sum()) > LEAST_PIXELS:
             kept.append(name)
         progress(done, len(pictures))
     (maps / _INDEX).write_text(json.dumps({"source": source, "kept": kept}) + "\n")
@@ -148,19 +150,19 @@ def _read_instances(path: Path) -> tuple[list[_Picture], dict[int, list[Any]], d
 def instance_map(
     annotations: Sequence[Mapping[str, Any]], size: tuple[int, int], classes: Mapping[int, int], where: str = "COCO"
 ) -> NDArray[np.uint8]:
-    """The class map of one photograph.
+    """Draw the class map of one photograph.
 
     Args:
-        annotations: its instances, as COCO has them.
+        annotations: its instances, in COCO's format.
         size: height and width, pixels.
-        classes: class by category; others are background.
-        where: for the message.
+        classes: class by category; other categories are background.
+        where: source of the instances, for the message.
 
     Returns:
-        (H, W) uint8: 0 background, 1 to 20, 255 void.
+        (H, W) uint8: 0 background, 1 to 20 classes, 255 void.
 
     Raises:
-        InvalidConfig: an instance that is not drawn as COCO draws them.
+        InvalidConfig: an instance is not in COCO's format.
     """
     height, width = size
     drawn = np.zeros(size, np.uint8)
@@ -179,9 +181,9 @@ def instance_map(
             drawn[mask] = classes[int(annotation["category_id"])]
         except InvalidConfig:
             raise
-        except Exception as exc:  # pycocotools raises plain Exception, and what Cython does
+        except Exception as exc:  # pycocotools raises plain Exception, and Cython's errors
             raise InvalidConfig(f"{where}: an instance cannot be drawn ({type(exc).__name__}: {exc})") from exc
-    drawn[void] = _VOID
+    drawn[void] = VOID
     return drawn
 
 

@@ -1,7 +1,9 @@
-"""The frozen head's features, computed once and kept: a unit then trains in minutes on a CPU.
+"""Cached features of the frozen head. They are computed once, so that a unit then trains in minutes on a CPU.
 
-A cache is a folder: ``features.npy`` (M, C, Hf, Wf) float16, ``done.npy`` (M,) bool and ``key.json``, which says what
-it was made from; another key makes another folder. Filling it can be cut off at any time and goes on where it stopped.
+A cache is a folder with ``features.npy`` (M, C, Hf, Wf) float16, ``done.npy`` (M,) bool and ``key.json``, which says
+what it was made from. Another key makes another folder. Interrupted computation continues where it stopped.
+
+Dimensions: M views, C x Hf x Wf feature, H x W input.
 """
 
 import hashlib
@@ -21,7 +23,7 @@ from bitneck.image import crop, load_photo, normalize
 from bitneck.runtime import OnnxModule
 from bitneck_models.data.class_maps import VOID, ViewRange, load_class_map, random_view
 from bitneck_models.data.photos import augment
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.to_onnx import to_onnx
 
 __all__ = ["FeatureSpec", "cached_features", "head_module", "view_maps"]
@@ -31,13 +33,13 @@ _BATCH = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureSpec:
-    """What a cache holds.
+    """What a cache is made from.
 
     Attributes:
-        split: split point.
-        photos: the files, each with its number of views.
-        augmented: random views; else the backbone's own preprocessing (then one view each).
-        seed: of the random views.
+        split: the split point.
+        photos: files, each with its number of views.
+        augmented: take random views; else one view each, with the backbone's own preprocessing.
+        seed: seed of the random views.
     """
 
     split: str
@@ -46,7 +48,7 @@ class FeatureSpec:
     seed: int
 
     def key(self, backbone: Backbone) -> str:
-        """Digest of all that decides the contents; of a photograph its path, size and time count."""
+        """Digest of everything that decides the contents. A photograph counts by path, size and time of change."""
         lines = [f"{backbone.name} {self.split} {self.augmented} {self.seed} 1"]
         if backbone.weights_sha256 or backbone.task != "classification":
             lines.append(f"{backbone.weights_sha256} {backbone.task} {_views(backbone)}")
@@ -56,13 +58,13 @@ class FeatureSpec:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def rng(self, path: Path, view: int) -> np.random.Generator:
-        """Source of one view's randomness."""
+        """Source of randomness for one view."""
         digest = hashlib.sha256(f"{self.seed} {view} {path.parent.name}/{path.name}".encode()).digest()
         return np.random.default_rng(list(digest))
 
 
 def view_maps(backbone: Backbone, spec: FeatureSpec, maps: Mapping[Path, Path]) -> NDArray[np.uint8]:
-    """Class maps of the same views as `cached_features`, in the same order.
+    """Class maps of the views of `cached_features`, in the same order.
 
     Args:
         backbone: a segmentation network.
@@ -70,7 +72,7 @@ def view_maps(backbone: Backbone, spec: FeatureSpec, maps: Mapping[Path, Path]) 
         maps: file of the class map of each photograph that has one.
 
     Returns:
-        (M, H, W) uint8 at the input's height and width, `VOID` where nothing is known.
+        (M, H, W) uint8 at the input's height and width, `VOID` where unknown.
     """
     size = backbone.input.width, backbone.input.height
     found = []
@@ -90,12 +92,18 @@ def view_maps(backbone: Backbone, spec: FeatureSpec, maps: Mapping[Path, Path]) 
 
 
 def _views(backbone: Backbone) -> ViewRange:
-    """Of segmentation networks: whole pictures or a part of them, nothing from outside the photograph."""
+    """Views for segmentation networks: a whole photograph or a part of it, and nothing outside of it."""
     return ViewRange(height=backbone.input.height, width=backbone.input.width, scale_min=1.0, scale_max=1.5, light=0.3)
 
 
 def head_module(backbone: Backbone, split: str, folder: Path) -> OnnxModule:
-    """The head as an ONNX Runtime module: several times faster on a CPU than eager torch."""
+    """The head as an ONNX Runtime module, which is several times faster on a CPU than eager torch.
+
+    Args:
+        backbone: the network.
+        split: the split point.
+        folder: keeps the exported module.
+    """
     path = folder / f"{backbone.name}-{split}-head{backbone.weights_sha256[:16]}.onnx"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,19 +116,19 @@ def head_module(backbone: Backbone, split: str, folder: Path) -> OnnxModule:
 def cached_features(
     backbone: Backbone, spec: FeatureSpec, folder: Path, progress: Callable[[int, int], None] = lambda _done, _all: None
 ) -> NDArray[np.float16]:
-    """The features of `spec`, computed where they are not there yet.
+    """Features from the cache; missing ones are computed first.
 
     Args:
         backbone: the network.
         spec: what to compute.
-        folder: holds the caches.
+        folder: folder of the caches.
         progress: called with (views done, views in all).
 
     Returns:
-        (M, C, Hf, Wf) float16, memory-mapped and read-only; the views of one photograph stand together.
+        (M, C, Hf, Wf) float16, memory-mapped and read-only. The views of one photograph follow one another.
 
     Raises:
-        InvalidConfig: no photographs.
+        InvalidConfig: there are no photographs.
         ImageError: a photograph cannot be read.
     """
     views = [(path, view) for path, count in spec.photos for view in range(count)]
@@ -153,14 +161,14 @@ def cached_features(
 def _batches(
     backbone: Backbone, spec: FeatureSpec, views: Sequence[tuple[Path, int]], rows: NDArray[np.intp]
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
-    """Batches of rows and their inputs (N, 3, H, W) float32; photographs are read ahead by one thread."""
+    """Batches of rows and their inputs (N, 3, H, W) float32. Threads read the photographs ahead."""
 
     def one(row: int) -> NDArray[np.float32]:
         path, view = views[row]
         image = load_photo(path)
         if spec.augmented and backbone.task == "segmentation":
             size = backbone.input.width, backbone.input.height
-            if image.size != size:  # as serving stretches it; and its class map may have another size
+            if image.size != size:  # as serving does; its class map may have another size
                 image = image.resize(size, Image.Resampling.BILINEAR)
             image, _ = random_view(image, None, _views(backbone), spec.rng(path, view))
         elif spec.augmented:

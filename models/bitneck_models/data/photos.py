@@ -6,40 +6,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from bitneck.errors import InvalidConfig
-from bitneck.image import find_photos, load_photo, preprocess
+from bitneck.image import find_photos
 from bitneck.manifest import InputSpec
 
 __all__ = [
     "LabelledPhoto",
     "augment",
     "labelled_photos",
-    "proof_count",
-    "proof_images",
     "split_off_validation",
     "unlabelled_photos",
 ]
 
 
-_PROOF_PIXELS = 8 * 224 * 224
-
-
 @dataclass(frozen=True, slots=True)
 class LabelledPhoto:
-    """A photograph and the index of its class."""
+    """A photograph and its class.
+
+    Attributes:
+        path: file of the photograph.
+        label: index of the class.
+    """
 
     path: Path
     label: int
 
 
 def unlabelled_photos(folders: Sequence[Path]) -> list[Path]:
-    """Every photograph in some folders and below, sorted within each folder.
+    """Every photograph in the folders and below them, sorted within each folder.
 
     Raises:
-        ImageError: a folder that does not exist or has no photographs.
+        ImageError: a folder does not exist or has no photographs.
     """
     return [photo for folder in folders for photo in find_photos(folder)]
 
@@ -48,13 +47,13 @@ def labelled_photos(folder: Path, wnids: Sequence[str], labels: Sequence[str]) -
     """Photographs with their classes.
 
     Args:
-        folder: holds either ``labels.csv`` with the columns ``file`` (relative to the folder) and ``index``, or one
-            folder for each class, named by its WordNet id, its index or its label.
+        folder: a folder with ``labels.csv``, which has the columns ``file`` (relative to the folder) and ``index``; or
+            a folder with one folder for each class, named by its WordNet id, its index or its label.
         wnids: WordNet ids by class index, or empty.
         labels: names by class index.
 
     Raises:
-        InvalidConfig: the folder is neither, or names a class or file that does not exist.
+        InvalidConfig: the folder has neither, or names a class or a file that does not exist.
     """
     table = folder / "labels.csv"
     if table.is_file():
@@ -96,34 +95,8 @@ def _from_table(folder: Path, table: Path, classes: int) -> list[LabelledPhoto]:
     return photos
 
 
-def proof_count(spec: InputSpec) -> int:
-    """How many pictures a bundle is proven on: 8 of 224x224, fewer of larger ones, at least 2."""
-    return max(2, min(8, _PROOF_PIXELS // spec.pixels))
-
-
-def proof_images(spec: InputSpec, source: Path | None, count: int = 8) -> NDArray[np.float32]:
-    """Inputs to compare a bundle with its network on.
-
-    Args:
-        spec: the backbone's input.
-        source: photographs, of which the first are taken; None for generated pictures of smooth random colours.
-        count: how many.
-
-    Returns:
-        (count or fewer, 3, H, W) float32, normalized.
-
-    Raises:
-        ImageError: no photographs, or unreadable ones.
-    """
-    if source is not None:
-        return np.concatenate([preprocess(load_photo(path), spec) for path in find_photos(source)[:count]])
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)) for _ in range(count)]
-    return np.concatenate([preprocess(p.resize((400, 300), Image.Resampling.BICUBIC), spec) for p in pictures])
-
-
 def split_off_validation(photos: Sequence[Path], every: int) -> tuple[list[Path], list[Path]]:
-    """Put every n-th photograph aside; the same ones each time.
+    """Put every n-th photograph aside, the same ones each time.
 
     Returns:
         Training and validation photographs.
@@ -134,11 +107,11 @@ def split_off_validation(photos: Sequence[Path], every: int) -> tuple[list[Path]
 
 
 def augment(image: Image.Image, spec: InputSpec, rng: np.random.Generator) -> Image.Image:
-    """A random view: area 25 to 100 %, aspect 3:4 to 4:3 of the input's own, flip, mild light and colour.
+    """A random view: area 25 to 100 %, aspect 3:4 to 4:3 of the input's, flip, mild changes of light and colour.
 
     Args:
         image: RGB.
-        spec: of the input that it becomes; its height and width count.
+        spec: gives height and width of the view.
         rng: source of randomness.
     """
     width, height = image.size

@@ -1,7 +1,7 @@
-"""Short scenes made from one photograph each: what a camera that stands still, or moves over it, would give.
+"""Short scenes, each made from one photograph: frames of a camera that stands still, or moves over the photograph.
 
-There is no video among the training photographs, so frames are cut from a photograph and given what a camera adds:
-light that flickers, shot and read noise of the sensor, and JPEG's compression, each frame its own.
+There is no video among the training photographs. So frames are cut from a photograph, and each gets what a camera adds:
+flickering light, shot and read noise of the sensor, and JPEG compression.
 """
 
 import io
@@ -17,9 +17,9 @@ __all__ = ["Camera", "Path2D", "moving", "still"]
 
 _GAMMA = 2.2
 _GREY = 0.18
-"""Linear light of the mid grey at which `Camera.noise` is meant."""
+"""Linear light of mid grey, at which `Camera.noise` is defined."""
 _SHOT_SHARE = 0.8
-"""Of the noise's variance at mid grey; the rest is the same in the dark."""
+"""Share of shot noise in the variance at mid grey; the rest, read noise, does not depend on the light."""
 _SHORT_SIDE = 384
 
 
@@ -28,9 +28,10 @@ class Camera:
     """What the camera adds to each frame.
 
     Attributes:
-        noise: standard deviation at mid grey, in steps of 8-bit values.
-        flicker: standard deviation of the light from frame to frame, as a share; half of a change lasts two frames.
-        quality: of JPEG.
+        noise: standard deviation of the noise at mid grey, in steps of 8-bit values.
+        flicker: standard deviation of the light's change from frame to frame, as a share; half of a change lasts two
+            frames.
+        quality: JPEG quality.
     """
 
     noise: float
@@ -43,9 +44,9 @@ class Path2D:
     """How a view moves over a photograph.
 
     Attributes:
-        speed: distance a frame, as a share of the view's side.
-        zoom: the view's side as a share of the whole one, in the first frame.
-        growth: by which the view grows each frame, as a share.
+        speed: distance per frame, as a share of the view's side.
+        zoom: side of the view in the first frame, as a share of the largest view's.
+        growth: growth of the view per frame, as a share.
     """
 
     speed: float
@@ -60,9 +61,9 @@ def still(
 
     Args:
         photo: RGB.
-        spec: the backbone's input; its aspect counts.
-        camera: what it adds.
-        frames: how many.
+        spec: the backbone's input, which gives the aspect.
+        camera: what the camera adds.
+        frames: number of frames.
         rng: source of randomness.
     """
     picture = _view(photo, spec, 0.5, 0.5, 1.0)
@@ -73,14 +74,14 @@ def still(
 def moving(
     photo: Image.Image, spec: InputSpec, camera: Camera, path: Path2D, frames: int, rng: np.random.Generator
 ) -> Iterator[Image.Image]:
-    """A camera that moves straight on, turns back at the edges, and may zoom.
+    """A camera that moves in a straight line, turns back at the edges, and may zoom.
 
     Args:
         photo: RGB.
-        spec: the backbone's input; its aspect counts.
-        camera: what it adds.
+        spec: the backbone's input, which gives the aspect.
+        camera: what the camera adds.
         path: how it moves; the direction is random.
-        frames: how many.
+        frames: number of frames.
         rng: source of randomness.
     """
     angle = rng.uniform(0, 2 * np.pi)
@@ -99,7 +100,7 @@ def moving(
 
 
 def _view(photo: Image.Image, spec: InputSpec, x: float, y: float, zoom: float) -> Image.Image:
-    """A part of the input's aspect, its centre at (x, y) as shares, as large as fits times `zoom`."""
+    """A part of the photograph with the input's aspect: centre (x, y), as shares, and `zoom` times the largest size."""
     scale = min(photo.width / spec.width, photo.height / spec.height) * zoom
     w, h = min(spec.width * scale, photo.width), min(spec.height * scale, photo.height)  # not an ulp more
     left = max(min(x * photo.width - w / 2, photo.width - w), 0.0)
@@ -119,7 +120,7 @@ def _light(camera: Camera, frames: int, rng: np.random.Generator) -> Iterator[fl
 
 
 def _taken(picture: Image.Image, light: float, camera: Camera, rng: np.random.Generator) -> Image.Image:
-    """The picture as the camera gives it."""
+    """The picture with what the camera adds."""
     linear = (np.asarray(picture, dtype=np.float32) / 255.0) ** _GAMMA * light
     slope = 255.0 / _GAMMA * _GREY ** (1 / _GAMMA - 1)  # 8-bit steps by linear light, at mid grey
     variance = (camera.noise / slope) ** 2

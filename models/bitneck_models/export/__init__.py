@@ -1,1 +1,1 @@
-"""From a zoo entry to a bundle, with the proof that both are equal."""
+"""Export of zoo entries as bundles, and the proof that a bundle equals its network."""

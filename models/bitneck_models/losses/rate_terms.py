@@ -4,10 +4,11 @@
     factorized   R = E[-log2 p(y)], channels independent          the model that codes the symbols in deployment
     l1           R = E[|y / Q|_1]                                 the baseline that eq. (3) replaces (Datta et al. 2022)
 
-The first two see the latent in units of the step, ``y / Q``, with additive uniform noise in place of rounding, and
-integrate
-each density over the quantization bin. l1 is not in bits; a factorized density beside it, which the unit's gradient
-never sees, tells what the latent costs. Dimensions: N batch, Cr latent channels, Cz hyper-latent channels.
+The first two take the latent in units of the step, ``y / Q``, with additive uniform noise in place of rounding, and
+integrate each density over the quantization bin. l1 is not in bits, so a factorized density beside it estimates them;
+the unit gets no gradient from that density.
+
+Dimensions: N batch, Cr latent channels, Cz hyper-latent channels.
 """
 
 import itertools
@@ -36,7 +37,7 @@ _LN2 = math.log(2.0)
 
 
 class _LowerBound(torch.autograd.Function):
-    """``max(x, bound)`` whose gradient still pushes values below the bound upwards."""
+    """``max(x, bound)``, whose gradient still pushes values below the bound upwards."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, bound: float) -> Tensor:
@@ -59,8 +60,7 @@ def _bits(likelihood: Tensor) -> Tensor:
 def gaussian_bin_bits(v: Tensor, sigma: Tensor) -> Tensor:
     """Bits of values under a zero-mean Gaussian integrated over bins of width 1.
 
-    ``-log2(Phi((v + 1/2) / sigma) - Phi((v - 1/2) / sigma))``, taken in the left tail, where the difference of the two
-    is exact.
+    ``-log2(Phi((v + 1/2) / sigma) - Phi((v - 1/2) / sigma))``, computed in the left tail, where it is exact.
 
     Args:
         v: values in units of the step.
@@ -76,12 +76,12 @@ def gaussian_bin_bits(v: Tensor, sigma: Tensor) -> Tensor:
 class FactorizedDensity(nn.Module):
     """A learned density per channel: four cumulative layers with parameters h, b, a (Balle et al. 2018, appendix 6.1).
 
-    The cumulative is ``c(v) = sigmoid(f4(f3(f2(f1(v)))))`` with ``f(v) = g(softplus(h) v + b)`` and
+    The cumulative distribution is ``c(v) = sigmoid(f4(f3(f2(f1(v)))))`` with ``f(v) = g(softplus(h) v + b)`` and
     ``g(v) = v + tanh(a) tanh(v)``, which is increasing.
 
     Args:
         channels: number of densities.
-        width: hidden units of a layer; 1 in the authors' checkpoints, whose h, b and a are one number a channel.
+        width: hidden units of a layer; 1 in the authors' checkpoints, which have one h, b and a for each channel.
     """
 
     scale: Tensor
@@ -102,15 +102,15 @@ class FactorizedDensity(nn.Module):
 
     @torch.no_grad()
     def fit_scale(self, std: Tensor) -> None:
-        """Start as wide as the values are.
+        """Set the width at the start of training to that of the values.
 
         Args:
-            std: of each channel, (C,), in units of the step.
+            std: standard deviation of each channel, (C,), in units of the step.
         """
         self.scale.copy_(std.clamp(min=0.1))
 
     def logits(self, v: Tensor) -> Tensor:
-        """Logits of the cumulative.
+        """Logits of the cumulative distribution.
 
         Args:
             v: (C, 1, M).
@@ -140,31 +140,32 @@ class FactorizedDensity(nn.Module):
 
 
 def _perturbed(v: Tensor, *, hard: bool) -> Tensor:
-    """Uniform noise in place of rounding, which has no gradient; or, to know the rate, the rounding itself."""
+    """Add uniform noise, because rounding has no gradient; or round, to get the rate."""
     return torch.round(v) if hard else v + torch.empty_like(v).uniform_(-0.5, 0.5)
 
 
 class RateTerm(nn.Module):
-    """What every rate term does."""
+    """Base of the rate terms."""
 
     def fit_scale(self, std: Tensor) -> None:
-        """Start as wide as the latent is.
+        """Set the width of the densities at the start of training to that of the latent.
 
         Args:
-            std: of each latent channel, (Cr,), in units of the step.
+            std: standard deviation of each latent channel, (Cr,), in units of the step.
         """
         raise NotImplementedError
 
     def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
-        """What a latent costs.
+        """The rate of a latent.
 
         Args:
             y: latent before rounding, (N, Cr, h, w).
             step: quantizer step Q.
-            hard: estimated bits of the rounded latent, without a gradient worth following; else the term to minimize.
+            hard: return the estimated bits of the rounded latent, whose gradient is of no use; else the term to
+                minimize.
 
         Returns:
-            (N,), in bits; of `L1Rate`, where not ``hard``, in steps.
+            (N,), in bits; in steps for `L1Rate` if not ``hard``.
         """
         raise NotImplementedError
 
@@ -207,7 +208,7 @@ class L1Rate(RateTerm):
     def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
         """The norm, or the bits of the rounded latent: see `RateTerm.forward`.
 
-        The density beside it learns in the same pass: its bits are added and taken away again, so that only their
+        The density beside it learns in the same pass: its bits are added and subtracted again, so that only their
         gradient remains.
         """
         v = y / step
@@ -218,8 +219,9 @@ class L1Rate(RateTerm):
 class HyperpriorRate(RateTerm):
     """The neural rate estimator of the paper, eq. (3), in the architecture of the authors' checkpoints.
 
-    ``h_a``: depthwise 3x3 with bias, batch norm, ReLU, 1x1 to Cz, batch norm. ``h_s``: 1x1 transposed to Cr, batch
-    norm, ReLU, depthwise 3x3 transposed, batch norm; its output is the logarithm of the Gaussian's standard deviation.
+    ``h_a``, the hyper-analysis: depthwise 3x3 with bias, batch norm, ReLU, 1x1 to Cz, batch norm. ``h_s``, the
+    hyper-synthesis: 1x1 transposed to Cr, batch norm, ReLU, depthwise 3x3 transposed, batch norm. Its output is the
+    logarithm of the Gaussian's standard deviation.
 
     Args:
         latent_channels: Cr.
@@ -255,7 +257,7 @@ class HyperpriorRate(RateTerm):
         norm.bias.copy_(std.clamp(min=0.1).log())
 
     def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
-        """Bits of each latent, its hyper-latent included: see `RateTerm.forward`."""
+        """Bits of each latent and its hyper-latent: see `RateTerm.forward`."""
         v = y / step
         z = _perturbed(self.h_a(v), hard=hard)  # (N, Cz, h, w)
         sigma = torch.exp(self.h_s(z).clamp(-7.0, 7.0))  # (N, Cr, h, w)

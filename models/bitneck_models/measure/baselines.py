@@ -28,7 +28,7 @@ from bitneck.manifest import Task
 from bitneck.runtime import OnnxModule
 from bitneck_models.data.class_maps import confusion, load_class_map, mean_iou
 from bitneck_models.data.photos import LabelledPhoto
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.to_onnx import to_onnx
 
 __all__ = [

@@ -17,7 +17,7 @@ from bitneck.bundle import Bundle
 from bitneck_models.data.photos import LabelledPhoto
 from bitneck_models.measure.complexity import PointComplexity, point_complexity
 from bitneck_models.measure.passes import RateMeter, photo_passes
-from bitneck_models.zoo.entry import MeasuredLadder, MeasuredPoint
+from bitneck_models.zoo.records import MeasuredLadder, MeasuredPoint
 
 __all__ = ["Evaluation", "PointResult", "evaluate", "mean_interval", "wilson"]
 

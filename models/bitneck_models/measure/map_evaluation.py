@@ -24,7 +24,7 @@ from bitneck.errors import InvalidConfig
 from bitneck_models.data.class_maps import class_iou, confusion, load_class_map, mean_iou
 from bitneck_models.measure.complexity import PointComplexity, point_complexity
 from bitneck_models.measure.passes import RateMeter, photo_passes
-from bitneck_models.zoo.entry import MeasuredLadder, MeasuredPoint
+from bitneck_models.zoo.records import MeasuredLadder, MeasuredPoint
 
 __all__ = ["MapEvaluation", "MapPointResult", "evaluate_maps"]
 

@@ -1,1 +1,1 @@
-"""Frozen task networks as chains of stages: recipes, weights, cuts, and their form as ONNX."""
+"""Backbones: frozen task networks as ordered lists of named stages, with split points between them."""

@@ -1,7 +1,8 @@
-"""Networks of torchvision and timm as backbones, from a `bitneck_models.networks.recipe.NetworkRecipe`."""
+"""Any network of torchvision or timm as a backbone, from a `bitneck_models.networks.recipe.NetworkRecipe`."""
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
 from bitneck.manifest import InputSpec, sha256_hex
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.cutting import cut_network
 from bitneck_models.networks.recipe import NetworkRecipe
 from bitneck_models.networks.vision import imagenet_wnids, import_timm, import_torchvision
@@ -20,22 +21,22 @@ __all__ = ["any_network"]
 
 
 def any_network(recipe: NetworkRecipe, weights: Path | None) -> Backbone:
-    """Build a network, and cut it; see `bitneck_models.networks.cutting` for what is proven.
+    """Build a network and cut it; see `bitneck_models.networks.cutting`.
 
     Args:
         recipe: names the model and its split points.
         weights: a file, ``random``, or None for the library's, which are downloaded once.
 
     Raises:
-        InvalidConfig: no such model, weights that cannot be had, a cut that more than one tensor crosses, a feature
-            that is no C x Hf x Wf, or an output that is not the task's.
+        InvalidConfig: there is no such model, the weights cannot be obtained or do not fit, more than one tensor
+            crosses a cut, a feature is not C x Hf x Wf, or the output has not the shape that the task needs.
     """
-    net, default, spec, labels = (_torchvision if recipe.source == "torchvision" else _timm)(recipe)
-    shape = (3, spec.height, spec.width)
-    digest = fill(net, weights, default, shape, drop=("aux_classifier.",))
-    net.requires_grad_(requires_grad=False)
+    model = (_torchvision if recipe.source == "torchvision" else _timm)(recipe)
+    shape = (3, model.input.height, model.input.width)
+    digest = fill(model.net, weights, model.published, shape, drop=("aux_classifier.",))
+    model.net.requires_grad_(requires_grad=False)
     cuts = {module: module for module in (*recipe.splits.values(), *recipe.stages)}
-    stages = cut_network(net, shape, cuts, recipe.output)
+    stages = cut_network(model.net, shape, cuts, recipe.output)
     with torch.no_grad():
         x = torch.zeros(1, *shape)
         for name, stage in stages.items():
@@ -52,19 +53,32 @@ def any_network(recipe: NetworkRecipe, weights: Path | None) -> Backbone:
         name=recipe.name,
         stages=stages,
         splits={s: recipe.splits[s] for s in sorted(recipe.splits, key=lambda s: list(stages).index(recipe.splits[s]))},
-        input=spec,
-        labels=(named := _labels(recipe, labels, int(x.shape[1]))),
+        input=model.input,
+        labels=(named := _labels(recipe, model.labels, int(x.shape[1]))),
         wnids=imagenet_wnids(named),
         task=recipe.task,
         weights_sha256=sha256_hex(f"{recipe.model_dump_json()} {digest}".encode()),
     )
 
 
-_Found = tuple[nn.Module, Callable[[], Mapping[str, Tensor]], InputSpec, tuple[str, ...]]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Model:
+    """A model of a library.
+
+    Attributes:
+        net: the module, with fresh weights.
+        published: gets the library's weights.
+        input: how photographs are prepared.
+        labels: names of the classes, or empty.
+    """
+
+    net: nn.Module
+    published: Callable[[], Mapping[str, Tensor]]
+    input: InputSpec
+    labels: tuple[str, ...]
 
 
-def _torchvision(recipe: NetworkRecipe) -> _Found:
-    """The model, what gets its weights, its input, and its labels."""
+def _torchvision(recipe: NetworkRecipe) -> _Model:
     models = import_torchvision().models
     if recipe.name not in models.list_models():
         raise InvalidConfig(f"torchvision has no model {recipe.name!r}; `torchvision.models.list_models()` lists them")
@@ -79,10 +93,10 @@ def _torchvision(recipe: NetworkRecipe) -> _Found:
     spec = recipe.input or _spec(
         recipe, crop and crop[0], preset.resize_size[0], preset.interpolation.value, preset.mean, preset.std
     )
-    return net, lambda: download(chosen.url), spec, tuple(chosen.meta.get("categories", ()))
+    return _Model(net, lambda: download(chosen.url), spec, tuple(chosen.meta.get("categories", ())))
 
 
-def _timm(recipe: NetworkRecipe) -> _Found:
+def _timm(recipe: NetworkRecipe) -> _Model:
     timm = import_timm()
     if recipe.weights is not None:
         raise InvalidConfig(f"timm has weights in the name: {recipe.name}.{recipe.weights}; leave `weights` out")
@@ -105,7 +119,7 @@ def _timm(recipe: NetworkRecipe) -> _Found:
             ) from exc
         return state
 
-    return net, published, spec, ()
+    return _Model(net, published, spec, ())
 
 
 def _made(recipe: NetworkRecipe, make: Callable[[], nn.Module]) -> nn.Module:

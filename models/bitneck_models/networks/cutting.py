@@ -3,9 +3,9 @@
     net --torch.export--> graph of functional operations, each with the modules that it was called from
     cut after module M    operations up to the last one of M | the rest
 
-What crosses is every tensor made before that is used after, the input included: a skip connection around M crosses
-too, and is named. In-place operations are functions in the graph, so nothing can cross unseen. What depends on weights
-alone is computed on both sides, and a size of the batch is read off the tensor that crosses.
+A tensor crosses a cut if it is made before the cut, or is the input, and is used after it. So a skip connection around
+M crosses too, and the error names it. The graph has functions in place of in-place operations, so nothing can cross
+unseen. Both sides compute what depends on weights alone, and read the batch's size off the tensor that crosses.
 """
 
 import itertools
@@ -30,20 +30,20 @@ _SHOWN = 12
 def cut_network(
     net: nn.Module, input_shape: Sequence[int], cuts: Mapping[str, str], output: str | None = None
 ) -> dict[str, nn.Module]:
-    """The stages of a network, the last one named ``output``.
+    """Cut a network into stages; the last one is named ``output``.
 
     Args:
-        net: takes one tensor; put into evaluation mode.
-        input_shape: of it, without the batch axis; the stages take no other size.
-        cuts: name of a stage to the module that it ends with, as `named_modules` has it; in any order.
-        output: key of the network's output, where it gives several.
+        net: the network; it takes one tensor and is put into evaluation mode.
+        input_shape: shape of the tensor, without the batch axis. The stages take no other size.
+        cuts: for each stage, the module that it ends with, as `named_modules` names it; in any order.
+        output: key of the network's output, if it gives several.
 
     Returns:
-        Stage by name, in order; composed they are the network, which is checked on random inputs.
+        Stages by name, in order. Their composition is the network; this is checked on random inputs.
 
     Raises:
-        InvalidConfig: the network cannot be traced, has no such module or output, or a cut is none: more than one
-            tensor crosses, or there is nothing before or behind it.
+        InvalidConfig: the network cannot be traced, a module or the output does not exist, more than one tensor crosses
+            a cut, or nothing is before or after a cut.
     """
     net.eval()
     graph = _Graph(net, input_shape, output)
@@ -79,7 +79,7 @@ def _prove(net: nn.Module, shape: Sequence[int], output: str | None, stages: Map
 
 
 class _Graph:
-    """A network's operations in order, those that its output does not depend on left out."""
+    """The operations of a network that its output depends on, in order."""
 
     def __init__(self, net: nn.Module, input_shape: Sequence[int], output: str | None) -> None:
         example = torch.zeros(2, *input_shape)
@@ -122,7 +122,7 @@ class _Graph:
         return [node for node in graph.nodes if node in needed and node.op != "placeholder"]
 
     def _from_input(self) -> set[fx.Node]:
-        """Nodes whose values depend on the picture, and not only on how many there are."""
+        """Nodes whose values depend on the pictures, not only on their number."""
         found = {self.input}
         for node in self.operations:
             if node.target != torch.ops.aten.sym_size.int and found.intersection(node.all_input_nodes):
@@ -144,7 +144,7 @@ class _Graph:
             raise InvalidConfig(f"module {module!r} is called {len(calls)} times; cut after one that is called once")
         last = inside[-1]
         while last + 1 < len(self.operations) and self.operations[last + 1].target is operator.getitem:
-            last += 1  # an operation with several results is nothing without them
+            last += 1  # takes one of the operation's results, so it belongs to the operation
         return last
 
     def crossing(self, position: int, module: str) -> fx.Node:
@@ -161,7 +161,7 @@ class _Graph:
                 f"{len(crossing)} tensors cross a cut after module {module!r}: {names}; a split point needs one"
             )
         if crossing[0] is self.input:
-            raise InvalidConfig(f"nothing of module {module!r} is used behind it, only the network's input")
+            raise InvalidConfig(f"nothing of module {module!r} is used after it, only the network's input")
         (only,) = crossing
         return only
 
@@ -206,15 +206,17 @@ class _Graph:
         return fx.GraphModule(root, graph).eval()
 
     def _axis(self, node: fx.Node, size: Any) -> int:
-        """The axis of a tensor that has a size, given as the symbol that stands for it."""
+        """The axis of a tensor with a given size, which is a symbol."""
         for axis, n in enumerate(_shape(node)):
             if str(n) == str(size):
                 return axis
-        raise InvalidConfig(f"the number of pictures cannot be read off {self._told(node)}, so it is no split point")
+        raise InvalidConfig(
+            f"the shape of {self._told(node)} does not show the number of pictures, so it is no split point"
+        )
 
 
 def _place(root: nn.Module, name: str, value: Tensor) -> None:
-    """Put a weight where its dotted name says."""
+    """Put a weight at the place that its dotted name gives."""
     *parents, leaf = name.split(".")
     for parent in parents:
         if not hasattr(root, parent):
@@ -227,7 +229,7 @@ def _place(root: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _chosen(program: torch.export.ExportedProgram, output: str | None) -> fx.Node:
-    """The node of the network's output, or of the one that a key names."""
+    """The node of the network's output, or of the output that a key names."""
     (results,) = next(node for node in program.graph.nodes if node.op == "output").args
     assert program.call_spec.out_spec is not None
     found = pytree.tree_unflatten(list(results), program.call_spec.out_spec)

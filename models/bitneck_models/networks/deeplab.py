@@ -11,30 +11,102 @@ Dimensions: N batch, K classes, H x W input, h x w = ceil(H / 16) x ceil(W / 16)
 """
 
 from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
+from bitneck.manifest import InputSpec, sha256_hex
+from bitneck_models.networks.backbone import NETWORK_FILE, Backbone, load_stages
+from bitneck_models.networks.efficientnet import lite0_net, load_lite0
 
-__all__ = ["Aspp", "AtrousConv2d", "Upsample", "deeplab_stages"]
+__all__ = [
+    "CAMVID_CLASSES",
+    "Aspp",
+    "AtrousConv2d",
+    "Upsample",
+    "begin_deeplab",
+    "deeplab_stages",
+    "deeplabv3_efficientnet_lite0",
+]
+
+CAMVID_CLASSES = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+)  # fmt: skip
+"""Classes of CamVid by index, as in the SegNet release."""
+
+_NAME = "deeplabv3_efficientnet_lite0"
+_OWN_WEIGHTS = Path(__file__).resolve().parents[2] / "zoo" / _NAME / NETWORK_FILE
 
 STRIDE = 16
-"""Input pixels a position of the map, each way."""
+"""Input pixels for each position of the map, in height and in width."""
 PLACES = 4
-"""Places of the class map in a position of the map, each way."""
+"""Places of the class map for each position of the map, in height and in width."""
 RATES = (3, 6, 9)
 _BRANCH = 128
 _PROJECTED = 256
 
 
-class AtrousConv2d(nn.Conv2d):
-    """Depthwise K x K with holes, stride 1, output as large as the input.
+def deeplabv3_efficientnet_lite0(weights: Path | None) -> Backbone:
+    """Build the network with the weights that were trained in this repository, on CamVid.
 
-    In torch it runs as a dense convolution on the d x d phases of the map, because depthwise convolutions with holes
-    are slow on a CPU there, above all backwards (measured, 6 x 672 x 18 x 24, 5 x 5, d = 2, two AVX2 cores: a block
-    forth and back takes 55 ms an image, and 12 ms this way). It is exported as what it is.
+    Split points: ``s1`` after atrous pooling and its projection (256x23x30); ``s2`` after the stage before the last
+    (192x23x30); ``s3`` after the last block at 1/16 without holes (112x23x30). All three are linear outputs.
+
+    Args:
+        weights: a file; None for that of the zoo entry.
+
+    Raises:
+        InvalidConfig: the file does not exist or is unreadable, or its tensors are not those of the network.
+    """
+    path = weights or _OWN_WEIGHTS
+    if not path.is_file():
+        raise InvalidConfig(
+            f"{path}: no weights of {_NAME} there; give --weights FILE ({NETWORK_FILE} of its zoo entry), or make them "
+            "with `bitneck-models train-network`"
+        )
+    backbone = _deeplab(lite0_net(output_stride=STRIDE))
+    load_stages(backbone.stages, path)
+    return replace(backbone, weights_sha256=sha256_hex(path.read_bytes()))
+
+
+def begin_deeplab(seed: int) -> Backbone:
+    """Build the network as its training begins: ImageNet's weights in the blocks, fresh weights in the head.
+
+    Args:
+        seed: seed of the head's weights.
+    """
+    net = lite0_net(output_stride=STRIDE)
+    load_lite0(net)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _deeplab(net)
+
+
+def _deeplab(net: nn.Module) -> Backbone:
+    spec = InputSpec(
+        height=360, width=480, fit="stretch", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    )
+    return Backbone(
+        name=_NAME,
+        stages=deeplab_stages(net, len(CAMVID_CLASSES), spec.height, spec.width),
+        splits={"s3": "blocks.4.2", "s2": "blocks.5.3", "s1": "aspp"},
+        input=spec,
+        labels=CAMVID_CLASSES,
+        wnids=(),
+        task="segmentation",
+    )
+
+
+class AtrousConv2d(nn.Conv2d):
+    """Depthwise K x K convolution with holes, stride 1, output as large as the input.
+
+    torch runs it as a convolution without holes on the d x d phases of the map, because its depthwise convolutions with
+    holes are slow on a CPU, above all their gradients (measured, 6 x 672 x 18 x 24, 5 x 5, d = 2, two AVX2 cores: a
+    block forward and backward takes 55 ms an image, and 12 ms this way). It is exported as one convolution with holes.
     """
 
     def __init__(self, channels: int, kernel: int, rate: int) -> None:
@@ -58,10 +130,10 @@ class AtrousConv2d(nn.Conv2d):
 
 
 class PadToStride(nn.Module):
-    """Zeros below and to the right, so that the input is a whole number of positions.
+    """Adds zeros below and to the right, so that the input is a whole number of positions.
 
-    Every stride-2 convolution then sees an even size, which puts the map's positions in the same places for pictures
-    of every size: crops in training, whole pictures afterwards.
+    Every stride-2 convolution then gets an even size. This puts the map's positions in the same places for pictures of
+    every size: crops in training, whole pictures afterwards.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,13 +150,15 @@ def _pointwise(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class Aspp(nn.Module):
-    """Atrous spatial pyramid pooling: 1x1, three rates and the whole picture side by side, then a linear projection.
+    """Atrous spatial pyramid pooling: parallel branches, then a linear projection.
+
+    The branches are a 1x1 convolution, three atrous convolutions, and the mean of the whole picture.
 
     Args:
         inputs: channels of the backbone.
         branch: channels of each branch.
         outputs: channels of the projection.
-        rates: of the atrous branches.
+        rates: rates of the atrous branches.
     """
 
     def __init__(self, inputs: int, branch: int, outputs: int, rates: tuple[int, ...] = RATES) -> None:
@@ -108,11 +182,11 @@ class Aspp(nn.Module):
 
 
 class _CutPadding(nn.Module):
-    """What the padding answers, cut off.
+    """Removes the logits of the padding.
 
     Args:
-        height: largest that is left.
-        width: likewise.
+        height: largest height that is kept.
+        width: largest width that is kept.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -125,11 +199,11 @@ class _CutPadding(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Logits to the input's size, bilinear.
+    """Enlarges logits to the input's size, bilinear.
 
     Args:
-        height: of the input.
-        width: of the input.
+        height: height of the input.
+        width: width of the input.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -142,16 +216,16 @@ class Upsample(nn.Module):
 
 
 def deeplab_stages(net: nn.Module, classes: int, height: int, width: int) -> "OrderedDict[str, nn.Module]":
-    """The stages of the network, its head with fresh weights.
+    """The stages of the network; those of the head have fresh weights.
 
     Args:
         net: timm's EfficientNet-Lite0 with ``output_stride=16``.
         classes: K.
-        height: of the input; a multiple of 4.
-        width: likewise.
+        height: height of the input; a multiple of 4.
+        width: width of the input; a multiple of 4.
 
     Raises:
-        InvalidConfig: an input of another size.
+        InvalidConfig: the input has another size.
     """
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     stages["stem"] = nn.Sequential(PadToStride(), net.get_submodule("conv_stem"), net.get_submodule("bn1"))
@@ -171,7 +245,7 @@ def deeplab_stages(net: nn.Module, classes: int, height: int, width: int) -> "Or
     )
     step = STRIDE // PLACES
     if height % step or width % step:
-        raise InvalidConfig(f"an input of {height}x{width} is no multiple of {step}, as the class map's places need")
+        raise InvalidConfig(f"the input is {height}x{width}; height and width must be multiples of {step}")
     stages["classes"] = nn.Sequential(
         nn.Conv2d(_PROJECTED, classes * PLACES**2, 1),
         nn.PixelShuffle(PLACES),
@@ -182,7 +256,7 @@ def deeplab_stages(net: nn.Module, classes: int, height: int, width: int) -> "Or
 
 
 def _replace_atrous(block: nn.Module) -> None:
-    """Depthwise convolutions with holes by the same ones that train fast."""
+    """Replace depthwise convolutions with holes by `AtrousConv2d`, which trains faster."""
     conv = block.conv_dw
     if isinstance(conv, nn.Conv2d) and conv.dilation != (1, 1):
         fast = AtrousConv2d(conv.in_channels, conv.kernel_size[0], conv.dilation[0])

@@ -1,4 +1,4 @@
-"""torch modules to ONNX bytes: float32, one input ``x``, one output ``y``, dynamic batch axis."""
+"""Export of a torch module to ONNX: float32, one input ``x``, one output ``y``, dynamic batch axis."""
 
 import logging
 import warnings
@@ -19,9 +19,9 @@ def to_onnx(module: nn.Module, input_shape: Sequence[int], *, any_size: bool = F
     """Export a module.
 
     Args:
-        module: in evaluation mode; its weights are written into the file.
-        input_shape: of one sample, without the batch axis.
-        any_size: leave height and width of the input open, for a module that takes any.
+        module: the module, in evaluation mode; the file contains its weights.
+        input_shape: shape of one sample, without the batch axis.
+        any_size: leave the input's height and width open, for a module that takes any.
 
     Returns:
         The serialized and checked ONNX model.
@@ -31,7 +31,7 @@ def to_onnx(module: nn.Module, input_shape: Sequence[int], *, any_size: bool = F
     """
     if module.training:
         raise ModelFailure("a module is exported in evaluation mode; call eval() first")
-    example = torch.zeros(2, *input_shape)  # a batch of 1 would be taken for a constant
+    example = torch.zeros(2, *input_shape)  # the exporter would take a batch of 1 for a constant
     axes = {0: torch.export.Dim("n", min=1, max=4096)}
     if any_size:
         axes |= {2: torch.export.Dim("h", min=2, max=4096), 3: torch.export.Dim("w", min=2, max=4096)}
@@ -40,7 +40,7 @@ def to_onnx(module: nn.Module, input_shape: Sequence[int], *, any_size: bool = F
     quiet.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations are not the user's
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
             program = torch.onnx.export(
                 module,
                 (example,),
@@ -58,7 +58,7 @@ def to_onnx(module: nn.Module, input_shape: Sequence[int], *, any_size: bool = F
     if program is None:
         raise ModelFailure(f"torch exported nothing for {type(module).__name__}")
     model = program.model_proto
-    for node in model.graph.node:  # stack traces and paths of the exporting machine have no place in a bundle
+    for node in model.graph.node:  # no stack traces and paths of this machine
         node.doc_string = ""
         del node.metadata_props[:]
     del model.metadata_props[:]

@@ -3,9 +3,9 @@
     resnet50             stem layer1 layer2 layer3 [s3: layer3.4] layer4 [s2: layer4.0] [s1: layer4.2] pool classifier
     deeplabv3_resnet50   stem layer1 layer2 layer3 [s3: layer3.5] layer4 [s2: layer4.1] classifier.0 [s1] ... upsample
 
-Split points: Table 2 of the paper, but for s1 of DeepLab. The paper's stands inside one of five parallel branches, and
-the other four pass around it uncoded; ours is the output of `classifier.0`, where the branches have come together in
-256 channels and nothing else crosses. Features are never negative: a ReLU ends each of these stages.
+Split points: Table 2 of the paper, except s1 of DeepLab. The paper's is inside one of five parallel branches, and the
+other four pass around it uncoded. Ours is the output of `classifier.0`, where the branches are joined to 256 channels
+and nothing else crosses. Features are never negative, because each of these stages ends with a ReLU.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from bitneck.manifest import InputSpec
-from bitneck_models.networks.backbones import Backbone
+from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.vision import import_timm, import_torchvision
 from bitneck_models.networks.voc import VOC_CLASSES
 from bitneck_models.networks.weights import download, fill
@@ -23,7 +23,7 @@ __all__ = ["deeplabv3_resnet50", "resnet50"]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SMALL = (3, 65, 65)
-"""What random weights are adjusted to; neither network cares for the size of its input."""
+"""Shape of the inputs that random weights are adjusted to; both networks take inputs of any size."""
 
 
 def resnet50(weights: Path | None) -> Backbone:
@@ -51,7 +51,7 @@ def resnet50(weights: Path | None) -> Backbone:
 
 
 def deeplabv3_resnet50(weights: Path | None) -> Backbone:
-    """DeepLab v3 with torchvision's ``COCO_WITH_VOC_LABELS_V1`` weights; the auxiliary classifier is left out.
+    """DeepLab v3 with torchvision's ``COCO_WITH_VOC_LABELS_V1`` weights, without the auxiliary classifier.
 
     Args:
         weights: a file, ``random``, or None for torchvision's, which are downloaded once.

@@ -1,8 +1,8 @@
-"""torchvision, and timm on top of it, next to a torch build that does not match it.
+"""Import of torchvision, and of timm, which needs it, beside a build of torch that does not match.
 
-PyPI has torchvision only as a CUDA build. Next to a CPU build of torch its native library does not load, and its
-import stops at two operators that it expects to be registered. Declaring them first is enough: bitneck never calls
-them. Where the library loads, nothing is declared.
+PyPI has torchvision only as a CUDA build. Beside a CPU build of torch its native library does not load, and its import
+fails at two operators that it expects to be registered. It is enough to declare them first, because bitneck never calls
+them. If the library loads, nothing is declared.
 """
 
 import importlib
@@ -20,7 +20,7 @@ _declared: list[Any] = []  # a Library's operators live as long as the object
 
 
 def import_torchvision() -> ModuleType:
-    """The module ``torchvision``, with its operators declared where its own library does not load."""
+    """The module ``torchvision``, with its operators declared if its own library does not load."""
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as exc:
@@ -40,7 +40,7 @@ def import_timm() -> ModuleType:
 
 
 def imagenet_wnids(labels: Sequence[str]) -> tuple[str, ...]:
-    """WordNet ids of ImageNet's 1,000 classes if these are their names, in their order; else nothing."""
+    """WordNet ids of ImageNet's 1,000 classes if the labels are their names, in order; else nothing."""
     if len(labels) != 1000:
         return ()
     info = import_timm().data.ImageNetInfo("imagenet-1k")

@@ -1,4 +1,4 @@
-"""The classes of Pascal VOC, which DeepLab v3's published weights know."""
+"""The classes of Pascal VOC, which are those of DeepLab v3's published weights."""
 
 __all__ = ["VOC_CLASSES"]
 

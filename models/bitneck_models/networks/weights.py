@@ -1,6 +1,6 @@
-"""A network's weights: its publisher's, a file's, or random ones for tests.
+"""Weights of a network: its publisher's, those of a file, or random ones for tests.
 
-Nothing but tensors is ever read: ``torch.load(weights_only=True)``, or safetensors.
+Only tensors are ever read: with ``torch.load(weights_only=True)``, or from safetensors.
 """
 
 import warnings
@@ -19,10 +19,10 @@ from bitneck.manifest import sha256_hex
 __all__ = ["RANDOM", "download", "fill", "load_state", "randomize"]
 
 RANDOM = Path("random")
-"""In place of a file of weights: random ones, the same each time."""
+"""Given instead of a file: random weights, the same each time."""
 
 _CALIBRATION = 6
-"""Pictures that random weights' batch norms are adjusted to."""
+"""Number of pictures that the batch norms of random weights are adjusted to."""
 
 
 def fill(
@@ -33,20 +33,20 @@ def fill(
     *,
     drop: tuple[str, ...] = (),
 ) -> str:
-    """Give a network its weights, and leave it in evaluation mode.
+    """Load weights into a network, in place, and put it into evaluation mode.
 
     Args:
-        net: of fresh weights.
+        net: the network.
         weights: a file, `RANDOM`, or None for its publisher's.
         default: gets the publisher's state dict.
-        example_shape: of an input without the batch axis, for random weights; may be smaller than the real one.
-        drop: beginnings of keys that the network does not have and that do not matter.
+        example_shape: shape of an input without the batch axis, for random weights; may be smaller than the real one.
+        drop: beginnings of keys to ignore, which the network does not have.
 
     Returns:
-        What tells these weights from others, for caches: a digest, or an empty text for the publisher's.
+        A digest of the weights, or an empty text for the publisher's; caches are keyed by it.
 
     Raises:
-        InvalidConfig: a file that does not fit, or a download that failed.
+        InvalidConfig: the file does not fit, or the download failed.
     """
     if weights is None:
         _load(net, default(), "the published weights", drop)
@@ -61,16 +61,18 @@ def fill(
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file.
+    """Read a state dict from a file.
 
     Args:
-        path: ``.safetensors``; anything else is read by torch, and may have its tensors below ``state_dict``.
+        path: a ``.safetensors`` file. torch reads any other file, whose tensors may be below the key ``state_dict``.
 
     Raises:
-        InvalidConfig: no such file, unreadable, or more than tensors in it.
+        InvalidConfig: the file does not exist, is unreadable, or has more than tensors in it.
     """
     if not path.is_file():
-        raise InvalidConfig(f"{path}: no such file of weights; give a .pth, a .safetensors, or `random`")
+        raise InvalidConfig(
+            f"{path}: no such file of weights; give a .pth or a .safetensors (torchvision and timm also take `random`)"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -89,10 +91,10 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 
 def download(url: str) -> dict[str, Tensor]:
-    """A state dict from its publisher, kept in torch's cache; its name holds its digest, which is checked.
+    """Download a state dict from its publisher, or take it from torch's cache; the digest in its name is checked.
 
     Raises:
-        InvalidConfig: it cannot be had, or its digest is wrong.
+        InvalidConfig: it cannot be downloaded, or its digest is wrong.
     """
     try:
         return torch.hub.load_state_dict_from_url(
@@ -100,7 +102,7 @@ def download(url: str) -> dict[str, Tensor]:
         )
     except Exception as exc:  # urllib, ssl, the file system, torch
         raise InvalidConfig(
-            f"the weights cannot be downloaded ({type(exc).__name__}: {exc}). Download {url} on a machine that can, "
+            f"the weights cannot be downloaded ({type(exc).__name__}: {exc}). Download {url} on another machine, "
             f"and give the file with --weights FILE, or put it into {Path(torch.hub.get_dir()) / 'checkpoints'}"
         ) from exc
 
@@ -122,15 +124,15 @@ def _load(net: nn.Module, state: Mapping[str, Tensor], where: str, drop: tuple[s
 
 @torch.no_grad()
 def randomize(net: nn.Module, example_shape: Sequence[int], seed: int = 0) -> None:
-    """Random weights, in place, whose batch norms are not the identity; the network ends in evaluation mode.
+    """Set random weights, in place, and put the network into evaluation mode. No batch norm is the identity.
 
     Running statistics are those of random pictures, shifted and scaled at random, so that activations keep a sensible
-    size and each batch norm does something else.
+    size and every batch norm is different.
 
     Args:
         net: any network.
-        example_shape: of an input, without the batch axis.
-        seed: of the weights.
+        example_shape: shape of an input, without the batch axis.
+        seed: seed of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,1 +1,1 @@
-"""Checkpoints of the paper's authors as operating points."""
+"""Checkpoints that the paper's authors published, as operating points of this system."""

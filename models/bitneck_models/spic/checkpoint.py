@@ -1,18 +1,18 @@
-"""The paper's own bottleneck units: checkpoints that its authors published, as operating points of this system.
+"""The paper's own bottleneck units, read from checkpoints that its authors published.
 
     conv2_2  depthwise 3x3 at S   bn2_1  ReLU        f (N,C,Hf,Wf)    -> (N,C,h,w)
     conv2_3  1x1                  bn3_1  ReLU                         -> y (N,Cr,h,w)      encoder.onnx
     conv2_4  1x1 transposed       bn4_1  ReLU        y_hat (N,Cr,h,w) -> (N,C,h,w)
     conv2_5  depthwise transposed bn5_1  ReLU                         -> f_hat (N,C,H',W') decoder.onnx
 
-The padding stands in no checkpoint; it follows from network, split point and stride (`PLACES`). H' and W' are those of
-the feature, but for ResNet-50 at s3, whose decoder returns a little more. The unit is convolutions alone, so its files
-take a feature of any size.
+No checkpoint has the padding, which follows from network, split point and stride (`bitneck_models.spic.places`). H' and
+W' are those of the feature, except for ResNet-50 at s3, whose decoder returns a little more. The unit has convolutions
+only, so its files take a feature of any size.
 
 ``priorEncoder``, ``priorDecoder`` and ``bitEstimator_z`` are the paper's rate estimator, eq. (3). It becomes a
-`bitneck_models.losses.rate_terms.HyperpriorRate` with cumulative layers of width 1. Published checkpoints hold it
-untrained: every scale of a batch norm has one value and every shift is zero, as initialized and then shrunk by weight
-decay, so what it estimates says nothing about the rate; `SpicUnit.prior_trained` tells.
+`bitneck_models.losses.rate_terms.HyperpriorRate` with cumulative layers of width 1. In published checkpoints it is not
+trained: the scales of each batch norm are equal and all shifts are zero, as initialized and then shrunk by weight
+decay. So its estimates say nothing about the rate; see `SpicUnit.prior_trained`.
 """
 
 import pickle
@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,141 +28,12 @@ from torch import Tensor, nn
 from bitneck.errors import InvalidConfig
 from bitneck.manifest import sha256_hex
 from bitneck_models.losses.rate_terms import HyperpriorRate
+from bitneck_models.spic.places import SpicGeometry, spic_geometry
 
-__all__ = ["PLACES", "Place", "SpicGeometry", "SpicUnit", "load_spic", "spic_geometry"]
-
-SpicBackbone = Literal["resnet50", "deeplabv3_resnet50"]
+__all__ = ["SpicUnit", "load_spic"]
 
 _HYPER = 8
 """Hyper-latent channels of every published checkpoint."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a unit of the authors stands, and what its checkpoint does not say.
-
-    Attributes:
-        channels: C, of the feature.
-        size: Hf = Wf of the feature at the network's own input size.
-        encoder_padding: of `conv2_2`.
-        decoders: stride to kernel and padding of `conv2_5`; the strides that the unit can have.
-        module: the module that gives the feature, as torchvision names it.
-        true_cut: whether nothing but the feature crosses there.
-    """
-
-    channels: int
-    size: int
-    encoder_padding: int
-    decoders: Mapping[int, tuple[int, int]]
-    module: str
-    true_cut: bool = True
-
-
-_RESNET_LAST = {2: (3, 1), 4: (3, 0), 6: (3, 1)}
-_DEEPLAB_BODY = {2: (3, 0), 4: (5, 0), 6: (5, 0)}
-
-PLACES: Mapping[str, Mapping[str, Place]] = {
-    "resnet50": {
-        "s1": Place(channels=2048, size=7, encoder_padding=1, decoders=_RESNET_LAST, module="layer4.2"),
-        "s2": Place(channels=2048, size=7, encoder_padding=1, decoders=_RESNET_LAST, module="layer4.0"),
-        "s3": Place(
-            channels=1024, size=14, encoder_padding=1, decoders={2: (3, 0), 4: (5, 0), 6: (5, 0)}, module="layer3.4"
-        ),
-    },
-    "deeplabv3_resnet50": {
-        "s1": Place(
-            channels=256,
-            size=65,
-            encoder_padding=0,
-            decoders={4: (5, 0), 6: (5, 0), 8: (9, 0)},
-            module="classifier.0.convs.1",  # one of five branches, the others pass around it
-            true_cut=False,
-        ),
-        "s2": Place(channels=2048, size=65, encoder_padding=0, decoders=_DEEPLAB_BODY, module="backbone.layer4.1"),
-        "s3": Place(channels=1024, size=65, encoder_padding=0, decoders=_DEEPLAB_BODY, module="backbone.layer3.5"),
-    },
-}
-"""The authors' units by network and split point. Unsupervised checkpoints (US1, US2) have the geometry of S1 and S2."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpicGeometry:
-    """All that decides the shapes of one unit.
-
-    Attributes:
-        backbone: network.
-        split: split point.
-        place: see `Place`.
-        stride: S.
-        channels: Cr.
-        kernel: of the transposed convolution.
-        padding: likewise.
-    """
-
-    backbone: str
-    split: str
-    place: Place
-    stride: int
-    channels: int
-    kernel: int
-    padding: int
-
-    def latent_size(self, size: int) -> int:
-        """Height or width of the latent of a feature of this height or width."""
-        return (size + 2 * self.place.encoder_padding - 3) // self.stride + 1
-
-    def decoded_size(self, size: int) -> int:
-        """Height or width that the decoder returns for a feature of this height or width."""
-        return (self.latent_size(size) - 1) * self.stride - 2 * self.padding + self.kernel
-
-    @property
-    def feature_shape(self) -> tuple[int, int, int]:
-        """(C, Hf, Wf) at the network's own input size."""
-        return self.place.channels, self.place.size, self.place.size
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(Cr, h, w) likewise."""
-        return self.channels, (n := self.latent_size(self.place.size)), n
-
-    @property
-    def output_shape(self) -> tuple[int, int, int]:
-        """(C, H', W') of the decoded feature, likewise."""
-        return self.place.channels, (n := self.decoded_size(self.place.size)), n
-
-
-def spic_geometry(backbone: str, split: str, stride: int, channels: int, kernel: int) -> SpicGeometry:
-    """The geometry of a unit.
-
-    Args:
-        backbone: a key of `PLACES`.
-        split: s1, s2 or s3.
-        stride: S.
-        channels: Cr, from the checkpoint's shapes.
-        kernel: of the transposed convolution, likewise.
-
-    Raises:
-        InvalidConfig: the authors have no such unit, or the kernel is another stride's.
-    """
-    if backbone not in PLACES:
-        raise InvalidConfig(f"the authors have no units for {backbone!r}; they have: {', '.join(PLACES)}")
-    places = PLACES[backbone]
-    if split not in places:
-        raise InvalidConfig(f"the authors have no unit at {split!r} of {backbone}; they have: {', '.join(places)}")
-    place = places[split]
-    if stride not in place.decoders:
-        known = ", ".join(str(s) for s in place.decoders)
-        raise InvalidConfig(f"stride {stride} has no unit at {split} of {backbone}; strides there: {known}")
-    expected, padding = place.decoders[stride]
-    if kernel != expected:
-        fits = [str(s) for s, (k, _) in place.decoders.items() if k == kernel]
-        raise InvalidConfig(
-            f"conv2_5 is {kernel}x{kernel}, stride {stride} at {split} of {backbone} has {expected}x{expected}; "
-            + (f"try stride {' or '.join(fits)}" if fits else "is it another network's or split point's checkpoint?")
-        )
-    return SpicGeometry(
-        backbone=backbone, split=split, place=place, stride=stride, channels=channels, kernel=kernel, padding=padding
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,8 +46,8 @@ class SpicUnit:
         encoder: (N, C, Hf, Wf) to the latent (N, Cr, h, w), which is never negative.
         decoder: (N, Cr, h, w) to (N, C, H', W').
         rate: its rate estimator.
-        prior_trained: whether that was trained; no published one was.
-        sha256: of the checkpoint's file.
+        prior_trained: whether the rate estimator was trained; no published one was.
+        sha256: digest of the checkpoint's file.
     """
 
     geometry: SpicGeometry
@@ -189,7 +60,7 @@ class SpicUnit:
 
     @torch.no_grad()
     def estimated_bits(self, y: Tensor) -> float:
-        """Mean bits of latents (N, Cr, h, w) by the checkpoint's own rate estimator."""
+        """Mean bits of latents (N, Cr, h, w), estimated by the checkpoint's own rate estimator."""
         return float(self.rate(y, self.step, hard=True).mean())
 
 
@@ -197,15 +68,15 @@ def load_spic(path: Path, *, backbone: str, split: str, step: float, stride: int
     """Read a checkpoint of the authors.
 
     Args:
-        path: the file; it is read with ``weights_only=True``, so nothing in it can run.
+        path: the file. It is read with ``weights_only=True``, so no code in it can run.
         backbone: ``resnet50`` or ``deeplabv3_resnet50``.
         split: s1, s2 or s3; US1 and US2 of the authors are s1 and s2.
-        step: Q, which stands in no checkpoint.
-        stride: S, likewise.
+        step: Q, which no checkpoint has.
+        stride: S, which no checkpoint has.
 
     Raises:
-        InvalidConfig: not a checkpoint, or one of something else: other keys, shapes, types, values that are not
-            finite, or a geometry that does not go with `backbone`, `split` and `stride`.
+        InvalidConfig: the file is no checkpoint of a unit: it has other keys, shapes or types, or values that are not
+            finite; or its geometry does not fit `backbone`, `split` and `stride`.
     """
     if not 0 < step < float("inf"):
         raise InvalidConfig(f"the step is {step}, expected a positive number")
@@ -225,17 +96,17 @@ def load_spic(path: Path, *, backbone: str, split: str, step: float, stride: int
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The state dict and the file's digest."""
+    """The state dict, and the digest of the file."""
     try:
         digest = sha256_hex(path.read_bytes())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles; what torch can read safely is checked below
+            warnings.simplefilter("ignore")  # about unusual pickles; the content is checked below
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as exc:
         raise InvalidConfig(f"{path}: no such checkpoint") from exc
     except pickle.UnpicklingError as exc:
         raise InvalidConfig(
-            f"{path}: holds more than tensors, or is no checkpoint ({_reason(exc)}); nothing in it was run"
+            f"{path}: holds more than tensors, or is no checkpoint ({_reason(exc)}); no code in it was run"
         ) from exc
     except Exception as exc:  # torch.load raises many kinds for a broken file
         raise InvalidConfig(f"{path}: not readable as a checkpoint, or cut short ({_reason(exc)})") from exc
@@ -246,7 +117,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def _reason(exc: Exception) -> str:
-    """What an exception says, in one line; torch puts the cause after its advice."""
+    """The cause of an exception in one line; torch puts it after its advice."""
     lines = str(exc).replace("WeightsUnpickler error: ", "\n").strip().splitlines()
     return next(
         (line.strip() for line in lines if "GLOBAL" in line or "global" in line), lines[0] if lines else repr(exc)
@@ -258,7 +129,7 @@ _PRIOR_NORMS = ("priorEncoder.bn1", "priorEncoder.bn2", "priorDecoder.bn1", "pri
 
 
 def _shapes(c: int, cr: int, kernel: int) -> dict[str, tuple[int, ...]]:
-    """Every key of a checkpoint, and its shape."""
+    """Every key of a checkpoint, with its shape."""
     z = _HYPER
     shapes: dict[str, tuple[int, ...]] = {
         "conv2_2.weight": (c, 1, 3, 3),
@@ -371,10 +242,10 @@ def _decoder(g: SpicGeometry, state: Mapping[str, Tensor]) -> nn.Sequential:
 
 
 def _rate(g: SpicGeometry, state: Mapping[str, Tensor], step: float) -> HyperpriorRate:
-    """The authors' estimator in ours.
+    """The authors' rate estimator, as ours.
 
-    Theirs sees the latent y, ours y / Q, so the first layer's kernels are multiplied with Q. Their density has one unit
-    a layer, and no scale of its own.
+    Theirs takes the latent y and ours y / Q, so the kernels of the first layer are multiplied by Q. Their density has
+    one unit in each layer, and no scale.
     """
     rate = HyperpriorRate(g.channels, _HYPER, density_width=1)
     own = {f"h_a.{i}": f"priorEncoder.{name}" for i, name in ((0, "conv1"), (1, "bn1"), (3, "conv2"), (4, "bn2"))}
@@ -393,7 +264,7 @@ def _rate(g: SpicGeometry, state: Mapping[str, Tensor], step: float) -> Hyperpri
 
 
 def _trained(state: Mapping[str, Tensor]) -> bool:
-    """Whether a gradient ever reached the estimator: batch norms begin with equal scales and shifts of zero."""
+    """Whether the estimator ever got a gradient: batch norms start with equal scales, and with shifts of zero."""
     return any(
         bool((state[f"{norm}.bias"] != 0).any()) or bool((state[f"{norm}.weight"] != state[f"{norm}.weight"][0]).any())
         for norm in _PRIOR_NORMS

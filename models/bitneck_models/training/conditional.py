@@ -1,203 +1,53 @@
-"""Fitting conditional tables: pairs of similar frames from training photographs, and three numbers for each channel.
+"""Fitting conditional tables, which code a frame against an earlier one: three numbers for each channel and motion.
 
-Each photograph gives a pair of frames for each motion: still, slow and fast. The numbers are those of a small grid that
-code the second frame of the motion's pairs, given the first, in the fewest bits.
+The numbers come from a small grid. Chosen are those that code the second frame of the motion's pairs, given the first,
+in the fewest bits. See `bitneck.coding.conditional_model` for what they mean.
 
 Dimensions: M motions, B kernels, P pairs, Cr x h x w latent, K_c symbols of channel c.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, date, datetime
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from pydantic import BaseModel, ConfigDict
 
 import bitneck
 from bitneck.bundle import Bundle
-from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.coding.conditional_codec import ConditionalCodec
 from bitneck.coding.conditional_model import KEEP_TOTAL, KERNEL_TOTAL, ConditionalModel, check_conditionable
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel
 from bitneck.errors import InvalidConfig
-from bitneck.image import load_photo, preprocess
-from bitneck.manifest import InputSpec, sha256_hex
-from bitneck_models.data.class_maps import mapped_photos
-from bitneck_models.data.photos import split_off_validation, unlabelled_photos
-from bitneck_models.data.scenes import Camera, Path2D, moving, still
+from bitneck.manifest import sha256_hex
+from bitneck_models.training.pairs import MOTIONS, ScenePhotos, pair_symbols
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_models.zoo.recipe import Recipe
+from bitneck_models.zoo.records import ConditionalRecord
 
-__all__ = ["MOTIONS", "ConditionalRecord", "Symbols", "fit_conditional", "fit_points", "pair_symbols", "scene_photos"]
+__all__ = ["fit_conditional", "fit_points"]
 
-MOTIONS = ("still", "slow", "fast")
-_VALIDATE_EVERY = 10
 _DISTANCES = 48
+"""Distances |s - s'| that a kernel has weights for; the last weight stands for all larger ones."""
 _DECAYS = (0.05, 0.1, 0.15, 0.22, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.94, 0.98)
+"""Like kernels that fall by this factor with each distance."""
 _DEVIATIONS = (0.35, 0.5, 0.7, 0.9, 1.2, 1.6, 2.2, 3.0, 4.5)
+"""Like kernels that are Gaussians with this standard deviation."""
 _GAUSSIAN_FLOOR = 32
+"""Least weight of a Gaussian."""
 _NEAR_DECAYS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+"""Near kernels that fall by this factor with each distance."""
 _KEEPS = (0, 8, 16, 24, 32, 40, 48, 54, 58, 61, 63)
-
-Symbols = dict[str, NDArray[np.int16]]
-"""By operating point: (P, 2, Cr, h, w) int16, the frames of each pair. Wider tables are not conditioned."""
-
-
-class ConditionalRecord(BaseModel):
-    """What stands beside conditional tables: how they came to be, and what they save on photographs put aside.
-
-    `bytes_alone` and `bytes_similar` are ideal code lengths of the second frames of the pairs, by motion.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    photos: int
-    validation_photos: int
-    seed: int
-    code_version: str
-    bytes_alone: dict[str, float]
-    bytes_similar: dict[str, float]
-    fitted: date
-    tables_sha256: str
-    conditional_sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class ScenePhotos:
-    """Photographs to make scenes of: to fit on, and put aside."""
-
-    train: tuple[Path, ...]
-    validation: tuple[Path, ...]
-
-
-def scene_photos(recipe: Recipe, data: Path, spec: InputSpec, count: int, seed: int) -> ScenePhotos:
-    """Draw photographs from a recipe's folders, in proportion to their shares.
-
-    A folder of small ones is left out: a view that moves over them would show nothing new.
-
-    Args:
-        recipe: names folders.
-        data: the folder that they lie in.
-        spec: the backbone's input.
-        count: how many to fit on; a tenth as many are put aside.
-        seed: of the drawing.
-
-    Raises:
-        ImageError: a folder that does not exist or is empty.
-        InvalidConfig: no folder has photographs that are large enough.
-    """
-    rng = np.random.default_rng(seed)
-    train: list[Path] = []
-    held: list[Path] = []
-    weights: list[float] = []
-    for source in recipe.data:
-        if source.labels and (data / source.folder / "labels").is_dir():
-            photos = [photo for photo, _ in mapped_photos(data / source.folder)]
-        else:
-            photos = unlabelled_photos([data / source.folder])
-        if min(load_photo(photos[0]).size) < min(spec.height, spec.width):
-            continue
-        kept, aside = split_off_validation(photos, source.validate_every or _VALIDATE_EVERY)
-        held += aside
-        train += kept
-        weights += [source.share / max(1, len(kept))] * len(kept)
-    if not train or not held:
-        raise InvalidConfig(f"no folder of {recipe.name} has photographs of the input's size to make scenes of")
-    p = np.array(weights) / sum(weights)
-    drawn = np.sort(rng.choice(len(train), min(count, len(train)), replace=False, p=p))
-    aside_drawn = np.sort(rng.choice(len(held), min(max(1, count // 10), len(held)), replace=False))
-    return ScenePhotos(tuple(train[i] for i in drawn), tuple(held[i] for i in aside_drawn))
-
-
-def pair(photo: Image.Image, spec: InputSpec, motion: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """Two frames of a scene of this motion, a camera of random quality."""
-    camera = Camera(noise=float(np.exp(rng.uniform(np.log(0.7), np.log(8.0)))), quality=int(rng.integers(70, 96)))
-    if motion == "still":
-        first, second = still(photo, spec, camera, 2, rng)
-        return first, second
-    if motion == "slow":
-        path = Path2D(
-            speed=float(rng.uniform(0.005, 0.03)),
-            zoom=float(rng.uniform(0.6, 0.9)),
-            growth=float(rng.uniform(-0.01, 0.01)),
-        )
-    else:
-        path = Path2D(
-            speed=float(rng.uniform(0.04, 0.2)),
-            zoom=float(rng.uniform(0.5, 0.8)),
-            growth=float(rng.uniform(-0.05, 0.05)),
-        )
-    first, second = moving(photo, spec, camera, path, 2, rng)
-    return first, second
-
-
-def pair_symbols(
-    bundle: Bundle,
-    points: Sequence[str],
-    photos: Sequence[Path],
-    seed: int,
-    progress: Callable[[int], None] = lambda _done: None,
-) -> dict[str, Symbols]:
-    """The symbols of a pair of frames for each photograph and motion.
-
-    Args:
-        bundle: its head and encoders are run, as on a device.
-        points: operating points.
-        photos: files.
-        seed: of the scenes.
-        progress: called with the number of photographs done.
-
-    Returns:
-        By motion.
-
-    Raises:
-        ImageError: a photograph cannot be read.
-    """
-    chain = SegmentChain(bundle)
-    ladder = bundle.manifest.ladder
-    encoders = {name: PointEncoder(bundle, ladder[name]) for name in points}
-    spec = bundle.manifest.input
-    # In one piece each: small arrays that stay, between large ones that go, would scatter the heap.
-    collected: dict[str, Symbols] = {
-        motion: {name: np.empty((len(photos), 2, *ladder[name].latent_shape), np.int16) for name in points}
-        for motion in MOTIONS
-    }
-    for row, path in enumerate(photos):
-        photo = load_photo(path)
-        rng = np.random.default_rng([seed, row])
-        for motion in MOTIONS:
-            for k, frame in enumerate(pair(photo, spec, motion, rng)):
-                for name, s in _symbols(chain, encoders, spec, frame):
-                    collected[motion][name][row, k] = s
-        progress(row + 1)
-    return collected
-
-
-def _symbols(
-    chain: SegmentChain, encoders: dict[str, PointEncoder], spec: InputSpec, frame: Image.Image
-) -> Iterator[tuple[str, NDArray[np.int32]]]:
-    """Every point's symbols of a frame: the chain is walked once."""
-    lengths = {name: chain.head_length(encoder.point.split) for name, encoder in encoders.items()}
-    f, at = preprocess(frame, spec), 0
-    for length in sorted(set(lengths.values())):
-        f, at = chain.run(f, at, length), length
-        for name, encoder in encoders.items():
-            if lengths[name] == length:
-                yield name, encoder.symbols(f)
+"""Shares of the near part, in units of 1 / `KEEP_TOTAL`."""
 
 
 def fit_conditional(tables: FactorizedModel, pairs: Sequence[NDArray[np.integer]]) -> ConditionalModel:
     """Fit a conditional model.
 
     Args:
-        tables: the operating point's own.
-        pairs: for each motion (P, 2, Cr, h, w), inside the tables.
+        tables: the tables of the operating point.
+        pairs: symbols of pairs for each motion, (P, 2, Cr, h, w), inside the tables.
 
     Raises:
-        InvalidConfig: tables that are too wide to be conditioned.
+        InvalidConfig: the tables are too wide for a conditional model.
     """
     kernels, like_from = _kernels()
     chosen = np.zeros((3, len(pairs), tables.channels), dtype=np.int64)  # near, like, keep
@@ -215,7 +65,7 @@ def fit_conditional(tables: FactorizedModel, pairs: Sequence[NDArray[np.integer]
 
 
 def _kernels() -> tuple[NDArray[np.int64], int]:
-    """The kernels to choose from, (B, D), and where those begin that a channel's table may be weighed with."""
+    """The kernels to choose from, (B, D): first near kernels, then, from the returned index on, like kernels."""
     d = np.arange(_DISTANCES)
     near = [np.where(d == 0, 1.0, decay ** np.maximum(d, 1)) * KERNEL_TOTAL for decay in _NEAR_DECAYS]
     like = [np.maximum(decay**d * KERNEL_TOTAL, 1.0) for decay in _DECAYS]
@@ -232,7 +82,7 @@ def _best(
     now: NDArray[np.int64],
     counts: NDArray[np.int64],
 ) -> tuple[int, int, int]:
-    """The near kernel, like kernel and share that code one channel's cells (s', s) in the fewest bits."""
+    """The near kernel, like kernel and share that code the cells (s', s) of one channel in the fewest bits."""
     symbols = np.arange(len(row))
     starts, of_start = np.unique(before, return_inverse=True)
     distance = np.minimum(np.abs(symbols - starts[:, None]), kernels.shape[1] - 1)  # (starts, K)
@@ -263,15 +113,15 @@ def fit_points(
     """Fit conditional tables to operating points and save them in the zoo entry.
 
     Args:
-        entry: where they go.
-        bundle: exported from it.
-        points: ids.
-        photos: see `scene_photos`.
-        seed: of the scenes.
-        progress: called with what is being done, done and all.
+        entry: gets the tables.
+        bundle: the bundle exported from this entry.
+        points: ids of operating points.
+        photos: see `bitneck_models.training.pairs.scene_photos`.
+        seed: seed of the scenes.
+        progress: called with (what is being done, done, all).
 
     Raises:
-        InvalidConfig: the bundle is not the zoo entry's, or tables are too wide to be conditioned.
+        InvalidConfig: the bundle was not exported from this entry, or tables are too wide for a conditional model.
         ImageError: a photograph cannot be read.
     """
     for name in points:
@@ -303,7 +153,7 @@ def fit_points(
             tables_sha256=sha256_hex((entry.point_folder(name) / "tables.npz").read_bytes()),
             conditional_sha256=sha256_hex(data),
         )
-        entry.save_conditional(name, data, records[name].model_dump_json(indent=1) + "\n")
+        entry.save_conditional(name, data, records[name])
         progress("tables", done, len(points))
     return records
 

@@ -1,28 +1,25 @@
-"""Training a segmentation network itself, before it is frozen and split: the head, and the upper blocks under it.
+"""Training a segmentation network itself, before it is frozen and split: the head, and the upper blocks below it.
 
     view --frozen blocks (ONNX Runtime)--> f --upper blocks, head--> logits --CE with the class map
 
-Every random number is drawn from the seed and the number of the step, so a run that was cut off and resumed gives the
-same weights. What is kept is the running mean of the weights that did best on the validation photographs, as float16.
+Kept is the running mean of the weights that did best on the validation photographs, as float16.
 
 Dimensions: N batch, K classes, H x W view.
 """
 
-import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -34,112 +31,52 @@ from bitneck.runtime import OnnxModule
 from bitneck_models.data.class_maps import (
     VOID,
     ViewRange,
+    class_iou,
     confusion,
     load_class_map,
     mapped_photos,
     mean_iou,
     random_view,
 )
-from bitneck_models.networks.backbones import NETWORK_FILE, Backbone, stages_state
+from bitneck_models.networks.backbone import NETWORK_FILE, Backbone, stages_state
 from bitneck_models.networks.to_onnx import to_onnx
-from bitneck_models.toml_file import load_toml, validated
+from bitneck_models.training.run import (
+    RunningMean,
+    due,
+    polynomial,
+    run,
+    seeded,
+    set_learning_rates,
+    write_atomically,
+)
+from bitneck_models.zoo.network_training import NetworkTraining
+from bitneck_models.zoo.records import NetworkRecord
 
-__all__ = ["NetworkRecord", "NetworkStep", "NetworkTraining", "load_network_training", "train_network"]
+__all__ = ["NetworkStep", "forget_finished", "train_network"]
 
+_CHECKPOINT, _BEST = "checkpoint.pt", "best.pt"
+_AHEAD = 3
+"""Batches that are read ahead."""
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class NetworkTraining(_Strict):
-    """How a network is trained, ``network.toml`` of a zoo entry.
-
-    Attributes:
-        backbone: the network's name.
-        folder: below the data folder; holds ``train``, ``val`` and ``test``, each with ``images`` and ``labels``.
-        train_from: the first stage that is trained; those before it stay as they are.
-        height: of a training view, pixels; a multiple of 16.
-        width: likewise.
-        scale_min: see `ViewRange`; likewise `scale_max` and `light`.
-        steps: updates.
-        batch: views in an update.
-        learning_rate: AdamW's, of the head.
-        backbone_learning_rate: likewise, of the blocks under it.
-        weight_decay: AdamW's.
-        warmup_steps: over which the rates rise; then they fall as ``(1 - t) ** 0.9``.
-        rare: a class with share p of the pixels weighs ``1 / ln(rare + p)``: the nearer to 1, the more rare ones count.
-        ema: decay of the running mean of the weights.
-        validate_every: steps between looks at the validation photographs.
-        seed: of everything random.
-    """
-
-    backbone: str
-    folder: str
-    train_from: str
-    height: Annotated[int, Field(ge=32, multiple_of=16)] = 288
-    width: Annotated[int, Field(ge=32, multiple_of=16)] = 384
-    scale_min: Annotated[float, Field(gt=0.1, le=4)] = 0.6
-    scale_max: Annotated[float, Field(gt=0.1, le=4)] = 1.5
-    light: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    steps: Annotated[int, Field(ge=1)] = 1200
-    batch: Annotated[int, Field(ge=2)] = 8
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    backbone_learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
-    warmup_steps: Annotated[int, Field(ge=0)] = 50
-    rare: Annotated[float, Field(gt=1)] = 1.05
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    validate_every: Annotated[int, Field(ge=1)] = 150
-    seed: int = 0
-
-
-class NetworkRecord(_Strict):
-    """What stands beside a trained network, ``network.json``.
-
-    Attributes:
-        recipe: the resolved recipe.
-        steps_kept: number of updates of the weights that are kept.
-        validation_iou: mean IoU on ``val``, which chose them.
-        test_iou: mean IoU on ``test``, measured once, at the end.
-        test_iou_by_class: of each class, by name.
-        sha256: of ``network.safetensors``.
-    """
-
-    recipe: dict[str, Any]
-    code_version: str
-    torch_version: str
-    train_photos: int
-    validation_photos: int
-    test_photos: int
-    steps_kept: int
-    validation_iou: float
-    test_iou: float
-    test_iou_by_class: dict[str, float]
-    trained: date
-    sha256: str
+Batch = tuple[NDArray[np.float32], NDArray[np.uint8]]
+"""Inputs (N, 3, H, W) and class maps (N, H, W)."""
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkStep:
-    """A step of training: its loss, and the validation mean IoU where it was looked at."""
+    """What a step cost.
+
+    Attributes:
+        step: number of updates so far.
+        steps: number of updates in all.
+        loss: the loss.
+        validation_iou: mean IoU on the validation photographs; None if they were not looked at.
+    """
 
     step: int
     steps: int
     loss: float
     validation_iou: float | None
-
-
-def load_network_training(path: Path) -> NetworkTraining:
-    """Read a recipe.
-
-    Args:
-        path: a TOML file, or a folder with ``network.toml``.
-
-    Raises:
-        InvalidConfig: no such file, not TOML, an unknown key or a value out of range; the message names it.
-    """
-    path = path / "network.toml" if path.is_dir() else path
-    return validated(NetworkTraining, load_toml(path, "recipe of a network"), path, "recipe")
 
 
 def train_network(
@@ -152,47 +89,49 @@ def train_network(
     report: Callable[[NetworkStep], None] = lambda _step: None,
     stop_after: int | None = None,
 ) -> NetworkRecord | None:
-    """Train a network and write it into a zoo entry; cut off and started again, it goes on where it stopped.
+    """Train a network and write it into a zoo entry. Interrupted training resumes from its last checkpoint.
 
     Args:
         recipe: the schedule.
-        backbone: where training begins; its weights are changed.
-        data: the folder that the recipe's folder lies in.
-        out: the zoo entry: ``network.safetensors`` and ``network.json`` are written there.
-        runs: for checkpoints.
+        backbone: the network as its training begins; its weights are changed.
+        data: the folder that holds the recipe's folder.
+        out: the zoo entry, which gets ``network.safetensors`` and ``network.json``.
+        runs: folder for checkpoints.
         report: called after every step.
         stop_after: save and return after this many steps in all.
 
     Returns:
-        The record; None where `stop_after` came first.
+        The record; None if `stop_after` came first.
 
     Raises:
-        InvalidConfig: a stage that is not there, photographs without class maps, or a checkpoint of another recipe.
+        InvalidConfig: a stage does not exist, photographs have no class maps, or the checkpoint is unreadable or
+            belongs to another recipe.
         ModelFailure: the loss is not finite.
     """
-    run = _Run(recipe, backbone, data / recipe.folder, runs / recipe.backbone)
-    run.load()
-    for images, maps in run.batches(min(recipe.steps, stop_after or recipe.steps)):
-        loss = run.step(images, maps)
-        iou = run.look() if run.done % recipe.validate_every == 0 or run.done == recipe.steps else None
-        report(NetworkStep(run.done, recipe.steps, loss, iou))
-    run.save()
-    if run.done < recipe.steps:
-        return None
-    return run.finish(out)
+    folder = runs / recipe.backbone
+    trainer = _NetworkTrainer(recipe, backbone, data / recipe.folder, folder)
+    complete = run(
+        trainer,
+        folder / _CHECKPOINT,
+        steps=recipe.steps,
+        save_every=recipe.validate_every,
+        report=report,
+        stop_after=stop_after,
+    )
+    return trainer.finish(out) if complete else None
 
 
 def forget_finished(recipe: NetworkTraining, runs: Path) -> None:
-    """Remove the checkpoint of a run that came to its end, so that the next one begins anew; one that did not stays."""
+    """Remove the checkpoint of a complete run, so that the next run begins anew. An incomplete one stays."""
     folder = runs / recipe.backbone
-    path = folder / "checkpoint.pt"
+    path = folder / _CHECKPOINT
     if path.is_file() and torch.load(path, weights_only=True)["done"] >= recipe.steps:
         path.unlink()
-        (folder / "best.pt").unlink(missing_ok=True)
+        (folder / _BEST).unlink(missing_ok=True)
 
 
-class _Run:
-    """The state of one training run."""
+class _NetworkTrainer:
+    """See `bitneck_models.training.run.Trainer`."""
 
     def __init__(self, recipe: NetworkTraining, backbone: Backbone, data: Path, folder: Path) -> None:
         self.recipe, self.backbone, self.data, self.folder = recipe, backbone, data, folder
@@ -221,8 +160,8 @@ class _Run:
         self.net.requires_grad_().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.upper = list(self.net)[: head - cut]
         self.head = list(self.net)[head - cut :]
-        self.mean = copy.deepcopy(self.net).requires_grad_(requires_grad=False).eval()
-        self.weights = self._class_weights()
+        self.mean = RunningMean(self.net, recipe.ema, lead=0)
+        self.class_weights = self._class_weights()
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for m in self.upper for p in m.parameters()], "peak": recipe.backbone_learning_rate},
@@ -231,10 +170,13 @@ class _Run:
             weight_decay=recipe.weight_decay,
         )
         self.done, self.best, self.best_step = 0, -1.0, 0
+        self.device = torch.device("cpu")
         self._modules: dict[tuple[int, int], OnnxModule] = {}
 
-    def _read(self, photo: Path, labels: Path) -> tuple[Image.Image, NDArray[np.uint8]]:
-        return load_photo(photo), load_class_map(labels, self.classes)
+    @property
+    def identity(self) -> Mapping[str, BaseModel]:
+        default = NetworkTraining.model_fields["validate_every"].default  # validation decides what is kept, not trained
+        return {"recipe": self.recipe.model_copy(update={"validate_every": default})}
 
     def _class_weights(self) -> Tensor:
         counts = np.zeros(256, np.int64)
@@ -244,47 +186,56 @@ class _Run:
         weights = 1 / np.log(self.recipe.rare + share)
         return torch.from_numpy((weights / weights.mean()).astype(np.float32))
 
-    def _frozen(self, height: int, width: int) -> OnnxModule:
+    def _features(self, x: NDArray[np.float32]) -> Tensor:
+        """What the frozen blocks give, by ONNX Runtime."""
+        height, width = x.shape[2:]
         if (height, width) not in self._modules:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"frozen-{height}x{width}.onnx"
             path.write_bytes(to_onnx(self.frozen, (3, height, width)))
             self._modules[height, width] = OnnxModule(path)
-        return self._modules[height, width]
+        return torch.from_numpy(self._modules[height, width].run(x)).contiguous(memory_format=torch.channels_last)
 
-    def batches(self, stop: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.uint8]]]:
-        """Inputs (N, 3, H, W) and class maps (N, H, W) of the steps to come, read ahead by one thread."""
+    def updates(self, stop: int) -> Iterator[NetworkStep]:
+        t = self.recipe
+        for x, maps in self._batches(stop):
+            loss = self._update(x, maps)
+            iou = self._look() if due(self.done, t.validate_every, t.steps) else None
+            yield NetworkStep(self.done, t.steps, loss, iou)
 
-        def one(step: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    def _batches(self, stop: int) -> Iterator[Batch]:
+        """The batches of the steps to come, read ahead by one thread."""
+
+        def one(step: int) -> Batch:
             rng = np.random.default_rng([self.recipe.seed, step])
             rows = rng.choice(len(self.photos), self.recipe.batch, replace=False)
-            views = [random_view(*self._read(*self.photos[row]), self.views, rng) for row in rows]
+            views = [
+                random_view(load_photo(photo), load_class_map(labels, self.classes), self.views, rng)
+                for photo, labels in (self.photos[row] for row in rows)
+            ]
             x = np.concatenate([normalize(view, self.backbone.input) for view, _ in views])
-            return x, np.stack([labels for _, labels in views])
+            return x, np.stack([classes for _, classes in views])
 
         with ThreadPoolExecutor(1) as pool:
-            ahead: list[Future[tuple[NDArray[np.float32], NDArray[np.uint8]]]] = []
+            ahead: list[Future[Batch]] = []
             for step in range(self.done, stop):
-                while len(ahead) < 3 and step + len(ahead) < stop:
+                while len(ahead) < _AHEAD and step + len(ahead) < stop:
                     ahead.append(pool.submit(one, step + len(ahead)))
                 yield ahead.pop(0).result()
 
-    def step(self, x: NDArray[np.float32], maps: NDArray[np.uint8]) -> float:
-        """One update; its loss."""
+    def _update(self, x: NDArray[np.float32], maps: NDArray[np.uint8]) -> float:
+        """Update the weights once; the loss."""
         t = self.recipe
-        f = torch.from_numpy(self._frozen(t.height, t.width).run(x)).contiguous(memory_format=torch.channels_last)
-        share = self.done / t.steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * min(1.0, (self.done + 1) / max(1, t.warmup_steps)) * (1 - share) ** 0.9
+        f = self._features(x)
+        set_learning_rates(self.optimizer, self.done, t.steps, t.warmup_steps, polynomial)
         for stage in self.upper:
             stage.eval()  # its batch norms keep ImageNet's statistics
         for stage in self.head:
             stage.train()
-        with torch.random.fork_rng():
-            torch.manual_seed(t.seed * 1_000_003 + self.done)
+        with seeded(t.seed, self.done):
             logits = self.net(f)  # (N, K, H / 4, W / 4)
         full = F.interpolate(logits, size=(t.height, t.width), mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(full, torch.from_numpy(maps).long(), weight=self.weights, ignore_index=VOID)
+        loss = F.cross_entropy(full, torch.from_numpy(maps).long(), weight=self.class_weights, ignore_index=VOID)
         if not torch.isfinite(loss):
             raise ModelFailure(f"the loss is not finite at step {self.done}; lower the learning rate")
         self.optimizer.zero_grad(set_to_none=True)
@@ -292,21 +243,15 @@ class _Run:
         nn.utils.clip_grad_norm_(self.net.parameters(), 5.0)
         self.optimizer.step()
         self.done += 1
-        decay = min(t.ema, self.done / (10 + self.done))
-        mean = self.mean.state_dict()
-        for key, value in self.net.state_dict().items():
-            if value.is_floating_point():
-                mean[key].lerp_(value.detach(), 1 - decay)
+        self.mean.update(self.net, self.done)
         return loss.item()
 
-    def look(self) -> float:
-        """Mean IoU of the running mean on the validation photographs; the best one is kept."""
-        iou = mean_iou(self._confusion(self.mean, self.validation))
+    def _look(self) -> float:
+        """Mean IoU of the running mean on the validation photographs; the best weights are kept."""
+        iou = mean_iou(self._confusion(self.mean.module, self.validation))
         if iou > self.best:
             self.best, self.best_step = iou, self.done
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.mean.state_dict(), self.folder / "best.pt")
-        self.save()
+            write_atomically(self.mean.module.state_dict(), self.folder / _BEST)
         return iou
 
     @torch.no_grad()
@@ -314,53 +259,30 @@ class _Run:
         spec, upsample = self.backbone.input, list(self.backbone.stages.values())[-1]
         matrix = np.zeros((self.classes, self.classes), np.int64)
         for photo, labels in photos:
-            x = preprocess(load_photo(photo), spec)
-            f = torch.from_numpy(self._frozen(spec.height, spec.width).run(x))
-            logits = upsample(net(f.contiguous(memory_format=torch.channels_last)))
+            logits = upsample(net(self._features(preprocess(load_photo(photo), spec))))
             truth = load_class_map(labels, self.classes)
             answer = F.interpolate(logits, size=truth.shape, mode="bilinear", align_corners=False).argmax(1)[0]
             matrix += confusion(truth, answer.numpy(), self.classes)
         return matrix
 
-    def _identity(self) -> dict[str, Any]:
-        return {"recipe": self.recipe.model_dump(exclude={"validate_every"})}
-
-    def save(self) -> None:
-        """Write a checkpoint, all or nothing."""
-        state = {
-            "identity": self._identity(),
-            "done": self.done,
+    def state(self) -> dict[str, Any]:
+        return {
             "best": self.best,
             "best_step": self.best_step,
             "net": self.net.state_dict(),
-            "mean": self.mean.state_dict(),
+            "mean": self.mean.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / "checkpoint.part"
-        torch.save(state, temporary)
-        temporary.rename(self.folder / "checkpoint.pt")
 
-    def load(self) -> None:
-        """Go on from a checkpoint, if there is one.
-
-        Raises:
-            InvalidConfig: it belongs to another recipe.
-        """
-        path = self.folder / "checkpoint.pt"
-        if not path.is_file():
-            return
-        state = torch.load(path, weights_only=True)
-        if state["identity"] != self._identity():
-            raise InvalidConfig(f"{path} belongs to another recipe; remove it to train anew")
-        self.done, self.best, self.best_step = state["done"], state["best"], state["best_step"]
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.best, self.best_step = state["best"], state["best_step"]
         self.net.load_state_dict(state["net"])
-        self.mean.load_state_dict(state["mean"])
+        self.mean.module.load_state_dict(state["mean"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def finish(self, out: Path) -> NetworkRecord:
-        """Write the best weights as float16, and what they do on ``val`` and ``test``."""
-        self.net.load_state_dict(torch.load(self.folder / "best.pt", weights_only=True))
+        """Write the best weights as float16, and their accuracy on ``val`` and ``test``."""
+        self.net.load_state_dict(torch.load(self.folder / _BEST, weights_only=True))
         self.net.eval()
         state = stages_state(self.backbone.stages)
         for value in state.values():
@@ -369,8 +291,7 @@ class _Run:
         self._modules.clear()
         test = mapped_photos(self.data / "test")
         matrices = [self._confusion(self.net, photos) for photos in (self.validation, test)]
-        hits = np.diag(matrices[1])
-        by_class = hits / np.maximum(1, matrices[1].sum(0) + matrices[1].sum(1) - hits)
+        by_class = np.nan_to_num(class_iou(matrices[1]))  # 0 for a class that does not occur
         data = save({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()})
         record = NetworkRecord(
             recipe=self.recipe.model_dump(),

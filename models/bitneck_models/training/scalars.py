@@ -1,4 +1,4 @@
-"""TensorBoard scalars of a training run: estimated bytes, task term, lambda."""
+"""TensorBoard's scalars of a unit's training: estimated bytes, task term, lambda."""
 
 from pathlib import Path
 from types import TracebackType
@@ -6,6 +6,7 @@ from typing import Self
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from bitneck_models.training.run import due
 from bitneck_models.training.unit import StepReport
 
 __all__ = ["Scalars"]
@@ -14,10 +15,10 @@ _EVERY = 10
 
 
 class Scalars:
-    """Writes every tenth step; a resumed run goes on in the same folder, and what it repeats replaces what was there.
+    """Writes every tenth step. A resumed run writes into the same folder and replaces the steps that it repeats.
 
     Args:
-        folder: for ``tensorboard --logdir``.
+        folder: the folder, for ``tensorboard --logdir``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,8 +26,8 @@ class Scalars:
         self._writer: SummaryWriter | None = None
 
     def add(self, step: StepReport) -> None:
-        """One step."""
-        if step.step % _EVERY and step.step != step.steps:
+        """Write a step, if it is a tenth one or the last."""
+        if not due(step.step, _EVERY, step.steps):
             return
         if self._writer is None:
             self._writer = SummaryWriter(str(self.folder), purge_step=step.step)
@@ -41,6 +42,6 @@ class Scalars:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Write what is left."""
+        """Write the rest, and close the file."""
         if self._writer is not None:
             self._writer.close()

@@ -1,1 +1,1 @@
-"""Bottleneck units: geometry, layers, topologies, and where their training begins."""
+"""Bottleneck units: geometry, layers, topologies, the unit itself, where its training starts, and pruning."""

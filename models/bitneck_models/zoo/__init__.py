@@ -1,1 +1,1 @@
-"""Zoo entries: recipes, and what was trained and measured of them."""
+"""Zoo entries on disk: recipes, trained points, records."""

@@ -1,153 +1,115 @@
-"""Recipes: what to train, from a TOML file. Typed; unknown keys are refused."""
+"""Recipes: what to train, from a TOML file."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from bitneck.errors import InvalidConfig
-from bitneck.ids import ID_PATTERN
 from bitneck_models.losses.rate_terms import RateKind
+from bitneck_models.losses.task_terms import TaskTerm
 from bitneck_models.networks.recipe import NetworkRecipe, load_network
-from bitneck_models.toml_file import load_toml, validated
-from bitneck_models.units.units import Topology
+from bitneck_models.typed_files import Id, Positive, Strict, load_toml, validated
+from bitneck_models.units.topologies import Topology
 
-__all__ = ["PointRecipe", "Recipe", "Source", "TaskTerm", "TrainingRecipe", "load_recipe"]
+__all__ = [
+    "OWN_SCHEDULE",
+    "STARTS",
+    "Channels",
+    "PointRecipe",
+    "Recipe",
+    "Source",
+    "Stride",
+    "TrainingRecipe",
+    "UnitRecipe",
+    "load_recipe",
+]
 
-Id = Annotated[str, Field(pattern=ID_PATTERN)]
+STARTS = ("task", "principal", "next", "random")
+"""Starts that need no other point."""
+
+Stride = Annotated[int, Field(ge=1, le=64)]
+Channels = Annotated[int, Field(ge=1, le=4096)]
+Group = tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]]
+Steps = Annotated[int, Field(ge=0)]
+Batch = Annotated[int, Field(ge=2)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
-
-
-class Source(_Strict):
+class Source(Strict):
     """A folder of photographs to learn from.
 
     Attributes:
-        folder: below the data folder.
+        folder: path below the data folder.
         views: random views of each photograph.
-        share: of every batch that comes from this source; shares are relative to each other.
+        share: share of this source in every batch, relative to the other sources.
         validate_every: put every n-th photograph aside for validation; 0 for none, 1 for all.
-        labels: the folder has one folder for each class, or ``labels.csv``, or for segmentation ``images`` and
-            ``labels``, or it is one of COCO's photographs; and the labels may be used, which only a task term ``ce``
-            does.
-        limit: use at most so many photographs, spread evenly over the folder; None for all. Features are kept on disk,
-            so this bounds the room they take.
+        labels: the photographs have labels, and task terms ``ce`` may use them. For classification the folder has
+            ``labels.csv`` or one folder for each class. For segmentation it has ``images`` and ``labels``, or it is a
+            folder of COCO's photographs.
+        limit: use at most this many photographs, spread evenly over the folder; None for all. Features are kept on
+            disk, so the limit bounds the space they take.
     """
 
     folder: str
     views: Annotated[int, Field(ge=1, le=1000)] = 1
-    share: Annotated[float, Field(gt=0)] = 1.0
+    share: Positive = 1.0
     validate_every: Annotated[int, Field(ge=0)] = 0
     labels: bool = False
     limit: Annotated[int, Field(ge=1)] | None = None
 
 
-class TaskTerm(_Strict):
-    """One summand of the task term: how far the student is from where it should be.
+class TrainingRecipe(Strict):
+    """The schedule of a unit's training.
 
     Attributes:
-        kind: ``mae`` or ``mse`` between the features of teacher and student at `layer`; ``kl``, the divergence of the
-            student's class probabilities from the teacher's; ``ce``, cross-entropy with the labels.
-        layer: name of a stage after the split point, for ``mae`` and ``mse``; None for the last.
-        weight: of this summand.
-        rare: for ``kl`` and ``ce``: what has a class with share p of the batch counts ``1 / ln(rare + p)`` times,
-            relative to the rest: the nearer to 1, the more rare classes count, as in mean IoU. None for all alike.
-    """
-
-    kind: Literal["mae", "mse", "kl", "ce"]
-    layer: str | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    rare: Annotated[float, Field(gt=1)] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.rare is not None and self.kind in ("mae", "mse"):
-            raise ValueError(f"{self.kind} compares features, which have no classes; rare is for kl and ce")
-        if self.layer is not None and self.kind in ("kl", "ce"):
-            raise ValueError(f"{self.kind} compares the network's outputs and takes no layer, got {self.layer!r}")
-        return self
-
-
-class TrainingRecipe(_Strict):
-    """How a unit is trained.
-
-    Attributes:
-        steps: updates in the first stage, with the point's `rate` term.
-        finish_steps: updates in the last stage, whose rate term is the factorized model that will code the symbols.
+        steps: updates in the first stage, with the point's own rate term.
+        finish_steps: updates in the last stage; its rate term is the factorized model, which codes the symbols.
         batch: features in an update.
-        learning_rate: Adam's, at its height, for the unit.
-        encoder_learning_rate: likewise for its encoder, where that is to move less; None for the same.
-        rate_learning_rate: likewise for the rate term, which has to follow the unit.
-        warmup_steps: over which the rates rise; then they fall along a cosine.
-        mix: share of the features that are mixtures of two, for variety.
-        mirror: mirror half of the batches; not where the network's answer has a place and left differs from right.
-        ema: decay of the running mean of the weights, which is what is kept.
-        precision: of the arithmetic in the frozen tail and in the unit's layers at the feature's size; those at the
-            latent and the rate term stay in float32. bfloat16 is faster where the processor, or the GPU, has it.
-        seed: of everything random.
+        learning_rate: peak of Adam's learning rate, for the unit.
+        encoder_learning_rate: the same for the encoder, to let it move less; None for `learning_rate`.
+        rate_learning_rate: the same for the rate term, which has to follow the unit.
+        warmup_steps: updates over which the learning rates rise. They then fall along a cosine.
+        mix: share of the features that are mixtures of two features, for variety.
+        mirror: mirror half of the batches. Not for networks whose answer has a place and tells left from right.
+        ema: decay of the running mean of the weights. The mean is what is kept.
+        precision: precision of the frozen tail and of the unit's layers at the feature's size. The layers at the latent
+            and the rate term stay in float32. bfloat16 is faster on processors and GPUs that support it.
+        seed: seed of everything random.
     """
 
-    steps: Annotated[int, Field(ge=0)] = 3000
-    finish_steps: Annotated[int, Field(ge=0)] = 1500
-    batch: Annotated[int, Field(ge=2)] = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    encoder_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    rate_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    steps: Steps = 3000
+    finish_steps: Steps = 1500
+    batch: Batch = 128
+    learning_rate: Positive = 3e-3
+    encoder_learning_rate: Positive | None = None
+    rate_learning_rate: Positive = 1e-2
+    warmup_steps: Steps = 100
     mix: Annotated[float, Field(ge=0, le=1)] = 0.3
     mirror: bool = True
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
+    ema: Decay = 0.998
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
 
 
-Group = tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]]
-"""Rows and columns of windows that are coded together."""
-
-
-class PointRecipe(_Strict):
-    """One operating point.
-
-    The loss is eq. (2) of the paper, ``bits + lambda * task``, with bits per image and the task term a mean. lambda
-    multiplies the TASK term.
+class UnitRecipe(Strict):
+    """What a point of a recipe and all trials of a search space have in common: the kind of unit, and its loss.
 
     Attributes:
-        id: of the operating point.
         split: split point of the backbone.
-        stride: S.
-        channels: Cr when training begins; channels that end with every symbol zero are removed. A point that starts
-            from another one takes over that one's; a nested one has at most those of its group of windows.
-        step: quantizer step Q, in the latent's unit.
-        lambda_: weight of the task term, key ``lambda``.
-        target_bytes: where given, lambda is only where training begins; it is then moved until the estimated rate is
-            this many bytes per image.
-        kernel: K of the depthwise layers; None for the smallest that covers the stride.
-        topology: of the unit; see `bitneck_models.units.units`.
-        filters: D, depthwise filters a channel; see `bitneck_models.units.units.BottleneckUnit`.
-        hidden: H, channels between the layers, where the topology has any; a nested unit that starts from a separable
-            one takes over its latent channels.
+        topology: see `bitneck_models.units.topologies`.
+        filters: D, depthwise filters a channel; see `bitneck_models.units.unit.BottleneckUnit`.
+        hidden: H, channels between the layers, for topologies that have them. A nested unit that starts from a
+            separable one takes over its latent channels.
         group: (G1, G2), rows and columns of windows that a nested unit codes together.
-        freeze: leave the encoder's layers before its last one as they begin.
+        freeze: keep the encoder's layers before its last one as they start.
         rate: rate term of the first stage.
         task: summands of the task term.
-        steps: in place of the recipe's own; likewise `finish_steps`, `batch`, `learning_rate`, `encoder_learning_rate`,
-            `ema`.
-        curve: the curve that the point belongs to in a report; empty for the split point's own.
-        ship: whether the point goes into the bundle; else it is only there for others to start from.
-        init: ``task`` or ``principal`` for a linear start, ``next`` for a copy of the network's next layer (see
-            `bitneck_models.units.starts`), ``random``, or the id of another point of the recipe, trained before.
+        init: where training starts: ``task`` or ``principal`` for a linear start, ``next`` for a copy of the network's
+            next layer (see `bitneck_models.units.starts`), or ``random``.
     """
 
-    id: Id
     split: Id
-    stride: Annotated[int, Field(ge=1, le=64)]
-    channels: Annotated[int, Field(ge=1, le=4096)]
-    step: Annotated[float, Field(gt=0)]
-    lambda_: Annotated[float, Field(gt=0, alias="lambda")]
-    target_bytes: Annotated[float, Field(gt=0)] | None = None
-    kernel: Annotated[int, Field(ge=1, le=65)] | None = None
     topology: Topology = "separable"
     filters: Annotated[int, Field(ge=1, le=64)] = 1
     hidden: Annotated[int, Field(ge=1, le=16384)] | None = None
@@ -155,26 +117,68 @@ class PointRecipe(_Strict):
     freeze: bool = False
     rate: RateKind = "hyperprior"
     task: Annotated[tuple[TaskTerm, ...], Field(min_length=1)] = (TaskTerm(kind="mae"),)
-    steps: Annotated[int, Field(ge=0)] | None = None
-    finish_steps: Annotated[int, Field(ge=0)] | None = None
-    batch: Annotated[int, Field(ge=2)] | None = None
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
-    encoder_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
-    curve: str = ""
-    ship: bool = True
     init: str = "task"
 
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if self.topology == "nested" and self.init == "next":
+            raise ValueError("init: a nested unit starts as a separable one; use task, principal or random")
+        return self
 
-class Recipe(_Strict):
+
+class PointRecipe(UnitRecipe):
+    """One operating point.
+
+    The loss is eq. (2) of the paper, ``bits + lambda * task``, with bits per image and the task term a mean. lambda
+    multiplies the TASK term.
+
+    Attributes:
+        id: id of the operating point.
+        stride: S.
+        channels: Cr at the start of training. Channels whose symbols end as zeros are removed. A point that starts from
+            another one takes over its channels; a nested one has at most those of its group of windows.
+        step: quantizer step Q, in the latent's unit.
+        lambda_: weight of the task term, key ``lambda``.
+        target_bytes: if given, lambda is only the starting value; training moves it until the estimated rate is this
+            many bytes per image.
+        kernel: K of the depthwise layers; None for the smallest that covers the stride.
+        steps, finish_steps, batch, learning_rate, encoder_learning_rate, ema: replace the values of `TrainingRecipe`.
+        curve: name of the point's curve in a report; empty for the name of its split point.
+        ship: put the point into the bundle. If false, it is only there for others to start from.
+        init: see `UnitRecipe`; may also be the id of a point listed before this one.
+    """
+
+    id: Id
+    stride: Stride
+    channels: Channels
+    step: Positive
+    lambda_: Annotated[float, Field(gt=0, alias="lambda")]
+    target_bytes: Positive | None = None
+    kernel: Annotated[int, Field(ge=1, le=65)] | None = None
+    steps: Steps | None = None
+    finish_steps: Steps | None = None
+    batch: Batch | None = None
+    learning_rate: Positive | None = None
+    encoder_learning_rate: Positive | None = None
+    ema: Decay | None = None
+    curve: str = ""
+    ship: bool = True
+
+
+OWN_SCHEDULE = tuple(key for key in PointRecipe.model_fields if key in TrainingRecipe.model_fields)
+"""Keys of the schedule that a point may set for itself."""
+
+
+class Recipe(Strict):
     """A zoo entry: the backbone, the photographs, and the operating points to train.
 
     Attributes:
-        name: of the bundle.
-        backbone: a name, a network's recipe as a table, or the file of one beside this recipe, which ends in ``.toml``.
-        data: where the photographs are.
+        name: name of the bundle.
+        backbone: a name, a network recipe as a table, or the path of a network recipe, relative to this recipe and
+            ending in ``.toml``.
+        data: folders of photographs.
         training: the schedule.
-        points: in the order of training.
+        points: the operating points, in the order of training.
     """
 
     name: Id
@@ -189,22 +193,21 @@ class Recipe(_Strict):
         for point in self.points:
             if point.id in ids:
                 raise ValueError(f"two points have the id {point.id}")
-            if point.init not in {"task", "principal", "next", "random"} | ids:
+            if point.init not in {*STARTS, *ids}:
                 raise ValueError(f"point {point.id}: init {point.init!r} is no method and no point listed before it")
             ids.add(point.id)
         return self
 
     def training_of(self, point: PointRecipe) -> TrainingRecipe:
-        """How one point is trained: the recipe's schedule with what the point sets itself."""
-        keys = ("steps", "finish_steps", "batch", "learning_rate", "encoder_learning_rate", "ema")
-        own = {key: getattr(point, key) for key in keys}
+        """The schedule of one point: the recipe's, with the values that the point sets for itself."""
+        own = {key: getattr(point, key) for key in OWN_SCHEDULE}
         return self.training.model_copy(update={key: value for key, value in own.items() if value is not None})
 
     def point(self, point_id: str) -> PointRecipe:
         """The recipe of one point.
 
         Raises:
-            InvalidConfig: there is none; the message lists them.
+            InvalidConfig: there is no such point; the message lists them.
         """
         for point in self.points:
             if point.id == point_id:
@@ -219,7 +222,8 @@ def load_recipe(path: Path) -> Recipe:
         path: a TOML file, or a folder with ``recipe.toml``.
 
     Raises:
-        InvalidConfig: no such file, not TOML, an unknown key or a value out of range; the message names it.
+        InvalidConfig: there is no such file, it is not TOML, or it has an unknown key or a value out of range, which
+            the message names.
     """
     path = path / "recipe.toml" if path.is_dir() else path
     values = load_toml(path, "recipe")

@@ -1,28 +1,38 @@
-"""Typed TOML files: recipes, networks and search spaces are read, checked and refused in one way."""
+"""Typed files: the base of every recipe and record, and one way to read and check a TOML file."""
 
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitneck.errors import InvalidConfig
+from bitneck.ids import ID_PATTERN
 
-__all__ = ["load_toml", "validated"]
+__all__ = ["Id", "Positive", "Strict", "load_toml", "validated"]
+
+Id = Annotated[str, Field(pattern=ID_PATTERN)]
+Positive = Annotated[float, Field(gt=0)]
 
 M = TypeVar("M", bound=BaseModel)
 
 
+class Strict(BaseModel):
+    """Base of recipes and records: immutable, refuses unknown keys, NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+
 def load_toml(path: Path, what: str) -> dict[str, Any]:
-    """The values of a TOML file.
+    """Read a TOML file.
 
     Args:
         path: the file.
-        what: it should be, for the message.
+        what: what the file should be, for the message.
 
     Raises:
-        InvalidConfig: no such file, or not TOML.
+        InvalidConfig: the file does not exist or is not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -33,13 +43,13 @@ def load_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 def validated(model: type[M], values: Mapping[str, Any], path: Path, top: str) -> M:
-    """Values as a typed object.
+    """Check the values of a file and return them as a typed object.
 
     Args:
-        model: its type.
-        values: of the file.
-        path: of the file, for the message.
-        top: what the message calls the whole file, where a problem is no single key's.
+        model: the type.
+        values: the content of the file.
+        path: the file, for the message.
+        top: the name of the whole file in the message, used when a problem belongs to no single key.
 
     Raises:
         InvalidConfig: an unknown key or a value out of range; the message names each.

@@ -1,0 +1,149 @@
+"""A worker of a search: it trains a unit for each trial, and ends hopeless trials early."""
+
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from bitneck.coding.factorized_model import FactorizedModel
+from bitneck.errors import InvalidConfig, ModelFailure
+from bitneck_models.networks.backbone import Backbone
+from bitneck_models.search.space import SearchSpace
+from bitneck_models.training.photo_sets import PhotoSets, split_features, table_features
+from bitneck_models.training.point import point_record
+from bitneck_models.training.start import initialized_unit
+from bitneck_models.training.tables import prune_and_fit
+from bitneck_models.training.unit import StepReport, train_unit
+from bitneck_models.training.validation import Validation, validate
+from bitneck_models.units.unit import BottleneckUnit
+from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.point import new_unit, round_weights, save_point
+from bitneck_models.zoo.recipe import PointRecipe
+
+__all__ = ["is_hopeless", "work"]
+
+_MAX_FAILURES = 8
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def work(
+    study: optuna.Study,
+    space: SearchSpace,
+    entry: ZooEntry,
+    backbone: Backbone,
+    sets: PhotoSets,
+    runs: Path,
+    *,
+    trials: int,
+    device: str = "cpu",
+    on_trial: Callable[[FrozenTrial], None] = lambda _trial: None,
+) -> None:
+    """Run trials until the study has enough of them, whichever worker ran them.
+
+    Args:
+        study: see `bitneck_models.search.study.open_study`.
+        space: what is sampled.
+        entry: its recipe names the photographs.
+        backbone: the frozen network.
+        sets: see `bitneck_models.training.photo_sets`.
+        runs: folder for caches, checkpoints and trained units.
+        trials: number of trials of the whole study, pruned ones included.
+        device: where units are trained.
+        on_trial: called after each trial.
+
+    Raises:
+        ModelFailure: several trials in a row failed. A single failure does not end the search.
+    """
+    features, held = split_features(backbone, space.split, sets, space.training.seed, runs)
+    tables = table_features(features, sets)
+
+    def measured(unit: BottleneckUnit, point: PointRecipe) -> tuple[BottleneckUnit, FactorizedModel, Validation]:
+        small, model = prune_and_fit(unit, point, tables)
+        return small, model, validate(small, backbone.tail(space.split), point, model, held)
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        point = space.point(trial)
+        folder = runs / "search" / space.name / point.id
+        checkpoint = folder / "run.pt"
+        checkpoint.unlink(missing_ok=True)
+        trial.set_user_attr("recipe", json.loads(point.model_dump_json(by_alias=True)))
+        unit = initialized_unit(entry, point, backbone, features, sets.weights)
+        steps: list[StepReport] = []
+        tail = backbone.tail(space.split)
+
+        def train(stop_after: int | None) -> None:
+            train_unit(
+                unit.to(device), tail.to(device), features, point, space.training,
+                weights=sets.weights, labels=sets.labels, checkpoint=checkpoint, report=steps.append,
+                stop_after=stop_after,
+            )  # fmt: skip
+            unit.cpu()
+            tail.cpu()
+
+        try:
+            rung = round(space.prune_after * space.training.steps)
+            if 0 < rung < space.training.steps:
+                train(rung)
+                early = measured(_copy(unit, backbone, point), point)[2]
+                trial.set_user_attr("early", [early.payload_bytes, early.agreement])
+                others = [
+                    tuple(t.user_attrs["early"]) for t in study.get_trials(states=_ENDED) if "early" in t.user_attrs
+                ]
+                if is_hopeless((early.payload_bytes, early.agreement), others, len(held)):
+                    raise optuna.TrialPruned
+            train(None)
+            round_weights(unit)
+            small, model, result = measured(unit, point)
+        except (ModelFailure, InvalidConfig) as exc:
+            trial.set_user_attr("failure", str(exc))
+            raise
+        finally:
+            checkpoint.unlink(missing_ok=True)
+        record = point_record(point, space.training, steps, len(features), len(held), result)
+        save_point(folder, small, model, record)
+        trial.set_user_attr("bytes", result.payload_bytes)
+        trial.set_user_attr("folder", str(folder.resolve()))
+        trial.set_user_attr("machine", platform.node())
+        return result.payload_bytes * 8 / backbone.input.pixels, result.agreement
+
+    failures: list[str] = []
+
+    def after(_study: optuna.Study, trial: FrozenTrial) -> None:
+        on_trial(trial)
+        failures.append(trial.user_attrs.get("failure", "")) if trial.state == TrialState.FAIL else failures.clear()
+        if len(failures) == _MAX_FAILURES:
+            study.stop()
+
+    study.optimize(
+        objective,
+        callbacks=[optuna.study.MaxTrialsCallback(trials, states=_ENDED), after],
+        catch=(ModelFailure, InvalidConfig),
+        n_trials=None if len(study.get_trials(states=_ENDED)) < trials else 0,
+    )
+    if len(failures) == _MAX_FAILURES:
+        raise ModelFailure(
+            f"{_MAX_FAILURES} trials in a row failed, the last because: {failures[-1]}; change the space"
+        )
+
+
+def _copy(unit: BottleneckUnit, backbone: Backbone, point: PointRecipe) -> BottleneckUnit:
+    copy = new_unit(backbone, point)
+    copy.load_state_dict(unit.state_dict())
+    return copy.eval()
+
+
+def is_hopeless(own: tuple[float, float], others: Sequence[tuple[float, ...]], photos: int) -> bool:
+    """Whether another trial, at the same step, had no more bytes and clearly more agreement.
+
+    Args:
+        own: bytes and agreement.
+        others: bytes and agreement of other trials.
+        photos: number of photographs that agreement was measured on; two standard errors count as clear.
+    """
+    payload, agreement = own
+    margin = 2 * math.sqrt(max(agreement * (1 - agreement), 1e-4) / photos)
+    return any(other[0] <= payload and other[1] >= agreement + margin for other in others)

@@ -1,0 +1,102 @@
+"""Layers of the units that torch does not have.
+
+Dimensions: N batch, C channels, D filters a channel, H hidden channels, K kernel, S stride, (G1, G2) group of windows.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitneck_models.units.geometry import Geometry
+
+__all__ = ["Activation", "Crop", "DepthToSpace", "Pad", "SpaceToDepth", "Spread", "activation"]
+
+Activation = Literal["prelu", "relu", "none"]
+
+
+def activation(kind: Activation, channels: int) -> nn.Module:
+    """An activation by name; a fresh PReLU is the identity."""
+    match kind:
+        case "prelu":
+            return nn.PReLU(channels, init=1.0)
+        case "relu":
+            return nn.ReLU()
+        case "none":
+            return nn.Identity()
+
+
+class Pad(nn.Module):
+    """Zeros around a feature: see `Geometry.pad`."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+
+    def forward(self, f: Tensor) -> Tensor:
+        """(N, C, Hf, Wf) to its padded size."""
+        return self.geometry.pad(f)
+
+
+class Crop(nn.Module):
+    """The inverse of `Pad`: see `Geometry.crop`."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+
+    def forward(self, f: Tensor) -> Tensor:
+        """The padded size to (N, C, Hf, Wf)."""
+        return self.geometry.crop(f)
+
+
+class SpaceToDepth(nn.Module):
+    """Moves groups of positions into channels; the positions of one channel stay together, row by row.
+
+    Args:
+        group: (G1, G2) windows.
+    """
+
+    def __init__(self, group: tuple[int, int]) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(N, H, h * G1, w * G2) to (N, H * G1 * G2, h, w)."""
+        (rows, columns), (n, c, height, width) = self.group, t.shape
+        t = t.reshape(n, c, height // rows, rows, width // columns, columns).permute(0, 1, 3, 5, 2, 4)
+        return t.reshape(n, c * rows * columns, height // rows, width // columns)
+
+
+class DepthToSpace(nn.Module):
+    """The inverse of `SpaceToDepth`."""
+
+    def __init__(self, group: tuple[int, int]) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(N, H * G1 * G2, h, w) to (N, H, h * G1, w * G2)."""
+        (rows, columns), (n, c, h, w) = self.group, t.shape
+        t = t.reshape(n, c // (rows * columns), rows, columns, h, w).permute(0, 1, 4, 2, 5, 3)
+        return t.reshape(n, c // (rows * columns), h * rows, w * columns)
+
+
+class Spread(nn.ConvTranspose2d):
+    """Transposed depthwise convolution, K x K at stride S, with D input channels for each output channel.
+
+    If windows do not overlap, it is computed as a product with the kernel, which is many times faster than a grouped
+    transposed convolution (measured on two AVX-512 cores, 128 x 1280 x 1 x 1 to 7 x 7, forward and backward: 24 ms
+    against 92 ms in float32, and 21 ms against 965 ms in bfloat16).
+    """
+
+    def forward(self, t: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C * D, h, w) to (N, C, (h - 1) * S + K, (w - 1) * S + K)."""
+        if output_size is not None or self.kernel_size != self.stride:
+            with torch.autocast(t.device.type, enabled=False):  # bfloat16 is slower here
+                return super().forward(t.float(), output_size)
+        n, _, h, w = t.shape
+        k, c = self.kernel_size[0], self.out_channels
+        kernels = self.weight.view(c, -1, k, k)  # (C, D, K, K)
+        spread = torch.einsum("ncdhw,cdij->nchiwj", t.reshape(n, c, -1, h, w), kernels)
+        return spread.reshape(n, c, h * k, w * k)
