@@ -21,7 +21,7 @@ from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.client import EdgeClient
 from bitneck_models.data.photos import LabelledPhoto, proof_images
 from bitneck_models.export.bundle import Proof, export_bundle
-from bitneck_models.measure.evaluation import evaluate
+from bitneck_models.measure.evaluate import evaluate
 from bitneck_models.networks.backbones import Backbone, build_backbone
 from bitneck_models.networks.weights import RANDOM
 from bitneck_models.spic.checkpoint import PLACES, load_spic
