@@ -15,7 +15,7 @@ from bitneck.runtime import OnnxModule
 from bitneck_models.losses.rate_terms import L1Rate
 from bitneck_models.losses.task_terms import Labels, TaskLoss, TaskTerm
 from bitneck_models.measure.complexity import Complexity, onnx_complexity
-from bitneck_models.measure.evaluation import mean_interval, wilson
+from bitneck_models.measure.intervals import mean_interval, wilson
 from bitneck_models.networks.to_onnx import to_onnx
 from bitneck_models.training.photo_sets import photo_sets
 from bitneck_models.training.point import train_point

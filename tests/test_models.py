@@ -18,7 +18,7 @@ from bitneck_models.data.photos import LabelledPhoto, labelled_photos, split_off
 from bitneck_models.export.bundle import NOT_MEASURED, export_bundle
 from bitneck_models.export.proof import proof_images, prove
 from bitneck_models.losses.rate_terms import FactorizedDensity, FactorizedRate, HyperpriorRate, gaussian_bin_bits
-from bitneck_models.measure.evaluation import evaluate
+from bitneck_models.measure.evaluate import evaluate
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.registry import build_backbone
 from bitneck_models.training.photo_sets import photo_sets
@@ -299,14 +299,16 @@ def test_from_photographs_to_a_proven_bundle(entry: ZooEntry, tmp_path: Path) ->
     result = evaluate(bundle, photos)
     assert result.images == 24
     by_id = {p.id: p for p in result.points}
-    assert by_id["s1-r1"].payload_bytes_mean < by_id["s1-r2"].payload_bytes_mean
+    assert by_id["s1-r1"].rate.payload_bytes_mean < by_id["s1-r2"].rate.payload_bytes_mean
     assert by_id["s1-r2"].agreement >= 0.7  # of 10 classes; chance is 0.1
     for p in result.points:
-        assert p.payload_bytes_mean <= p.ideal_bytes_mean * 1.01 + 4
-        assert p.bpp_wire > p.bpp_payload
+        assert p.rate.payload_bytes_mean <= p.rate.ideal_bytes_mean * 1.01 + 4
+        assert p.rate.bpp_wire > p.rate.bpp_payload
     entry.save_ladder(result.ladder("generated", tables_digests(bundle)))
     again, _ = export_bundle(entry, backbone, tmp_path / "bundle", images)
-    assert {p.id: p.payload_bytes for p in again.manifest.ladder} == {p.id: p.payload_bytes_mean for p in result.points}
+    assert {p.id: p.payload_bytes for p in again.manifest.ladder} == {
+        p.id: p.rate.payload_bytes_mean for p in result.points
+    }
     assert again.manifest.points[0].dataset == "generated"
     # trained again, a point is another one than was measured
     low = entry.recipe.point("s1-r1")

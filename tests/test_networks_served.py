@@ -22,7 +22,7 @@ from bitneck_edge.client import EdgeClient
 from bitneck_models.data.photos import LabelledPhoto
 from bitneck_models.export.bundle import export_bundle
 from bitneck_models.export.proof import Proof, proof_images
-from bitneck_models.measure.evaluation import evaluate
+from bitneck_models.measure.evaluate import evaluate
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.registry import build_backbone
 from bitneck_models.networks.weights import RANDOM

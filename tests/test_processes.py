@@ -17,7 +17,7 @@ import pytest
 from bitneck.bundle import Bundle
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_models.data.photos import LabelledPhoto
-from bitneck_models.measure.evaluation import evaluate
+from bitneck_models.measure.evaluate import evaluate
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.processes import BIN, Server, edge, running_server, start_server, wait_for_session
 from bitneck_testing.tiny_bundles import make_tiny_bundle
@@ -85,11 +85,11 @@ def test_run_encode_and_decode_give_the_same_symbols(
         assert streamed["symbols_crc32c"] == encoded["symbols_crc32c"] == decoded["symbols_crc32c"]
         measured = evaluate(tiny_bundle, [LabelledPhoto(photos / "3.png", 0)])
         (result,) = [p for p in measured.points if p.id == point]
-        assert (result.symbols_crc32c, result.payload_bytes_mean) == (
+        assert (result.rate.symbols_crc32c, result.rate.payload_bytes_mean) == (
             streamed["symbols_crc32c"],
             streamed["payload_bytes"],
         )
-        assert result.bpp_wire == streamed["bpp_wire"]
+        assert result.rate.bpp_wire == streamed["bpp_wire"]
         assert streamed["payload_crc32c"] == encoded["payload_crc32c"]
         assert streamed["payload_bytes"] == len(parse_frame(out.read_bytes(), "frame").payload)
         assert [x["index"] for x in streamed["labels"]] == [x["index"] for x in decoded["labels"]]

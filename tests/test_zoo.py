@@ -16,7 +16,7 @@ from bitneck.manifest import sha256_hex
 from bitneck_models.data.class_maps import mapped_photos
 from bitneck_models.data.photos import labelled_photos
 from bitneck_models.export.proof import proof_images, prove
-from bitneck_models.measure.evaluation import evaluate
+from bitneck_models.measure.evaluate import evaluate
 from bitneck_models.networks.registry import build_backbone
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.network_training import NetworkTraining, load_network_training
@@ -147,6 +147,6 @@ def test_the_recorded_ladder_is_measured_again() -> None:
     assert recorded is not None
     assert recorded.images == len(photos)
     for point in result.points:
-        assert point.payload_bytes_mean <= point.ideal_bytes_mean * 1.01 + 4
-        assert point.payload_bytes_mean == pytest.approx(recorded.points[point.id].payload_bytes, rel=0.1)
+        assert point.rate.payload_bytes_mean <= point.rate.ideal_bytes_mean * 1.01 + 4
+        assert point.rate.payload_bytes_mean == pytest.approx(recorded.points[point.id].payload_bytes, rel=0.1)
         assert point.agreement == pytest.approx(recorded.points[point.id].agreement, abs=0.2)

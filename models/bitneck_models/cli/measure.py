@@ -14,8 +14,7 @@ from bitneck_models.cli.options import Data, Json, Runs, Weights, data_folder, d
 
 if TYPE_CHECKING:
     from bitneck.bundle import Bundle
-    from bitneck_models.measure.evaluation import Evaluation
-    from bitneck_models.measure.map_evaluation import MapEvaluation
+    from bitneck_models.measure.evaluate import Evaluation
 
 __all__ = ["baselines", "evaluate", "report"]
 
@@ -70,21 +69,16 @@ def evaluate(
     print(evaluation_line(result))  # noqa: T201
 
 
-def _measured(
-    bundle: "Bundle", folder: Path, ignore: list[int], progress: Callable[[int, int], None]
-) -> "Evaluation | MapEvaluation":
-    from bitneck_models.data.class_maps import mapped_photos
-    from bitneck_models.data.photos import labelled_photos
-    from bitneck_models.measure.evaluation import evaluate as measure
-    from bitneck_models.measure.map_evaluation import evaluate_maps
+def _measured(bundle: "Bundle", folder: Path, ignore: list[int], progress: Callable[[int, int], None]) -> "Evaluation":
+    from bitneck_models.measure.evaluate import evaluate as measure
+    from bitneck_models.measure.meter import metric_for
     from bitneck_models.networks.vision import imagenet_wnids
 
-    if bundle.manifest.task == "segmentation":
-        return evaluate_maps(bundle, mapped_photos(folder), ignore=ignore, progress=progress)
-    if ignore:
+    if ignore and bundle.manifest.task != "segmentation":
         raise InvalidConfig(f"--ignore-index is for segmentation; {bundle.manifest.name} is for classification")
     labels = bundle.labels()
-    return measure(bundle, labelled_photos(folder, imagenet_wnids(labels), labels), progress=progress)
+    photos = metric_for(bundle.manifest.task, labels).photos(folder, imagenet_wnids(labels), labels)
+    return measure(bundle, photos, ignore=ignore, progress=progress)
 
 
 def baselines(
@@ -106,9 +100,8 @@ def baselines(
     as_json: Json = False,
 ) -> None:
     """Measure what the units are compared with: image codecs, raw features, and pooling with principal components."""
-    from bitneck_models.data.class_maps import mapped_photos
-    from bitneck_models.data.photos import labelled_photos
     from bitneck_models.measure import baselines as of
+    from bitneck_models.measure.meter import metric_for
     from bitneck_models.networks.registry import build_backbone
     from bitneck_models.training.photo_sets import photo_sets, split_features, table_features
     from bitneck_models.zoo.entry import ZooEntry
@@ -121,7 +114,8 @@ def baselines(
         net = build_backbone(backbone or "efficientnet_lite0", weights)
     folder = data_folder(data)
     maps = net.task == "segmentation"
-    photos = mapped_photos(folder) if maps else labelled_photos(folder, net.wnids, net.labels)
+    metric = metric_for(net.task, net.labels)
+    photos = metric.photos(folder, net.wnids, net.labels)
     sweep = of.MAP_SWEEP if maps else of.SWEEP
     splits = split or list(net.splits)
     for name in splits:
@@ -152,13 +146,13 @@ def baselines(
     document = {
         "dataset": dataset_name(folder),
         "images": len(photos),
-        "uncompressed": {of.ACCURACY[net.task]: uncompressed},
-        "baselines": [point.to_dict(net.task) for point in points],
+        "uncompressed": {metric.key: uncompressed},
+        "baselines": [point.to_dict(metric.key) for point in points],
     }
     if as_json:
         print(json.dumps(document, indent=1))  # noqa: T201
         return
-    table = Table("codec", "split", "setting", "bytes", "bpp", "mean IoU" if maps else "top-1", "agreement")
+    table = Table("codec", "split", "setting", "bytes", "bpp", metric.title, "agreement")
     for p in points:
         table.add_row(
             p.codec, p.split, p.setting, f"{p.bytes_mean:.0f}", f"{p.bpp:.4f}", f"{p.accuracy:.4f}",

@@ -26,13 +26,11 @@ from bitneck.errors import InvalidConfig
 from bitneck.image import crop, load_photo, normalize
 from bitneck.manifest import Task
 from bitneck.runtime import OnnxModule
-from bitneck_models.data.class_maps import confusion, load_class_map, mean_iou
-from bitneck_models.data.photos import LabelledPhoto
+from bitneck_models.measure.meter import Metric, Photo, metric_for
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.to_onnx import to_onnx
 
 __all__ = [
-    "ACCURACY",
     "CODECS",
     "MAP_CODECS",
     "MAP_SWEEP",
@@ -69,11 +67,9 @@ MAP_CODECS: Mapping[str, tuple[int, ...]] = {
 MAP_SWEEP: tuple[tuple[float, float], ...] = tuple((share, step) for share in (1.0, 0.5, 0.25) for step in (4.0, 16.0))
 """The training-free baseline's settings for segmentation."""
 
-ACCURACY: Mapping[Task, str] = {"classification": "top1", "segmentation": "mean_iou"}
-"""What accuracy is called in documents."""
+_BATCH: Mapping[Task, int] = {"classification": 50, "segmentation": 8}
+"""Photographs in one run of the network."""
 
-_BATCH = 50
-_MAP_BATCH = 8
 Progress = Callable[[int, int], None]
 
 
@@ -103,34 +99,34 @@ class BaselinePoint:
     accuracy: float
     agreement: float
 
-    def to_dict(self, task: Task) -> dict[str, object]:
-        """For the JSON document of ``bitneck-models baselines``: accuracy under its name, ``top1`` or ``mean_iou``."""
-        return {ACCURACY[task] if key == "accuracy" else key: value for key, value in asdict(self).items()}
+    def to_dict(self, key: str) -> dict[str, object]:
+        """For the JSON document of ``bitneck-models baselines``.
 
-
-Photos = Sequence[LabelledPhoto] | Sequence[tuple[Path, Path]]
-"""With the index of a class; for segmentation with the file of a class map."""
+        Args:
+            key: name of the accuracy; see `bitneck_models.measure.meter.Metric`.
+        """
+        return {key if name == "accuracy" else name: value for name, value in asdict(self).items()}
 
 
 class _Judge:
     """Compares answers with labels and with the uncompressed network's answers."""
 
-    def __init__(self, backbone: Backbone, photos: Photos, folder: Path) -> None:
+    def __init__(self, backbone: Backbone, photos: Sequence[Photo], folder: Path) -> None:
         if not photos:
             raise InvalidConfig("no photographs to measure baselines on")
         self.backbone, self.folder = backbone, folder
-        self.batch = _BATCH if backbone.task == "classification" else _MAP_BATCH
-        paths = [photo.path if isinstance(photo, LabelledPhoto) else photo[0] for photo in photos]
-        self.crops = [crop(load_photo(path), backbone.input) for path in paths]
-        self.labels: NDArray[np.integer] = np.stack([self._label(photo) for photo in photos])  # (N,) or (N, H, W)
+        self.metric: Metric = metric_for(backbone.task, backbone.labels)
+        self.batch = _BATCH[backbone.task]
+        self.crops = [crop(load_photo(self.metric.path(photo)), backbone.input) for photo in photos]
+        self.truths = [self._at_input(self.metric.truth(photo)) for photo in photos]  # each () or (H, W)
         self.network = self.module(backbone.segment(0), backbone.input_shape)
         self.teacher = self.answers(self.network, self.inputs(self.crops))
 
-    def _label(self, photo: LabelledPhoto | tuple[Path, Path]) -> NDArray[np.integer]:
-        if isinstance(photo, LabelledPhoto):
-            return np.array(photo.label)
-        classes = Image.fromarray(load_class_map(photo[1], len(self.backbone.labels)))
-        return np.array(classes.resize(self.crops[0].size, Image.Resampling.NEAREST))
+    def _at_input(self, truth: NDArray[np.integer]) -> NDArray[np.integer]:
+        """A class map at the size of the network's input, each pixel the nearest; a label as it is."""
+        if not truth.ndim:
+            return truth
+        return np.array(Image.fromarray(truth).resize(self.crops[0].size, Image.Resampling.NEAREST))
 
     @property
     def uncompressed(self) -> float:
@@ -138,10 +134,11 @@ class _Judge:
         return self.accuracy(self.teacher)
 
     def accuracy(self, answers: NDArray[np.integer]) -> float:
-        """Share of right answers, or mean IoU."""
-        if self.backbone.task == "segmentation":
-            return mean_iou(confusion(self.labels, answers, len(self.backbone.labels)))
-        return float((answers == self.labels).mean())
+        """The task's measure of accuracy."""
+        meter = self.metric.meter()
+        for answer, truth in zip(answers, self.truths, strict=True):
+            meter.add(np.asarray(answer), truth)
+        return meter.accuracy()
 
     def module(self, module: torch.nn.Module, shape: tuple[int, int, int]) -> OnnxModule:
         """A module as an ONNX Runtime session."""
@@ -180,7 +177,7 @@ class _Judge:
 
 def image_baselines(
     backbone: Backbone,
-    photos: Photos,
+    photos: Sequence[Photo],
     folder: Path,
     *,
     codecs: Mapping[str, Sequence[int]] | Sequence[str] = tuple(CODECS),
@@ -242,7 +239,7 @@ def _decode(data: bytes) -> Image.Image:
 def raw_baselines(
     backbone: Backbone,
     split: str,
-    photos: Photos,
+    photos: Sequence[Photo],
     folder: Path,
     *,
     progress: Progress = _silent,
@@ -282,7 +279,7 @@ def training_free(
     backbone: Backbone,
     split: str,
     train_features: NDArray[np.float16],
-    photos: Photos,
+    photos: Sequence[Photo],
     folder: Path,
     *,
     sweep: Sequence[tuple[float, float]] = SWEEP,

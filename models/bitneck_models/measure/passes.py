@@ -6,7 +6,6 @@ The numerics are those of edge and cloud (`bitneck.chain`), so payloads and symb
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -18,7 +17,7 @@ from bitneck.frames import seal_frame, wire_bytes
 from bitneck.image import load_photo, preprocess
 from bitneck.ladder import OperatingPoint
 
-__all__ = ["PhotoPass", "PointPass", "RateMeter", "photo_passes"]
+__all__ = ["PhotoPass", "PointPass", "Rate", "RateMeter", "photo_passes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +97,32 @@ def photo_passes(bundle: Bundle, photos: Sequence[Path]) -> Iterator[PhotoPass]:
         yield PhotoPass(halves, seq, features)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """What one operating point costs.
+
+    Attributes:
+        payload_bytes_mean: coded bytes of a photograph.
+        payload_bytes_p5: their 5th percentile.
+        payload_bytes_p95: their 95th percentile.
+        ideal_bytes_mean: estimated bytes, the ideal code length under the point's own tables.
+        bpp_payload: payload bits per input pixel.
+        bpp_wire: bits per input pixel of the message on the stream.
+        symbols_crc32c: of all symbols in order, as little-endian int32. For one photograph it is what
+            ``bitneck-edge run`` and ``encode`` print.
+    """
+
+    payload_bytes_mean: float
+    payload_bytes_p5: float
+    payload_bytes_p95: float
+    ideal_bytes_mean: float
+    bpp_payload: float
+    bpp_wire: float
+    symbols_crc32c: str
+
+
 class RateMeter:
-    """The bytes of one operating point, photograph by photograph."""
+    """Counts the bytes of one operating point, photograph by photograph."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[float, float, float]] = []
@@ -110,8 +133,8 @@ class RateMeter:
         self._rows.append((passed.payload_bytes, passed.ideal_bits, passed.wire_bytes))
         self._crc = google_crc32c.extend(self._crc, passed.symbols.astype("<i4").tobytes())
 
-    def result(self, pixels: int) -> dict[str, Any]:
-        """The fields of a point's result that say what it costs.
+    def rate(self, pixels: int) -> Rate:
+        """What was counted.
 
         Args:
             pixels: of the network's input.
@@ -119,12 +142,12 @@ class RateMeter:
         columns = np.array(self._rows, dtype=np.float64)  # (n, 3)
         payload, ideal_bits, wire = (float(value) for value in columns.mean(axis=0))
         low, high = (float(value) for value in np.percentile(columns[:, 0], [5, 95]))
-        return {
-            "payload_bytes_mean": payload,
-            "payload_bytes_p5": low,
-            "payload_bytes_p95": high,
-            "ideal_bytes_mean": ideal_bits / 8,
-            "bpp_payload": payload * 8 / pixels,
-            "bpp_wire": wire * 8 / pixels,
-            "symbols_crc32c": f"{self._crc:08x}",
-        }
+        return Rate(
+            payload_bytes_mean=payload,
+            payload_bytes_p5=low,
+            payload_bytes_p95=high,
+            ideal_bytes_mean=ideal_bits / 8,
+            bpp_payload=payload * 8 / pixels,
+            bpp_wire=wire * 8 / pixels,
+            symbols_crc32c=f"{self._crc:08x}",
+        )

@@ -16,7 +16,7 @@ from bitneck.errors import InvalidConfig
 from bitneck.image import load_photo, preprocess
 from bitneck_models.cli.main import app
 from bitneck_models.data.class_maps import class_iou, load_class_map, mapped_photos, mean_iou
-from bitneck_models.measure.map_evaluation import MapEvaluation, evaluate_maps
+from bitneck_models.measure.evaluate import Evaluation, evaluate
 from bitneck_models.networks.vision import import_torchvision
 from bitneck_models.zoo.entry import tables_digests
 from bitneck_testing.photographs import photo
@@ -54,8 +54,8 @@ def logits(bundle: Bundle, picture: Image.Image) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def result(scene_bundle: Bundle, data: Path) -> MapEvaluation:
-    return evaluate_maps(scene_bundle, mapped_photos(data))
+def result(scene_bundle: Bundle, data: Path) -> Evaluation:
+    return evaluate(scene_bundle, mapped_photos(data))
 
 
 def at_point(bundle: Bundle, point_id: str, path: Path) -> tuple[np.ndarray, int]:
@@ -80,11 +80,11 @@ def jaccard(answers: list[np.ndarray], truths: list[np.ndarray], average: str) -
     return value
 
 
-def test_mean_iou_equals_torchmetrics(scene_bundle: Bundle, data: Path, result: MapEvaluation) -> None:
+def test_mean_iou_equals_torchmetrics(scene_bundle: Bundle, data: Path, result: Evaluation) -> None:
     pairs = mapped_photos(data)
     truths = [load_class_map(labels, K) for _, labels in pairs]
     assert [point.id for point in result.points] == sorted(
-        (p.id for p in result.points), key=lambda i: next(p.payload_bytes_mean for p in result.points if p.id == i)
+        (p.id for p in result.points), key=lambda i: next(p.rate.payload_bytes_mean for p in result.points if p.id == i)
     )
     for point in result.points:
         passed = [at_point(scene_bundle, point.id, path) for path, _ in pairs]
@@ -92,39 +92,41 @@ def test_mean_iou_equals_torchmetrics(scene_bundle: Bundle, data: Path, result: 
             np.array(Image.fromarray(answer).resize(truth.shape[::-1], Image.Resampling.NEAREST))
             for (answer, _), truth in zip(passed, truths, strict=True)
         ]
-        assert point.mean_iou == pytest.approx(float(jaccard(answers, truths, "macro")), abs=1e-6)
+        assert point.accuracy == pytest.approx(float(jaccard(answers, truths, "macro")), abs=1e-6)
         by_class = jaccard(answers, truths, "none").tolist()
-        assert [point.iou[name] or 0.0 for name in SCENE_CLASSES] == pytest.approx(by_class, abs=1e-6)
+        assert [point.fields["iou"][name] or 0.0 for name in SCENE_CLASSES] == pytest.approx(by_class, abs=1e-6)
         known = np.concatenate([t[t < K] for t in truths])
         given = np.concatenate([a[t < K] for a, t in zip(answers, truths, strict=True)])
-        assert point.pixel_accuracy == pytest.approx((known == given).mean())
+        assert point.fields["pixel_accuracy"] == pytest.approx((known == given).mean())
         teachers = [logits(scene_bundle, load_photo(path)).argmax(axis=0) for path, _ in pairs]
         assert point.agreement == pytest.approx(np.mean([a == t for (a, _), t in zip(passed, teachers, strict=True)]))
         sizes = [size for _, size in passed]
-        assert point.payload_bytes_mean == np.mean(sizes)
-        assert (point.payload_bytes_p5, point.payload_bytes_p95) == pytest.approx(np.percentile(sizes, [5, 95]))
-        assert point.bpp_payload == np.mean(sizes) * 8 / (H * W)
-        assert point.bpp_wire > point.bpp_payload
-        assert point.map_bytes_mean == np.mean([len(encode_map(a)) for a, _ in passed])
-        low, high = point.mean_iou_interval
+        assert point.rate.payload_bytes_mean == np.mean(sizes)
+        assert (point.rate.payload_bytes_p5, point.rate.payload_bytes_p95) == pytest.approx(
+            np.percentile(sizes, [5, 95])
+        )
+        assert point.rate.bpp_payload == np.mean(sizes) * 8 / (H * W)
+        assert point.rate.bpp_wire > point.rate.bpp_payload
+        assert point.fields["map_bytes_mean"] == np.mean([len(encode_map(a)) for a, _ in passed])
+        low, high = point.fields["mean_iou_interval"]
         assert low < high
-        assert 0 <= low <= point.mean_iou <= high + 0.05
-        assert point.mean_iou_lost_interval[0] <= result.mean_iou - point.mean_iou + 0.05
+        assert 0 <= low <= point.accuracy <= high + 0.05
+        assert point.fields["mean_iou_lost_interval"][0] <= result.accuracy - point.accuracy + 0.05
 
 
-def test_the_uncompressed_network(scene_bundle: Bundle, data: Path, result: MapEvaluation) -> None:
+def test_the_uncompressed_network(scene_bundle: Bundle, data: Path, result: Evaluation) -> None:
     pairs = mapped_photos(data)
     truths = [load_class_map(labels, K) for _, labels in pairs]
     answers = []
     for (path, _), truth in zip(pairs, truths, strict=True):
         answer = logits(scene_bundle, load_photo(path)).argmax(axis=0).astype(np.uint8)
         answers.append(np.array(Image.fromarray(answer).resize(truth.shape[::-1], Image.Resampling.NEAREST)))
-    assert result.mean_iou == pytest.approx(float(jaccard(answers, truths, "macro")), abs=1e-6)
-    assert result.mean_iou > max(point.mean_iou for point in result.points)
+    assert result.accuracy == pytest.approx(float(jaccard(answers, truths, "macro")), abs=1e-6)
+    assert result.accuracy > max(point.accuracy for point in result.points)
     assert result.images == len(SIZES)
     ladder = result.ladder("scenes", tables_digests(scene_bundle))
-    assert ladder.uncompressed_accuracy == result.mean_iou
-    assert ladder.points["s1-r2"].accuracy == next(p.mean_iou for p in result.points if p.id == "s1-r2")
+    assert ladder.uncompressed_accuracy == result.accuracy
+    assert ladder.points["s1-r2"].accuracy == next(p.accuracy for p in result.points if p.id == "s1-r2")
 
 
 def test_classes_that_occur_nowhere_do_not_count() -> None:
@@ -134,23 +136,23 @@ def test_classes_that_occur_nowhere_do_not_count() -> None:
     assert mean_iou(matrix) == pytest.approx((3 / 4 + 4 / 5) / 2)
 
 
-def test_a_class_that_is_answered_and_not_there_counts(scene_bundle: Bundle, data: Path, result: MapEvaluation) -> None:
+def test_a_class_that_is_answered_and_not_there_counts(scene_bundle: Bundle, data: Path, result: Evaluation) -> None:
     found = {int(k) for _, path in mapped_photos(data) for k in np.unique(load_class_map(path, K))} - {255}
     (absent,) = set(range(K)) - found
-    assert result.iou[SCENE_CLASSES[absent]] == 0
+    assert result.details["iou"][SCENE_CLASSES[absent]] == 0
 
 
-def test_void_is_what_the_caller_says(scene_bundle: Bundle, data: Path, result: MapEvaluation) -> None:
+def test_void_is_what_the_caller_says(scene_bundle: Bundle, data: Path, result: Evaluation) -> None:
     pairs = mapped_photos(data)
-    assert evaluate_maps(scene_bundle, pairs, ignore=[11, 255]) == result
+    assert evaluate(scene_bundle, pairs, ignore=[11, 255]) == result
     with pytest.raises(InvalidConfig, match=r"0\.png: index 255, but there are 5 classes and \[11\] are ignored"):
-        evaluate_maps(scene_bundle, pairs, ignore=[11])
-    fewer = evaluate_maps(scene_bundle, pairs[:2], ignore=[0, 11, 255])
-    assert fewer.iou["sky"] in (0, None)
+        evaluate(scene_bundle, pairs, ignore=[11])
+    fewer = evaluate(scene_bundle, pairs[:2], ignore=[0, 11, 255])
+    assert fewer.details["iou"]["sky"] in (0, None)
     with pytest.raises(InvalidConfig, match="void"):
-        evaluate_maps(scene_bundle, pairs[:1], ignore=[*range(K), 11, 255])
+        evaluate(scene_bundle, pairs[:1], ignore=[*range(K), 11, 255])
     with pytest.raises(InvalidConfig, match="no photographs"):
-        evaluate_maps(scene_bundle, [])
+        evaluate(scene_bundle, [])
 
 
 RECIPE = """
@@ -170,23 +172,23 @@ lambda = 1
 
 
 def test_the_command_line(
-    scene_bundle: Bundle, tiny_bundle: Bundle, data: Path, result: MapEvaluation, tmp_path: Path
+    scene_bundle: Bundle, tiny_bundle: Bundle, data: Path, result: Evaluation, tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
     command = ["evaluate", "--bundle", str(scene_bundle.root), "--data", str(data)]
     done = CliRunner().invoke(app, [*command, "--json", "--record", str(tmp_path)])
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
-    assert document["uncompressed"] == {"mean_iou": result.mean_iou}
+    assert document["uncompressed"] == {"mean_iou": result.accuracy}
     assert document["images"] == len(SIZES)
     for point, known in zip(document["points"], result.points, strict=True):
-        assert (point["id"], point["mean_iou"]) == (known.id, known.mean_iou)
+        assert (point["id"], point["mean_iou"]) == (known.id, known.accuracy)
         assert point["iou"].keys() == set(SCENE_CLASSES)
     ladder = json.loads((tmp_path / "ladder.json").read_bytes())
-    assert ladder["points"]["s2-r1"]["accuracy"] == next(p.mean_iou for p in result.points if p.id == "s2-r1")
+    assert ladder["points"]["s2-r1"]["accuracy"] == next(p.accuracy for p in result.points if p.id == "s2-r1")
     table = CliRunner().invoke(app, [*command, "--ignore-index", "11", "--ignore-index", "255"], env={"COLUMNS": "200"})
     assert table.exit_code == 0, table.output
-    assert f"uncompressed: mean IoU {result.mean_iou:.4f}" in table.stdout
+    assert f"uncompressed: mean IoU {result.accuracy:.4f}" in table.stdout
     assert "map bytes" in table.stdout
     refused = CliRunner().invoke(app, [*command, "--ignore-index", "11"])
     assert isinstance(refused.exception, InvalidConfig)
