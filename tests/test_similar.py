@@ -28,7 +28,7 @@ from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.references import References
 from bitneck_edge.sources.capture import Capture
-from clients import Frames, Stream, open_stream, sealed, stub
+from clients import Frames, Stream, empty_result, open_stream, sealed, stub
 from rogue import result, rogue_server
 from servers import BIN, Server, running_server, start_server
 from tiny import INPUT, make_tiny_bundle, photo
@@ -374,7 +374,7 @@ def test_a_session_keeps_the_newest_and_no_more(seqs: list[int], window: int) ->
         if seq in answered:
             continue
         answered.add(seq)
-        session.complete(seq, pb.ServerMessage(), Reference("p", np.zeros((1, 1, 1), np.int8), seq))
+        session.complete(empty_result(seq), Reference("p", np.zeros((1, 1, 1), np.int8), seq))
         kept = set(sorted(answered)[-window - 9 :])
         for other in range(1, 61):
             if other in kept:

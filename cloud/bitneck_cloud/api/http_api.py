@@ -17,9 +17,9 @@ from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.ladder import ClientChooses, FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, RatePolicy, choose
 from bitneck_cloud.access.security import same_secret
 from bitneck_cloud.api.grpc_service import InferenceService
-from bitneck_cloud.api.wire import public_text
 from bitneck_cloud.engine.outputs import output_tensors
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.faults import public_text
 from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.reload import Reloader
