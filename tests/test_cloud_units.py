@@ -24,7 +24,7 @@ from bitneck.errors import (
     Unavailable,
     UnknownModel,
 )
-from bitneck.ladder import Ladder, MaxKbps, OperatingPoint
+from bitneck.ladder import Ladder, OperatingPoint
 from bitneck.messages import Classification, SetPoint
 from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
 from bitneck_cloud.engine.batching import plan_batch
@@ -32,6 +32,7 @@ from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.outbox import Outbox
+from bitneck_cloud.sessions.rates import MaxKbps
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_cloud.sessions.session import Event, Phase, Session, StreamState, Verdict
 from clients import Frames, assert_a_batch_equals_frame_by_frame, empty_result

@@ -20,8 +20,9 @@ from bitneck.errors import (
     ReferenceUnknown,
     UnknownPoint,
 )
-from bitneck.ladder import Ladder, MaxKbps, RatePolicy, choose
+from bitneck.ladder import Ladder
 from bitneck.messages import Result
+from bitneck_cloud.sessions.rates import MaxKbps, RatePolicy, choose
 
 __all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]
 
@@ -285,7 +286,8 @@ class Session:
             The operating point chosen; None where the client chooses.
 
         Raises:
-            UnknownPoint, RateUnreachable, InvalidConfig: see `bitneck.ladder.choose`; the session is unchanged.
+            UnknownPoint, RateUnreachable, InvalidConfig: see `bitneck_cloud.sessions.rates.choose`; the session is
+                unchanged.
         """
         fps = self.frames_per_s
         chosen = choose(self._ladder, policy, frames_per_s=fps)
