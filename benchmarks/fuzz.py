@@ -30,6 +30,7 @@ from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.session import Session
 from bitneck_edge.cli.memory import peak_mib
 from bitneck_edge.link.wire import frame_to_wire
+from bitneck_testing.streams import empty_result
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 ALLOWED_GROWTH_MIB = 16
@@ -121,7 +122,7 @@ def main() -> None:
                     check_frame(frame, reference.crc32c if reference is not None else None)
                     model.check(frame)
                     session.accept(frame.seq, frame.point, len(frame.payload), k / 1e3)
-                    session.complete(frame.seq, pb.ServerMessage(), dice.choice(similar)[2])
+                    session.complete(empty_result(frame.seq), dice.choice(similar)[2])
                     model.decode_similar(frame.point, frame.payload, reference)
                 else:
                     assert signer.read(message.open.resume_token, 0.0) is None

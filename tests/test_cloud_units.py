@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ from bitneck.errors import (
     Unavailable,
     UnknownModel,
 )
-from bitneck.ladder import Ladder, MaxKbps, OperatingPoint
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.ladder import Ladder, OperatingPoint
+from bitneck.messages import Classification, SetPoint
 from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
 from bitneck_cloud.engine.batching import plan_batch
-from bitneck_cloud.engine.engine import Engine, Job
+from bitneck_cloud.engine.engine import Engine
+from bitneck_cloud.engine.job import Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.outbox import Outbox
+from bitneck_cloud.sessions.rates import MaxKbps
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_cloud.sessions.session import Event, Phase, Session, StreamState, Verdict
-from bitneck_testing.streams import Frames, assert_a_batch_equals_frame_by_frame
+from bitneck_testing.streams import Frames, assert_a_batch_equals_frame_by_frame, empty_result
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 
@@ -76,7 +79,7 @@ def test_a_frame_without_finite_logits_fails_alone(tiny_bundle: Bundle) -> None:
     frames, model = Frames(tiny_bundle), ServedModel(tiny_bundle, threads=1)
     latent = model.decode("s1-r2", frames.payload("s1-r2", 1))
     good, bad = model.compute(["s1-r2", "s1-r2"], [latent, np.full_like(latent, np.nan)])
-    assert isinstance(good, pb.Output)
+    assert isinstance(good, Classification)
     assert isinstance(bad, ModelFailure)
 
 
@@ -129,12 +132,12 @@ def test_a_seq_is_computed_once_and_the_window_holds(steps: list[tuple[int, str]
                 elif verdict is Verdict.ATTACHED:
                     assert seq in flying
                 else:
-                    assert it.kept_answer(seq).result.seq == seq
+                    assert it.kept_answer(seq).seq == seq
         elif seq in flying:
             flying.discard(seq)
             if action == "complete":
                 completed.add(seq)
-                it.complete(seq, pb.ServerMessage(result=pb.Result(seq=seq)))
+                it.complete(empty_result(seq))
             elif action == "fail":
                 it.fail(seq, 13)
             else:
@@ -191,29 +194,30 @@ async def test_the_engine_batches_what_waits_and_drops_what_is_late_or_gone(slow
     engine = Engine(max_batch=4, max_queue=8)
     engine.start()
 
-    def submit(deadline: float | None = None) -> Job:
+    def submit(deadline: float | None = None) -> tuple[Job, Coroutine[Any, Any, Computed]]:
         job = Job(slow, "s1-r2", payload, deadline)  # type: ignore[arg-type]
-        engine.submit(job)
-        return job
+        return job, engine.compute(job)
 
     try:
-        first = submit()
+        job, first = submit()
         await asyncio.sleep(0.01)  # the engine takes it: a lone frame never waits
-        assert first.started
-        late, gone = submit(time.monotonic() - 1), submit()
-        gone.result.cancel()
-        rest = [submit() for _ in range(6)]
+        assert job.state is JobState.TAKEN
+        (_, late), (gone, never) = submit(time.monotonic() - 1), submit()
+        assert gone.abandon()
+        never.close()
+        rest = [submit()[1] for _ in range(6)]
         with pytest.raises(Overloaded, match="wait already"):
             submit()
-        await asyncio.gather(first.result, *[job.result for job in rest])
+        await asyncio.gather(first, *rest)
+        assert job.state is JobState.SETTLED
         with pytest.raises(DeadlineExceeded, match="beyond its deadline"):
-            await late.result
+            await late
         assert slow.batches == [1, 4, 2]
         assert engine.dropped == 1
-        waiting = [submit() for _ in range(6)]
+        waiting = [submit()[1] for _ in range(6)]
     finally:
         await engine.stop()
-    outcomes = await asyncio.gather(*[job.result for job in waiting], return_exceptions=True)
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
     assert any(isinstance(o, Unavailable) for o in outcomes)
 
 
@@ -224,9 +228,7 @@ async def test_a_model_of_large_tensors_gets_smaller_batches(slow: Slow, tiny_bu
     engine.start()
     try:
         jobs = [Job(slow, "s1-r2", payload, None) for _ in range(5)]  # type: ignore[arg-type]
-        for job in jobs:
-            engine.submit(job)
-        outcomes = await asyncio.gather(*[job.result for job in jobs])
+        outcomes = await asyncio.gather(*[engine.compute(job) for job in jobs])
     finally:
         await engine.stop()
     assert slow.batches == [2, 2, 1]
@@ -238,17 +240,18 @@ async def test_frames_are_decoded_beside_the_tail(slow: Slow, tiny_bundle: Bundl
     slow.seconds = 1.0
     engine = Engine(max_batch=8, max_queue=8, decode_threads=2)
     engine.start()
-    jobs = [Job(slow, "s1-r2", good, None)]  # type: ignore[arg-type]
+
+    def submit(payload: bytes) -> Coroutine[Any, Any, Computed]:
+        return engine.compute(Job(slow, "s1-r2", payload, None))  # type: ignore[arg-type]
+
+    waiting = [submit(good)]
     try:
-        engine.submit(jobs[0])
         await asyncio.sleep(0.05)
-        jobs += [Job(slow, "s1-r2", p, None) for p in (good, b"\xff" * 40, good)]  # type: ignore[arg-type]
-        for job in jobs[1:]:
-            engine.submit(job)
+        waiting += [submit(payload) for payload in (good, b"\xff" * 40, good)]
         gone = Job(slow, "s1-r2", good, None)  # type: ignore[arg-type]
-        gone.result.cancel()
-        engine.submit(gone)
-        results = await asyncio.gather(*[job.result for job in jobs], return_exceptions=True)
+        gone.abandon()
+        engine.submit(gone, lambda _job, _result: pytest.fail("nobody waits for it"))
+        results = await asyncio.gather(*waiting, return_exceptions=True)
     finally:
         await engine.stop()
     assert [type(result).__name__ for result in results] == ["Computed", "Computed", "MalformedFrame", "Computed"]
@@ -269,9 +272,8 @@ async def test_a_deadline_is_honoured_before_the_tail(tiny_bundle: Bundle) -> No
     try:
         payload = Frames(tiny_bundle).payload("s1-r2", 1)
         job = Job(sluggish, "s1-r2", payload, time.monotonic() + 0.05)  # type: ignore[arg-type]
-        engine.submit(job)
         with pytest.raises(DeadlineExceeded):
-            await job.result
+            await engine.compute(job)
     finally:
         await engine.stop()
     assert sluggish.batches == []
@@ -367,29 +369,26 @@ async def test_a_bug_in_a_batch_fails_its_frames_and_the_next_are_served(tiny_bu
     engine.start()
     try:
         bad = Job(model, "no such point", b"", None)
-        engine.submit(bad)
         with pytest.raises(BitneckError, match="internal error"):
-            await bad.result
+            await engine.compute(bad)
         good = Job(model, "s1-r2", frames.payload("s1-r2", 1), None)
-        engine.submit(good)
-        assert isinstance((await good.result).output, pb.Output)
+        assert isinstance((await engine.compute(good)).output, Classification)
     finally:
         await engine.stop()
 
 
 async def test_an_outbox_is_bounded_and_control_goes_first() -> None:
     box = Outbox(limit=2)
-    answers = [pb.ServerMessage(result=pb.Result(seq=k)) for k in range(3)]
+    answers = [empty_result(k) for k in range(3)]
     box.put(answers[0])
     box.put(answers[1])
     waiting = asyncio.create_task(box.room())
     for point in ("old", "new"):
-        box.control(pb.ServerMessage(set_point=pb.SetPoint(point=point)))
+        box.control(SetPoint(point, "a reason"))
     await asyncio.sleep(0)
     assert not waiting.done()
     first = await box.get()
-    assert first is not None
-    assert first.set_point.point == "new"
+    assert first == SetPoint("new", "a reason")
     assert await box.get() == answers[0]
     await asyncio.wait_for(waiting, 1)
     box.put(answers[2])

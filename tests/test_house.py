@@ -104,15 +104,75 @@ def test_what_is_imported_is_declared(component: str) -> None:
             )
 
 
+PURE = (
+    *(
+        f"shared/bitneck/coding/{name}.py"
+        for name in ("symbols", "range_coder", "factorized_model", "factorized_codec", "conditional_model", "class_map")
+    ),
+    *(f"shared/bitneck/{name}.py" for name in ("ladder", "messages", "frames", "ids", "errors")),
+    "cloud/bitneck_cloud/engine/batching.py",
+    *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("session", "rates")),
+    "cloud/bitneck_cloud/faults.py",
+    "edge/bitneck_edge/link/flow.py",
+)
+"""Modules that take values and return values."""
+
+
 def test_numerics_do_no_io() -> None:
-    """Codec, tables, quantizer, ladder, batching, session and flow take values and return values."""
-    coding = ("symbols", "factorized_model", "factorized_codec", "class_map")
-    pure = [f"shared/bitneck/{n}.py" for n in (*(f"coding/{n}" for n in coding), "ladder", "frames", "ids")]
-    pure += [f"cloud/bitneck_cloud/{n}.py" for n in ("engine/batching", "sessions/session")]
-    pure += ["edge/bitneck_edge/link/flow.py"]
-    for name in pure:
-        banned = {"socket", "time", "asyncio", "grpc", "pathlib", "os", "torch", "threading"}
+    banned = {"socket", "time", "asyncio", "grpc", "pathlib", "os", "torch", "threading"}
+    for name in PURE:
         assert not imported(ROOT / name) & banned, name
+
+
+def test_a_module_that_calls_itself_pure_is_held_to_it() -> None:
+    for component in COMPONENTS:
+        for path in sources(component):
+            if re.search(r"\bPure\b", ast.get_docstring(ast.parse(path.read_text())) or ""):
+                assert str(path.relative_to(ROOT)) in PURE, path
+
+
+def dotted(path: Path, component: str) -> str:
+    parts = path.relative_to(ROOT / component).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which module of ours imports which, inside functions too; imports for type checkers alone do not count."""
+    paths = {dotted(path, component): path for component in COMPONENTS for path in sources(component)}
+    graph: dict[str, set[str]] = {name: set() for name in paths}
+    for name, path in paths.items():
+        tree = ast.parse(path.read_text())
+        for block in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
+            if isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":
+                block.body = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                targets = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph[name] |= {target if target in paths else node.module for target in targets}
+            elif isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+        graph[name] &= paths.keys()
+    return graph
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    """Take away modules that import nothing of what is left, until nothing can be taken away."""
+    graph = import_graph()
+    assert len(graph) > 100
+    while free := [name for name, targets in graph.items() if not targets & graph.keys() - {name}]:
+        for name in free:
+            del graph[name]
+    circle = {name for name in graph if any(name in targets for targets in graph.values())}
+    assert not circle, sorted(circle)
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_folders_and_modules_stay_small(component: str) -> None:
+    for path in sources(component):
+        if path.parent.name == "v1":  # generated
+            continue
+        assert len(list(path.parent.glob("*.py"))) <= 15, path.parent
+        assert len(path.read_text().splitlines()) <= 400, path
 
 
 def modules(component: str) -> list[str]:

@@ -5,15 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitneck.errors import InvalidConfig, RateUnreachable, UnknownPoint
-from bitneck.ladder import (
-    FixedPoint,
-    Ladder,
-    MaxBytesPerFrame,
-    MaxKbps,
-    MinAccuracy,
-    OperatingPoint,
-    choose,
-)
+from bitneck.ladder import Ladder, OperatingPoint
+from bitneck_cloud.sessions.rates import FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, choose
 
 
 def point(name: str, size: float, accuracy: float) -> OperatingPoint:

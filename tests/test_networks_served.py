@@ -16,7 +16,7 @@ from bitneck.chain import SegmentChain
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.messages import Classification
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.client import EdgeClient
 from bitneck_models.data.photos import LabelledPhoto
@@ -189,7 +189,7 @@ def test_a_size_that_fails_takes_only_its_own_frames_along(classifier: Bundle, m
 
     monkeypatch.setattr(SegmentChain, "run", failing)
     results = model.compute(points, latents)
-    assert [type(result) for result in results] == [ModelFailure, pb.Output, pb.Output]
+    assert [type(result) for result in results] == [ModelFailure, Classification, Classification]
 
 
 @pytest.mark.parametrize(

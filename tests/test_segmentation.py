@@ -17,6 +17,7 @@ from bitneck.coding.class_map import count_classes, encode_map
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure, ProtocolError
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest
+from bitneck.messages import CodedMap
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
@@ -286,9 +287,9 @@ def test_a_frame_with_one_bad_logit_fails_alone(scene_bundle: Bundle) -> None:
     manifest = scene_bundle.manifest
     logits = np.random.default_rng(0).normal(size=(K, H, W)).astype(np.float32)
     output = output_of(manifest, SCENE_CLASSES, logits)
-    assert isinstance(output, pb.Output)
-    assert output.segmentation.map == encode_map(logits.argmax(axis=0).astype(np.uint8))
-    assert sum(c.share for c in output.segmentation.classes) == pytest.approx(1)
+    assert isinstance(output, CodedMap)
+    assert output.map == encode_map(logits.argmax(axis=0).astype(np.uint8))
+    assert sum(c.share for c in output.classes) == pytest.approx(1)
     logits[2, 3, 4] = np.nan
     assert isinstance(output_of(manifest, SCENE_CLASSES, logits), ModelFailure)
     assert isinstance(output_of(manifest, SCENE_CLASSES, logits[:, :-1]), ModelFailure)
@@ -299,9 +300,9 @@ def test_a_frame_with_one_bad_logit_fails_alone(scene_bundle: Bundle) -> None:
     bad = np.full_like(good, np.nan)
     first, second, third = model.compute(["s1-r1"] * 3, [good, bad, good])
     assert isinstance(second, ModelFailure)
-    assert isinstance(first, pb.Output)
-    assert isinstance(third, pb.Output)
-    assert first.segmentation.map == third.segmentation.map
+    assert isinstance(first, CodedMap)
+    assert isinstance(third, CodedMap)
+    assert first.map == third.map
 
 
 def test_a_pass_is_bounded_in_memory(scene_bundle: Bundle) -> None:

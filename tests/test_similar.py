@@ -31,7 +31,7 @@ from bitneck_edge.sources.capture import Capture
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import BIN, Server, running_server, start_server
 from bitneck_testing.rogue_servers import result, rogue_server
-from bitneck_testing.streams import Frames, Stream, open_stream, sealed, stub
+from bitneck_testing.streams import Frames, Stream, empty_result, open_stream, sealed, stub
 from bitneck_testing.tiny_bundles import INPUT, make_tiny_bundle
 
 CODE = {status.name: status.value[0] for status in grpc.StatusCode}
@@ -375,7 +375,7 @@ def test_a_session_keeps_the_newest_and_no_more(seqs: list[int], window: int) ->
         if seq in answered:
             continue
         answered.add(seq)
-        session.complete(seq, pb.ServerMessage(), Reference("p", np.zeros((1, 1, 1), np.int8), seq))
+        session.complete(empty_result(seq), Reference("p", np.zeros((1, 1, 1), np.int8), seq))
         kept = set(sorted(answered)[-window - 9 :])
         for other in range(1, 61):
             if other in kept:

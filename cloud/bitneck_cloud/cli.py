@@ -13,6 +13,7 @@ import bitneck
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.frames import crc32c_hex
+from bitneck.messages import CodedMap
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_cloud.observe.logs import configure_logging
 from bitneck_cloud.settings import CloudSettings
@@ -128,12 +129,12 @@ def decode(
     if symbols is not None:
         np.save(symbols, s)
     answer: dict[str, Any]
-    if output.HasField("segmentation"):
-        shares = [{"index": x.index, "name": x.name, "share": x.share} for x in output.segmentation.classes]
-        answer = {"classes": shares, "map_bytes": len(output.segmentation.map)}
+    if isinstance(output, CodedMap):
+        shares = [{"index": x.index, "name": x.name, "share": x.share} for x in output.classes]
+        answer = {"classes": shares, "map_bytes": len(output.map)}
         lines = [f"  {x['share']:.3f}  {x['name']}" for x in shares]
     else:
-        labels = [{"index": x.index, "name": x.name, "score": x.score} for x in output.classification.labels]
+        labels = [{"index": x.index, "name": x.name, "score": x.score} for x in output.labels]
         answer = {"labels": labels}
         lines = [f"  {x['score']:.3f}  {x['name']}" for x in labels]
     document = {

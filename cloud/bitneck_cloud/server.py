@@ -27,8 +27,9 @@ from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck_cloud.access.security import DeviceTokens, grpc_credentials, tls_files_usable
 from bitneck_cloud.access.tokens import TokenSigner
 from bitneck_cloud.api.grpc_service import InferenceService
-from bitneck_cloud.api.http_api import Readiness, build_app
+from bitneck_cloud.api.http_api import build_app
 from bitneck_cloud.api.parsing import TolerantParsing
+from bitneck_cloud.api.readiness import Readiness
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.observe.metrics import Metrics

@@ -12,18 +12,24 @@ from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
 from bitneck.frames import seal_frame
 from bitneck.image import preprocess
+from bitneck.messages import Classification, Result, Timings
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.link.wire import frame_to_wire
 from bitneck_testing.photographs import photo
 
-__all__ = ["Frames", "Stream", "assert_a_batch_equals_frame_by_frame", "open_stream", "sealed", "stub"]
+__all__ = ["Frames", "Stream", "assert_a_batch_equals_frame_by_frame", "empty_result", "open_stream", "sealed", "stub"]
 
 
 def sealed(**fields: Any) -> pb.Frame:
     """A frame with its CRC, ready for the wire. The fields are those of `seal_frame`."""
     return frame_to_wire(seal_frame(**fields))
+
+
+def empty_result(seq: int) -> Result:
+    """An answer with nothing in it."""
+    return Result(seq, None, Timings(received_unix_us=0, queued_us=0, decode_us=0, compute_us=0, batch=1))
 
 
 class Frames:
@@ -61,9 +67,9 @@ def assert_a_batch_equals_frame_by_frame(frames: Frames, model: ServedModel, poi
     together = model.compute(points, latents)
     for point, latent, output in zip(points, latents, together, strict=True):
         (alone,) = model.compute([point], [latent])
-        assert isinstance(output, pb.Output)
-        assert isinstance(alone, pb.Output)
-        ours, theirs = (x.classification.labels for x in (output, alone))
+        assert isinstance(output, Classification)
+        assert isinstance(alone, Classification)
+        ours, theirs = (x.labels for x in (output, alone))
         assert [x.index for x in ours] == [x.index for x in theirs]
         np.testing.assert_allclose([x.score for x in ours], [x.score for x in theirs], atol=1e-5)
 

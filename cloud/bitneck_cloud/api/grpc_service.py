@@ -5,20 +5,22 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, Self
 
 import grpc
 
 from bitneck.errors import BitneckError, BundleMismatch, Unavailable, UnknownFile
 from bitneck.frames import check_frame
+from bitneck.messages import ClientMessage, GoAway, Open, Opened, ServerMessage, SetPoint
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
-from bitneck_cloud.api.wire import frame_from_wire, go_away, public_text, set_point
+from bitneck_cloud.api.wire import frame_from_wire, from_wire, result_to_wire, to_wire
 from bitneck_cloud.engine.engine import Engine
+from bitneck_cloud.faults import public_text
 from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import FrameTracer
-from bitneck_cloud.sessions.conversation import Context, Conversation, computed_of, job_of, result_of
+from bitneck_cloud.sessions.conversation import Conversation, job_of, result_of
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_cloud.sessions.session import Event, Session, StreamState
 
@@ -26,6 +28,43 @@ __all__ = ["InferenceService"]
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_BYTES = 64 * 1024
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Messages(AsyncIterator[ClientMessage | None]):
+    """A stream's messages as values. An error of one message does not end the iterator."""
+
+    def __init__(self, source: AsyncIterator[pb.ClientMessage]) -> None:
+        self._source = aiter(source)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ClientMessage | None:
+        try:
+            return from_wire(await anext(self._source))
+        except grpc.aio.UsageError as exc:
+            raise ConnectionResetError("the stream is over") from exc
+
+
+class _GrpcPeer:
+    """The client at the other end of a gRPC stream."""
+
+    def __init__(self, requests: AsyncIterator[pb.ClientMessage], context: Context) -> None:
+        self._messages = _Messages(requests)
+        self._context = context
+
+    def messages(self) -> AsyncIterator[ClientMessage | None]:
+        """See `bitneck_cloud.sessions.conversation.Peer`."""
+        return self._messages
+
+    async def write(self, message: ServerMessage) -> None:
+        """See `bitneck_cloud.sessions.conversation.Peer`."""
+        try:
+            await self._context.write(to_wire(message))
+        except (grpc.aio.UsageError, asyncio.InvalidStateError) as exc:
+            raise ConnectionResetError("the stream is over") from exc
 
 
 class InferenceService(pb_grpc.SplitInferenceServicer):
@@ -108,17 +147,18 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             name = model.name
             check_frame(frame)
             model.check(frame)
-            job = job_of(model, frame)
-            self._engine.submit(job)
+            computing = self._engine.compute(job_of(model, frame))
             self._metrics.accepted(name, frame.point, len(frame.payload))
-            computed = await computed_of(job)
+            computed = await computing
         except BitneckError as exc:
             self._metrics.frame(name, exc.grpc_status)
             await _abort(context, exc)
         self._metrics.frame(name, "OK")
         trace = self._tracer.parent(context.invocation_metadata())
         self._tracer.frame(name, frame.point, frame.seq, received, computed, trace)
-        return pb.InferResponse(bundle_id=model.bundle.bundle_id, result=result_of(computed, frame.seq, received))
+        return pb.InferResponse(
+            bundle_id=model.bundle.bundle_id, result=result_to_wire(result_of(computed, frame.seq, received))
+        )
 
     async def Stream(  # type: ignore[override]  # noqa: N802  grpc.aio also takes a coroutine that writes
         self, request_iterator: AsyncIterator[pb.ClientMessage], context: Context
@@ -126,28 +166,29 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         """The normal way: Open, then frames; see the .proto."""
         state = StreamState()
         await _identify(context)
+        peer = _GrpcPeer(request_iterator, context)
         try:
-            opened = await anext(aiter(request_iterator), None)
-            if opened is None:
+            try:
+                opening = await anext(peer.messages())
+            except StopAsyncIteration:
                 return
-            state.on(Event.OPEN if opened.HasField("open") else Event.FRAME)
+            state.on(Event.OPEN if isinstance(opening, Open) else Event.FRAME)
+            assert isinstance(opening, Open)
             if self._draining:
                 raise Unavailable("the server is stopping; connect elsewhere")
-            model = self._registry.generation(opened.open.model, opened.open.bundle_id)
-            admission = self._registry.open(
-                model, opened.open.client, opened.open.resume_token, time.monotonic(), time.time()
-            )
+            model = self._registry.generation(opening.model, opening.bundle_id)
+            admission = self._registry.open(model, opening.client, opening.resume_token, time.monotonic(), time.time())
         except BitneckError as exc:
             await _abort(context, exc)
         session = admission.session
-        wanted = opened.open.references and model.kept_bytes
+        wanted = opening.references and model.kept_bytes
         session.keep(self._similar_bytes // model.kept_bytes if wanted else 0)
         self._metrics.session(model.name, admission.how)
         _LOG.info("session %s (%s) opened by client %r", session.session_id, admission.how, session.client)
         conversation = Conversation(
             self._engine, model, session, state, self._streams, self._metrics, self._tracer, idle_s=self._idle_s
         )
-        opened_message = pb.Opened(
+        opened = Opened(
             session_id=session.session_id,
             resume_token=admission.token,
             window=session.window,
@@ -155,9 +196,9 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             references=session.reach,
         )
         try:
-            await context.write(pb.ServerMessage(opened=opened_message))
+            await context.write(to_wire(opened))
             self._tell_if_draining(conversation)
-            await conversation.run(request_iterator, context)
+            await conversation.run(peer, self._tracer.parent(context.invocation_metadata()))
         finally:
             if not self.connected(session):
                 self._registry.disconnect(session, time.monotonic())
@@ -171,13 +212,13 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         stream = self._streams.get(session.session_id)
         if stream is None:
             return False
-        stream.push(set_point(point, reason))
+        stream.push(SetPoint(point, reason))
         return True
 
     def _tell_if_draining(self, conversation: Conversation) -> None:
         """A stream that opened in the moment when the others were told."""
         if self._draining:
-            conversation.push(go_away("the server is stopping"))
+            conversation.push(GoAway("the server is stopping"))
 
     def connected(self, session: Session) -> bool:
         """Whether a session has a stream."""
@@ -187,7 +228,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         """Tell every client that the server is going away; new streams are refused from now on."""
         self._draining = True
         for stream in list(self._streams.values()):
-            stream.push(go_away(reason))
+            stream.push(GoAway(reason))
 
     @property
     def streams(self) -> int:

@@ -1,39 +1,48 @@
-"""Messages to protobuf and back, on the cloud's side, and what a client may read of an error."""
+"""Messages to protobuf and back, on the cloud's side: the only module that knows both."""
 
 from google.protobuf.message import DecodeError
 
-from bitneck.errors import BitneckError, MalformedFrame
+from bitneck.errors import MalformedFrame
 from bitneck.frames import check_frame
-from bitneck.messages import Frame
+from bitneck.messages import (
+    Classification,
+    ClientMessage,
+    CodedMap,
+    Fault,
+    Frame,
+    GoAway,
+    Open,
+    Opened,
+    Output,
+    Result,
+    ServerMessage,
+    SetPoint,
+)
 from bitneck.v1 import inference_pb2 as pb
 
-__all__ = ["fault", "frame_from_wire", "go_away", "parse_frame", "public_text", "set_point"]
+__all__ = ["frame_from_wire", "from_wire", "parse_frame", "result_to_wire", "to_wire"]
 
 
-def set_point(point: str, reason: str) -> pb.ServerMessage:
-    """Ask for another operating point."""
-    return pb.ServerMessage(set_point=pb.SetPoint(point=point, reason=reason))
-
-
-def go_away(reason: str) -> pb.ServerMessage:
-    """Announce the stream's end."""
-    return pb.ServerMessage(go_away=pb.GoAway(reason=reason))
-
-
-def fault(seq: int, exc: BitneckError) -> pb.ServerMessage:
-    """Answer one frame with an error; seq 0 where it was no frame."""
-    return pb.ServerMessage(fault=pb.Fault(seq=seq, code=exc.grpc_code, message=public_text(exc)))
-
-
-def public_text(exc: BitneckError) -> str:
-    """The text that a client may read: what it did wrong in full, what went wrong here in general."""
-    if exc.grpc_status == "INTERNAL":
-        return "an internal error; the server's log says why"
-    return str(exc)
+def from_wire(message: pb.ClientMessage) -> ClientMessage | None:
+    """A message of a client; None if it is empty. Nothing of it is checked yet."""
+    match message.WhichOneof("message"):
+        case "frame":
+            return frame_from_wire(message.frame)
+        case "open":
+            opening = message.open
+            return Open(
+                model=opening.model,
+                bundle_id=opening.bundle_id,
+                client=opening.client,
+                resume_token=opening.resume_token,
+                references=opening.references,
+            )
+        case _:
+            return None
 
 
 def frame_from_wire(frame: pb.Frame) -> Frame:
-    """A frame that a client sent; nothing of it is checked yet."""
+    """A frame of a client. Nothing of it is checked yet."""
     return Frame(
         seq=frame.seq,
         point=frame.point,
@@ -46,11 +55,11 @@ def frame_from_wire(frame: pb.Frame) -> Frame:
 
 
 def parse_frame(data: bytes, where: str) -> Frame:
-    """A frame from a file that `bitneck-edge encode` wrote: one serialized ``Frame``.
+    """Read a frame from a file that `bitneck-edge encode` wrote: one serialized ``Frame``.
 
     Args:
         data: the file's bytes.
-        where: for the message.
+        where: the file's name, for the error message.
 
     Raises:
         MalformedFrame: not a frame.
@@ -65,3 +74,54 @@ def parse_frame(data: bytes, where: str) -> Frame:
     frame = frame_from_wire(message)
     check_frame(frame)
     return frame
+
+
+def to_wire(message: ServerMessage) -> pb.ServerMessage:
+    """The protobuf message of what the cloud says."""
+    match message:
+        case Result():
+            return pb.ServerMessage(result=result_to_wire(message))
+        case Fault(seq, code, text):
+            return pb.ServerMessage(fault=pb.Fault(seq=seq, code=code, message=text))
+        case SetPoint(point, reason):
+            return pb.ServerMessage(set_point=pb.SetPoint(point=point, reason=reason))
+        case GoAway(reason):
+            return pb.ServerMessage(go_away=pb.GoAway(reason=reason))
+        case Opened():
+            return pb.ServerMessage(
+                opened=pb.Opened(
+                    session_id=message.session_id,
+                    resume_token=message.resume_token,
+                    window=message.window,
+                    point=message.point,
+                    references=message.references,
+                )
+            )
+
+
+def result_to_wire(result: Result) -> pb.Result:
+    """The protobuf message of an answer."""
+    timings = result.timings
+    return pb.Result(
+        seq=result.seq,
+        output=_output(result.output) if result.output is not None else None,
+        timings=pb.Timings(
+            received_unix_us=timings.received_unix_us,
+            queued_us=timings.queued_us,
+            decode_us=timings.decode_us,
+            compute_us=timings.compute_us,
+            batch=timings.batch,
+        ),
+    )
+
+
+def _output(output: Output) -> pb.Output:
+    match output:
+        case Classification(labels):
+            found = [pb.Label(index=label.index, name=label.name, score=label.score) for label in labels]
+            return pb.Output(classification=pb.Classification(labels=found))
+        case CodedMap():
+            shares = [pb.ClassShare(index=c.index, name=c.name, share=c.share) for c in output.classes]
+            return pb.Output(
+                segmentation=pb.Segmentation(height=output.height, width=output.width, map=output.map, classes=shares)
+            )

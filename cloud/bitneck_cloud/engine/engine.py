@@ -10,127 +10,22 @@ late is dropped before each step: before it is taken, before it is decoded, and 
 import asyncio
 import functools
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitneck.coding.conditional_codec import Reference
-from bitneck.errors import BitneckError, DeadlineExceeded, ModelFailure, Overloaded, Unavailable
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.errors import BitneckError, ModelFailure, Overloaded, Unavailable
 from bitneck.workers import Workers
-from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.engine.job import INTERNAL_ERROR, Computed, Job
 from bitneck_cloud.observe.metrics import Metrics
 
-__all__ = ["Computed", "Engine", "Job"]
+__all__ = ["Engine"]
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """A frame's output, and what it took: microseconds, and the number of frames that shared the pass."""
-
-    output: pb.Output
-    queued_us: int
-    decode_us: int
-    compute_us: int
-    batch: int
-
-
-class Job:
-    """One frame on its way through the engine.
-
-    Args:
-        model: that computes it.
-        point: its operating point.
-        payload: its coded bytes.
-        deadline: on `time.monotonic`'s clock, or None.
-        on_settled: called once on the event loop with what became of it, unless it was cancelled; None to await
-            ``result``.
-        reference: what the payload is coded against; None where it is coded by itself.
-        keep: whether later frames may refer to this one: ``kept`` then has its symbols once it is decoded.
-    """
-
-    def __init__(
-        self,
-        model: ServedModel,
-        point: str,
-        payload: bytes,
-        deadline: float | None,
-        on_settled: "Callable[[Job, Computed | BitneckError], None] | None" = None,
-        *,
-        reference: Reference | None = None,
-        keep: bool = False,
-    ) -> None:
-        self.model = model
-        self.point = point
-        self.deadline = deadline
-        self.submitted = time.monotonic()
-        self.started = False
-        self.taken = 0.0
-        self.decode_s = 0.0
-        self.kept: Reference | None = None
-        self.result: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
-        self._on_settled = on_settled
-        self._payload = payload
-        self._reference = reference
-        self._keep = keep
-        self._latent: NDArray[np.float32] | BitneckError | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def gone(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self.result.cancelled()
-
-    def settle(self, result: Computed | BitneckError) -> None:
-        """Tell whoever waits what became of it; what comes after that, or after a cancellation, is ignored."""
-        if self.result.done():
-            return
-        if self._on_settled is not None:
-            self.result.cancel()
-            self._on_settled(self, result)
-        elif isinstance(result, BitneckError):
-            self.result.set_exception(result)
-        else:
-            self.result.set_result(result)
-
-    def late(self, now: float) -> DeadlineExceeded | None:
-        """The error of a frame whose deadline has passed."""
-        if self.deadline is None or now <= self.deadline:
-            return None
-        return DeadlineExceeded(
-            f"the frame waited {(now - self.deadline) * 1e3:.0f} ms beyond its deadline; it was dropped"
-        )
-
-    def decode(self) -> NDArray[np.float32] | BitneckError:
-        """The latent, decoded once, by whichever thread asks first; or why there is none."""
-        with self._lock:
-            if self._latent is None:
-                begin = time.perf_counter()
-                try:
-                    if self._keep or self._reference is not None:
-                        latent, kept = self.model.decode_similar(self.point, self._payload, self._reference)
-                        self._latent, self.kept = latent, kept if self._keep else None
-                    else:
-                        self._latent = self.model.decode(self.point, self._payload)
-                except BitneckError as exc:
-                    self._latent = exc
-                except Exception:  # noqa: BLE001  a bug: this frame fails alone
-                    _LOG.exception("decoding a frame of %s failed", self.point)
-                    self._latent = ModelFailure("an internal error; the server's log says why")
-                self.decode_s = time.perf_counter() - begin
-            return self._latent
-
-    def decode_ahead(self) -> None:
-        """`decode`, if the frame is still wanted; called by a decode thread, whose failures are found again."""
-        if not self.gone and self.late(time.monotonic()) is None:
-            self.decode()
 
 
 class Engine:
@@ -184,12 +79,17 @@ class Engine:
         await self._idle.wait()
         await asyncio.to_thread(self._thread.close, wait=True)
 
-    def submit(self, job: Job) -> None:
-        """Queue a frame; await ``job.result``, or be called.
+    def submit(self, job: Job, on_settled: Callable[[Job, Computed | BitneckError], None]) -> None:
+        """Queue a frame.
+
+        Args:
+            job: the frame.
+            on_settled: called once on the event loop with what became of it, unless it is abandoned.
 
         Raises:
             Overloaded: the queue is full.
         """
+        job.on_settled(on_settled)
         if len(self._queue) >= self._max_queue:
             raise Overloaded(f"{self._max_queue} frames wait already; send more slowly, or try again later")
         self._queue.append(job)
@@ -198,6 +98,26 @@ class Engine:
                 self._decoders.post(job.decode_ahead)
         else:
             self._wake()
+
+    def compute(self, job: Job) -> Coroutine[Any, Any, Computed]:
+        """Queue a frame; await what is returned for its output. A wait that is cancelled abandons the frame.
+
+        Raises:
+            Overloaded: the queue is full.
+            BitneckError: why there is no output; raised by the wait.
+        """
+        settled: asyncio.Future[Computed | BitneckError] = asyncio.get_running_loop().create_future()
+        self.submit(job, lambda _job, result: None if settled.done() else settled.set_result(result))
+        return self._output(job, settled)
+
+    async def _output(self, job: Job, settled: "asyncio.Future[Computed | BitneckError]") -> Computed:
+        try:
+            result = await settled
+        finally:
+            job.abandon()
+        if isinstance(result, BitneckError):
+            raise result
+        return result
 
     def _wake(self) -> None:
         """Take a batch once the event loop has read what else has arrived."""
@@ -220,7 +140,7 @@ class Engine:
             results = _pass(batch)
         except Exception:  # noqa: BLE001  a bug must not end the engine: these frames fail, the next are served
             _LOG.exception("the engine failed on a batch of %d frames", len(batch))
-            results = [ModelFailure("an internal error; the server's log says why")] * len(batch)
+            results = [ModelFailure(INTERNAL_ERROR)] * len(batch)
         loop.call_soon_threadsafe(self._finish, results)
 
     def _finish(self, results: list[Computed | BitneckError]) -> None:
@@ -250,7 +170,7 @@ class Engine:
         now = time.monotonic()
         while self._queue and (not batch or len(batch) < min(self._max_batch, batch[0].model.max_frames)):
             job = self._queue.popleft()
-            if job.gone:
+            if not job.wanted:
                 self.dropped += 1
                 self._metrics.frame(job.model.name, "GONE")
             elif (late := job.late(now)) is not None:
@@ -258,8 +178,7 @@ class Engine:
             elif batch and job.model is not batch[0].model:
                 passed.append(job)
             else:
-                job.started = True
-                job.taken = now
+                job.take(now)
                 batch.append(job)
         self._queue.extendleft(reversed(passed))
         return batch

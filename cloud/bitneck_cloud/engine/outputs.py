@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bitneck.coding.class_map import MAX_CLASSES, MAX_MAP_BYTES, best_classes, count_classes, encode_map
 from bitneck.errors import BitneckError, BundleCorrupt, ModelFailure
 from bitneck.manifest import Manifest
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.messages import Classification, ClassShare, CodedMap, Label, Output
 
 __all__ = ["OutputTensor", "frames_of_a_pass", "output_of", "output_tensors"]
 
@@ -67,7 +67,7 @@ def frames_of_a_pass(manifest: Manifest, classes: int) -> int:
     return max(1, PASS_BYTES // (4 * max(sizes)))
 
 
-def output_of(manifest: Manifest, labels: Sequence[str], logits: NDArray[np.float32]) -> pb.Output | BitneckError:
+def output_of(manifest: Manifest, labels: Sequence[str], logits: NDArray[np.float32]) -> Output | BitneckError:
     """One frame's logits to its answer; an error where they are no logits.
 
     Args:
@@ -81,24 +81,24 @@ def output_of(manifest: Manifest, labels: Sequence[str], logits: NDArray[np.floa
         if logits.shape != expected:
             raise ModelFailure(f"logits of shape {logits.shape}, expected {expected}")
         if manifest.task == "segmentation":
-            return pb.Output(segmentation=_segmentation(labels, logits))
-        return pb.Output(classification=_classification(labels, logits))
+            return _segmentation(labels, logits)
+        return _classification(labels, logits)
     except ModelFailure as exc:
         _LOG.error("the tail of %s: %s", manifest.name, exc)
         return ModelFailure("the tail gave no finite logits for this frame; the server's log says why")
 
 
-def _classification(labels: Sequence[str], logits: NDArray[np.float32]) -> pb.Classification:
+def _classification(labels: Sequence[str], logits: NDArray[np.float32]) -> Classification:
     """Logits (K,) to the best labels with their softmax scores."""
     if not np.isfinite(logits).all():
         raise ModelFailure("the logits are not finite")
     scores = np.exp(logits - logits.max())
     scores /= scores.sum()
     best = np.argsort(-scores, kind="stable")[:_TOP]
-    return pb.Classification(labels=[pb.Label(index=int(i), name=labels[i], score=float(scores[i])) for i in best])
+    return Classification(tuple(Label(int(i), labels[i], float(scores[i])) for i in best))
 
 
-def _segmentation(labels: Sequence[str], logits: NDArray[np.float32]) -> pb.Segmentation:
+def _segmentation(labels: Sequence[str], logits: NDArray[np.float32]) -> CodedMap:
     """Logits (K, H, W) to the class map and the shares of the classes that occur."""
     classes = best_classes(logits)  # (H, W)
     coded = encode_map(classes)
@@ -106,9 +106,9 @@ def _segmentation(labels: Sequence[str], logits: NDArray[np.float32]) -> pb.Segm
         raise ModelFailure(f"the class map has {len(coded)} bytes, the limit is {MAX_MAP_BYTES}")
     counts = count_classes(classes, len(labels))  # (K,)
     order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
-    return pb.Segmentation(
+    return CodedMap(
         height=classes.shape[0],
         width=classes.shape[1],
         map=coded,
-        classes=[pb.ClassShare(index=k, name=labels[k], share=float(counts[k] / classes.size)) for k in order],
+        classes=tuple(ClassShare(k, labels[k], float(counts[k] / classes.size)) for k in order),
     )

@@ -11,9 +11,8 @@ from bitneck.chain import PointDecoder, SegmentChain, segments_of
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
 from bitneck.manifest import Manifest
-from bitneck.messages import Frame
+from bitneck.messages import Frame, Output
 from bitneck.runtime import ModulePool
-from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.engine.batching import plan_batch
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
 
@@ -122,7 +121,7 @@ class ServedModel:
         s = decoder.symbols(payload, reference)
         return decoder.latent(s), decoder.conditional.keep(s) if decoder.conditional is not None else None
 
-    def compute(self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]) -> list[pb.Output | BitneckError]:
+    def compute(self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]) -> list[Output | BitneckError]:
         """One pass of a batch through the bottleneck decoders and the tail; see `bitneck_cloud.engine.batching`.
 
         A frame whose logits are not finite fails alone; a failure of ONNX Runtime fails the frames that went through it
@@ -138,7 +137,7 @@ class ServedModel:
         lanes: dict[_Lane, list[int]] = {}
         for row, point in enumerate(points):
             lanes.setdefault(self._lanes[point], []).append(row)
-        results: list[pb.Output | BitneckError] = [ModelFailure("not computed")] * len(points)
+        results: list[Output | BitneckError] = [ModelFailure("not computed")] * len(points)
         for rows in lanes.values():
             try:
                 order, logits = self._walk([points[row] for row in rows], [latents[row] for row in rows])

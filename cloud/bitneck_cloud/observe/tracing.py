@@ -13,7 +13,7 @@ from bitneck.errors import InvalidConfig
 if TYPE_CHECKING:
     from opentelemetry.context import Context
 
-    from bitneck_cloud.engine.engine import Computed
+    from bitneck_cloud.engine.job import Computed
 
 __all__ = ["FrameTracer", "NoTraces", "OtlpTraces", "open_traces"]
 

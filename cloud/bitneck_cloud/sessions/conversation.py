@@ -5,31 +5,44 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, MutableMapping
-from typing import Any
-
-import grpc
+from collections.abc import AsyncIterator, MutableMapping
+from typing import Any, Protocol
 
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ProtocolError
 from bitneck.frames import check_frame
-from bitneck.messages import Frame
-from bitneck.v1 import inference_pb2 as pb
-from bitneck_cloud.api.wire import fault, frame_from_wire, go_away, set_point
-from bitneck_cloud.engine.engine import Computed, Engine, Job
+from bitneck.messages import ClientMessage, Fault, Frame, GoAway, Result, ServerMessage, SetPoint, Timings
+from bitneck_cloud.engine.engine import Engine
+from bitneck_cloud.engine.job import Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.faults import fault_of
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import FrameTracer
 from bitneck_cloud.sessions.outbox import Outbox
 from bitneck_cloud.sessions.session import Event, Session, StreamState, Verdict
 
-__all__ = ["Context", "Conversation", "computed_of", "job_of", "result_of"]
+__all__ = ["Conversation", "Peer", "job_of", "result_of"]
 
 _LOG = logging.getLogger(__name__)
 _SUPERSEDED_GRACE_S = 2.0
 """How long the last words of a stream that was replaced may take; its link is probably dead."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
+
+class Peer(Protocol):
+    """The client at the other end of a stream."""
+
+    def messages(self) -> AsyncIterator[ClientMessage | None]:
+        """What it sends; None for an empty message.
+
+        After a `MalformedFrame` the next message can still be taken. A stream that is gone raises `ConnectionError`.
+        """
+
+    async def write(self, message: ServerMessage) -> None:
+        """Send it a message.
+
+        Raises:
+            ConnectionError: the stream is gone.
+        """
 
 
 class Conversation:
@@ -73,15 +86,20 @@ class Conversation:
         self._writer: asyncio.Task[None] | None = None
         self._silent_since = math.inf
 
-    async def run(self, requests: AsyncIterator[pb.ClientMessage], context: Context) -> None:
-        """Until the client has finished, or is gone."""
-        self._trace = self._tracer.parent(context.invocation_metadata())
+    async def run(self, peer: Peer, trace: Any) -> None:
+        """Serve the stream until the client has finished, or is gone.
+
+        Args:
+            peer: the client.
+            trace: the caller's trace, from `FrameTracer.parent`.
+        """
+        self._trace = trace
         older = self._streams.get(self._session.session_id)
         self._streams[self._session.session_id] = self
         if older is not None:
             older.supersede()
-        writer = self._writer = asyncio.create_task(self._write(context))
-        reader = asyncio.create_task(self._read(requests))
+        writer = self._writer = asyncio.create_task(self._write(peer))
+        reader = asyncio.create_task(self._read(peer.messages()))
         watchdog = asyncio.create_task(self._watch(reader))
         try:
             await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
@@ -89,7 +107,7 @@ class Conversation:
                 if (
                     not reader.cancelled()
                     and (exc := reader.exception()) is not None
-                    and not isinstance(exc, grpc.aio.UsageError)
+                    and not isinstance(exc, ConnectionError)
                 ):
                     _LOG.error("session %s: reading failed: %r", self._session.session_id, exc)
                 if self._jobs:  # the client has sent everything: answer it
@@ -104,29 +122,28 @@ class Conversation:
             if self._streams.get(self._session.session_id) is self:
                 del self._streams[self._session.session_id]
                 for job, (seq, _) in list(self._jobs.items()):
-                    if not job.started:  # nobody waits for it; what is being computed is kept for a resume
-                        job.result.cancel()
+                    if job.state is JobState.WAITING:  # what is being computed is kept for a resume
+                        job.abandon()
                         self._session.drop(seq)
             await asyncio.gather(reader, writer, watchdog, return_exceptions=True)
 
     def supersede(self) -> None:
         """A newer stream has taken the session over: end this one; its frames are answered on the newer."""
-        self._outbox.control(go_away("the session was resumed on another stream"))
+        self._outbox.control(GoAway("the session was resumed on another stream"))
         self._outbox.close()
         if self._writer is not None:
             asyncio.get_running_loop().call_later(_SUPERSEDED_GRACE_S, self._writer.cancel)
 
-    def push(self, message: pb.ServerMessage) -> None:
+    def push(self, message: SetPoint | GoAway) -> None:
         """Send a control message, ahead of the answers."""
         self._outbox.control(message)
 
-    async def _write(self, context: Context) -> None:
-        with contextlib.suppress(grpc.aio.UsageError, asyncio.InvalidStateError):
+    async def _write(self, peer: Peer) -> None:
+        with contextlib.suppress(ConnectionError):
             while (message := await self._outbox.get()) is not None:
-                await context.write(message)
+                await peer.write(message)
 
-    async def _read(self, requests: AsyncIterator[pb.ClientMessage]) -> None:
-        messages = aiter(requests)
+    async def _read(self, messages: AsyncIterator[ClientMessage | None]) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await self._outbox.room()
@@ -140,10 +157,10 @@ class Conversation:
                 continue
             finally:
                 self._silent_since = math.inf
-            if message.HasField("frame"):
-                self._frame(frame_from_wire(message.frame))
+            if isinstance(message, Frame):
+                self._frame(message)
             else:
-                kind = message.WhichOneof("message") or "an empty message"
+                kind = "an empty message" if message is None else "Open"
                 self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
 
     async def _watch(self, reader: "asyncio.Task[None]") -> None:
@@ -152,7 +169,7 @@ class Conversation:
         while self._idle_s:
             left = min(self._idle_s, self._silent_since + self._idle_s - loop.time())
             if left <= 0:
-                self._outbox.control(go_away(f"no message for {self._idle_s:.0f} s; come back with your token"))
+                self._outbox.control(GoAway(f"no message for {self._idle_s:.0f} s; come back with your token"))
                 reader.cancel()
                 return
             await asyncio.sleep(left)
@@ -173,9 +190,9 @@ class Conversation:
             self._metrics.frame(self._model.name, "RESENT")
             self._outbox.put(self._session.kept_answer(frame.seq))
         elif verdict is Verdict.NEW:
-            job = job_of(self._model, frame, self._answer, reference=reference, keep=self._session.reach > 0)
+            job = job_of(self._model, frame, reference=reference, keep=self._session.reach > 0)
             try:
-                self._engine.submit(job)
+                self._engine.submit(job, self._answer)
             except BitneckError as exc:
                 self._session.drop(frame.seq)
                 self._fault(frame.seq, exc)
@@ -190,18 +207,18 @@ class Conversation:
         self._metrics.accepted(self._model.name, point, payload_bytes, switched=switched, similar=similar)
         if (wanted := self._session.weigh_again()) is not None:
             reason = f"max_kbps at {self._session.frames_per_s:.1f} frames per second"
-            self._outbox.control(set_point(wanted, reason))
+            self._outbox.control(SetPoint(wanted, reason))
 
     def _answer(self, job: Job, computed: Computed | BitneckError) -> None:
         """A frame is done: its answer goes to the session's newest stream."""
         seq, received = self._jobs.pop(job)
         if isinstance(computed, BitneckError):
             self._session.fail(seq, computed.grpc_code)
-            message = fault(seq, computed)
+            message: Fault | Result = fault_of(seq, computed)
             outcome = computed.grpc_status
         else:
-            message = pb.ServerMessage(result=result_of(computed, seq, received))
-            self._session.complete(seq, message, job.kept)
+            message = result_of(computed, seq, received)
+            self._session.complete(message, job.kept)
             outcome = "OK"
         newest = self._streams.get(self._session.session_id)
         if newest is not None:
@@ -219,42 +236,22 @@ class Conversation:
     def _fault(self, seq: int, exc: BitneckError) -> None:
         self._session.faults[exc.grpc_code] += 1
         self._metrics.frame(self._model.name, exc.grpc_status)
-        self._outbox.put(fault(seq, exc))
+        self._outbox.put(fault_of(seq, exc))
 
 
-def job_of(
-    model: ServedModel,
-    frame: Frame,
-    on_settled: Callable[[Job, Computed | BitneckError], None] | None = None,
-    *,
-    reference: Reference | None = None,
-    keep: bool = False,
-) -> Job:
-    """A frame as the engine takes it; its deadline begins now. For the others see `Job`."""
+def job_of(model: ServedModel, frame: Frame, *, reference: Reference | None = None, keep: bool = False) -> Job:
+    """A frame as the engine takes it; its deadline begins now. For the other arguments see `Job`."""
     deadline = time.monotonic() + frame.deadline_ms / 1e3 if frame.deadline_ms else None
-    return Job(model, frame.point, frame.payload, deadline, on_settled, reference=reference, keep=keep)
+    return Job(model, frame.point, frame.payload, deadline, reference=reference, keep=keep)
 
 
-async def computed_of(job: Job) -> Computed:
-    """What became of a frame, once it is there.
-
-    Raises:
-        BitneckError: why there is no output.
-    """
-    try:
-        return await job.result
-    except asyncio.CancelledError:
-        job.result.cancel()
-        raise
-
-
-def result_of(computed: Computed, seq: int, received: float) -> pb.Result:
+def result_of(computed: Computed, seq: int, received: float) -> Result:
     """The answer to a frame; `received` is in seconds since 1970."""
-    timings = pb.Timings(
+    timings = Timings(
         received_unix_us=round(received * 1e6),
         queued_us=computed.queued_us,
         decode_us=computed.decode_us,
         compute_us=computed.compute_us,
         batch=computed.batch,
     )
-    return pb.Result(seq=seq, output=computed.output, timings=timings)
+    return Result(seq, computed.output, timings)

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.messages import ServerMessage
 
 __all__ = ["Outbox"]
 
@@ -20,21 +20,21 @@ class Outbox:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._answers: deque[pb.ServerMessage] = deque()
-        self._control: dict[str, pb.ServerMessage] = {}
+        self._answers: deque[ServerMessage] = deque()
+        self._control: dict[type[ServerMessage], ServerMessage] = {}
         self._closing = False
         self._writer: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
 
-    def put(self, message: pb.ServerMessage) -> None:
+    def put(self, message: ServerMessage) -> None:
         """Queue an answer."""
         if not self._closing:
             self._answers.append(message)
             _wake(self._writer)
 
-    def control(self, message: pb.ServerMessage) -> None:
+    def control(self, message: ServerMessage) -> None:
         """Queue a control message in place of an older one of its kind."""
-        self._control[message.WhichOneof("message") or ""] = message
+        self._control[type(message)] = message
         _wake(self._writer)
 
     async def room(self) -> None:
@@ -43,7 +43,7 @@ class Outbox:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
-    async def get(self) -> pb.ServerMessage | None:
+    async def get(self) -> ServerMessage | None:
         """The next message; None once the outbox is closed and empty."""
         while not self._control and not self._answers:
             if self._closing:

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from bitneck.errors import BundleMismatch, Overloaded, RateUnreachable, UnknownModel, UnknownPoint, UnknownSession
-from bitneck.ladder import RatePolicy
 from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.sessions.rates import RatePolicy
 from bitneck_cloud.sessions.session import Session
 
 __all__ = ["Admission", "Registry"]

@@ -20,8 +20,9 @@ from bitneck.errors import (
     ReferenceUnknown,
     UnknownPoint,
 )
-from bitneck.ladder import Ladder, MaxKbps, RatePolicy, choose
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.ladder import Ladder
+from bitneck.messages import Result
+from bitneck_cloud.sessions.rates import MaxKbps, RatePolicy, choose
 
 __all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]
 
@@ -138,7 +139,7 @@ class Session:
         self._assumed_fps = assumed_fps
         self._weighed_fps = assumed_fps
         self._in_flight: set[int] = set()
-        self._answers: OrderedDict[int, pb.ServerMessage] = OrderedDict()
+        self._answers: OrderedDict[int, Result] = OrderedDict()
         self._floor = 0
         self._arrivals: deque[float] = deque(maxlen=_RATE_SAMPLES)
         self._max_bytes_per_s = max_bytes_per_s
@@ -198,7 +199,7 @@ class Session:
             )
         self._allowance -= payload_bytes
 
-    def kept_answer(self, seq: int) -> pb.ServerMessage:
+    def kept_answer(self, seq: int) -> Result:
         """The answer of a seq that `accept` called ANSWERED."""
         return self._answers[seq]
 
@@ -237,20 +238,19 @@ class Session:
             )
         return kept
 
-    def complete(self, seq: int, message: pb.ServerMessage, kept: Reference | None = None) -> None:
+    def complete(self, result: Result, kept: Reference | None = None) -> None:
         """A frame's result is there; it is kept for resends until twice the window has passed.
 
         Args:
-            seq: the frame's.
-            message: its answer.
+            result: the frame's answer.
             kept: its symbols, for frames that refer to it.
         """
         if kept is not None and self.reach:
-            self._kept[seq] = kept
+            self._kept[result.seq] = kept
             if len(self._kept) > self.reach + 1:
                 del self._kept[min(self._kept)]
-        self._in_flight.discard(seq)
-        self._answers[seq] = message
+        self._in_flight.discard(result.seq)
+        self._answers[result.seq] = result
         self.answered += 1
         while len(self._answers) > 2 * self.window:
             old, _ = self._answers.popitem(last=False)
@@ -286,7 +286,8 @@ class Session:
             The operating point chosen; None where the client chooses.
 
         Raises:
-            UnknownPoint, RateUnreachable, InvalidConfig: see `bitneck.ladder.choose`; the session is unchanged.
+            UnknownPoint, RateUnreachable, InvalidConfig: see `bitneck_cloud.sessions.rates.choose`; the session is
+                unchanged.
         """
         fps = self.frames_per_s
         chosen = choose(self._ladder, policy, frames_per_s=fps)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.coding.conditional_model import ConditionalModel
-from bitneck.coding.factorized_codec import FAMILY, range_decoder, range_encoder, shortest_payload
 from bitneck.coding.factorized_model import TOTAL, TOTAL_BITS, FactorizedModel
+from bitneck.coding.range_coder import FAMILY, range_decoder, range_encoder, shortest_payload
 from bitneck.errors import InvalidConfig, MalformedFrame
 
 __all__ = ["ConditionalCodec", "Reference", "symbols_crc32c"]

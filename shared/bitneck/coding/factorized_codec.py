@@ -2,18 +2,14 @@
 
     s (Cr, h, w) int32  --encode-->  payload (bytes)  --decode-->  s
 
-The range coder is `constriction`'s. It writes 32-bit words; what is sent is shorter. Any number in the coder's last
-interval ``[low, low + range)`` decodes to the same symbols, so the payload is the one with the most trailing zero
-bytes, and those are left out (measured: 3 bytes less a frame than whole words). Shapes and tables come from the
-operating point, never from the payload, and a payload carries nothing that tells damage: the frame's CRC does.
+`bitneck.coding.range_coder` has the range coder. Shapes and tables come from the operating point, never from the
+payload. A payload carries nothing that shows damage: that is what the frame's CRC is for.
 
-Every channel's model has as many symbols as the widest one's, the missing ones with the frequency zero, which the range
-coder raises to 2**-24. So one call codes a whole latent from a matrix of probabilities: five times faster than a call
-for each channel, above all when the caches are cold. A payload that decodes to a missing symbol is refused.
+One call codes a whole latent from a matrix of probabilities, which is five times faster than a call for each channel.
+For this, every channel's model gets as many symbols as the widest one. The missing symbols have the frequency zero,
+which the range coder raises to 2**-24. A payload that decodes to a missing symbol is refused.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import constriction
@@ -21,15 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel
-from bitneck.errors import InvalidConfig, MalformedFrame, ModelFailure
+from bitneck.coding.range_coder import FAMILY, range_decoder, range_encoder, shortest_payload
+from bitneck.errors import InvalidConfig, MalformedFrame
 
-__all__ = ["FAMILY", "FactorizedCodec", "range_decoder", "range_encoder", "shortest_payload"]
+__all__ = ["FactorizedCodec"]
 
-_WORD_BYTES = 4
-# constriction keeps two words of state behind the words it has written.
-_STATE_WORDS = 2
-FAMILY = constriction.stream.model.Categorical(lazy=True, perfect=False)
-"""Models given as a matrix of probabilities, a row for each symbol."""
 _MATRIX_ENTRIES = 1 << 17
 """Up to so many probabilities a latent's models are one matrix (1 MiB); beyond, one model is kept for each channel."""
 
@@ -133,58 +125,3 @@ class FactorizedCodec:
         index = np.zeros((self.latent_shape[0], positions), dtype=np.int32)
         index[self._coded] = coded
         return (index + self._lo_column).reshape(self.latent_shape)
-
-
-@contextlib.contextmanager
-def range_encoder() -> Iterator[Any]:
-    """A fresh range encoder, for its `clear` does not fully reset it.
-
-    Raises:
-        ModelFailure: it failed; its PanicException is a BaseException.
-    """
-    try:
-        yield constriction.stream.queue.RangeEncoder()
-    except BaseException as exc:
-        if isinstance(exc, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise ModelFailure(f"the range coder failed on checked symbols ({exc}); please report this") from exc
-
-
-@contextlib.contextmanager
-def range_decoder(payload: bytes) -> Iterator[Any]:
-    """A range decoder at a payload's beginning.
-
-    Zeros stand for the bytes that were left out, up to whole words and the decoder's state.
-
-    Raises:
-        MalformedFrame: it failed; see `range_encoder`.
-    """
-    padding = -len(payload) % _WORD_BYTES + _STATE_WORDS * _WORD_BYTES
-    words = np.frombuffer(payload + bytes(padding), dtype=">u4").astype(np.uint32)
-    try:
-        yield constriction.stream.queue.RangeDecoder(words)
-    except BaseException as exc:
-        if isinstance(exc, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise MalformedFrame(f"payload of {len(payload)} bytes is no range code ({exc})") from exc
-
-
-def shortest_payload(encoder: Any) -> bytes:
-    """The shortest byte string that, followed by zeros, lies in the encoder's last interval."""
-    words_written, (low_state, interval) = encoder.pos()
-    words = encoder.get_compressed()
-    bits = 32 * (words_written + _STATE_WORDS)
-    # `words`, read as one number, is some point of [low, low + interval); low is known modulo 2**64.
-    point = int.from_bytes(words.astype(">u4").tobytes(), "big") << (bits - 32 * len(words))
-    low = point - ((point - low_state) & 0xFFFF_FFFF_FFFF_FFFF)
-    end = low + interval
-    value: int = point
-    shift = 0
-    while shift < bits:
-        rounded = -(-low >> (shift + 8)) << (shift + 8)  # low, rounded up to 8 more zero bits
-        if rounded >= end:
-            break
-        value, shift = rounded, shift + 8
-        if rounded == 0:
-            return b""
-    return (value >> shift).to_bytes((bits - shift) // 8, "big")
