@@ -150,7 +150,7 @@ async def test_devices_and_control_have_tokens_of_their_own(tiny_bundle: Bundle,
         (("--tls-client-ca", "ca.pem"), "need TLS"),
         (("--tls-cert", "/nowhere.pem", "--tls-key", "/nowhere.key"), "tls_cert"),
         (("--provider", "NoSuchExecutionProvider"), "CPUExecutionProvider"),
-        (("--log-format", "xml"), "text or json"),
+        (("--log-format", "xml"), "'xml' is not one of 'text'"),
     ],
 )
 def test_settings_that_are_refused(tiny_bundle: Bundle, options: tuple[str, ...], text: str) -> None:

@@ -1,82 +1,160 @@
-"""Settings of the cloud server."""
+"""Settings of the cloud server. This is their only home: flags, variables, help and documents are made from it."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import BeforeValidator, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from bitneck.config import Address, Settings
+from bitneck.config import Address, Names, Paths, Settings, setting
 from bitneck.runtime import CPU
 
 __all__ = ["CloudSettings"]
 
 _MIN_KEY_CHARACTERS = 16
 
+_SERVE, _ACCESS, _COMPUTE, _SESSIONS, _STOP, _OBSERVE = (
+    "Serving", "Access", "Computing", "Sessions", "Stopping", "Logs and traces",
+)  # fmt: skip
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
 
 class CloudSettings(Settings):
-    """Flags > ``BITNECK_CLOUD_*`` > file > these defaults.
-
-    Attributes:
-        grpc: where edges connect.
-        http: where the control API listens.
-        http_token: what the control API asks for as a bearer token; needed unless it listens on loopback only.
-        device_token: what gRPC asks devices for as a bearer token; None for nothing.
-        tls_cert: PEM certificate chain for gRPC and HTTP; None for no TLS.
-        tls_key: its PEM key.
-        tls_client_ca: PEM authorities; devices must then show a certificate of one of them (mutual TLS).
-        http_tls_client_ca: likewise for the control API.
-        token_key: signs resume tokens; the same on every replica, so that each takes every returning client. None for
-            a random one of this process.
-        token_max_age_s: how long a resume token is good for; a fresh one comes with every resume.
-        providers: of ONNX Runtime, the preferred one first.
-        traces: URL of an OpenTelemetry collector that takes OTLP over gRPC; empty for no traces.
-        trace_ratio: share of the frames that are traced; those of a traced caller always are.
-        threads: of ONNX Runtime inside one operator; 0 for every core.
-        max_batch: frames in one pass through the tail. Beyond 16 a batch gains little on a CPU and delays its first.
-        decode_threads: that decode frames while the engine computes others; 0 for none.
-        max_queue: frames that wait for the engine, over all sessions, before new ones are refused.
-        window: unanswered frames of a session.
-        max_sessions: sessions kept, disconnected ones included.
-        max_bytes_per_s: payload bytes that a session may send in the long run, with bursts of a second or 64 KiB; 0
-            for any number.
-        similar_bytes: of answered frames' symbols that a session keeps, so that others may refer to them; 0 for none.
-        idle_s: a stream that sends nothing for so long is closed; its session can be resumed. 0 for never.
-        resume_s: how long a session outlives its connection.
-        drain_delay_s: how long a stopping server, not ready any more, still takes streams: the time that a load
-            balancer needs to notice.
-        drain_s: how long a stopping server waits for unanswered frames.
-        assumed_fps: frame rate that `max_kbps` counts on until a session has shown its own.
-    """
+    """Flags, then ``BITNECK_CLOUD_*``, then the file, then these defaults."""
 
     model_config = SettingsConfigDict(env_prefix="BITNECK_CLOUD_")
 
-    grpc: str = "127.0.0.1:50051"
-    http: str = "127.0.0.1:8080"
-    http_token: SecretStr | None = None
-    device_token: SecretStr | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-    http_tls_client_ca: Path | None = None
-    token_key: SecretStr | None = None
-    token_max_age_s: Annotated[float, Field(gt=0, le=31_536_000)] = 86400.0
-    providers: Annotated[tuple[str, ...], Field(min_length=1)] = CPU
-    traces: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = ""
-    trace_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    decode_threads: Annotated[int, Field(ge=0, le=64)] = 1
-    max_batch: Annotated[int, Field(ge=1, le=1024)] = 16
-    max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
-    window: Annotated[int, Field(ge=1, le=1024)] = 16
-    max_sessions: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
-    max_bytes_per_s: Annotated[float, Field(ge=0, le=1e12)] = 0.0
-    similar_bytes: Annotated[int, Field(ge=0, le=1 << 30)] = 1 << 18
-    idle_s: Annotated[float, Field(ge=0, le=604_800)] = 900.0
-    drain_delay_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
-    resume_s: Annotated[float, Field(ge=0, le=86400)] = 60.0
-    drain_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
-    assumed_fps: Annotated[float, Field(gt=0, le=1000)] = 10.0
+    bundle: Annotated[Paths, setting("Folder of a bundle. Repeat it to serve several models.", _SERVE)] = ()
+    grpc: Annotated[str, setting("HOST:PORT where devices connect.", _SERVE)] = "127.0.0.1:50051"
+    http: Annotated[str, setting("HOST:PORT where the control API listens.", _SERVE)] = "127.0.0.1:8080"
+
+    http_token: Annotated[
+        SecretStr | None,
+        setting("Bearer token that the control API asks for. Needed unless it listens on loopback only.", _ACCESS),
+    ] = None
+    device_token: Annotated[SecretStr | None, setting("Bearer token that gRPC asks devices for.", _ACCESS)] = None
+    tls_cert: Annotated[
+        Path | None,
+        setting("PEM file of the certificate chain for gRPC and HTTP. Without it there is no TLS.", _ACCESS),
+    ] = None
+    tls_key: Annotated[Path | None, setting("PEM file of the key of tls_cert.", _ACCESS)] = None
+    tls_client_ca: Annotated[
+        Path | None,
+        setting("PEM file of authorities. Devices must then show a certificate of one of them (mutual TLS).", _ACCESS),
+    ] = None
+    http_tls_client_ca: Annotated[
+        Path | None, setting("PEM file of authorities for clients of the control API (mutual TLS).", _ACCESS)
+    ] = None
+    token_key: Annotated[
+        SecretStr | None,
+        setting(
+            "Signs resume tokens. Give all replicas the same key, so that each of them can resume every session. "
+            "Without it, a random key of this process.",
+            _ACCESS,
+        ),
+    ] = None
+    token_max_age_s: Annotated[
+        float,
+        setting("Seconds that a resume token is valid. Every resume gives a fresh one.", _ACCESS, gt=0, le=31_536_000),
+    ] = 86400.0
+
+    providers: Annotated[
+        Names,
+        setting(
+            "Execution provider of ONNX Runtime. Repeat it, the preferred one first.", _COMPUTE, flag="--provider",
+            min_length=1,
+        ),
+    ] = CPU  # fmt: skip
+    threads: Annotated[
+        int, setting("Threads of ONNX Runtime inside one operator; 0 for every core.", _COMPUTE, ge=0, le=1024)
+    ] = 0
+    decode_threads: Annotated[
+        int, setting("Threads that decode frames while the engine computes others; 0 for none.", _COMPUTE, ge=0, le=64)
+    ] = 1
+    # Beyond 16 a batch gains little on a CPU and delays its first frame.
+    max_batch: Annotated[int, setting("Frames in one batch, at most.", _COMPUTE, ge=1, le=1024)] = 16
+    max_queue: Annotated[
+        int,
+        setting("Frames of all sessions that may wait for the engine. More are refused.", _COMPUTE, ge=1, le=1_000_000),
+    ] = 1024
+
+    window: Annotated[int, setting("Unanswered frames that a session may have.", _SESSIONS, ge=1, le=1024)] = 16
+    max_sessions: Annotated[
+        int, setting("Sessions that are kept, disconnected ones included.", _SESSIONS, ge=1, le=1_000_000)
+    ] = 1024
+    max_bytes_per_s: Annotated[
+        float,
+        setting(
+            "Payload bytes a second that a session may send in the long run, with bursts of a second or 64 KiB; 0 for "
+            "no limit.",
+            _SESSIONS,
+            ge=0,
+            le=1e12,
+        ),
+    ] = 0.0
+    similar_bytes: Annotated[
+        int,
+        setting(
+            "Bytes of answered frames' symbols that a session keeps, so that later frames may be coded against them; 0 "
+            "for none.",
+            _SESSIONS,
+            ge=0,
+            le=1 << 30,
+        ),
+    ] = 1 << 18
+    idle_s: Annotated[
+        float,
+        setting(
+            "Seconds without a message after which a stream ends. Its session can be resumed. 0 for never.",
+            _SESSIONS,
+            ge=0,
+            le=604_800,
+        ),
+    ] = 900.0
+    resume_s: Annotated[
+        float, setting("Seconds that a session outlives its connection.", _SESSIONS, ge=0, le=86400)
+    ] = 60.0
+    assumed_fps: Annotated[
+        float, setting("Frame rate that max_kbps assumes until a session has shown its own.", _SESSIONS, gt=0, le=1000)
+    ] = 10.0
+
+    drain_delay_s: Annotated[
+        float,
+        setting(
+            "Seconds that a stopping server still takes streams while it is not ready any more: the time that a load "
+            "balancer needs to notice.",
+            _STOP,
+            ge=0,
+            le=3600,
+        ),
+    ] = 0.0
+    drain_s: Annotated[
+        float, setting("Seconds that a stopping server waits for unanswered frames.", _STOP, ge=0, le=3600)
+    ] = 10.0
+
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        BeforeValidator(_lower),
+        setting("Least important messages that are logged.", _OBSERVE),
+    ] = "info"
+    log_format: Annotated[Literal["text", "json"], BeforeValidator(_lower), setting("Form of log lines.", _OBSERVE)] = (
+        "text"
+    )
+    traces: Annotated[
+        str,
+        setting(
+            "URL of an OpenTelemetry collector (OTLP over gRPC). Without it there are no traces.",
+            _OBSERVE,
+            pattern=r"^(https?://\S+)?$",
+        ),
+    ] = ""
+    trace_ratio: Annotated[
+        float,
+        setting("Share of the frames that are traced. Frames of traced callers always are.", _OBSERVE, ge=0, le=1),
+    ] = 0.01
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,12 +1,12 @@
-"""Settings of the edge client."""
+"""Settings of the edge client. This is their only home: flags, variables, help and documents are made from it."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from bitneck.config import Address, Settings
+from bitneck.config import Address, Settings, setting
 from bitneck_edge.link.remote import Access
 
 __all__ = ["AUTO", "EdgeSettings"]
@@ -14,63 +14,119 @@ __all__ = ["AUTO", "EdgeSettings"]
 AUTO = "auto"
 """In place of an operating point: the client chooses, frame by frame."""
 
+_SERVER, _RATE, _DEVICE, _LINK = "Server", "Bit rate", "Device", "Link"
+
 
 class EdgeSettings(Settings):
-    """Flags > ``BITNECK_EDGE_*`` > file > these defaults.
-
-    Attributes:
-        server: HOST:PORT of the cloud's gRPC.
-        tls: encrypt the link.
-        tls_ca: PEM authorities of the server's certificate; None for the system's. Implies `tls`, like the next two.
-        tls_cert: this device's PEM certificate, where the server asks for one.
-        tls_key: its PEM key.
-        token: this device's bearer token, where the server asks for one.
-        model: which of the server's models; empty for the only one.
-        point: operating point to begin with, or ``auto`` to choose one for each frame by what the link and the device
-            can do; empty for the cloud's wish, or the ladder's best.
-        latency_ms: with ``auto``, from a picture to its answer, at most.
-        max_edge_ms: with ``auto``, head and encoder may take so long, which decides among split points; 0 for any time.
-        bundle_id: refuse a server with any other bundle; empty for whatever it serves.
-        client: name for the cloud's logs and sessions list.
-        cache_dir: where bundles are kept; None for the user's cache folder.
-        threads: of ONNX Runtime inside one operator of the head; 0 for every core.
-        workers: photographs that are loaded and encoded at once; 0 for two, or one where there is only one core.
-        in_flight: frames that may be unanswered; 0 for the server's window, and with ``newest`` for as many as the
-            distance asks for.
-        deadline_ms: from a frame's receipt in the cloud; 0 for none.
-        similar: code a picture against one before it where that is smaller: ``on``, ``off``, or ``auto`` for what comes
-            from videos, cameras and streams.
-        key_every: of so many frames at least one is then coded by itself.
-        connect_timeout_s: for one attempt to connect.
-        retries: attempts after the first, before the server counts as unreachable; -1 for no end.
-        answer_timeout_s: an unanswered frame of this age means that the link is dead; so does a download that pauses
-            as long.
-    """
+    """Flags, then ``BITNECK_EDGE_*``, then the file, then these defaults."""
 
     model_config = SettingsConfigDict(env_prefix="BITNECK_EDGE_")
 
-    server: str = "127.0.0.1:50051"
-    tls: bool = False
-    tls_ca: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    token: SecretStr | None = None
-    model: str = ""
-    point: str = ""
-    latency_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 300
-    max_edge_ms: Annotated[float, Field(ge=0, le=3_600_000)] = 0.0
-    bundle_id: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
-    client: Annotated[str, Field(max_length=128)] = "bitneck-edge"
-    cache_dir: Path | None = None
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    workers: Annotated[int, Field(ge=0, le=64)] = 0
-    in_flight: Annotated[int, Field(ge=0, le=1024)] = 0
-    deadline_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
-    similar: Literal["auto", "on", "off"] = "auto"
-    key_every: Annotated[int, Field(ge=1, le=1_000_000)] = 100
-    connect_timeout_s: Annotated[float, Field(gt=0, le=600)] = 3.0
-    retries: Annotated[int, Field(ge=-1, le=1_000_000)] = 3
-    answer_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 15.0
+    server: Annotated[str, setting("HOST:PORT of the cloud server.", _SERVER)] = "127.0.0.1:50051"
+    bundle: Annotated[Path | None, setting("Folder of a bundle, to use in place of a server.", _SERVER)] = None
+    model: Annotated[str, setting("Which of the server's models. Not needed if it has only one.", _SERVER)] = ""
+    client: Annotated[str, setting("Name of this device in the cloud's logs and lists.", _SERVER, max_length=128)] = (
+        "bitneck-edge"
+    )
+    bundle_id: Annotated[
+        str,
+        setting(
+            "Accept this bundle only (sha256:...). Without it, any bundle that the server has.",
+            _SERVER,
+            pattern=r"^(sha256:[0-9a-f]{64})?$",
+        ),
+    ] = ""
+    token: Annotated[
+        SecretStr | None,
+        setting(
+            "Bearer token of this device. Better give it in BITNECK_EDGE_TOKEN: other users can read a command line.",
+            _SERVER,
+        ),
+    ] = None
+    tls: Annotated[bool, setting("Encrypt the link.", _SERVER)] = False
+    tls_ca: Annotated[
+        Path | None,
+        setting(
+            "PEM file of the authorities that may sign the server's certificate; without it, the system's. Turns TLS "
+            "on, as the next two do.",
+            _SERVER,
+        ),
+    ] = None
+    tls_cert: Annotated[Path | None, setting("PEM file of this device's certificate.", _SERVER)] = None
+    tls_key: Annotated[Path | None, setting("PEM file of the key of tls_cert.", _SERVER)] = None
+
+    point: Annotated[
+        str,
+        setting(
+            "Operating point to begin with, or 'auto' to choose one for each frame by what link and device can do. "
+            "Without it, the cloud's choice or the most accurate one.",
+            _RATE,
+        ),
+    ] = ""
+    latency_ms: Annotated[
+        int,
+        setting("With point 'auto': milliseconds from a picture to its answer, at most.", _RATE, ge=1, le=3_600_000),
+    ] = 300
+    max_edge_ms: Annotated[
+        float,
+        setting(
+            "With point 'auto': milliseconds that head and encoder may take. This decides among split points; 0 is no "
+            "limit.",
+            _RATE,
+            ge=0,
+            le=3_600_000,
+        ),
+    ] = 0.0
+    similar: Annotated[
+        Literal["auto", "on", "off"],
+        setting(
+            "Code a picture against an earlier one if that is smaller. 'auto' does so for videos, cameras and streams.",
+            _RATE,
+        ),
+    ] = "auto"
+    key_every: Annotated[
+        int, setting("Code at least one of this many frames without an earlier one.", _RATE, ge=1, le=1_000_000)
+    ] = 100
+
+    cache_dir: Annotated[
+        Path | None, setting("Folder in which bundles are kept; without it, the user's cache folder.", _DEVICE)
+    ] = None
+    threads: Annotated[
+        int,
+        setting("Threads of ONNX Runtime inside one operator of the head; 0 for every core.", _DEVICE, ge=0, le=1024),
+    ] = 0
+    workers: Annotated[
+        int,
+        setting("Pictures that are encoded at once; 0 for two, or one on a single core.", _DEVICE, ge=0, le=64),
+    ] = 0
+
+    in_flight: Annotated[
+        int,
+        setting(
+            "Frames that may be unanswered; 0 for the server's window, or with --newest as many as the round trip "
+            "needs.",
+            _LINK,
+            ge=0,
+            le=1024,
+        ),
+    ] = 0
+    deadline_ms: Annotated[
+        int,
+        setting("Milliseconds after receipt until the cloud drops a frame; 0 for never.", _LINK, ge=0, le=3_600_000),
+    ] = 0
+    connect_timeout_s: Annotated[float, setting("Seconds for one attempt to connect.", _LINK, gt=0, le=600)] = 3.0
+    answer_timeout_s: Annotated[
+        float,
+        setting(
+            "Seconds until an unanswered frame, or a pause in a download, means that the link is dead.",
+            _LINK,
+            gt=0,
+            le=3600,
+        ),
+    ] = 15.0
+    retries: Annotated[
+        int, setting("Attempts to connect after the first one; -1 tries for ever.", _LINK, ge=-1, le=1_000_000)
+    ] = 3
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,19 +1,70 @@
-"""Settings of the two programs: flags > environment > file > default; unknown keys are errors everywhere."""
+"""Settings of the programs. Each one is declared once, in a model.
 
+Flags, environment variables, keys of the TOML file, defaults, help texts and ``docs/settings.md`` all come from the
+model. A flag wins over the environment, the environment over the file, the file over the default. Unknown keys are
+errors everywhere.
+"""
+
+import difflib
+import json
+import logging
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from bitneck.errors import InvalidConfig
 
-__all__ = ["Address", "Settings"]
+__all__ = ["Address", "Names", "Paths", "Settings", "setting"]
+
+_LOG = logging.getLogger(__name__)
+
+_KUBERNETES = re.compile(r"(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)")
+"""What follows our prefix in the variables that Kubernetes makes for a service whose name begins like our prefix."""
+
+
+def _split(value: Any) -> Any:
+    """A text as a list: JSON if it begins with a bracket, else separated by commas."""
+    if not isinstance(value, str):
+        return value
+    if not value.lstrip().startswith("["):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    try:
+        return json.loads(value)
+    except ValueError as exc:
+        raise ValueError("neither a JSON list nor values separated by commas") from exc
+
+
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
+"""Files or folders; in the environment separated by commas, or a JSON list."""
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""Texts; in the environment separated by commas, or a JSON list."""
+
+
+def setting(text: str, group: str, *, flag: str = "", **bounds: Any) -> Any:
+    """What a model says of one setting, to stand in ``Annotated``.
+
+    Args:
+        text: what it does, in plain words. The default need not be said.
+        group: heading under which the help and the documents list it.
+        flag: the flag, if it is not the setting's name with dashes, such as ``--provider``.
+        **bounds: of the value, as `pydantic.Field` takes them.
+    """
+    return Field(description=text, json_schema_extra={"group": group, "flag": flag}, **bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,43 +103,110 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(extra="forbid", frozen=True)
 
     @classmethod
-    def load(cls, flags: Mapping[str, Any], file: Path | None = None) -> Self:
-        """Put the sources together.
+    def load(cls, given: Mapping[str, Any], file: Path | None = None) -> Self:
+        """The settings that a program's values, the environment, a file and the defaults give together.
 
         Args:
-            flags: values given on the command line; None stands for not given.
+            given: values; None stands for not given.
             file: a TOML file, or None.
 
         Raises:
-            InvalidConfig: an unknown key in the file or the environment, or a value that is refused; the message
-                names it.
+            InvalidConfig: see `load_with_origins`.
         """
-        prefix = str(cls.model_config.get("env_prefix", ""))
-        known = {prefix + name.upper() for name in cls.model_fields} | {prefix + "CONFIG"}
-        unknown = sorted(name for name in os.environ if name.startswith(prefix) and name not in known)
-        if unknown:
-            raise InvalidConfig(f"unknown environment variable {unknown[0]}; known: {', '.join(sorted(known))}")
-        from_file = _read(file) if file is not None else {}
-        from_environment = {name for name in cls.model_fields if prefix + name.upper() in os.environ}
-        values = {key: value for key, value in from_file.items() if key not in from_environment}
-        values |= {key: value for key, value in flags.items() if value is not None}
+        return cls.load_with_origins(given, file)[0]
+
+    @classmethod
+    def load_with_origins(
+        cls, given: Mapping[str, Any], file: Path | None = None, *, flags: bool = False
+    ) -> tuple[Self, dict[str, str]]:
+        """`load`, and where each value came from.
+
+        Args:
+            given: as for `load`.
+            file: likewise.
+            flags: whether `given` comes from a command line; errors then name the flag.
+
+        Returns:
+            The settings; and by setting the flag, the variable, or the file and its key. Defaults have no origin.
+
+        Raises:
+            InvalidConfig: an unknown key in the file or the environment, or a value that is refused. The message names
+                the setting, where its value came from, and what is expected.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        cls._refuse_unknown(cls.environment(), cls._foreign_checked(os.environ), "environment variable")
+        from_file = cls._read(file) if file is not None else {}
         try:
-            return cls(**values)
+            from_environment = EnvSettingsSource(cls)()
+        except SettingsError as exc:
+            raise InvalidConfig(f"the environment: {exc}") from exc
+        origins = {name: f"{file}: {name}" for name in from_file}
+        origins |= {name: cls.variable(name) for name in from_environment}
+        origins |= {name: cls.flag(name) if flags else "" for name in given}
+        try:
+            return cls(**from_file | from_environment | given), origins
         except ValidationError as exc:
-            first = exc.errors(include_url=False)[0]
-            if not first["loc"]:  # about several settings together; among them may be secrets
-                raise InvalidConfig(f"settings: {first['msg']}") from None
-            name = ".".join(str(part) for part in first["loc"])
-            field = cls.model_fields.get(str(first["loc"][0]))
-            if field is not None and "Secret" in repr(field.annotation):
-                raise InvalidConfig(f"setting {name}: {first['msg']}") from None
-            raise InvalidConfig(f"setting {name}: {first['msg']} (got {first.get('input')!r:.80})") from exc
+            raise cls._refused(exc, origins) from exc
 
+    @classmethod
+    def variable(cls, name: str) -> str:
+        """The environment variable of a setting."""
+        return f"{cls.model_config.get('env_prefix', '')}{name.upper()}"
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise InvalidConfig(f"{file}: cannot read the configuration ({exc.strerror})") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise InvalidConfig(f"{file}: not TOML ({exc})") from exc
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """The flag of a setting."""
+        extra = cls.model_fields[name].json_schema_extra if name in cls.model_fields else None
+        own = extra.get("flag") if isinstance(extra, dict) else None
+        return str(own or f"--{name.replace('_', '-')}")
+
+    @classmethod
+    def environment(cls) -> list[str]:
+        """Every environment variable that is read; the last one names the file."""
+        return [*map(cls.variable, cls.model_fields), cls.variable("config")]
+
+    @classmethod
+    def _foreign_checked(cls, environment: Mapping[str, str]) -> list[str]:
+        """The variables with our prefix, less those that Kubernetes makes for services."""
+        prefix, known = cls.variable(""), set(cls.environment())
+        ours = [name for name in environment if name.startswith(prefix)]
+        foreign = [n for n in ours if n not in known and _KUBERNETES.fullmatch(n.removeprefix(prefix))]
+        if foreign:
+            _LOG.info("variables of a Kubernetes service are passed over: %s", ", ".join(sorted(foreign)))
+        return sorted(set(ours) - set(foreign))
+
+    @classmethod
+    def _read(cls, file: Path) -> dict[str, Any]:
+        try:
+            file.read_bytes()  # the source below passes over a file that is not there
+            values = TomlConfigSettingsSource(cls, toml_file=file).toml_data
+        except OSError as exc:
+            raise InvalidConfig(f"{file}: cannot read the configuration ({exc.strerror})") from exc
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise InvalidConfig(f"{file}: not TOML ({exc})") from exc
+        cls._refuse_unknown(cls.model_fields, values, f"{file}: key")
+        return values
+
+    @staticmethod
+    def _refuse_unknown(known: Iterable[str], names: Iterable[str], what: str) -> None:
+        known = list(known)
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+                others = [other for other in sorted(known) if other not in near]
+                raise InvalidConfig(f"unknown {what} {name}; known: {', '.join([*near, *others])}")
+
+    @classmethod
+    def _refused(cls, exc: ValidationError, origins: Mapping[str, str]) -> InvalidConfig:
+        first = exc.errors(include_url=False)[0]
+        message = str(first["msg"]).removeprefix("Value error, ")
+        if not first["loc"]:  # about several settings together; among them may be secrets
+            return InvalidConfig(f"settings: {message}")
+        name = str(first["loc"][0])
+        where = f"setting {'.'.join(str(part) for part in first['loc'])}"
+        if origin := origins.get(name, ""):
+            where += f" ({origin})"
+        field = cls.model_fields.get(name)
+        if field is not None and "Secret" in repr(field.annotation):
+            return InvalidConfig(f"{where}: {message}")
+        return InvalidConfig(f"{where}: {message} (got {first.get('input')!r:.80})")

@@ -5,8 +5,9 @@ import io
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import bitneck
 from bitneck.bundle import Bundle
+from bitneck.command_line import with_settings
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.frames import crc32c_hex, seal_frame
 from bitneck.image import find_photos
@@ -29,33 +31,17 @@ _MAX_LOAD_PHOTOS = 64
 app = typer.Typer(
     help="Run the first part of a split network here, send a few hundred bytes, get the answer.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Server = Annotated[str | None, typer.Option(help="HOST:PORT of the cloud.  [default: 127.0.0.1:50051]")]
-Model = Annotated[str | None, typer.Option(help="Which of the server's models; not needed if it has one.")]
-Point = Annotated[str | None, typer.Option(help="Operating point to begin with; else the cloud's wish or the best.")]
-PointOrAuto = Annotated[
-    str | None, typer.Option(help="Operating point to begin with, or 'auto'; else the cloud's wish or the best.")
-]
-Tls = Annotated[bool | None, typer.Option("--tls", help="Encrypt the link.")]
-TlsCa = Annotated[Path | None, typer.Option(help="PEM authorities of the server's certificate; else the system's.")]
-TlsCert = Annotated[Path | None, typer.Option(help="This device's PEM certificate.")]
-TlsKey = Annotated[Path | None, typer.Option(help="Its PEM key.")]
-Token = Annotated[str | None, typer.Option(help="This device's bearer token; better in BITNECK_EDGE_TOKEN.")]
-Pin = Annotated[str | None, typer.Option(help="Refuse a server with any other bundle (sha256:...).")]
-Cache = Annotated[Path | None, typer.Option(help="Where bundles are kept; else the user's cache folder.")]
-Threads = Annotated[int | None, typer.Option(help="ONNX Runtime threads; 0 for every core.  [default: 0]")]
-Connect = Annotated[float | None, typer.Option(help="Seconds for one attempt to connect.  [default: 3]")]
-Retries = Annotated[int | None, typer.Option(help="Attempts after the first; -1 for no end.  [default: 3]")]
-Overdue = Annotated[float | None, typer.Option(help="Seconds until an answer is overdue.  [default: 15]")]
-Config = Annotated[Path | None, typer.Option(help="TOML file of settings.", envvar="BITNECK_EDGE_CONFIG")]
+ACCESS = ("server", "model", "tls", "tls_ca", "tls_cert", "tls_key", "token", "cache_dir")
+"""Settings of every command that asks a server for its bundle."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-BundleDir = Annotated[Path | None, typer.Option("--bundle", help="A bundle's folder, in place of a server.")]
 
 
 @app.command()
+@with_settings(EdgeSettings, *(name for name in EdgeSettings.model_fields if name != "bundle"))
 def run(
     sources: Annotated[
         list[str],
@@ -65,19 +51,9 @@ def run(
             metavar="PHOTO|FOLDER|VIDEO|camera:N|- ...",
         ),
     ],
-    server: Server = None,
-    model: Model = None,
-    point: PointOrAuto = None,
-    latency_ms: Annotated[
-        int | None, typer.Option(help="With --point auto: from a picture to its answer.  [default: 300]")
-    ] = None,
-    max_edge_ms: Annotated[
-        float | None,
-        typer.Option(help="With --point auto: head and encoder may take so long; decides the split point."),
-    ] = None,
-    bundle_id: Pin = None,
-    client: Annotated[str | None, typer.Option(help="This device's name in the cloud's lists.")] = None,
-    deadline_ms: Annotated[int | None, typer.Option(help="Of a frame, from its receipt; 0 for none.")] = None,
+    *,
+    settings: EdgeSettings,
+    origins: dict[str, str],
     repeat: Annotated[int, typer.Option(min=1, help="Send the photographs this many times.")] = 1,
     fps: Annotated[
         float | None,
@@ -85,7 +61,7 @@ def run(
     ] = None,
     newest: Annotated[
         bool | None,
-        typer.Option("--newest/--every", help="Drop pictures that newer ones overtake.  [default: cameras and URLs]"),
+        typer.Option("--newest/--every", help="Drop pictures that newer ones overtake.  \\[default: cameras and URLs]"),
     ] = None,
     as_they_come: Annotated[
         bool, typer.Option("--as-they-come", help="Answers as they come, not in the order of the pictures.")
@@ -94,53 +70,21 @@ def run(
         Path | None,
         typer.Option(help="Segmentation: write each class map and an overlay into this folder.", metavar="DIR"),
     ] = None,
-    tls: Tls = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    token: Token = None,
-    cache_dir: Cache = None,
-    threads: Threads = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Pictures that are encoded at once; 0 for two.  [default: 0]")
-    ] = None,
-    in_flight: Annotated[
-        int | None, typer.Option(help="Frames that may be unanswered; 0 for what the server grants.  [default: 0]")
-    ] = None,
-    similar: Annotated[
-        Literal["auto", "on", "off"] | None,
-        typer.Option(help="Code a picture against one before it.  [default: auto, for videos and cameras]"),
-    ] = None,
-    key_every: Annotated[
-        int | None, typer.Option(help="Of so many frames one is then coded by itself.  [default: 100]")
-    ] = None,
-    connect_timeout_s: Connect = None,
-    answer_timeout_s: Overdue = None,
-    retries: Retries = None,
-    config: Config = None,
     as_json: Json = False,
     json_lines: Annotated[
         bool,
         typer.Option("--json-lines", help="Print a line of JSON for each answer, and the summary as the last one."),
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each answer as it comes.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for each answer as it comes.")] = False,
 ) -> None:
     """Send pictures through the split network and print the answers."""
     from bitneck_edge.cli.run import RunPlan, run_plan
     from bitneck_edge.sources.read import parse_sources
 
     logging.basicConfig(level="INFO" if verbose else "WARNING", stream=sys.stderr, format="%(levelname)s: %(message)s")
-    settings = EdgeSettings.load(
-        {
-            "server": server, "model": model, "point": point, "bundle_id": bundle_id, "client": client,
-            "deadline_ms": deadline_ms, "cache_dir": cache_dir, "threads": threads, "retries": retries,
-            "connect_timeout_s": connect_timeout_s, "answer_timeout_s": answer_timeout_s,
-            "tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert, "tls_key": tls_key, "token": token,
-            "latency_ms": latency_ms, "max_edge_ms": max_edge_ms, "workers": workers, "in_flight": in_flight,
-            "similar": similar, "key_every": key_every,
-        },
-        config,
-    )  # fmt: skip
+    for name in ("latency_ms", "max_edge_ms"):
+        if name in origins and settings.point != AUTO:
+            logging.warning("%s has no effect without --point auto", origins[name])
     parsed = parse_sources(sources)
     if settings.similar == "auto" and not any(source.video for source in parsed):
         settings = settings.model_copy(update={"similar": "off"})  # the server need not keep anything for us
@@ -161,30 +105,20 @@ def run(
 
 
 @app.command()
+@with_settings(EdgeSettings, "bundle", *ACCESS, "point")
 def encode(
     photo: Annotated[Path, typer.Argument(help="A photograph.")],
+    *,
+    settings: EdgeSettings,
+    origins: dict[str, str],
     out: Annotated[Path, typer.Option(help="Write the frame here.")],
-    bundle: BundleDir = None,
-    server: Server = None,
-    model: Model = None,
-    point: Point = None,
     symbols: Annotated[Path | None, typer.Option(help="Write the symbols here, as .npy.")] = None,
-    tls: Tls = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    token: Token = None,
-    cache_dir: Cache = None,
-    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Encode one photograph to a file: the edge's half, without a stream. `bitneck-cloud decode` reads it."""
     from bitneck_edge.encoder import EdgeEncoder
 
-    settings, opened = _opened(
-        bundle, config, server=server, model=model, cache_dir=cache_dir, point=point, tls=tls, tls_ca=tls_ca,
-        tls_cert=tls_cert, tls_key=tls_key, token=token,
-    )  # fmt: skip
+    opened = _opened(settings, origins)
     encoder = EdgeEncoder(opened)
     chosen = settings.point if settings.point not in ("", AUTO) else encoder.ladder.best.id
     result = encoder.encode(photo, chosen)
@@ -215,43 +149,30 @@ def encode(
 
 
 @app.command()
+@with_settings(EdgeSettings, *ACCESS, "deadline_ms", "answer_timeout_s", "retries")
 def load(
     photos: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="PHOTO|FOLDER ...")],
-    server: Server = None,
-    model: Model = None,
+    *,
+    settings: EdgeSettings,
     clients: Annotated[int, typer.Option(min=1, max=10_000, help="Sessions at once.")] = 8,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long, after a second of warm-up.")] = 10.0,
     point: Annotated[
-        list[str] | None, typer.Option(help="Operating point; repeatable, the clients share them.  [default: all]")
+        list[str] | None, typer.Option(help="Operating point; repeatable, the clients share them.  \\[default: all]")
     ] = None,
     fps: Annotated[
-        float, typer.Option(min=0, help="Frames a second of each client, at random moments; 0: when one is answered.")
+        float,
+        typer.Option(
+            min=0,
+            help="Frames a second of each client, at random moments; 0 sends the next frame when one is answered.",
+        ),
     ] = 0.0,
     in_flight: Annotated[int, typer.Option(min=1, help="Unanswered frames of each client, without --fps.")] = 1,
-    deadline_ms: Annotated[int | None, typer.Option(help="Of a frame, from its receipt; 0 for none.")] = None,
-    tls: Tls = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    token: Token = None,
-    cache_dir: Cache = None,
-    answer_timeout_s: Overdue = None,
-    retries: Retries = None,
-    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Load a server with many sessions and tell how long it took. The photographs are encoded once, beforehand."""
     from bitneck_edge.cli.load_generator import LoadPlan, run_load, summarize
     from bitneck_edge.cli.report import load_table
 
-    settings = EdgeSettings.load(
-        {
-            "server": server, "model": model, "deadline_ms": deadline_ms, "cache_dir": cache_dir, "retries": retries,
-            "answer_timeout_s": answer_timeout_s, "tls": tls, "tls_ca": tls_ca, "tls_cert": tls_cert,
-            "tls_key": tls_key, "token": token,
-        },
-        config,
-    )  # fmt: skip
     paths: list[Path] = [path for source in photos for path in find_photos(source)][:_MAX_LOAD_PHOTOS]
     plan = LoadPlan(clients=clients, seconds=seconds, points=tuple(point or ()), fps=fps, in_flight=in_flight)
     document = summarize(asyncio.run(run_load(settings, paths, plan)))
@@ -270,30 +191,20 @@ def load(
 
 
 @app.command()
+@with_settings(EdgeSettings, "bundle", *ACCESS, "threads")
 def bench(
     photos: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="PHOTO|FOLDER ...")],
-    bundle: BundleDir = None,
-    server: Server = None,
-    model: Model = None,
-    frames: Annotated[int, typer.Option(min=1, help="Of each split point.")] = 50,
-    threads: Threads = None,
-    tls: Tls = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    token: Token = None,
-    cache_dir: Cache = None,
-    config: Config = None,
+    *,
+    settings: EdgeSettings,
+    origins: dict[str, str],
+    frames: Annotated[int, typer.Option(min=1, help="Frames of each split point.")] = 50,
     as_json: Json = False,
 ) -> None:
     """Measure what this device needs for a frame: time per stage, processor time, memory, for every split point."""
     from bitneck_edge.cli.bench import bench as measure
     from bitneck_edge.cli.report import bench_table
 
-    settings, opened = _opened(
-        bundle, config, server=server, model=model, cache_dir=cache_dir, threads=threads, tls=tls, tls_ca=tls_ca,
-        tls_cert=tls_cert, tls_key=tls_key, token=token,
-    )  # fmt: skip
+    opened = _opened(settings, origins)
     paths: list[Path] = [path for source in photos for path in find_photos(source)]
     document = measure(opened, paths, frames=frames, threads=settings.threads)
     if as_json:
@@ -304,26 +215,17 @@ def bench(
 
 
 @app.command()
+@with_settings(EdgeSettings, "bundle", *ACCESS)
 def points(
-    bundle: BundleDir = None,
-    server: Server = None,
-    model: Model = None,
-    tls: Tls = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    token: Token = None,
-    cache_dir: Cache = None,
-    config: Config = None,
+    *,
+    settings: EdgeSettings,
+    origins: dict[str, str],
     as_json: Json = False,
 ) -> None:
     """List the operating points of a bundle or a server, lowest rate first."""
     from bitneck_edge.cli.report import points_table
 
-    _, opened = _opened(
-        bundle, config, server=server, model=model, cache_dir=cache_dir, tls=tls, tls_ca=tls_ca,
-        tls_cert=tls_cert, tls_key=tls_key, token=token,
-    )  # fmt: skip
+    opened = _opened(settings, origins)
     ladder = opened.manifest.ladder
     if as_json:
         entries: list[dict[str, Any]] = [
@@ -342,24 +244,21 @@ def points(
         Console().print(points_table(ladder))
 
 
-def _opened(bundle: Path | None, config: Path | None, **flags: Any) -> tuple[EdgeSettings, Bundle]:
-    """The settings, and a bundle from a folder or from their server."""
+def _opened(settings: EdgeSettings, origins: Mapping[str, str]) -> Bundle:
+    """The bundle of a folder, or of the server."""
     from bitneck_edge.bundles.fetch import fetch_bundle
 
-    settings = EdgeSettings.load(flags, config)
-    if bundle is not None:
-        if flags["server"] is not None:
-            raise InvalidConfig("give --bundle or --server, not both")
-        return settings, Bundle.open(bundle, side="edge")
+    from_flag = {name for name, origin in origins.items() if origin == settings.flag(name)}
+    if {"bundle", "server"} <= from_flag:
+        raise InvalidConfig("give --bundle or --server, not both")
+    if settings.bundle is not None and "server" not in from_flag:
+        return Bundle.open(settings.bundle, side="edge")
     with Progress(
         TextColumn("fetching the bundle"), BarColumn(), DownloadColumn(),
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=None)
-        fetched = asyncio.run(
-            fetch_bundle(settings, lambda done, size: progress.update(task, completed=done, total=size))
-        )
-    return settings, fetched
+        return asyncio.run(fetch_bundle(settings, lambda done, size: progress.update(task, completed=done, total=size)))
 
 
 @app.callback(invoke_without_command=True)

@@ -23,7 +23,6 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="Train, evaluate and export bottleneck units.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

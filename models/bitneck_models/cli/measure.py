@@ -33,7 +33,7 @@ def evaluate(
         typer.Option(
             min=0,
             max=255,
-            help="Segmentation: this index in class maps is void; repeatable.  [default: each that is no class]",
+            help="Segmentation: this index in class maps is void; repeatable.  \\[default: each that is no class]",
         ),
     ] = None,
     as_json: Json = False,

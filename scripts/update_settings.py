@@ -1,0 +1,64 @@
+"""Write docs/settings.md from the settings models: ``--check`` only compares."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bitneck.command_line import default_text, group_of
+from bitneck.config import Settings
+from bitneck_cloud.settings import CloudSettings
+from bitneck_edge.settings import EdgeSettings
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
+HEAD = """# Settings
+
+<!-- `python scripts/update_settings.py` writes this page from the settings models. -->
+
+Each setting works as a flag, as an environment variable and as a key of a TOML file (`--config FILE`, or
+the variable that ends in `_CONFIG`). A flag wins over the environment, the environment over the file,
+the file over the default. Unknown keys are errors.
+
+The key in the file is the setting's name, such as `tls_ca = "ca.pem"`. Lists are arrays in the file; in the
+environment they are separated by commas, or a JSON list.
+
+Variables that Kubernetes makes for a service with a name such as `bitneck-cloud` are passed over
+(`BITNECK_CLOUD_SERVICE_HOST`, `BITNECK_CLOUD_PORT`, ...).
+
+A command has the flags that have an effect in it; `--help` lists them.
+"""
+
+
+def table(model: type[Settings]) -> str:
+    """One table for each group of settings."""
+    lines: list[str] = []
+    groups = dict.fromkeys(group_of(field) for field in model.model_fields.values())
+    for group in groups:
+        lines += [
+            "",
+            f"### {group}",
+            "",
+            "| setting | flag | variable | default | what it does |",
+            "|---|---|---|---|---|",
+        ]
+        for name, field in model.model_fields.items():
+            if group_of(field) == group:
+                default = f"`{default_text(field)}`" if default_text(field) else ""
+                cells = (f"`{name}`", f"`{model.flag(name)}`", f"`{model.variable(name)}`", default, field.description)
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the page is not up to date")
+    arguments = parser.parse_args()
+    page = f"{HEAD}\n## The edge client\n{table(EdgeSettings)}\n\n## The cloud server\n{table(CloudSettings)}\n"
+    if not arguments.check:
+        PAGE.write_text(page, encoding="utf-8")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:
+        sys.exit(f"{PAGE} is not up to date; run `python scripts/update_settings.py`")
+
+
+if __name__ == "__main__":
+    main()
