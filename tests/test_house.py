@@ -75,7 +75,7 @@ def test_what_is_imported_is_declared(component: str) -> None:
 def test_numerics_do_no_io() -> None:
     """Codec, tables, quantizer, ladder, batching, session and flow take values and return values."""
     coding = ("symbols", "factorized_model", "factorized_codec", "class_map")
-    pure = [f"shared/bitneck/{n}.py" for n in (*(f"coding/{n}" for n in coding), "ladder", "frames", "ids")]
+    pure = [f"shared/bitneck/{n}.py" for n in (*(f"coding/{n}" for n in coding), "backoff", "ladder", "frames", "ids")]
     pure += [f"cloud/bitneck_cloud/{n}.py" for n in ("engine/batching", "sessions/session")]
     pure += ["edge/bitneck_edge/link/flow.py"]
     for name in pure:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from bitneck.backoff import Backoff
 from bitneck.errors import (
     GRPC_CODES,
     BitneckError,
@@ -35,8 +36,7 @@ from bitneck_edge.link.wire import frame_to_wire
 __all__ = ["Link", "LinkSettings", "Received", "Sent"]
 
 _LOG = logging.getLogger(__name__)
-_FIRST_BACKOFF_S = 0.2
-_MAX_BACKOFF_S = 5.0
+_FIRST_PAUSE_S, _MOST_PAUSE_S = 0.2, 5.0
 _PASSING = frozenset(GRPC_CODES[name] for name in ("ABORTED", "DATA_LOSS", "RESOURCE_EXHAUSTED", "UNAVAILABLE"))
 """Faults that may not come again when the frame is sent again."""
 _REFERENCE = frozenset(GRPC_CODES[name] for name in ("ABORTED", "DATA_LOSS"))
@@ -256,8 +256,7 @@ class Link:
 
     async def _connections(self, opened: asyncio.Future[None]) -> None:
         """Connections, one after another; raises what cannot be helped by another."""
-        failures = 0
-        backoff = _FIRST_BACKOFF_S
+        backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=self._settings.retries)
         while True:
             answered_before = self._flow.unanswered, self._flow.next_seq()
             self._sent_away, begun = False, time.perf_counter()
@@ -274,13 +273,12 @@ class Link:
                 return
             fairly = self._sent_away and time.perf_counter() - begun > _FAIR_S
             if fairly or answered_before != (self._flow.unanswered, self._flow.next_seq()):
-                failures, backoff = 0, _FIRST_BACKOFF_S  # this connection was of use
-            failures += 1
-            if 0 <= self._settings.retries < failures:
-                raise Unavailable(f"{error}; gave up after {failures} attempts") from error
-            _LOG.warning("%s; connecting again in about %.1f s", error, backoff)
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311  jitter is no secret
-            backoff = min(_MAX_BACKOFF_S, backoff * 2)
+                backoff.succeeded()
+            pause_s = backoff.failed(random.random())  # noqa: S311  no secret
+            if pause_s is None:
+                raise Unavailable(f"{error}; gave up after {backoff.failures} attempts") from error
+            _LOG.warning("%s; connecting again in %.1f s", error, pause_s)
+            await asyncio.sleep(pause_s)
             self.reconnects += 1
 
     async def _connection(self, opened: asyncio.Future[None]) -> None:

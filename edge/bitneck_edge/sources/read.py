@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
+from bitneck.backoff import Backoff
 from bitneck.errors import ImageError, InvalidConfig
 from bitneck.image import find_photos
 from bitneck_edge.sources.capture import Capture
@@ -37,7 +38,7 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".m
 _CAMERA = "camera:"
 _OPEN_S, _READ_S = 10.0, 5.0
 """How long a live source may take to open, and between two pictures."""
-_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.3, 5.0
+_FIRST_PAUSE_S, _MOST_PAUSE_S = 0.3, 5.0
 _LAST_S = 1.5
 """A video was shown to its end if its last picture begins so shortly before its duration; sound may be longer."""
 
@@ -184,13 +185,13 @@ def _lines(stream: IO[str]) -> Iterator[str]:
 
 async def _live(name: str, retries: int) -> AsyncGenerator[Capture]:
     """A camera or network stream, opened again when it breaks off; a video behind a URL ends where it ends."""
-    failures, pause, number = 0, _FIRST_PAUSE_S, 0
+    backoff, number = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=retries), 0
     complete = threading.Event()
     while True:
         try:
             async with contextlib.aclosing(in_thread(lambda: _video(name, None, complete))) as pictures:
                 async for capture in pictures:
-                    failures, pause = 0, _FIRST_PAUSE_S
+                    backoff.succeeded()
                     yield replace(capture, name=f"{name}#{number}")
                     number += 1
             if complete.is_set():
@@ -198,12 +199,11 @@ async def _live(name: str, retries: int) -> AsyncGenerator[Capture]:
             error = ImageError(f"{name}: it gave its last picture; is it still plugged in, and is it sending?")
         except ImageError as exc:
             error = exc
-        failures += 1
-        if 0 <= retries < failures:
+        pause_s = backoff.failed(random.random())  # noqa: S311  no secret
+        if pause_s is None:
             raise error
-        _LOG.warning("%s; opening it again in about %.1f s", error, pause)
-        await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
-        pause = min(_MAX_PAUSE_S, pause * 2)
+        _LOG.warning("%s; opening it again in %.1f s", error, pause_s)
+        await asyncio.sleep(pause_s)
 
 
 def _av() -> Any:
