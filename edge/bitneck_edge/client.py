@@ -28,7 +28,7 @@ from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import fetch_bundle
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
 from bitneck_edge.link.link import Link, LinkSettings, Received, Sent
-from bitneck_edge.link.references import Candidate, Coded
+from bitneck_edge.link.records import Candidate, Coded
 from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.settings import AUTO, EdgeSettings
 from bitneck_edge.sources.capture import Capture, Slots, captures, newest
