@@ -19,7 +19,8 @@ from PIL import Image
 
 from bitneck.bundle import Bundle
 from bitneck.errors import ImageError, InvalidConfig
-from bitneck_edge.sources.capture import Capture, Slots, captures, newest
+from bitneck_edge.pipeline import Slots
+from bitneck_edge.sources.capture import Capture, captures, newest
 from bitneck_edge.sources.read import Source, in_thread, parse_sources, read_sources
 from servers import Server, running_server
 from tiny import photo, photo_bytes

@@ -25,7 +25,7 @@ from bitneck_edge.sources.read import Source, read_sources
 
 __all__ = ["RunPlan", "run_plan"]
 
-_CLIENT_LOG = logging.getLogger("bitneck_edge.client")
+_SWITCH_LOG = logging.getLogger("bitneck_edge.points")
 
 _LAST_ANSWERS_S = 3.0
 """After a signal, how long the answers that are out are waited for."""
@@ -82,7 +82,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
     summary = RunSummary()
 
     def on_switch(switch: Switch) -> None:
-        if plan.output == "verbose" and not _CLIENT_LOG.isEnabledFor(logging.INFO):  # else it says so itself
+        if plan.output == "verbose" and not _SWITCH_LOG.isEnabledFor(logging.INFO):  # else it says so itself
             print(f"       {switch.old} -> {switch.new}: {switch.reason}", flush=True)  # noqa: T201
 
     def take(result: Answer | Failure) -> None:
