@@ -127,7 +127,7 @@ def run(
 ) -> None:
     """Send pictures through the split network and print the answers."""
     from bitneck_edge.cli.run import RunPlan, run_plan
-    from bitneck_edge.sources.read import parse_sources
+    from bitneck_edge.sources.parse import parse_sources
 
     logging.basicConfig(level="INFO" if verbose else "WARNING", stream=sys.stderr, format="%(levelname)s: %(message)s")
     settings = EdgeSettings.load(
@@ -241,8 +241,8 @@ def load(
     as_json: Json = False,
 ) -> None:
     """Load a server with many sessions and tell how long it took. The photographs are encoded once, beforehand."""
-    from bitneck_edge.cli.load_generator import LoadPlan, run_load, summarize
     from bitneck_edge.cli.report import load_table
+    from bitneck_edge.measure.load_generator import LoadPlan, run_load, summarize
 
     settings = EdgeSettings.load(
         {
@@ -287,8 +287,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure what this device needs for a frame: time per stage, processor time, memory, for every split point."""
-    from bitneck_edge.cli.bench import bench as measure
     from bitneck_edge.cli.report import bench_table
+    from bitneck_edge.measure.bench import bench as measure
 
     settings, opened = _opened(
         bundle, config, server=server, model=model, cache_dir=cache_dir, threads=threads, tls=tls, tls_ca=tls_ca,

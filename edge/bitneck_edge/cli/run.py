@@ -21,7 +21,8 @@ from bitneck_edge.cli.report import RunSummary, line, run_document, run_table
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
-from bitneck_edge.sources.read import Source, read_sources
+from bitneck_edge.sources.parse import Source
+from bitneck_edge.sources.read import read_sources
 
 __all__ = ["RunPlan", "run_plan"]
 

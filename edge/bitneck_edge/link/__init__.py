@@ -1,5 +1,9 @@
-"""The stream to the cloud: frames out, answers in, across reconnects."""
+"""The stream to the cloud: frames out, answers in, across reconnects.
 
+The public names are imported when they are first used: `bitneck_edge.link.remote` alone needs none of them.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,9 +13,7 @@ __all__ = ["Link", "LinkSettings", "Received", "Sent"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when they are first used: whoever wants `bitneck_edge.link.remote` needs no more."""
+    """A public name, from the module that defines it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from bitneck_edge.link import link
-
-    return getattr(link, name)
+    return getattr(importlib.import_module("bitneck_edge.link.link"), name)
