@@ -28,7 +28,7 @@ from bitneck_cloud.access.tokens import TokenSigner
 from bitneck_cloud.api.wire import frame_from_wire
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.session import Session
-from bitneck_edge.cli.memory import peak_mib
+from bitneck_edge.measure.memory import peak_mib
 from bitneck_edge.link.wire import frame_to_wire
 from bitneck_testing.streams import empty_result
 from bitneck_testing.tiny_bundles import make_tiny_bundle

@@ -16,8 +16,8 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_edge.cli.load_generator import LoadPlan, run_load, summarize
 from bitneck_edge.client import EdgeClient
+from bitneck_edge.measure.load_generator import LoadPlan, run_load, summarize
 from bitneck_edge.settings import EdgeSettings
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.processes import BIN, running_server, start_server

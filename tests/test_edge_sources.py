@@ -19,8 +19,11 @@ from PIL import Image
 
 from bitneck.bundle import Bundle
 from bitneck.errors import ImageError, InvalidConfig
-from bitneck_edge.sources.capture import Capture, Slots, captures, newest
-from bitneck_edge.sources.read import Source, in_thread, parse_sources, read_sources
+from bitneck_edge.pipeline import Slots
+from bitneck_edge.sources.capture import Capture, captures, newest
+from bitneck_edge.sources.parse import Source, parse_sources
+from bitneck_edge.sources.read import read_sources
+from bitneck_edge.sources.threads import in_thread
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.processes import Server, running_server
 

@@ -1,4 +1,4 @@
-"""The edge against servers that misbehave, its cache, its flow, and its encoder; no second process."""
+"""The edge against servers that misbehave, its cache, and its encoder; no second process."""
 
 import asyncio
 import os
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bitneck.bundle import Bundle
 from bitneck.errors import (
@@ -16,55 +14,20 @@ from bitneck.errors import (
     BundleMismatch,
     ImageError,
     InvalidConfig,
-    Overloaded,
     Unavailable,
     UnknownPoint,
 )
-from bitneck.frames import seal_frame
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.bundles.cache import forget_old, remember
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
-from bitneck_edge.link.flow import Flow
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.rogue_servers import answer_all, opened, result, rogue_server
 
 
 def settings(tmp_path: Path, **values: Any) -> dict[str, Any]:
     return {"cache_dir": tmp_path / "cache", "retries": 1, "connect_timeout_s": 2.0, "threads": 1} | values
-
-
-@given(st.lists(st.one_of(st.just("send"), st.just("reconnect"), st.integers(1, 30)), max_size=100))
-def test_nothing_is_lost_and_nothing_is_answered_twice(steps: list[str | int]) -> None:
-    flow, waiting, done = Flow(window=5), set[int](), set[int]()
-    for step in steps:
-        if step == "send":
-            frame = seal_frame(seq=flow.next_seq(), point="p", payload=b"")
-            if flow.has_room:
-                flow.add(frame)
-                waiting.add(frame.seq)
-            else:
-                with pytest.raises(Overloaded):
-                    flow.add(frame)
-        elif step == "reconnect":
-            assert [f.seq for f in flow.to_resend()] == sorted(waiting)
-        else:
-            assert isinstance(step, int)
-            assert flow.answered(step) == (step in waiting)
-            waiting.discard(step)
-            done.add(step)
-        assert flow.unanswered == len(waiting) <= flow.window
-
-
-def test_a_frame_is_tried_again_only_so_often() -> None:
-    flow = Flow(window=2)
-    flow.add(seal_frame(seq=1, point="p", payload=b"x"))
-    tries = 0
-    while flow.retry(1) is not None:
-        tries += 1
-    assert tries == 3
-    assert flow.retry(99) is None
 
 
 def test_switching_the_point_reads_no_segment_again(tiny_bundle: Bundle) -> None:

@@ -109,11 +109,11 @@ PURE = (
         f"shared/bitneck/coding/{name}.py"
         for name in ("symbols", "range_coder", "factorized_model", "factorized_codec", "conditional_model", "class_map")
     ),
-    *(f"shared/bitneck/{name}.py" for name in ("ladder", "messages", "frames", "ids", "errors")),
+    *(f"shared/bitneck/{name}.py" for name in ("backoff", "ladder", "messages", "frames", "ids", "errors")),
     "cloud/bitneck_cloud/engine/batching.py",
     *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("session", "rates")),
     "cloud/bitneck_cloud/faults.py",
-    "edge/bitneck_edge/link/flow.py",
+    *(f"edge/bitneck_edge/{name}.py" for name in ("ratecontrol", "points", "link/records", "link/wire")),
 )
 """Modules that take values and return values."""
 

@@ -26,7 +26,6 @@ from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.sessions.session import Session
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
-from bitneck_edge.link.references import References
 from bitneck_edge.sources.capture import Capture
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import BIN, Server, running_server, start_server
@@ -398,62 +397,6 @@ def test_a_session_keeps_the_newest_and_no_more(seqs: list[int], window: int) ->
     for other in answered:
         with pytest.raises(ReferenceUnknown):
             session.reference(100, 100 - other, "p")
-
-
-@given(
-    st.lists(
-        st.one_of(
-            st.sampled_from(["send p", "send q", "forget"]),
-            st.tuples(st.sampled_from(["answer", "fail"]), st.integers(0, 5)),
-        ),
-        max_size=120,
-    ),
-    st.integers(0, 6),
-    st.integers(1, 8),
-)
-def test_a_reference_is_always_an_answered_frame_of_the_session(steps: list[Any], reach: int, key_every: int) -> None:
-    it = References(key_every)
-    it.opened(reach)
-    seq, unanswered, good, run = 0, dict[int, str](), dict[int, str](), {"p": 0, "q": 0}
-    for step in steps:
-        if step == "forget":
-            it.forget()
-            good.clear()
-        elif isinstance(step, str):
-            point = step[-1]
-            seq += 1
-            candidate = it.candidate(point, seq)
-            distance = it.distance(candidate, seq)
-            if distance:
-                assert good[seq - distance] == point
-                assert distance <= reach
-                assert distance == seq - max(k for k, name in good.items() if name == point)
-                run[point] += 1
-                assert run[point] < key_every
-            else:
-                run[point] = 0
-            it.sent(seq, Reference(point, np.zeros((1, 1, 1), np.int8), seq), alone=not distance)
-            unanswered[seq] = point
-        elif len(unanswered) > step[1]:
-            chosen = sorted(unanswered)[step[1]]
-            it.settled(chosen, answered=step[0] == "answer")
-            point = unanswered.pop(chosen)
-            if step[0] == "answer" and reach:
-                good[chosen] = point
-            it.settled(chosen, answered=True)  # a second answer counts for nothing
-
-
-def test_a_candidate_of_an_earlier_session_is_dropped() -> None:
-    it = References(10)
-    it.opened(4)
-    it.sent(1, Reference("p", np.zeros((1, 1, 1), np.int8), 7), alone=True)
-    it.settled(1, answered=True)
-    candidate = it.candidate("p", 2)
-    assert it.distance(candidate, 2) == 1
-    assert it.distance(candidate, 6) == 0
-    it.forget()
-    assert it.distance(candidate, 2) == 0
-    assert it.candidate("p", 2) is None
 
 
 def test_the_crc_covers_the_reference() -> None:

@@ -10,12 +10,10 @@ async with EdgeClient("cloud.example:50051") as client:
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
-import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -23,15 +21,15 @@ from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.runtime import ModulePool
 from bitneck.workers import Workers
-from bitneck_edge.answers.assemble import answer_of
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import fetch_bundle
-from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
-from bitneck_edge.link.link import Link, LinkSettings, Received, Sent
-from bitneck_edge.link.references import Candidate, Coded
-from bitneck_edge.ratecontrol import Decision, RateController
+from bitneck_edge.encoder import EdgeEncoder, Photo
+from bitneck_edge.link.link import Sent
+from bitneck_edge.pipeline import Slots, pipeline
+from bitneck_edge.points import MeanInterval
+from bitneck_edge.session import EdgeSession, EncodedCapture
 from bitneck_edge.settings import AUTO, EdgeSettings
-from bitneck_edge.sources.capture import Capture, Slots, captures, newest
+from bitneck_edge.sources.capture import Capture, captures, newest
 
 __all__ = ["EdgeClient"]
 
@@ -40,19 +38,25 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _KEPT_SWITCHES = 1000
 _BUNDLE_CHANGES = 3
-"""So often one photograph is encoded again because the server came back with another bundle."""
+"""How often one photograph is encoded again because the server came back with another bundle."""
 
 
 class EdgeClient:
     """A session with a cloud server. Use it as an asynchronous context manager.
+
+    Attributes:
+        settings: of the client.
+        switches: the last 1,000 changes of the operating point.
+        dropped: pictures that newer ones overtook.
+        workers: photographs that are encoded at once.
 
     Args:
         server: HOST:PORT; None for the settings' own.
         settings: everything else.
         on_fetch: progress of a bundle's download, (bytes done, bytes in all).
         on_switch: called when the operating point changes.
-        finish: called in a thread with each photograph and its answer, such as to write it; what it gives back is the
-            answer.
+        finish: called in a thread with each photograph and its answer, for example to write it to a file. It returns
+            the answer that the client gives.
         **values: single settings, such as ``point="s1-r2"``, in place of a `settings` object.
 
     Raises:
@@ -77,35 +81,29 @@ class EdgeClient:
         self._on_switch = on_switch
         self._finish = finish
         self._pool = ModulePool()
-        self._encoder: EdgeEncoder | None = None
-        self._link: Link | None = None
-        self._rate: RateController | None = None
         self._threads: Workers | None = None
+        self._interval = MeanInterval()
+        self._session: EdgeSession | None = None
         self._renewing = asyncio.Lock()
-        self._auto = self.settings.point == AUTO
-        self._point = ""
-        self._last_seq = 0
-        self._reconnects = 0
-        self._interval_s = 0.0
-        self._captured_at: float | None = None
+        self._renewal_failure: BitneckError | None = None
 
     async def __aenter__(self) -> Self:
         """Fetch what is missing of the bundle, load the head, open the session.
 
-        A server that cannot be reached is no hindrance where its last bundle is in the cache: the head is loaded, and
-        the link goes on trying, as often as `EdgeSettings.retries` says.
+        If the server cannot be reached and its last bundle is in the cache, the head is loaded from there, and the link
+        goes on trying, as often as `EdgeSettings.retries` says.
 
         Raises:
-            BitneckError: see `fetch_bundle` and `bitneck_edge.link.link.Link.open`.
+            BitneckError: see `fetch_bundle` and `EdgeSession.open`.
         """
         self._threads = Workers(self.workers, "bitneck-edge")
         try:
             try:
-                await self._begin(offline=True)
+                self._session = await self._open(offline=True)
             except BundleMismatch:
                 if self.settings.bundle_id:
                     raise
-                await self._begin(offline=False)  # the bundle of last time is not the server's any more
+                self._session = await self._open()  # the cached bundle is not the server's any more
         except BaseException:
             self._threads.close()
             raise
@@ -118,9 +116,9 @@ class EdgeClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the session now; frames that are not answered fail with `Unavailable`. Leaving the block does it too."""
-        if self._link is not None:
-            await self._link.close()
+        """End the session now; unanswered frames fail with `Unavailable`. Leaving the block does the same."""
+        if self._session is not None:
+            await self._session.close()
         if self._threads is not None:
             self._threads.close()
 
@@ -129,54 +127,49 @@ class EdgeClient:
         """The edge's half of the network.
 
         Raises:
-            Unavailable: outside the ``async with`` block.
+            Unavailable: outside the ``async with`` block; so do the other properties of the session.
         """
-        if self._encoder is None:
-            raise Unavailable("the client is not open: use it inside `async with`")
-        return self._encoder
+        return self._opened().encoder
 
     @property
     def bundle(self) -> Bundle:
         """The bundle in use."""
-        return self.encoder.bundle
+        return self._opened().bundle
 
     @property
     def session_id(self) -> str:
         """The session's id, for the control API."""
-        return self._opened().session_id
+        return self._opened().link.session_id
 
     @property
     def reconnects(self) -> int:
         """How often the link was opened again."""
-        return self._reconnects + self._opened().reconnects
+        return self._opened().reconnects
 
     @property
     def failure(self) -> BitneckError | None:
-        """Why the link is of no more use: no further photograph can be answered. None while it is."""
-        failure = self._opened().failure
+        """Why no further photograph can be answered; None while the link can be used."""
+        failure = self._renewal_failure or self._opened().failure
         return None if self._may_renew(failure) else failure
 
     @property
     def point(self) -> str:
         """The operating point of the next frame. Assign another, or ``"auto"``; the control API can do so too."""
-        return self._point
+        return self._session.points.point if self._session is not None else ""
 
     @point.setter
     def point(self, point_id: str) -> None:
-        self._auto = point_id == AUTO
-        if not self._auto:
-            self.encoder.ladder[point_id]
-            self._change(point_id, "set by the program")
+        self._opened().points.set(point_id)
 
     @property
     def auto(self) -> bool:
         """Whether the operating point is chosen for each frame by what the link and the device can do."""
-        return self._auto
+        return self._session.points.auto if self._session is not None else self.settings.point == AUTO
 
     @property
     def window(self) -> int:
         """Frames that may be unanswered, as the server granted."""
-        return self._opened().window
+        return self._opened().link.window
 
     async def infer(self, photo: Photo | Capture) -> Answer:
         """One photograph, one answer.
@@ -185,9 +178,12 @@ class EdgeClient:
             ImageError: it cannot be read.
             BitneckError: the cloud could not answer, or cannot be reached.
         """
-        return await self._process(Capture.of(photo))
+        passage = _Passage(self, Capture.of(photo))
+        await passage.encode()
+        await passage.send()
+        return await passage.answer()
 
-    async def stream(
+    def stream(
         self,
         photos: Iterable[Photo | Capture] | AsyncIterable[Photo | Capture],
         *,
@@ -206,280 +202,145 @@ class EdgeClient:
             stop: set it to end after the frames that are under way.
             ordered: results in the order of the photographs; else as they come.
             newest_first: read `photos` as fast as they come, as from a camera, and send the newest whenever the link
-                has room; the ones that were overtaken are dropped and counted in `dropped`.
+                has room. The ones that it overtook are dropped and counted in `dropped`.
         """
-        results: asyncio.Queue[asyncio.Task[Answer | Failure] | None] = asyncio.Queue()
-        slots = Slots(self._live_limit if newest_first else self._limit)
-        tasks: set[asyncio.Task[Answer | Failure]] = set()
         source = captures(photos)
         if newest_first:
             source = newest(self._timed(source), self._drop)
-
-        async def produce() -> None:
-            turn: asyncio.Event | None = None
-            encoding = asyncio.Semaphore(self.workers)
-            try:
-                async with contextlib.aclosing(source):
-                    while stop is None or not stop.is_set():
-                        await encoding.acquire()
-                        await slots.take()
-                        capture = await anext(source, None)
-                        if capture is None or (stop is not None and stop.is_set()):
-                            break
-                        before, turn = turn, asyncio.Event()
-                        task = asyncio.create_task(self._guarded(capture, before, turn, encoding))
-                        tasks.add(task)
-                        task.add_done_callback(tasks.discard)
-                        if ordered:
-                            results.put_nowait(task)
-                        else:
-                            task.add_done_callback(results.put_nowait)
-            finally:
-                if not ordered and tasks:
-                    await asyncio.wait(tasks)
-
-        producer = asyncio.create_task(produce())
-        producer.add_done_callback(lambda _: results.put_nowait(None))
-        try:
-            while (task := await results.get()) is not None:
-                result = await task
-                slots.give()
-                yield result
-            producer.result()
-        finally:
-            for each in (producer, *tasks):
-                each.cancel()
-            await asyncio.gather(producer, *tasks, return_exceptions=True)
-
-    async def _begin(self, *, offline: bool) -> None:
-        """The server's bundle, its head loaded, and a session."""
-        settings = self.settings
-        bundle = await fetch_bundle(settings, self._on_fetch, offline=offline)
-        encoder = EdgeEncoder(bundle, threads=settings.threads, pool=self._pool)
-        wanted = "" if self._auto else self._point or settings.point
-        if wanted and wanted != AUTO and not (self._point and wanted not in encoder.ladder):
-            encoder.ladder[wanted]  # refuse an unknown one before a session is opened
-        link = Link(
-            LinkSettings(
-                access=settings.access,
-                model=bundle.manifest.name,
-                bundle_id=bundle.bundle_id,
-                client=settings.client,
-                connect_timeout_s=settings.connect_timeout_s,
-                answer_timeout_s=settings.answer_timeout_s,
-                retries=settings.retries,
-                references=settings.similar != "off" and bundle.has_conditional,
-                key_every=settings.key_every,
-            ),
-            self._switch,
-            self._reconnected,
+        return pipeline(
+            self._passages(source),
+            encoders=self.workers,
+            slots=Slots(self._live_limit if newest_first else self._limit),
+            ordered=ordered,
+            stop=stop,
         )
-        edge_s = await self._in_thread(encoder.time_splits) if self._auto else {}
-        self._encoder, self._link = encoder, link
-        self._rate = RateController(
-            encoder.ladder,
-            target_s=settings.latency_ms / 1e3,
-            max_edge_s=settings.max_edge_ms / 1e3 or None,
-            edge_s=edge_s,
-        )
-        if self._point and self._point not in encoder.ladder:
-            self._point = encoder.ladder.best.id  # a picture may ask before the link is open
-        try:
-            await link.open()
-            if link.initial_point and not self._point and settings.point in ("", AUTO):
-                if self._auto:
-                    _LOG.warning(
-                        "the cloud asks new sessions for %s: the point is not chosen here, until its control API hands "
-                        "that back",
-                        link.initial_point,
-                    )
-                self._auto = False
-            if self._auto:
-                self._point = self._rate.choose(time.perf_counter()).point
-            else:
-                known = wanted if wanted in encoder.ladder else ""
-                self._point = known or link.initial_point or encoder.ladder.best.id
-            await self._in_thread(encoder.point_encoder, self._point)
-        except BaseException:
-            await link.close()
-            raise
 
-    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
+    async def _open(self, *, offline: bool = False, before: EdgeSession | None = None) -> EdgeSession:
+        """A session with the bundle that the server has now; see `fetch_bundle` and `EdgeSession.open`."""
         assert self._threads is not None
-        return await self._threads.run(function, *args)
+        bundle = await fetch_bundle(self.settings, self._on_fetch, offline=offline)
+        return await EdgeSession.open(
+            bundle, self.settings, workers=self._threads, pool=self._pool, on_switch=self._switched, before=before
+        )
+
+    def _opened(self) -> EdgeSession:
+        if self._session is None:
+            raise Unavailable("the client is not open: use it inside `async with`")
+        return self._session
+
+    def _usable(self) -> EdgeSession:
+        """The session for the next photograph."""
+        if self._renewal_failure is not None:
+            raise self._renewal_failure
+        return self._opened()
 
     def _may_renew(self, failure: BitneckError | None) -> bool:
         return isinstance(failure, BundleMismatch) and not self.settings.bundle_id
 
-    async def _renew(self, old: Link) -> None:
-        """The server has another bundle now: fetch it, and begin a new session. Equal segments stay loaded."""
+    async def _renew(self, old: EdgeSession) -> None:
+        """The server has another bundle now: fetch it, open a session with it, and put that in place of the old one.
+
+        Raises:
+            BitneckError: that failed. The old session stays; if trying again is of no use, `failure` says why.
+        """
         async with self._renewing:
-            if self._link is not old:
+            if self._usable() is not old:
                 return
             _LOG.warning("%s; fetching the server's bundle again", old.failure)
-            before = self.bundle.bundle_id
-            self._reconnects += old.reconnects + 1
             await old.close()
-            await self._begin(offline=False)
-            if self.bundle.bundle_id == before:
-                raise BundleMismatch(f"{self.settings.server} refuses the bundle that it offers, {before}")
-
-    async def _guarded(
-        self, capture: Capture, before: asyncio.Event | None, turn: asyncio.Event, encoding: asyncio.Semaphore
-    ) -> Answer | Failure:
-        """One photograph of a stream: sent after the one before it, whatever became of that."""
-        try:
-            return await self._process(capture, before, turn, encoding)
-        except BitneckError as exc:
-            if before is not None:
-                await before.wait()
-            return Failure(capture.name, exc)
-        finally:
-            if not turn.is_set():
-                turn.set()
-                encoding.release()
-
-    async def _process(
-        self,
-        capture: Capture,
-        before: asyncio.Event | None = None,
-        turn: asyncio.Event | None = None,
-        encoding: asyncio.Semaphore | None = None,
-    ) -> Answer:
-        changes = 0
-        while True:
-            link = self._opened()
             try:
-                decision, encoded, candidate = await self._encode(link, capture)
-                if before is not None:
-                    await before.wait()
-                sent = await self._send(link, capture, decision, encoded, candidate)
-                if turn is not None and encoding is not None and not turn.is_set():
-                    turn.set()
-                    encoding.release()
-                received = await sent.answer
-                answer = answer_of(capture, encoded, sent, received, self.bundle.manifest, self.encoder.labels)
-                return answer if self._finish is None else await asyncio.to_thread(self._finish, capture.photo, answer)
-            except BundleMismatch:
-                changes += 1
-                if not self._may_renew(link.failure) or changes > _BUNDLE_CHANGES:
-                    raise
-                await self._renew(link)
+                self._session = await self._open(before=old)
+            except BitneckError as exc:
+                if not self._may_renew(exc):
+                    self._renewal_failure = exc
+                raise
+            if self.bundle.bundle_id == old.bundle.bundle_id:
+                raise BundleMismatch(
+                    f"{self.settings.server} refuses the bundle that it offers, {old.bundle.bundle_id}"
+                )
 
-    async def _encode(self, link: Link, capture: Capture) -> tuple[Decision, EncodedPhoto, Candidate | None]:
-        """In a thread, at the point of this moment."""
-        if link.failure is not None:
-            raise link.failure
-        decision = self._decide()
-        mode = self.settings.similar
-        similar = mode == "on" or (mode == "auto" and capture.similar)
-        # A probe asks what the link makes of a frame of its point's usual size.
-        candidate = link.candidate(decision.point) if similar and not decision.probe else None
-        encode = functools.partial(
-            self.encoder.encode, similar=similar, reference=candidate.reference if candidate is not None else None
-        )
-        return decision, await self._in_thread(encode, capture.photo, decision.point), candidate
+    async def _passages(self, source: AsyncGenerator[Capture]) -> "AsyncGenerator[_Passage]":
+        async with contextlib.aclosing(source):
+            async for capture in source:
+                yield _Passage(self, capture)
 
-    def _decide(self) -> Decision:
-        assert self._rate is not None
-        if not self._auto:
-            return Decision(self._point, "")
-        decision = self._rate.choose(time.perf_counter(), self._interval_s)
-        if not decision.probe:
-            self._change(decision.point, decision.reason)
-        return decision
-
-    async def _send(
-        self,
-        link: Link,
-        capture: Capture,
-        decision: Decision,
-        encoded: EncodedPhoto,
-        candidate: Candidate | None,
-    ) -> Sent:
-        settings = self.settings
-        similar = None
-        if encoded.symbols is not None:
-            similar = Coded(symbols=encoded.symbols, candidate=candidate, payload=encoded.encoded.similar)
-        sent = await link.send(
-            encoded.point,
-            encoded.encoded.payload,
-            deadline_ms=settings.deadline_ms,
-            captured_unix_us=capture.unix_us,
-            in_flight=settings.in_flight,
-            similar=similar,
-        )
-        self._last_seq = sent.seq
-        rate = self._rate
-        if rate is not None:
-            edge_s = (encoded.head_ms + encoded.encode_ms) / 1e3
-            other_s = max(0.0, sent.at - capture.at - edge_s)
-            rate.sent(sent.seq, decision, len(sent.payload), sent.at, edge_s=edge_s, other_s=other_s)
-            sent.answer.add_done_callback(lambda answer: _tell(rate, sent.seq, answer))
-        return sent
-
-    def _opened(self) -> Link:
-        if self._link is None:
-            raise Unavailable("the client is not open: use it inside `async with`")
-        return self._link
+    async def _timed(self, source: AsyncGenerator[Capture]) -> AsyncGenerator[Capture]:
+        """Measures the interval between pictures."""
+        async with contextlib.aclosing(source):
+            async for capture in source:
+                self._interval.add(capture.at)
+                yield capture
 
     def _limit(self) -> int:
         """Frames of a stream that may be under way: unanswered ones, and those that are being encoded."""
         return (self.settings.in_flight or self.window) + self.workers
 
     def _live_limit(self) -> int:
-        """The same where every frame more would only wait: as many as are on their way at once, and one."""
-        if self.settings.in_flight:
-            return self.settings.in_flight
-        room = 1 if self._rate is None else self._rate.room(time.perf_counter(), self._interval_s, fixed=not self._auto)
-        return min(room, self.window)
-
-    async def _timed(self, source: AsyncGenerator[Capture]) -> AsyncGenerator[Capture]:
-        """Measures the interval between pictures."""
-        async with contextlib.aclosing(source):
-            async for capture in source:
-                if self._captured_at is not None:
-                    interval = max(1e-4, capture.at - self._captured_at)
-                    self._interval_s += (interval - self._interval_s) * (0.1 if self._interval_s else 1.0)
-                self._captured_at = capture.at
-                yield capture
+        """The same where one frame more would only wait: as many as the link holds at once, and one."""
+        return self.settings.in_flight or self._opened().room(self._interval.seconds)
 
     def _drop(self, _capture: Capture) -> None:
         self.dropped += 1
 
-    def _reconnected(self) -> None:
-        if self._rate is not None:
-            self._rate.reconnected(time.perf_counter())
-
-    def _switch(self, point_id: str, reason: str) -> None:
-        """The cloud asks for another operating point; for none where it leaves the choice to us."""
-        if not point_id:
-            _LOG.info("%s: the point is chosen here from now on", reason)
-            self._auto = True
-            return
-        if point_id not in self.encoder.ladder:
-            _LOG.warning("the cloud asks for %r, which this bundle does not have; staying at %s", point_id, self._point)
-            return
-        self._auto = False
-        self._change(point_id, reason)
-
-    def _change(self, point_id: str, reason: str) -> None:
-        if point_id == self._point or not self._point:
-            self._point = point_id
-            return
-        switch = Switch(self._last_seq, self._point, point_id, reason)
-        _LOG.info("after frame %d: %s -> %s: %s", switch.after_seq, switch.old, switch.new, reason)
-        self._point = point_id
+    def _switched(self, switch: Switch) -> None:
         self.switches.append(switch)
         self._on_switch(switch)
 
 
-def _tell(rate: RateController, seq: int, answer: "asyncio.Future[Received]") -> None:
-    """What a frame's end says of the link."""
-    if answer.cancelled() or answer.exception() is not None:
-        rate.lost(seq, time.perf_counter())
-        return
-    received = answer.result()
-    timings = received.result.timings
-    server_s = (timings.queued_us + timings.decode_us + timings.compute_us) / 1e6
-    rate.answered(seq, received.at, server_s=server_s)
+class _Passage:
+    """One photograph on its way through a client: a `Job` of the pipeline.
+
+    If the server has another bundle at some stage, the client opens a session with that, and the stages before are done
+    again.
+    """
+
+    def __init__(self, client: EdgeClient, capture: Capture) -> None:
+        self._client = client
+        self._capture = capture
+        self._bundle_changes = 0
+        self._session: EdgeSession
+        self._encoded: EncodedCapture
+        self._sent: Sent
+
+    async def encode(self) -> None:
+        """Load and encode it."""
+        await self._through(self._encode)
+
+    async def send(self) -> None:
+        """Send it."""
+        await self._through(self._send, self._encode)
+
+    async def answer(self) -> Answer:
+        """Wait for its answer."""
+        return await self._through(self._answer, self._encode, self._send)
+
+    def failed(self, error: BitneckError) -> Failure:
+        """It was not answered."""
+        return Failure(self._capture.name, error)
+
+    async def _encode(self) -> None:
+        self._session = self._client._usable()
+        self._encoded = await self._session.encode(self._capture, self._client._interval.seconds)
+
+    async def _send(self) -> None:
+        self._sent = await self._session.send(self._encoded)
+
+    async def _answer(self) -> Answer:
+        answer = await self._session.answer(self._encoded, self._sent)
+        finish = self._client._finish
+        return answer if finish is None else await asyncio.to_thread(finish, self._capture.photo, answer)
+
+    async def _through(self, stage: Callable[[], Awaitable[T]], *before: Callable[[], Awaitable[None]]) -> T:
+        """A stage; after a change of the bundle the stages before it are done again."""
+        again: tuple[Callable[[], Awaitable[None]], ...] = ()
+        while True:
+            try:
+                for each in again:
+                    await each()
+                return await stage()
+            except BundleMismatch:
+                self._bundle_changes += 1
+                if not self._client._may_renew(self._session.failure) or self._bundle_changes > _BUNDLE_CHANGES:
+                    raise
+                await self._client._renew(self._session)
+                again = before

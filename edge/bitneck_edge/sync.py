@@ -21,7 +21,7 @@ from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import Photo
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
-from bitneck_edge.sources.read import in_thread
+from bitneck_edge.sources.threads import in_thread
 
 __all__ = ["SyncEdgeClient"]
 

@@ -7,26 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.errors import BitneckError
+from bitneck.messages import ClassShare, Label
 
 __all__ = ["Answer", "ClassShare", "Failure", "Label", "Segmentation", "StageTimes", "Switch", "Written"]
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """A class and its softmax probability."""
-
-    index: int
-    name: str
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class ClassShare:
-    """A class and its share of the pixels, 0 to 1."""
-
-    index: int
-    name: str
-    share: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from bitneck.coding.class_map import MAX_CLASSES, count_classes, decode_map
 from bitneck.errors import BundleCorrupt, ProtocolError
 from bitneck.manifest import Manifest
-from bitneck.v1 import inference_pb2 as pb
-from bitneck_edge.answers.results import ClassShare, Label, Segmentation
+from bitneck.messages import Classification, ClassShare, CodedMap, Label, Result
+from bitneck_edge.answers.results import Segmentation
 
 __all__ = ["check_classes", "labels_of", "segmentation_of"]
 
@@ -25,13 +25,13 @@ def check_classes(manifest: Manifest, labels: Sequence[str]) -> None:
         raise BundleCorrupt(f"{manifest.labels} has {len(labels)} classes, a class map can name 1 to {MAX_CLASSES}")
 
 
-def labels_of(result: pb.Result) -> tuple[Label, ...]:
+def labels_of(result: Result) -> tuple[Label, ...]:
     """The labels of an answer.
 
     Raises:
         ProtocolError: none, or one whose score is no number.
     """
-    labels = tuple(Label(x.index, x.name, x.score) for x in result.output.classification.labels)
+    labels = result.output.labels if isinstance(result.output, Classification) else ()
     if not labels or not all(math.isfinite(label.score) for label in labels):
         raise ProtocolError(
             f"the answer to frame {result.seq} has {len(labels)} labels, expected one or more, each with a finite score"
@@ -39,7 +39,7 @@ def labels_of(result: pb.Result) -> tuple[Label, ...]:
     return labels
 
 
-def segmentation_of(result: pb.Result, manifest: Manifest, names: Sequence[str]) -> Segmentation:
+def segmentation_of(result: Result, manifest: Manifest, names: Sequence[str]) -> Segmentation:
     """The class map of an answer, and the shares of its classes.
 
     Args:
@@ -51,9 +51,9 @@ def segmentation_of(result: pb.Result, manifest: Manifest, names: Sequence[str])
         ProtocolError: no class map, one that is not as large as the input or names other classes, or shares that are
             not those of the map.
     """
-    if not result.output.HasField("segmentation"):
+    answer, spec = result.output, manifest.input
+    if not isinstance(answer, CodedMap):
         raise ProtocolError(f"the answer to frame {result.seq} has no class map; {manifest.name} is for segmentation")
-    answer, spec = result.output.segmentation, manifest.input
     if (answer.height, answer.width) != (spec.height, spec.width):
         raise ProtocolError(
             f"the answer to frame {result.seq} is a class map of {answer.height}x{answer.width} pixels, "

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable
 
+from bitneck.backoff import Backoff
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig, Unavailable
 from bitneck_edge.bundles.cache import cached_bundle, default_cache_dir, forget_old, recall, remember
@@ -15,7 +16,7 @@ from bitneck_edge.settings import EdgeSettings
 __all__ = ["fetch_bundle"]
 
 _LOG = logging.getLogger(__name__)
-_RETRY_PAUSE_S, _MAX_RETRY_PAUSE_S = 0.3, 5.0
+_FIRST_PAUSE_S, _MOST_PAUSE_S = 0.6, 5.0
 _WHAT_TO_CHECK = (
     "check the address, that `bitneck-cloud serve` runs there, and whether it wants TLS "
     "(--tls, --tls-ca, --tls-cert) or not"
@@ -45,9 +46,8 @@ async def fetch_bundle(
     cache_dir = settings.cache_dir or default_cache_dir()
     async with access.channel() as channel:
         stub = stub_of(channel)
-        attempt = 0
+        backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=settings.retries)
         while True:
-            attempt += 1
             try:
                 await access.connected(channel, settings.connect_timeout_s)
                 offer = await fetch_manifest(stub, settings.model, access, settings.answer_timeout_s)
@@ -63,12 +63,13 @@ async def fetch_bundle(
                         exc, kept.bundle_id, _WHAT_TO_CHECK,
                     )  # fmt: skip
                     return kept
-                if 0 <= settings.retries < attempt:
+                pause_s = backoff.failed(random.random())  # noqa: S311  no secret
+                if pause_s is None:
                     raise Unavailable(
-                        f"no bitneck server answers at {settings.server} ({attempt} attempts): {exc}; {_WHAT_TO_CHECK}"
+                        f"no bitneck server answers at {settings.server} ({backoff.failures} attempts): {exc}; "
+                        f"{_WHAT_TO_CHECK}"
                     ) from exc
-                pause = min(_MAX_RETRY_PAUSE_S, _RETRY_PAUSE_S * 2 ** min(attempt, 8))
-                await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
+                await asyncio.sleep(pause_s)
         if settings.bundle_id and offer.bundle_id != settings.bundle_id:
             raise BundleMismatch(f"{settings.server} serves bundle {offer.bundle_id}, expected {settings.bundle_id}")
 

@@ -79,7 +79,7 @@ def run(
 ) -> None:
     """Send pictures through the split network and print the answers."""
     from bitneck_edge.cli.run import RunPlan, run_plan
-    from bitneck_edge.sources.read import parse_sources
+    from bitneck_edge.sources.parse import parse_sources
 
     logging.basicConfig(level="INFO" if verbose else "WARNING", stream=sys.stderr, format="%(levelname)s: %(message)s")
     for name in ("latency_ms", "max_edge_ms"):
@@ -170,8 +170,8 @@ def load(
     as_json: Json = False,
 ) -> None:
     """Load a server with many sessions and tell how long it took. The photographs are encoded once, beforehand."""
-    from bitneck_edge.cli.load_generator import LoadPlan, run_load, summarize
     from bitneck_edge.cli.report import load_table
+    from bitneck_edge.measure.load_generator import LoadPlan, run_load, summarize
 
     paths: list[Path] = [path for source in photos for path in find_photos(source)][:_MAX_LOAD_PHOTOS]
     plan = LoadPlan(clients=clients, seconds=seconds, points=tuple(point or ()), fps=fps, in_flight=in_flight)
@@ -201,8 +201,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure what this device needs for a frame: time per stage, processor time, memory, for every split point."""
-    from bitneck_edge.cli.bench import bench as measure
     from bitneck_edge.cli.report import bench_table
+    from bitneck_edge.measure.bench import bench as measure
 
     opened = _opened(settings, origins)
     paths: list[Path] = [path for source in photos for path in find_photos(source)]

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from bitneck.ladder import Ladder
 from bitneck_edge.answers.results import Answer, Failure, Segmentation
-from bitneck_edge.cli.memory import peak_mib
 from bitneck_edge.client import EdgeClient
+from bitneck_edge.measure.memory import peak_mib
 
 __all__ = ["RunSummary", "bench_table", "line", "load_table", "points_table", "run_document", "run_table"]
 
@@ -153,7 +153,7 @@ def points_table(ladder: Ladder) -> Table:
 
 
 def load_table(document: dict[str, Any]) -> Table:
-    """A load's percentiles, from `bitneck_edge.cli.load_generator.summarize`."""
+    """A load's percentiles, from `bitneck_edge.measure.load_generator.summarize`."""
     table = Table("milliseconds", "p50", "p90", "p99", "mean")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -163,7 +163,7 @@ def load_table(document: dict[str, Any]) -> Table:
 
 
 def bench_table(document: dict[str, Any]) -> Table:
-    """Medians of `bitneck_edge.cli.bench.bench`."""
+    """Medians of `bitneck_edge.measure.bench.bench`."""
     table = Table("split", "point", "load", "preprocess", "head", "encode", "total ms", "p95", "CPU ms", "bytes")
     for column in table.columns[2:]:
         column.justify = "right"

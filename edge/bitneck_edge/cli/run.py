@@ -21,11 +21,12 @@ from bitneck_edge.cli.report import RunSummary, line, run_document, run_table
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
-from bitneck_edge.sources.read import Source, read_sources
+from bitneck_edge.sources.parse import Source
+from bitneck_edge.sources.read import read_sources
 
 __all__ = ["RunPlan", "run_plan"]
 
-_CLIENT_LOG = logging.getLogger("bitneck_edge.client")
+_SWITCH_LOG = logging.getLogger("bitneck_edge.points")
 
 _LAST_ANSWERS_S = 3.0
 """After a signal, how long the answers that are out are waited for."""
@@ -82,7 +83,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
     summary = RunSummary()
 
     def on_switch(switch: Switch) -> None:
-        if plan.output == "verbose" and not _CLIENT_LOG.isEnabledFor(logging.INFO):  # else it says so itself
+        if plan.output == "verbose" and not _SWITCH_LOG.isEnabledFor(logging.INFO):  # else it says so itself
             print(f"       {switch.old} -> {switch.new}: {switch.reason}", flush=True)  # noqa: T201
 
     def take(result: Answer | Failure) -> None:

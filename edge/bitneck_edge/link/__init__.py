@@ -1,1 +1,19 @@
-"""The stream to the cloud: frames out, answers in, across reconnects."""
+"""The stream to the cloud: frames out, answers in, across reconnects.
+
+The public names are imported when they are first used: `bitneck_edge.link.remote` alone needs none of them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitneck_edge.link.link import Link, LinkSettings, Received, Sent
+
+__all__ = ["Link", "LinkSettings", "Received", "Sent"]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the module that defines it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("bitneck_edge.link.link"), name)

@@ -20,7 +20,7 @@ from bitneck.frames import MAX_MESSAGE_BYTES
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 
-__all__ = ["Access", "fetch_file", "fetch_manifest", "from_rpc_error", "stub_of"]
+__all__ = ["Access", "Call", "Offer", "fetch_file", "fetch_manifest", "from_rpc_error", "stub_of"]
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 16 << 20),  # a manifest of a thousand points fits
@@ -37,6 +37,9 @@ _LOST = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
 )
 """How gRPC reports a connection that broke; another try may find a server."""
+
+Call = grpc.aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessage]
+"""A stream of frames and answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +109,21 @@ class Access:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """The bundle that a server has.
+
+    Attributes:
+        model: id of the served model.
+        bundle_id: of its bundle, as the server says.
+        manifest_json: the manifest's exact bytes.
+    """
+
+    model: str
+    bundle_id: str
+    manifest_json: bytes
+
+
 def stub_of(channel: grpc.aio.Channel) -> "pb_grpc.SplitInferenceAsyncStub":
     """The service's methods on a channel."""
     return pb_grpc.SplitInferenceStub(channel)
@@ -121,7 +139,7 @@ def from_rpc_error(exc: grpc.aio.AioRpcError, address: str) -> BitneckError:
 
 async def fetch_manifest(
     stub: "pb_grpc.SplitInferenceAsyncStub", model: str, access: Access, timeout_s: float
-) -> pb.GetManifestResponse:
+) -> Offer:
     """The manifest that a server offers.
 
     Args:
@@ -134,9 +152,10 @@ async def fetch_manifest(
         UnknownModel, Unavailable, BitneckError: the server's answer, or its absence.
     """
     try:
-        return await stub.GetManifest(pb.GetManifestRequest(model=model), timeout=timeout_s, metadata=access.metadata)
+        reply = await stub.GetManifest(pb.GetManifestRequest(model=model), timeout=timeout_s, metadata=access.metadata)
     except grpc.aio.AioRpcError as exc:
         raise from_rpc_error(exc, access.address) from exc
+    return Offer(model=reply.model, bundle_id=reply.bundle_id, manifest_json=reply.manifest_json)
 
 
 async def fetch_file(

@@ -1,9 +1,32 @@
-"""Messages to protobuf and back, on the edge's side."""
+"""Messages of a stream to protobuf and back: the one module of the edge that knows how they look on the wire."""
 
-from bitneck.messages import Frame
+from bitneck.messages import (
+    Classification,
+    ClassShare,
+    ClientMessage,
+    CodedMap,
+    Fault,
+    Frame,
+    GoAway,
+    Label,
+    Open,
+    Opened,
+    Output,
+    Result,
+    ServerMessage,
+    SetPoint,
+    Timings,
+)
 from bitneck.v1 import inference_pb2 as pb
 
-__all__ = ["frame_bytes", "frame_to_wire"]
+__all__ = ["client_message", "frame_bytes", "frame_to_wire", "server_message"]
+
+
+def client_message(message: ClientMessage) -> pb.ClientMessage:
+    """The protobuf message of what a client sends."""
+    if isinstance(message, Frame):
+        return pb.ClientMessage(frame=frame_to_wire(message))
+    return pb.ClientMessage(open=_open_to_wire(message))
 
 
 def frame_to_wire(frame: Frame) -> pb.Frame:
@@ -22,3 +45,73 @@ def frame_to_wire(frame: Frame) -> pb.Frame:
 def frame_bytes(frame: Frame) -> bytes:
     """A frame as `bitneck-edge encode` writes it to a file: one serialized ``Frame``."""
     return frame_to_wire(frame).SerializeToString()
+
+
+def server_message(message: object) -> ServerMessage | None:
+    """What the cloud sent; nothing of it is checked yet.
+
+    Args:
+        message: what the stream gave: a ``pb.ServerMessage``.
+
+    Returns:
+        The message; None if it is of a kind that this version does not know.
+    """
+    assert isinstance(message, pb.ServerMessage)
+    match message.WhichOneof("message"):
+        case "result":
+            return _result(message.result)
+        case "fault":
+            return Fault(message.fault.seq, message.fault.code, message.fault.message)
+        case "set_point":
+            return SetPoint(message.set_point.point, message.set_point.reason)
+        case "opened":
+            return _opened(message.opened)
+        case "go_away":
+            return GoAway(message.go_away.reason)
+    return None
+
+
+def _open_to_wire(message: Open) -> pb.Open:
+    return pb.Open(
+        model=message.model,
+        bundle_id=message.bundle_id,
+        client=message.client,
+        resume_token=message.resume_token,
+        references=message.references,
+    )
+
+
+def _opened(message: pb.Opened) -> Opened:
+    return Opened(
+        session_id=message.session_id,
+        resume_token=message.resume_token,
+        window=message.window,
+        point=message.point,
+        references=message.references,
+    )
+
+
+def _result(message: pb.Result) -> Result:
+    timings = Timings(
+        received_unix_us=message.timings.received_unix_us,
+        queued_us=message.timings.queued_us,
+        decode_us=message.timings.decode_us,
+        compute_us=message.timings.compute_us,
+        batch=message.timings.batch,
+    )
+    return Result(message.seq, _output(message.output), timings)
+
+
+def _output(message: pb.Output) -> Output | None:
+    match message.WhichOneof("output"):
+        case "classification":
+            return Classification(tuple(Label(x.index, x.name, x.score) for x in message.classification.labels))
+        case "segmentation":
+            coded = message.segmentation
+            return CodedMap(
+                height=coded.height,
+                width=coded.width,
+                map=coded.map,
+                classes=tuple(ClassShare(x.index, x.name, x.share) for x in coded.classes),
+            )
+    return None

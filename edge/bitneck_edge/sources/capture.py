@@ -11,7 +11,7 @@ from PIL import Image
 
 from bitneck_edge.encoder import Photo
 
-__all__ = ["Capture", "Slots", "captures", "newest"]
+__all__ = ["Capture", "captures", "newest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,28 +93,3 @@ async def newest(source: AsyncGenerator[Capture], on_drop: Callable[[Capture], N
     finally:
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
-
-
-class Slots:
-    """So many things at once, where the number may change.
-
-    Args:
-        limit: asked whenever one is taken.
-    """
-
-    def __init__(self, limit: Callable[[], int]) -> None:
-        self._limit = limit
-        self._changed = asyncio.Event()
-        self.taken = 0
-
-    async def take(self) -> None:
-        """Take one; waits while there is none. For one taker at a time."""
-        while self.taken >= max(1, self._limit()):
-            self._changed.clear()
-            await self._changed.wait()
-        self.taken += 1
-
-    def give(self) -> None:
-        """Give one back."""
-        self.taken -= 1
-        self._changed.set()

@@ -12,82 +12,22 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO
 
-from PIL import Image
-
-from bitneck.errors import ImageError, InvalidConfig
+from bitneck.backoff import Backoff
+from bitneck.errors import ImageError
 from bitneck.image import find_photos
 from bitneck_edge.sources.capture import Capture
+from bitneck_edge.sources.parse import Source
+from bitneck_edge.sources.threads import in_thread
+from bitneck_edge.sources.video import read_video
 
-if TYPE_CHECKING:
-    from av import VideoFrame
-
-__all__ = ["VIDEO_SUFFIXES", "Source", "in_thread", "parse_sources", "read_sources"]
-
-T = TypeVar("T")
+__all__ = ["read_sources"]
 
 _LOG = logging.getLogger(__name__)
-
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mjpeg", ".ogv"})
-"""What is read as a video; any other file is a photograph."""
-
-_CAMERA = "camera:"
-_OPEN_S, _READ_S = 10.0, 5.0
-"""How long a live source may take to open, and between two pictures."""
-_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.3, 5.0
-_LAST_S = 1.5
-"""A video was shown to its end if its last picture begins so shortly before its duration; sound may be longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One thing that gives pictures.
-
-    Attributes:
-        name: as it was written: a path, ``-``, a URL, or ``camera:`` and a number or name.
-        photos: of a path that is no video.
-    """
-
-    name: str
-    photos: tuple[Path, ...] = ()
-
-    @property
-    def live(self) -> bool:
-        """A camera or a network stream: its pictures come when they come."""
-        return self.name.startswith(_CAMERA) or "://" in self.name
-
-    @property
-    def video(self) -> bool:
-        """Whether it is read with PyAV."""
-        return self.live or Path(self.name).suffix.lower() in VIDEO_SUFFIXES
-
-    @property
-    def stdin(self) -> bool:
-        """Whether paths are read from standard input, a line each."""
-        return self.name == "-"
-
-
-def parse_sources(names: Sequence[str]) -> list[Source]:
-    """The sources of a command line, checked as far as that can be done without opening them.
-
-    Raises:
-        InvalidConfig: standard input stands twice, or video is asked for and PyAV is not installed.
-        ImageError: no such file.
-    """
-    sources = [Source(name) for name in names]
-    if sum(source.stdin for source in sources) > 1:
-        raise InvalidConfig("standard input (-) can be read once only")
-    if any(source.video for source in sources):
-        _av()
-    for k, source in enumerate(sources):
-        if source.video and not source.live and not Path(source.name).is_file():
-            raise ImageError(f"{source.name}: no such video")
-        if not source.video and not source.stdin:
-            sources[k] = Source(source.name, tuple(find_photos(Path(source.name))))
-    return sources
+_FIRST_PAUSE_S, _MOST_PAUSE_S = 0.3, 5.0
 
 
 async def read_sources(
@@ -119,7 +59,7 @@ async def read_sources(
                 pictures = _standard_input() if source.stdin else _live(source.name, retries)
             elif source.video:
                 name = source.name
-                pictures = in_thread(lambda name=name: _video(name, fps))  # type: ignore[misc]
+                pictures = in_thread(lambda name=name: read_video(name, fps))  # type: ignore[misc]
             else:
                 pictures = _files(source.photos)
             async with contextlib.aclosing(pictures):
@@ -184,13 +124,13 @@ def _lines(stream: IO[str]) -> Iterator[str]:
 
 async def _live(name: str, retries: int) -> AsyncGenerator[Capture]:
     """A camera or network stream, opened again when it breaks off; a video behind a URL ends where it ends."""
-    failures, pause, number = 0, _FIRST_PAUSE_S, 0
+    backoff, number = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=retries), 0
     complete = threading.Event()
     while True:
         try:
-            async with contextlib.aclosing(in_thread(lambda: _video(name, None, complete))) as pictures:
+            async with contextlib.aclosing(in_thread(lambda: read_video(name, None, complete))) as pictures:
                 async for capture in pictures:
-                    failures, pause = 0, _FIRST_PAUSE_S
+                    backoff.succeeded()
                     yield replace(capture, name=f"{name}#{number}")
                     number += 1
             if complete.is_set():
@@ -198,126 +138,8 @@ async def _live(name: str, retries: int) -> AsyncGenerator[Capture]:
             error = ImageError(f"{name}: it gave its last picture; is it still plugged in, and is it sending?")
         except ImageError as exc:
             error = exc
-        failures += 1
-        if 0 <= retries < failures:
+        pause_s = backoff.failed(random.random())  # noqa: S311  no secret
+        if pause_s is None:
             raise error
-        _LOG.warning("%s; opening it again in about %.1f s", error, pause)
-        await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311
-        pause = min(_MAX_PAUSE_S, pause * 2)
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError as exc:
-        raise InvalidConfig(f"video and cameras need `pip install 'bitneck[video]'` ({exc})") from exc
-    return av
-
-
-def _video(name: str, fps: float | None, complete: threading.Event | None = None) -> Iterator[Capture]:
-    """The pictures of a video or camera, decoded; upright.
-
-    Args:
-        name: as in `Source`.
-        fps: of a video file, the pictures between are left out; None for all.
-        complete: set behind the last picture of something that has a duration, and was shown to its end.
-
-    Raises:
-        ImageError: it cannot be opened, has no pictures, or breaks off.
-    """
-    av = _av()
-    live = Source(name).live
-    file, file_format = _device(name)
-    try:
-        with av.open(file, format=file_format, timeout=(_OPEN_S, _READ_S) if live else None) as container:
-            if not container.streams.video:
-                raise ImageError(f"{name}: no video in it")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            due = 0.0
-            shown_s: float | None = None
-            for number, frame in enumerate(container.decode(stream)):
-                shown_s = frame.time if frame.time is not None else shown_s or 0.0
-                if fps and not live and frame.time is not None:
-                    if frame.time < due - 1e-6:
-                        continue
-                    due = max(due, frame.time - 1.0 / fps) + 1.0 / fps
-                yield Capture(
-                    _upright(frame), f"{name}#{number}", unix_us=time.time_ns() // 1000 if live else 0, similar=True
-                )
-            if shown_s is None:
-                raise ImageError(f"{name}: no picture in it")
-            if complete is not None and _shown_to_its_end(container, stream, shown_s):
-                complete.set()
-    except (av.FFmpegError, OSError, ValueError) as exc:
-        raise ImageError(f"{name}: cannot be read as video ({exc})") from exc
-
-
-def _shown_to_its_end(container: Any, stream: Any, shown_s: float) -> bool:
-    """Whether the picture of this time is the last one; False where nobody knows how long it is.
-
-    Some containers count their duration from their start time and others from zero.
-    """
-    if not container.duration:
-        return False
-    duration, start = container.duration / 1e6, (container.start_time or 0) / 1e6
-    end: float = duration if duration > start else start + duration
-    rate = float(stream.average_rate or 0)
-    return shown_s >= end - max(_LAST_S, 2 / rate if rate else 0.0)
-
-
-def _device(name: str) -> tuple[str, str | None]:
-    """What FFmpeg opens for a source, and the format to open it with."""
-    if not name.startswith(_CAMERA):
-        return name, None
-    device = name.removeprefix(_CAMERA)
-    if sys.platform == "darwin":
-        return device, "avfoundation"
-    return (f"/dev/video{device}" if device.isdigit() else device), "v4l2"
-
-
-def _upright(frame: "VideoFrame") -> Image.Image:
-    image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
-
-
-async def in_thread(source: Callable[[], Iterator[T]]) -> AsyncGenerator[T]:
-    """What a blocking iterator gives, read in a thread of its own, one item ahead.
-
-    The thread is a daemon's: one that blocks for ever, as on standard input, does not keep the program alive.
-
-    Args:
-        source: called in the thread.
-    """
-    loop = asyncio.get_running_loop()
-    items: asyncio.Queue[tuple[T | None, BaseException | None, bool]] = asyncio.Queue()
-    room, stopped = threading.Semaphore(2), threading.Event()
-
-    def hand(item: T | None, error: BaseException | None, last: bool) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(items.put_nowait, (item, error, last))
-
-    def read() -> None:
-        try:
-            for item in source():
-                room.acquire()
-                if stopped.is_set():
-                    return
-                hand(item, None, False)
-            hand(None, None, True)
-        except BaseException as exc:  # noqa: BLE001  raised again where the items are taken
-            hand(None, exc, True)
-
-    threading.Thread(target=read, name="bitneck-source", daemon=True).start()
-    try:
-        while True:
-            item, error, last = await items.get()
-            if error is not None:
-                raise error
-            if last:
-                return
-            yield item  # type: ignore[misc]
-            room.release()
-    finally:
-        stopped.set()
-        room.release()
+        _LOG.warning("%s; opening it again in %.1f s", error, pause_s)
+        await asyncio.sleep(pause_s)

@@ -7,8 +7,8 @@ from typing import Any
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
-from bitneck_edge.cli.memory import peak_mib
 from bitneck_edge.encoder import EdgeEncoder, Photo
+from bitneck_edge.measure.memory import peak_mib
 
 __all__ = ["STAGES", "bench"]
 

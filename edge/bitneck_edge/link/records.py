@@ -1,0 +1,281 @@
+"""The frames of one session, from their first sending to their answer. Pure: no socket, no clock.
+
+    add --> unanswered --> settle       each frame is settled once
+             ^      |
+             +------+  resend: over a new connection;  retry: after a fault that may pass
+
+One `Record` holds everything about an unanswered frame. An answered frame whose symbols were kept may be the reference
+of later ones: they are coded against it where that takes fewer bytes. A reference is always an answered frame, so a
+lost frame harms no other one. Each operating point has its own reference; a frame without one is a key frame. A frame
+that is sent again is sent as a key frame: the cloud may have lost the reference.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from bitneck.coding.conditional_codec import Reference
+from bitneck.errors import Overloaded
+from bitneck.frames import MAX_MESSAGE_BYTES, seal_frame, wire_bytes
+from bitneck.messages import Frame
+
+__all__ = ["Candidate", "Coded", "Record", "Records"]
+
+A = TypeVar("A")
+"""Where the answer goes, such as a future: the table only keeps it."""
+
+_MAX_ATTEMPTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A frame that the next one may be coded against. `Records.add` checks again whether it still holds.
+
+    Attributes:
+        seq: of the answered frame.
+        reference: its symbols.
+        generation: how often the references had been forgotten before it.
+    """
+
+    seq: int
+    reference: Reference
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coded:
+    """What a frame of similar pictures carries beside its own payload.
+
+    Attributes:
+        symbols: of the frame, for frames that follow.
+        candidate: what `payload` is coded against; None where there was no candidate.
+        payload: the symbols coded against the candidate.
+    """
+
+    symbols: Reference
+    candidate: Candidate | None = None
+    payload: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record(Generic[A]):
+    """An unanswered frame.
+
+    Attributes:
+        frame: as it was first sent.
+        alone: the same frame coded by itself; `frame` itself if that has no reference.
+        answer: where its answer goes.
+        sent_s: when it was last sent.
+        attempts: how often the session was asked for its answer.
+        symbols: of the frame, if later frames may refer to it.
+    """
+
+    frame: Frame
+    alone: Frame
+    answer: A
+    sent_s: float
+    attempts: int = 1
+    symbols: Reference | None = None
+
+    @property
+    def refers(self) -> bool:
+        """Whether it was first sent coded against another frame."""
+        return self.frame is not self.alone
+
+
+class Records(Generic[A]):
+    """The unanswered frames of a session, and the references that the next frame may use.
+
+    All times are seconds on one clock of the caller's choice.
+
+    Args:
+        window: frames that may be unanswered; `opened` sets the server's.
+        key_every: at each point, at least one of this many frames of similar pictures is a key frame.
+    """
+
+    def __init__(self, *, window: int = 1, key_every: int = 1) -> None:
+        self.window = window
+        self.next_seq = 1
+        self.duplicates = 0
+        self._key_every = key_every
+        self._reach = 0
+        self._unanswered: dict[int, Record[A]] = {}  # in order of seq
+        self._generation = 0
+        self._newest: dict[str, Candidate] = {}  # by operating point
+        self._since_key: dict[str, int] = {}  # frames since the last key frame, by operating point
+
+    def __len__(self) -> int:
+        """Frames that wait for their answer."""
+        return len(self._unanswered)
+
+    def __contains__(self, seq: int) -> bool:
+        """Whether a frame waits for its answer."""
+        return seq in self._unanswered
+
+    @property
+    def seqs(self) -> tuple[int, ...]:
+        """Numbers of the unanswered frames, in order."""
+        return tuple(self._unanswered)
+
+    @property
+    def oldest_sent_s(self) -> float | None:
+        """The earliest time at which an unanswered frame was last sent; None if all are answered."""
+        return min((record.sent_s for record in self._unanswered.values()), default=None)
+
+    def opened(self, *, window: int, reach: int) -> None:
+        """A session is open, new or resumed.
+
+        Args:
+            window: frames that may be unanswered.
+            reach: how far back in seq a reference may lie; 0 for no references.
+        """
+        self.window, self._reach = window, reach
+
+    def restart(self) -> None:
+        """The server has forgotten the session: what is unanswered goes to a new one, with the same numbers."""
+        self._unanswered = {seq: replace(record, attempts=1) for seq, record in self._unanswered.items()}
+        self.forget_references()
+
+    def forget_references(self) -> None:
+        """The cloud no longer has the frames that were answered so far."""
+        self._generation += 1
+        self._newest.clear()
+
+    def has_room(self, in_flight: int = 0) -> bool:
+        """Whether another frame may be sent.
+
+        Args:
+            in_flight: frames that may be unanswered with that one, if fewer than the window; 0 for the window.
+        """
+        return len(self) < min(self.window, in_flight or self.window)
+
+    def candidate(self, point: str) -> Candidate | None:
+        """What the next frame at `point` may be coded against; None if it has to be a key frame."""
+        newest = self._newest.get(point)
+        return newest if self._distance(newest) else None
+
+    def add(
+        self,
+        point: str,
+        payload: bytes,
+        *,
+        answer: A,
+        now_s: float,
+        deadline_ms: int = 0,
+        captured_unix_us: int = 0,
+        similar: Coded | None = None,
+    ) -> Record[A]:
+        """A frame is about to be sent for the first time: number it, seal it, and note it as unanswered.
+
+        Args:
+            point: its operating point.
+            payload: its coded bytes.
+            answer: where its answer goes.
+            now_s: the time.
+            deadline_ms: from its receipt in the cloud; 0 for none.
+            captured_unix_us: when the picture was taken; 0 if unknown.
+            similar: of a stream of similar pictures. The frame is coded against its candidate if that is still a
+                reference and takes fewer bytes.
+
+        Returns:
+            The record; its `frame` is the one to send.
+
+        Raises:
+            Overloaded: the window is full, or the frame is larger than any server takes. Nothing is noted.
+        """
+        if not self.has_room():
+            raise Overloaded(f"frame {self.next_seq} cannot be sent: {len(self)} frames are unanswered already")
+        alone = frame = seal_frame(
+            seq=self.next_seq,
+            point=point,
+            payload=payload,
+            deadline_ms=deadline_ms,
+            captured_unix_us=captured_unix_us,
+        )
+        if similar is not None:
+            frame = self._smaller(alone, similar)
+        size = wire_bytes(frame)
+        if size > MAX_MESSAGE_BYTES:  # gRPC would end the call, and again at each resend
+            raise Overloaded(
+                f"a frame of {size} bytes at {point}, the limit is {MAX_MESSAGE_BYTES}; "
+                "it is not sent: choose an operating point of a lower rate"
+            )
+        symbols = similar.symbols if similar is not None and self._reach else None
+        record = Record(frame=frame, alone=alone, answer=answer, sent_s=now_s, symbols=symbols)
+        self._unanswered[frame.seq] = record
+        self.next_seq += 1
+        if similar is not None:
+            self._since_key[point] = self._since_key.get(point, 0) + 1 if record.refers else 0
+        return record
+
+    def resend(self, seq: int, now_s: float) -> Frame | None:
+        """The frame to send over a new connection, as a key frame; None if it was answered meanwhile."""
+        record = self._unanswered.get(seq)
+        if record is None:
+            return None
+        self._unanswered[seq] = replace(record, sent_s=now_s)
+        return record.alone
+
+    def retry(self, seq: int, now_s: float) -> Frame | None:
+        """The frame to send again after a fault that may pass, as a key frame; None after too many attempts."""
+        record = self._unanswered.get(seq)
+        if record is None or record.attempts >= _MAX_ATTEMPTS:
+            return None
+        self._unanswered[seq] = replace(record, sent_s=now_s, attempts=record.attempts + 1)
+        return record.alone
+
+    def reference_refused(self, seq: int) -> None:
+        """The cloud cannot use the reference of a frame, if it had one: the others are doubtful too."""
+        record = self._unanswered.get(seq)
+        if record is not None and record.refers:
+            self.forget_references()
+
+    def settle(self, seq: int, *, answered: bool) -> Record[A] | None:
+        """The end of a frame.
+
+        Args:
+            seq: its number.
+            answered: with a result; then later frames may refer to it. Else it failed.
+
+        Returns:
+            Its record; None, and counted in `duplicates`, if no such frame is unanswered.
+        """
+        record = self._unanswered.pop(seq, None)
+        if record is None:
+            self.duplicates += 1
+            return None
+        symbols = record.symbols
+        if answered and symbols is not None:
+            newest = self._newest.get(symbols.point)
+            if newest is None or seq > newest.seq:
+                self._newest[symbols.point] = Candidate(seq, symbols, self._generation)
+        return record
+
+    def give_up(self) -> tuple[Record[A], ...]:
+        """No answer will come any more: the records of all unanswered frames, which are settled."""
+        records = tuple(self._unanswered.values())
+        self._unanswered.clear()
+        return records
+
+    def _distance(self, candidate: Candidate | None) -> int:
+        """How far back a candidate lies from the next frame; 0 if that may not be coded against it."""
+        if candidate is None or candidate.generation != self._generation:
+            return 0
+        distance = self.next_seq - candidate.seq
+        key_due = self._since_key.get(candidate.reference.point, 0) + 1 >= self._key_every
+        return 0 if distance > self._reach or key_due else distance
+
+    def _smaller(self, alone: Frame, similar: Coded) -> Frame:
+        """The next frame coded against its candidate, if that may be and takes fewer bytes; else `alone`."""
+        distance = self._distance(similar.candidate)
+        if not distance or similar.candidate is None or similar.payload is None:
+            return alone
+        frame = seal_frame(
+            seq=alone.seq,
+            point=alone.point,
+            payload=similar.payload,
+            deadline_ms=alone.deadline_ms,
+            captured_unix_us=alone.captured_unix_us,
+            reference=distance,
+            reference_crc32c=similar.candidate.reference.crc32c,
+        )
+        return frame if wire_bytes(frame) < wire_bytes(alone) else alone

@@ -1,0 +1,1 @@
+"""Measurements: what a frame costs this device, and how a server bears many sessions."""

@@ -1,0 +1,159 @@
+"""Many photographs at once: encoded side by side, sent one after another in order, answered in any order.
+
+    jobs --> encode (some at once) --> send (one at a time, in order) --> answer (all at once) --> results
+                    `----------------- bounded by `Slots` -------------------------------'
+
+The order holds by construction: one task starts the jobs and puts them into a queue, another takes them out and sends
+them. Nothing here knows what a job encodes or where it sends it.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
+from bitneck.errors import BitneckError
+
+__all__ = ["Job", "Slots", "pipeline"]
+
+R = TypeVar("R")
+T = TypeVar("T")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Job(Protocol[R_co]):
+    """One photograph's way through the pipeline. A stage that raises a `BitneckError` ends this job and no other."""
+
+    async def encode(self) -> None:
+        """The first stage; other jobs may be in it at the same time."""
+
+    async def send(self) -> None:
+        """The second stage; the jobs before this one have left it, and those behind it have not begun it."""
+
+    async def answer(self) -> R_co:
+        """The last stage; gives the result."""
+
+    def failed(self, error: BitneckError) -> R_co:
+        """The result in place of an answer."""
+
+
+class Slots:
+    """A number of places, which may change while some of them are taken.
+
+    Args:
+        limit: asked whenever one is taken.
+    """
+
+    def __init__(self, limit: Callable[[], int]) -> None:
+        self._limit = limit
+        self._changed = asyncio.Event()
+        self.taken = 0
+
+    async def take(self) -> None:
+        """Take one; waits while there is none. For one taker at a time."""
+        while self.taken >= max(1, self._limit()):
+            self._changed.clear()
+            await self._changed.wait()
+        self.taken += 1
+
+    def give(self) -> None:
+        """Give one back."""
+        self.taken -= 1
+        self._changed.set()
+
+
+async def pipeline(
+    jobs: AsyncGenerator[Job[R]],
+    *,
+    encoders: int,
+    slots: Slots,
+    ordered: bool,
+    stop: asyncio.Event | None = None,
+) -> AsyncGenerator[R]:
+    """The results of some jobs.
+
+    Args:
+        jobs: taken one by one, when there is room for one; closed at the end.
+        encoders: jobs that may be encoded or wait for their turn to be sent.
+        slots: jobs that may be under way.
+        ordered: results in the order of the jobs; else as they come.
+        stop: set it to end after the jobs that are under way.
+
+    Raises:
+        Exception: what `jobs` raises, after the results of the jobs before; or what a job raises that is no
+            `BitneckError`.
+    """
+    tasks: set[asyncio.Task[Any]] = set()
+    encoding: asyncio.Queue[tuple[Job[R], asyncio.Task[BitneckError | None]] | None] = asyncio.Queue()
+    results: asyncio.Queue[asyncio.Task[R] | None] = asyncio.Queue()
+    free_encoders = asyncio.Semaphore(encoders)
+
+    def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        return task
+
+    def stopped() -> bool:
+        return stop is not None and stop.is_set()
+
+    async def encode_all() -> None:
+        try:
+            async with contextlib.aclosing(jobs):
+                while not stopped():
+                    await free_encoders.acquire()
+                    await slots.take()
+                    job = await anext(jobs, None)
+                    if job is None or stopped():
+                        return
+                    encoding.put_nowait((job, start(_error_of(job.encode))))
+        finally:
+            encoding.put_nowait(None)
+
+    async def send_all() -> None:
+        while (taken := await encoding.get()) is not None:
+            job, encoded = taken
+            error = await encoded
+            if error is None:
+                error = await _error_of(job.send)
+            free_encoders.release()
+            answer = start(_answer(job, error))
+            if ordered:
+                results.put_nowait(answer)
+            else:
+                answer.add_done_callback(results.put_nowait)
+        if tasks and not ordered:
+            await asyncio.wait(tasks)
+
+    reading, sending = asyncio.create_task(encode_all()), asyncio.create_task(send_all())
+    sending.add_done_callback(lambda _: results.put_nowait(None))
+    try:
+        while (task := await results.get()) is not None:
+            result = await task
+            slots.give()
+            yield result
+        await sending
+        await reading
+    finally:
+        for each in (reading, sending, *tasks):
+            each.cancel()
+        await asyncio.gather(reading, sending, *tasks, return_exceptions=True)
+
+
+async def _error_of(stage: Callable[[], Coroutine[Any, Any, None]]) -> BitneckError | None:
+    """The error that ends a job at this stage, if any."""
+    try:
+        await stage()
+    except BitneckError as exc:
+        return exc
+    return None
+
+
+async def _answer(job: Job[R], error: BitneckError | None) -> R:
+    """The result of a job that was sent, or that failed before."""
+    if error is not None:
+        return job.failed(error)
+    try:
+        return await job.answer()
+    except BitneckError as exc:
+        return job.failed(exc)

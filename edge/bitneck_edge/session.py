@@ -1,0 +1,237 @@
+"""One session with the cloud: a bundle, its encoder, the link, rate control, and the operating point of each frame.
+
+capture --encode--> EncodedCapture --send--> Sent --answer--> Answer
+            ^ point                            |
+            +---- PointChoice <-- RateController, delays and sizes
+"""
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from bitneck.bundle import Bundle
+from bitneck.errors import BitneckError
+from bitneck.runtime import ModulePool
+from bitneck.workers import Workers
+from bitneck_edge.answers.assemble import answer_of
+from bitneck_edge.answers.results import Answer, Switch
+from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto
+from bitneck_edge.link.link import Link, LinkSettings, Received, Sent
+from bitneck_edge.link.records import Candidate, Coded
+from bitneck_edge.points import PointChoice, Wish
+from bitneck_edge.ratecontrol import Decision, RateController
+from bitneck_edge.settings import EdgeSettings
+from bitneck_edge.sources.capture import Capture
+
+__all__ = ["EdgeSession", "EncodedCapture"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedCapture:
+    """A picture that is ready to be sent.
+
+    Attributes:
+        capture: the picture.
+        decision: its operating point, and why.
+        photo: what the encoder made of it.
+        candidate: the answered frame that it was also coded against; None for none.
+    """
+
+    capture: Capture
+    decision: Decision
+    photo: EncodedPhoto
+    candidate: Candidate | None
+
+
+class EdgeSession:
+    """An open session. `open` makes it; nothing of it is replaced later.
+
+    Attributes:
+        encoder: the edge's half of the network, with the bundle.
+        link: to the cloud.
+        points: the operating point of the next frame.
+    """
+
+    def __init__(
+        self,
+        settings: EdgeSettings,
+        workers: Workers,
+        encoder: EdgeEncoder,
+        rate: RateController,
+        on_switch: Callable[[Switch], None],
+        reconnects_before: int,
+    ) -> None:
+        self.encoder = encoder
+        self.points = PointChoice(encoder.ladder, rate, on_switch)
+        self.link = Link(
+            _link_settings(settings, encoder.bundle),
+            self.points.ask,
+            lambda: rate.reconnected(time.perf_counter()),
+        )
+        self._settings = settings
+        self._workers = workers
+        self._rate = rate
+        self._reconnects_before = reconnects_before
+
+    @classmethod
+    async def open(
+        cls,
+        bundle: Bundle,
+        settings: EdgeSettings,
+        *,
+        workers: Workers,
+        pool: ModulePool,
+        on_switch: Callable[[Switch], None],
+        before: "EdgeSession | None" = None,
+    ) -> Self:
+        """Load the encoder and open the session; if anything fails nothing stays open.
+
+        Args:
+            bundle: the server's.
+            settings: of the client.
+            workers: threads that encode.
+            pool: of ONNX modules; those that an earlier bundle has loaded are shared.
+            on_switch: called when the operating point changes.
+            before: the session that this one follows: its point and its count of reconnects go on.
+
+        Raises:
+            UnknownPoint: the settings name a point that the bundle does not have.
+            BitneckError: see `Link.open` and `EdgeEncoder`.
+        """
+
+        def wish() -> Wish:
+            return Wish.of(settings.point) if before is None else before.points.wish
+
+        encoder = EdgeEncoder(bundle, threads=settings.threads, pool=pool)
+        if before is None and wish().point:
+            encoder.ladder[wish().point]
+        rate = RateController(
+            encoder.ladder,
+            target_s=settings.latency_ms / 1e3,
+            max_edge_s=settings.max_edge_ms / 1e3 or None,
+            edge_s=await workers.run(encoder.time_splits) if wish().auto else {},
+        )
+        reconnects = 0 if before is None else before.reconnects + 1
+        session = cls(settings, workers, encoder, rate, on_switch, reconnects)
+        try:
+            await session.link.open()
+            session.points.begin(wish(), session.link.initial_point, time.perf_counter())
+            await workers.run(encoder.point_encoder, session.points.point)
+        except BaseException:
+            await session.close()
+            raise
+        return session
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle in use."""
+        return self.encoder.bundle
+
+    @property
+    def reconnects(self) -> int:
+        """How often this session and those before it connected again."""
+        return self._reconnects_before + self.link.reconnects
+
+    @property
+    def failure(self) -> BitneckError | None:
+        """Why the session cannot be used any more; None while it can."""
+        return self.link.failure
+
+    async def close(self) -> None:
+        """End the session; unanswered frames fail with `Unavailable`."""
+        await self.link.close()
+
+    def room(self, interval_s: float) -> int:
+        """Frames that may be unanswered if fresh pictures matter; see `RateController.room`.
+
+        Args:
+            interval_s: between pictures; 0 if unknown.
+        """
+        room = self._rate.room(time.perf_counter(), interval_s, fixed=not self.points.auto)
+        return min(room, self.link.window)
+
+    async def encode(self, capture: Capture, interval_s: float) -> EncodedCapture:
+        """Encode a picture in a thread, at the operating point of this moment.
+
+        Args:
+            capture: the picture.
+            interval_s: between pictures; 0 if unknown.
+
+        Raises:
+            ImageError: it cannot be read.
+            BitneckError: the session has failed; the picture is not touched then.
+        """
+        if self.failure is not None:
+            raise self.failure
+        decision = self.points.choose(time.perf_counter(), interval_s)
+        mode = self._settings.similar
+        similar = mode == "on" or (mode == "auto" and capture.similar)
+        # A probe asks how the link takes a frame of its point's usual size.
+        candidate = self.link.candidate(decision.point) if similar and not decision.probe else None
+        encode = functools.partial(
+            self.encoder.encode, similar=similar, reference=candidate.reference if candidate is not None else None
+        )
+        photo = await self._workers.run(encode, capture.photo, decision.point)
+        return EncodedCapture(capture=capture, decision=decision, photo=photo, candidate=candidate)
+
+    async def send(self, encoded: EncodedCapture) -> Sent:
+        """Send an encoded picture; waits while the window is full.
+
+        Raises:
+            BitneckError: see `Link.send`.
+        """
+        photo = encoded.photo
+        similar = None
+        if photo.symbols is not None:
+            similar = Coded(symbols=photo.symbols, candidate=encoded.candidate, payload=photo.encoded.similar)
+        sent = await self.link.send(
+            photo.point,
+            photo.encoded.payload,
+            deadline_ms=self._settings.deadline_ms,
+            captured_unix_us=encoded.capture.unix_us,
+            in_flight=self._settings.in_flight,
+            similar=similar,
+        )
+        self.points.last_seq = sent.seq
+        edge_s = (photo.head_ms + photo.encode_ms) / 1e3
+        other_s = max(0.0, sent.at - encoded.capture.at - edge_s)
+        self._rate.sent(sent.seq, encoded.decision, len(sent.payload), sent.at, edge_s=edge_s, other_s=other_s)
+        sent.answer.add_done_callback(functools.partial(self._learn, sent.seq))
+        return sent
+
+    async def answer(self, encoded: EncodedCapture, sent: Sent) -> Answer:
+        """The answer to a frame that was sent.
+
+        Raises:
+            ProtocolError: the cloud's result is not what it should be.
+            BitneckError: the cloud could not answer, or the session has failed.
+        """
+        received = await sent.answer
+        return answer_of(encoded.capture, encoded.photo, sent, received, self.bundle.manifest, self.encoder.labels)
+
+    def _learn(self, seq: int, answer: "asyncio.Future[Received]") -> None:
+        """Tell the rate controller how a frame ended."""
+        if answer.cancelled() or answer.exception() is not None:
+            self._rate.lost(seq, time.perf_counter())
+            return
+        received = answer.result()
+        timings = received.result.timings
+        server_s = (timings.queued_us + timings.decode_us + timings.compute_us) / 1e6
+        self._rate.answered(seq, received.at, server_s=server_s)
+
+
+def _link_settings(settings: EdgeSettings, bundle: Bundle) -> LinkSettings:
+    return LinkSettings(
+        access=settings.access,
+        model=bundle.manifest.name,
+        bundle_id=bundle.bundle_id,
+        client=settings.client,
+        connect_timeout_s=settings.connect_timeout_s,
+        answer_timeout_s=settings.answer_timeout_s,
+        retries=settings.retries,
+        references=settings.similar != "off" and bundle.has_conditional,
+        key_every=settings.key_every,
+    )

@@ -1,0 +1,62 @@
+"""What a command line names as sources, checked as far as that can be done without opening them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitneck.errors import ImageError, InvalidConfig
+from bitneck.image import find_photos
+from bitneck_edge.sources.video import is_live, require_av
+
+__all__ = ["VIDEO_SUFFIXES", "Source", "parse_sources"]
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mjpeg", ".ogv"})
+"""What is read as a video; any other file is a photograph."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One thing that gives pictures.
+
+    Attributes:
+        name: as it was written: a path, ``-``, a URL, or ``camera:`` and a number or name.
+        photos: of a path that is no video.
+    """
+
+    name: str
+    photos: tuple[Path, ...] = ()
+
+    @property
+    def live(self) -> bool:
+        """A camera or a network stream: its pictures come when they come."""
+        return is_live(self.name)
+
+    @property
+    def video(self) -> bool:
+        """Whether it is read with PyAV."""
+        return self.live or Path(self.name).suffix.lower() in VIDEO_SUFFIXES
+
+    @property
+    def stdin(self) -> bool:
+        """Whether paths are read from standard input, a line each."""
+        return self.name == "-"
+
+
+def parse_sources(names: Sequence[str]) -> list[Source]:
+    """The sources of a command line, checked as far as that can be done without opening them.
+
+    Raises:
+        InvalidConfig: standard input stands twice, or video is asked for and PyAV is not installed.
+        ImageError: no such file.
+    """
+    sources = [Source(name) for name in names]
+    if sum(source.stdin for source in sources) > 1:
+        raise InvalidConfig("standard input (-) can be read once only")
+    if any(source.video for source in sources):
+        require_av()
+    for k, source in enumerate(sources):
+        if source.video and not source.live and not Path(source.name).is_file():
+            raise ImageError(f"{source.name}: no such video")
+        if not source.video and not source.stdin:
+            sources[k] = Source(source.name, tuple(find_photos(Path(source.name))))
+    return sources
