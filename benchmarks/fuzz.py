@@ -22,14 +22,14 @@ from google.protobuf.message import DecodeError
 from bitneck.coding.factorized_codec import FactorizedCodec
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BitneckError
-from bitneck.frames import check_frame, seal_frame
 from bitneck.v1 import inference_pb2 as pb
+from bitneck.wire.frames import check_frame, seal_frame
 from bitneck_cloud.access.tokens import TokenSigner
 from bitneck_cloud.api.wire import frame_from_wire
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.session import Session
-from bitneck_edge.measure.memory import peak_mib
 from bitneck_edge.link.wire import frame_to_wire
+from bitneck_edge.measure.memory import peak_mib
 from bitneck_testing.streams import empty_result
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 

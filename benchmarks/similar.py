@@ -30,8 +30,8 @@ from PIL import Image
 
 from bitneck.bundle import Bundle
 from bitneck.chain import PointEncoder, SegmentChain
-from bitneck.frames import seal_frame, wire_bytes
 from bitneck.image import find_photos, load_photo, preprocess
+from bitneck.wire.frames import seal_frame, wire_bytes
 from bitneck_models.data.scenes import Camera, Path2D, moving, still
 
 KEY_EVERY = 100

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitneck.command_line import default_text, group_of
-from bitneck.config import Settings
+from bitneck.settings.flags import default_text, group_of
+from bitneck.settings.model import Settings
 from bitneck_cloud.settings import CloudSettings
 from bitneck_edge.settings import EdgeSettings
 

@@ -16,8 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from bitneck.bundle import Bundle
-from bitneck.frames import frame_crc32c
 from bitneck.v1 import inference_pb2 as pb
+from bitneck.wire.frames import frame_crc32c
 from bitneck_testing.processes import BIN, Server, running_server, start_server
 from bitneck_testing.streams import Frames, Stream, open_stream, sealed, stub
 from bitneck_testing.tiny_bundles import make_tiny_bundle

@@ -25,7 +25,7 @@ from bitneck.errors import (
     UnknownModel,
 )
 from bitneck.ladder import Ladder, OperatingPoint
-from bitneck.messages import Classification, SetPoint
+from bitneck.wire.messages import Classification, SetPoint
 from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
 from bitneck_cloud.engine.batching import plan_batch
 from bitneck_cloud.engine.engine import Engine

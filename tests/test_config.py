@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic_settings import SettingsConfigDict
 
-from bitneck.config import Address, Settings
 from bitneck.errors import InvalidConfig
+from bitneck.settings.model import Address, Settings
 
 
 class Example(Settings):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import bitneck.messages
+import bitneck.wire.messages
 import bitneck_edge
 
 PUBLIC = {
@@ -40,8 +40,8 @@ def test_a_listing_has_the_names_before_they_are_used() -> None:
 
 
 def test_a_label_is_one_class_everywhere() -> None:
-    assert bitneck_edge.Label is bitneck.messages.Label
-    assert bitneck_edge.ClassShare is bitneck.messages.ClassShare
+    assert bitneck_edge.Label is bitneck.wire.messages.Label
+    assert bitneck_edge.ClassShare is bitneck.wire.messages.ClassShare
 
 
 VERSION = "import sys; sys.argv = ['bitneck-edge', '--version']; from bitneck_edge.cli import main; main()"

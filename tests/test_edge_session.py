@@ -6,15 +6,15 @@ from typing import Any
 
 import grpc
 import pytest
-from bitneck_testing.rogue_servers import Rogue, answer_all, opened, result, rogue_server
-from bitneck_testing.photographs import photo
-from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BundleCorrupt, BundleMismatch, Unavailable, UnknownPoint
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
+from bitneck_testing.photographs import photo
+from bitneck_testing.rogue_servers import Rogue, answer_all, opened, result, rogue_server
+from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 HANG_S = 60.0
 

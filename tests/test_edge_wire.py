@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitneck.messages import (
+from bitneck.v1 import inference_pb2 as pb
+from bitneck.wire.messages import (
     Classification,
     ClassShare,
     CodedMap,
@@ -20,7 +21,6 @@ from bitneck.messages import (
     SetPoint,
     Timings,
 )
-from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.link.wire import client_message, server_message
 
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)

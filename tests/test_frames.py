@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitneck.errors import CorruptPayload, MalformedFrame, PeerError
-from bitneck.frames import (
+from bitneck.v1 import inference_pb2 as pb
+from bitneck.wire.frames import (
     MAX_MESSAGE_BYTES,
     check_frame,
     crc32c_hex,
@@ -16,7 +17,6 @@ from bitneck.frames import (
     seal_frame,
     wire_bytes,
 )
-from bitneck.v1 import inference_pb2 as pb
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_edge.link.wire import frame_bytes, frame_to_wire
 

@@ -109,7 +109,7 @@ PURE = (
         f"shared/bitneck/coding/{name}.py"
         for name in ("symbols", "range_coder", "factorized_model", "factorized_codec", "conditional_model", "class_map")
     ),
-    *(f"shared/bitneck/{name}.py" for name in ("backoff", "ladder", "messages", "frames", "ids", "errors")),
+    *(f"shared/bitneck/{name}.py" for name in ("backoff", "ladder", "wire/messages", "wire/frames", "ids", "errors")),
     "cloud/bitneck_cloud/engine/batching.py",
     *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("session", "rates")),
     "cloud/bitneck_cloud/faults.py",

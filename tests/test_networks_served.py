@@ -16,7 +16,7 @@ from bitneck.chain import SegmentChain
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest
-from bitneck.messages import Classification
+from bitneck.wire.messages import Classification
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.client import EdgeClient
 from bitneck_models.data.photos import LabelledPhoto

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import Overloaded
-from bitneck.frames import MAX_MESSAGE_BYTES, check_frame, wire_bytes
+from bitneck.wire.frames import MAX_MESSAGE_BYTES, check_frame, wire_bytes
 from bitneck_edge.link.records import Coded, Records
 
 LONG, SHORT = bytes(40), bytes(10)

@@ -17,8 +17,8 @@ from bitneck.coding.class_map import count_classes, encode_map
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure, ProtocolError
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest
-from bitneck.messages import CodedMap
 from bitneck.v1 import inference_pb2 as pb
+from bitneck.wire.messages import CodedMap
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
 from bitneck_cloud.engine.served_model import ServedModel

@@ -14,9 +14,9 @@ import tomli_w
 import typer
 from typer.testing import CliRunner
 
-from bitneck.command_line import default_text, with_settings
-from bitneck.config import Settings
 from bitneck.errors import InvalidConfig
+from bitneck.settings.flags import default_text, with_settings
+from bitneck.settings.model import Settings
 from bitneck_cloud.settings import CloudSettings
 from bitneck_edge.settings import EdgeSettings
 from bitneck_testing.processes import BIN
@@ -132,7 +132,7 @@ def test_variables_of_kubernetes_services_are_passed_over(
 ) -> None:
     monkeypatch.setenv(f"BITNECK_CLOUD_{name}", "tcp://10.0.0.1:50051")
     monkeypatch.setenv("BITNECK_CLOUD_WINDOW", "3")
-    with caplog.at_level("INFO", logger="bitneck.config"):
+    with caplog.at_level("INFO", logger="bitneck.settings.model"):
         assert CloudSettings.load({}).window == 3
     assert [f"BITNECK_CLOUD_{name}" in record.message for record in caplog.records] == [True]
 

@@ -11,10 +11,10 @@ import typer
 
 import bitneck
 from bitneck.bundle import Bundle
-from bitneck.command_line import with_settings
 from bitneck.errors import BitneckError, InvalidConfig
-from bitneck.frames import crc32c_hex
-from bitneck.messages import CodedMap
+from bitneck.settings.flags import with_settings
+from bitneck.wire.frames import crc32c_hex
+from bitneck.wire.messages import CodedMap
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_cloud.observe.logs import configure_logging
 from bitneck_cloud.settings import CloudSettings

@@ -1,7 +1,7 @@
 """Errors as clients see them: their own errors in full, and no details of the server's."""
 
 from bitneck.errors import BitneckError
-from bitneck.messages import Fault
+from bitneck.wire.messages import Fault
 
 __all__ = ["fault_of", "public_text"]
 

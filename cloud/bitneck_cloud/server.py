@@ -18,12 +18,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from bitneck.bundle import Bundle
-from bitneck.config import Address
 from bitneck.errors import InvalidConfig
-from bitneck.frames import MAX_MESSAGE_BYTES
 from bitneck.runtime import ModulePool, check_providers, return_freed_memory
+from bitneck.settings.model import Address
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_cloud.access.security import DeviceTokens, grpc_credentials, tls_files_usable
 from bitneck_cloud.access.tokens import TokenSigner
 from bitneck_cloud.api.grpc_service import InferenceService

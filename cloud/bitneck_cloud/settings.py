@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from bitneck.config import Address, Names, Paths, Settings, setting
 from bitneck.runtime import CPU
+from bitneck.settings.model import Address, Names, Paths, Settings, setting
 
 __all__ = ["CloudSettings"]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from bitneck.config import Address, Settings, setting
+from bitneck.settings.model import Address, Settings, setting
 from bitneck_edge.link.remote import Access
 
 __all__ = ["AUTO", "EdgeSettings"]

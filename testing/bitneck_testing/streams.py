@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
-from bitneck.frames import seal_frame
 from bitneck.image import preprocess
-from bitneck.messages import Classification, Result, Timings
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.wire.frames import seal_frame
+from bitneck.wire.messages import Classification, Result, Timings
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.link.wire import frame_to_wire
 from bitneck_testing.photographs import photo

@@ -10,10 +10,10 @@ from typing import Any, NoReturn, Self
 import grpc
 
 from bitneck.errors import BitneckError, BundleMismatch, Unavailable, UnknownFile
-from bitneck.frames import check_frame
-from bitneck.messages import ClientMessage, GoAway, Open, Opened, ServerMessage, SetPoint
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.wire.frames import check_frame
+from bitneck.wire.messages import ClientMessage, GoAway, Open, Opened, ServerMessage, SetPoint
 from bitneck_cloud.api.wire import frame_from_wire, from_wire, result_to_wire, to_wire
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.faults import public_text

@@ -3,8 +3,9 @@
 from google.protobuf.message import DecodeError
 
 from bitneck.errors import MalformedFrame
-from bitneck.frames import check_frame
-from bitneck.messages import (
+from bitneck.v1 import inference_pb2 as pb
+from bitneck.wire.frames import check_frame
+from bitneck.wire.messages import (
     Classification,
     ClientMessage,
     CodedMap,
@@ -18,7 +19,6 @@ from bitneck.messages import (
     ServerMessage,
     SetPoint,
 )
-from bitneck.v1 import inference_pb2 as pb
 
 __all__ = ["frame_from_wire", "from_wire", "parse_frame", "result_to_wire", "to_wire"]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, DeadlineExceeded, ModelFailure
-from bitneck.messages import Output
+from bitneck.wire.messages import Output
 from bitneck_cloud.engine.served_model import ServedModel
 
 __all__ = ["INTERNAL_ERROR", "Computed", "Job", "JobState"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bitneck.coding.class_map import MAX_CLASSES, MAX_MAP_BYTES, best_classes, count_classes, encode_map
 from bitneck.errors import BitneckError, BundleCorrupt, ModelFailure
 from bitneck.manifest import Manifest
-from bitneck.messages import Classification, ClassShare, CodedMap, Label, Output
+from bitneck.wire.messages import Classification, ClassShare, CodedMap, Label, Output
 
 __all__ = ["OutputTensor", "frames_of_a_pass", "output_of", "output_tensors"]
 

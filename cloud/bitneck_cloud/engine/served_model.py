@@ -11,8 +11,8 @@ from bitneck.chain import PointDecoder, SegmentChain, segments_of
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
 from bitneck.manifest import Manifest
-from bitneck.messages import Frame, Output
 from bitneck.runtime import ModulePool
+from bitneck.wire.messages import Frame, Output
 from bitneck_cloud.engine.batching import plan_batch
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
 

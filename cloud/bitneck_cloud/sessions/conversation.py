@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ProtocolError
-from bitneck.frames import check_frame
-from bitneck.messages import ClientMessage, Fault, Frame, GoAway, Result, ServerMessage, SetPoint, Timings
+from bitneck.wire.frames import check_frame
+from bitneck.wire.messages import ClientMessage, Fault, Frame, GoAway, Result, ServerMessage, SetPoint, Timings
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 
-from bitneck.messages import ServerMessage
+from bitneck.wire.messages import ServerMessage
 
 __all__ = ["Outbox"]
 

@@ -21,7 +21,7 @@ from bitneck.errors import (
     UnknownPoint,
 )
 from bitneck.ladder import Ladder
-from bitneck.messages import Result
+from bitneck.wire.messages import Result
 from bitneck_cloud.sessions.rates import MaxKbps, RatePolicy, choose
 
 __all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]

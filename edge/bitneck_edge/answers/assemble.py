@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from bitneck.frames import crc32c_hex
 from bitneck.manifest import Manifest
+from bitneck.wire.frames import crc32c_hex
 from bitneck_edge.answers.results import Answer, StageTimes
 from bitneck_edge.answers.verify import labels_of, segmentation_of
 from bitneck_edge.encoder import EncodedPhoto

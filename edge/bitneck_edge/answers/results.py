@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.errors import BitneckError
-from bitneck.messages import ClassShare, Label
+from bitneck.wire.messages import ClassShare, Label
 
 __all__ = ["Answer", "ClassShare", "Failure", "Label", "Segmentation", "StageTimes", "Switch", "Written"]
 

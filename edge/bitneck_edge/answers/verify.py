@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from bitneck.coding.class_map import MAX_CLASSES, count_classes, decode_map
 from bitneck.errors import BundleCorrupt, ProtocolError
 from bitneck.manifest import Manifest
-from bitneck.messages import Classification, ClassShare, CodedMap, Label, Result
+from bitneck.wire.messages import Classification, ClassShare, CodedMap, Label, Result
 from bitneck_edge.answers.results import Segmentation
 
 __all__ = ["check_classes", "labels_of", "segmentation_of"]

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 import bitneck
 from bitneck.bundle import Bundle
-from bitneck.command_line import with_settings
 from bitneck.errors import BitneckError, InvalidConfig
-from bitneck.frames import crc32c_hex, seal_frame
 from bitneck.image import find_photos
+from bitneck.settings.flags import with_settings
+from bitneck.wire.frames import crc32c_hex, seal_frame
 from bitneck_edge.link.wire import frame_bytes
 from bitneck_edge.settings import AUTO, EdgeSettings
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 import grpc
 
 from bitneck.errors import BitneckError, Unavailable
-from bitneck.messages import ClientMessage, ServerMessage
+from bitneck.wire.messages import ClientMessage, ServerMessage
 from bitneck_edge.link.remote import Access, Call, from_rpc_error, stub_of
 from bitneck_edge.link.wire import client_message, server_message
 

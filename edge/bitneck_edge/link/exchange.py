@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 
 from bitneck.errors import GRPC_CODES, BitneckError, error_from_status
-from bitneck.frames import wire_bytes
-from bitneck.messages import Fault, Frame, Result
+from bitneck.wire.frames import wire_bytes
+from bitneck.wire.messages import Fault, Frame, Result
 from bitneck_edge.link.connection import Connection
 from bitneck_edge.link.records import Candidate, Coded, Records
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bitneck.backoff import Backoff
 from bitneck.errors import BitneckError, DeadlineExceeded, Overloaded, ProtocolError, Unavailable
-from bitneck.messages import Fault, GoAway, Open, Opened, Result, ServerMessage, SetPoint
+from bitneck.wire.messages import Fault, GoAway, Open, Opened, Result, ServerMessage, SetPoint
 from bitneck_edge.link.connection import Connection, connect
 from bitneck_edge.link.exchange import Exchange, Received, Sent
 from bitneck_edge.link.records import Candidate, Coded

@@ -15,8 +15,8 @@ from typing import Generic, TypeVar
 
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import Overloaded
-from bitneck.frames import MAX_MESSAGE_BYTES, seal_frame, wire_bytes
-from bitneck.messages import Frame
+from bitneck.wire.frames import MAX_MESSAGE_BYTES, seal_frame, wire_bytes
+from bitneck.wire.messages import Frame
 
 __all__ = ["Candidate", "Coded", "Record", "Records"]
 

@@ -16,9 +16,9 @@ from bitneck.errors import (
     Unavailable,
     error_from_status,
 )
-from bitneck.frames import MAX_MESSAGE_BYTES
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.wire.frames import MAX_MESSAGE_BYTES
 
 __all__ = ["Access", "Call", "Offer", "fetch_file", "fetch_manifest", "from_rpc_error", "stub_of"]
 

@@ -1,6 +1,7 @@
 """Messages of a stream to protobuf and back: the one module of the edge that knows how they look on the wire."""
 
-from bitneck.messages import (
+from bitneck.v1 import inference_pb2 as pb
+from bitneck.wire.messages import (
     Classification,
     ClassShare,
     ClientMessage,
@@ -17,7 +18,6 @@ from bitneck.messages import (
     SetPoint,
     Timings,
 )
-from bitneck.v1 import inference_pb2 as pb
 
 __all__ = ["client_message", "frame_bytes", "frame_to_wire", "server_message"]
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
-from bitneck.frames import seal_frame, wire_bytes
 from bitneck.image import load_photo, preprocess
 from bitneck.ladder import OperatingPoint
+from bitneck.wire.frames import seal_frame, wire_bytes
 
 __all__ = ["PhotoPass", "PointPass", "Rate", "RateMeter", "photo_passes"]
 

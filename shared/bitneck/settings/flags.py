@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from bitneck.config import Settings
+from bitneck.settings.model import Settings
 
 __all__ = ["default_text", "group_of", "with_settings"]
 

@@ -46,13 +46,13 @@ class Open:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """One coded photograph. `bitneck.frames.seal_frame` makes it.
+    """One coded photograph. `bitneck.wire.frames.seal_frame` makes it.
 
     Attributes:
         seq: counts from 1; each frame has its own, and a resent frame keeps it.
         point: id of the operating point that coded the payload.
         payload: the coded bytes.
-        crc32c: of the point, the payload and the reference's symbols; see `bitneck.frames.frame_crc32c`.
+        crc32c: of the point, the payload and the reference's symbols; see `bitneck.wire.frames.frame_crc32c`.
         deadline_ms: from receipt in the cloud; 0 for none.
         captured_unix_us: when the photograph was taken, microseconds since 1970; 0 if unknown.
         reference: how far back in seq the frame is that the payload is coded against; 0 for none.

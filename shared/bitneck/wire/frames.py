@@ -3,7 +3,7 @@
 import google_crc32c
 
 from bitneck.errors import CorruptPayload, MalformedFrame, ReferenceUnknown
-from bitneck.messages import Frame
+from bitneck.wire.messages import Frame
 
 __all__ = ["MAX_MESSAGE_BYTES", "check_frame", "crc32c_hex", "frame_crc32c", "seal_frame", "wire_bytes"]
 
