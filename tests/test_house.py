@@ -112,7 +112,7 @@ PURE = (
     *(f"shared/bitneck/{name}.py" for name in ("backoff", "ladder", "wire/messages", "wire/frames", "ids", "errors")),
     "cloud/bitneck_cloud/engine/batching.py",
     *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("session", "rates")),
-    "cloud/bitneck_cloud/faults.py",
+    *(f"cloud/bitneck_cloud/{name}.py" for name in ("faults", "access/tokens")),
     *(f"edge/bitneck_edge/{name}.py" for name in ("ratecontrol", "points", "link/records", "link/wire")),
 )
 """Modules that take values and return values."""

@@ -8,6 +8,8 @@ A name is imported when it is first used, so that the command line starts withou
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bitneck import moved
+
 if TYPE_CHECKING:
     from bitneck_edge.answers.results import (
         Answer,
@@ -56,6 +58,9 @@ _HOMES = {
     "sources.capture": ("Capture",),
     "sync": ("SyncEdgeClient",),
 }  # fmt: skip
+
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -15,3 +15,7 @@ The rooms, in order; each imports only from itself and from the rooms above it:
     report     pictures and tables of what was measured
     cli        the command line ``bitneck-models``
 """
+
+from bitneck import moved
+
+moved.install()

@@ -1,3 +1,7 @@
-"""What edge, cloud and models share: symbols, tables, codec, bundle, ladder, image, runtime, errors, rpc stubs."""
+"""What edge, cloud and models share: coding, bundles, messages, settings, photographs, the runtime, errors."""
+
+from bitneck import moved
 
 __version__ = "0.1.0"
+
+moved.install()

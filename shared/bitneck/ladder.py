@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from bitneck.errors import InvalidConfig, RateUnreachable, UnknownPoint
 from bitneck.ids import check_id
+from bitneck.moved import names_of
 
 __all__ = ["Ladder", "OperatingPoint"]
+
+__getattr__ = names_of(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,3 +7,7 @@ Paper, section 3.4 and Table 1. The trials are in an Optuna storage, so a search
 any number of workers can share it: SQLite for the processes of one machine, PostgreSQL or MySQL for several machines.
 Both values are measured on the photographs put aside for validation, never on an evaluation set.
 """
+
+from bitneck.moved import names_of
+
+__getattr__ = names_of(__name__)

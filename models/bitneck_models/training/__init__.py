@@ -1,1 +1,5 @@
 """Training of units, of conditional tables and of segmentation networks."""
+
+from bitneck.moved import names_of
+
+__getattr__ = names_of(__name__)
