@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ZOO = ROOT / "models" / "zoo"
 DOCUMENTS = (
     ROOT / "README.md",
+    ROOT / "docs" / "segmentation.md",
     ZOO / "efficientnet_lite0" / "README.md",
     ZOO / "deeplabv3_efficientnet_lite0" / "README.md",
 )
@@ -47,7 +48,8 @@ def main() -> None:
         fresh = MARKED.sub(_replaced, text)
         if check and fresh != text:
             sys.exit(f"{path} does not show ladder.json; run python scripts/update_tables.py")
-        path.write_text(fresh)
+        if fresh != text:
+            path.write_text(fresh)
 
 
 if __name__ == "__main__":

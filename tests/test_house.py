@@ -77,7 +77,7 @@ def test_helpers_of_tests_are_not_in_the_wheel() -> None:
 
 
 def test_only_the_commands_load_a_component_by_its_name() -> None:
-    """`bitneck.commands` is the one place in shared that knows of the others: see docs/decisions.md."""
+    """`bitneck.commands` is the one place in shared that knows of the others: see docs/decisions/repository.md."""
     found = [
         p.name
         for p in sources("shared")
