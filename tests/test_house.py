@@ -77,7 +77,8 @@ def test_numerics_do_no_io() -> None:
     coding = ("symbols", "factorized_model", "factorized_codec", "class_map")
     pure = [f"shared/bitneck/{n}.py" for n in (*(f"coding/{n}" for n in coding), "backoff", "ladder", "frames", "ids")]
     pure += [f"cloud/bitneck_cloud/{n}.py" for n in ("engine/batching", "sessions/session")]
-    pure += [f"edge/bitneck_edge/{n}.py" for n in ("ratecontrol", "points", "answers/verify", "link/records")]
+    edge = ("ratecontrol", "points", "answers/verify", "link/records", "link/wire")
+    pure += [f"edge/bitneck_edge/{n}.py" for n in edge]
     for name in pure:
         banned = {"socket", "time", "asyncio", "grpc", "pathlib", "os", "torch", "threading"}
         assert not imported(ROOT / name) & banned, name

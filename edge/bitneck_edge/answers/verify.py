@@ -1,4 +1,4 @@
-"""Checks of what the cloud answered: the edge trusts no part of a result because it came from a server. Pure."""
+"""Checks of what the cloud answered: a result is not trusted only because a server sent it. Pure."""
 
 import math
 from collections.abc import Sequence
