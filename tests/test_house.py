@@ -113,7 +113,10 @@ PURE = (
     "cloud/bitneck_cloud/engine/batching.py",
     *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("session", "rates")),
     *(f"cloud/bitneck_cloud/{name}.py" for name in ("faults", "access/tokens")),
-    *(f"edge/bitneck_edge/{name}.py" for name in ("ratecontrol", "points", "link/records", "link/wire")),
+    *(
+        f"edge/bitneck_edge/{name}.py"
+        for name in ("ratecontrol", "points", "answers/verify", "link/records", "link/wire")
+    ),
 )
 """Modules that take values and return values."""
 
@@ -326,3 +329,13 @@ def test_the_registry_of_networks_imports_none() -> None:
     for place in (*registry.BACKBONES.values(), *registry.TRAINED_HERE.values()):
         module, _, function = place.partition(":")
         assert function in importlib.import_module(module).__all__, place
+
+
+def test_prose_wraps_at_100_columns() -> None:
+    """Outside tables, code, pictures and what a command writes."""
+    generated = {ROOT / "docs" / "results.md", ROOT / "docs" / "settings.md"}
+    for path in tracked():
+        if path.suffix == ".md" and path not in generated and path.name != "commands.md":
+            text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+            for line in text.splitlines():
+                assert len(line) <= 100 or line.startswith(("|", "#", "!", "<!--")), f"{path}: {line}"

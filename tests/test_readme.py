@@ -1,4 +1,7 @@
-"""The blocks of README and docs/edge.md run: shell in order, Python, against a real server with the real bundle."""
+"""The blocks of README and docs/edge.md run: shell in order, Python, against a real server with the real bundle.
+
+The flags that any page shows exist.
+"""
 
 import os
 import re
@@ -16,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / "build" / "efficientnet_lite0"
 README = (ROOT / "README.md").read_text()
 EDGE = (ROOT / "docs" / "edge.md").read_text()
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
 PHOTO = sample_photo()
 
 needs_bundle = pytest.mark.skipif(not BUNDLE.is_dir(), reason="make bundle has not run")
@@ -48,7 +52,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 @needs_bundle
 def test_shell_blocks(server: Server, folder: Path) -> None:
-    shell = [block for block in blocks("bash") if not block.startswith("make")]
+    shell = [block for block in blocks("bash") + blocks("bash", EDGE) if not block.startswith("make")]
     assert len(shell) >= 3
     for block in shell:
         done = subprocess.run(
@@ -80,8 +84,10 @@ def test_make_targets_exist() -> None:
 
 
 def test_options_in_the_readme_exist() -> None:
-    shown_blocks = blocks("console") + blocks("bash") + blocks("console", EDGE)
-    commands = re.findall(r"^(bitneck-\w+) (\w+)(.*)$", "\n".join(shown_blocks), re.MULTILINE)
+    shown_blocks = [block for page in PAGES for kind in ("console", "bash") for block in blocks(kind, page)]
+    text = re.sub(r"\\\n\s*", "", "\n".join(shown_blocks))
+    commands = re.findall(r"^\s*(bitneck-\w+) ([a-z][\w-]*)(.*)$", text, re.MULTILINE)
+    assert len(commands) > 30
     assert {name for name, _, _ in commands} == {"bitneck-edge", "bitneck-cloud", "bitneck-models"}
     for name, command, rest in commands:
         shown = subprocess.run(

@@ -24,7 +24,18 @@ Photo = Path | bytes | Image.Image
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedPhoto:
-    """What goes on the link, and milliseconds per stage; `symbols` are there where later frames may refer to them."""
+    """An encoded photograph, and what each stage took.
+
+    Attributes:
+        point: operating point.
+        split: its split point.
+        encoded: symbols and payload.
+        symbols: for later frames that refer to this one; None if none may.
+        load_ms: reading and decoding the photograph.
+        preprocess_ms: resize, crop, normalize.
+        head_ms: the network's first part.
+        encode_ms: bottleneck encoder, quantizer, range coder.
+    """
 
     point: str
     split: str
@@ -42,12 +53,16 @@ class EdgeEncoder:
     Switching the operating point reads no segment again. Several threads may use it at once.
 
     Attributes:
-        labels: names of the classes, of a network for segmentation; with labels the cloud sends the names.
+        bundle: the edge's half.
+        ladder: its operating points.
+        chain: the head's segments.
+        labels: names of the classes of a segmentation network. A classification network has none here: the cloud sends
+            them with its answers.
 
     Args:
         bundle: the edge's half.
         threads: of ONNX Runtime inside one operator of the head; 0 for every core.
-        pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
+        pool: loads the ONNX modules; encoders with one pool share equal modules.
 
     Raises:
         BundleCorrupt: the names of the classes are unreadable.
@@ -92,7 +107,7 @@ class EdgeEncoder:
             photo: the picture.
             point_id: the operating point.
             similar: whether later frames may refer to this one.
-            reference: what it may itself be coded against.
+            reference: code the photograph against these symbols, too.
 
         Raises:
             ImageError: it cannot be read.
@@ -124,7 +139,7 @@ class EdgeEncoder:
         )
 
     def time_splits(self, runs: int = 3) -> dict[str, float]:
-        """Seconds that head and encoder take on this device, the best of some runs, for every split point."""
+        """Seconds of head and encoder on this device, by split point: the best of some runs."""
         best: dict[str, float] = {}
         spec = self.bundle.manifest.input
         blank = Image.new("RGB", (spec.width, spec.height), (128, 128, 128))
@@ -136,7 +151,7 @@ class EdgeEncoder:
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    """A picture that the program opened itself; Pillow may read its pixels only now."""
+    """An RGB copy of a picture that the program opened; Pillow may read its pixels only now."""
     if 0 in picture.size:
         raise ImageError(f"a picture of {picture.width}x{picture.height} pixels; expected at least one")
     try:

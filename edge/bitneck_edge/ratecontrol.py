@@ -1,20 +1,20 @@
 """Automatic rate: the operating point of the next frame. Pure: times come in as arguments.
 
-Frames of a few hundred bytes leave a link idle most of the time, so what comes back says little about its bandwidth:
-only that it was not less than so much. What a frame's network delay (round trip less the cloud's own time) does say is
-how long a larger frame can take *at most*: were all of it transfer and none of it distance, a frame of twice the bytes
-would take twice the time. Hence five rules:
+Frames of a few hundred bytes leave a link idle most of the time, so their answers give only a lower bound of its
+bandwidth. But the network delay of a frame (round trip less the cloud's own time) bounds the time of a larger frame: if
+the whole delay were transfer and none of it distance, a frame of twice the bytes would take twice the time. Five rules
+follow:
 
-- *Select* the most accurate point whose predicted time is well within the target, by that pessimistic bound.
-- *Probe* where the bound forbids what the link may allow, as over a satellite: one frame at the next point, now and
-  then; the wait grows by half with each failure (as in LiveKit's probes).
-- *Step down at once* when the point in use is predicted to be late. An unanswered frame that is older than the last
-  answers' delay is such a prediction, before any answer comes (delay-based, as in WebRTC).
-- *Wait before climbing again* after that, longer each time it happens again soon.
-- *Send no more than the link carries.* Where frames arrive further apart than they were sent, or closer together, there
-  is a queue, and the time between their arrivals is what the link needs for one: that is its rate and no bound. A point
-  whose frames take longer than pictures come apart only fills queues, and is left before anything is late; at the
-  lowest rate fresh pictures are left out in place of queueing (`RateController.room`).
+- *Select* the most accurate point whose predicted time, by that pessimistic bound, is well within the target.
+- *Probe* if the bound forbids what the link may allow, as over a satellite: now and then, send one frame at the next
+  point. The wait before the next probe grows by half with each failure (as in LiveKit's probes).
+- *Step down at once* when the current point is predicted to be late. An unanswered frame that is older than the usual
+  delay is such a prediction, before any answer comes (delay-based, as in WebRTC).
+- *Wait before climbing again* after that; the wait grows if it happens again soon.
+- *Send no more than the link carries.* If frames arrive further apart than they were sent, or closer together, there is
+  a queue. The time between their arrivals is then what the link needs for one frame: the link's rate, and no bound. A
+  point whose frames take longer than the time between pictures fills queues; it is left before a frame is late. At the
+  lowest rate, pictures are left out instead of queued (`RateController.room`).
 
 Dimensions: bytes on the wire, seconds.
 """
@@ -30,26 +30,27 @@ from bitneck.ladder import Ladder, OperatingPoint
 __all__ = ["OVERHEAD_BYTES", "Decision", "RateController", "rungs"]
 
 OVERHEAD_BYTES = 180
-"""What a frame costs beside its payload: protobuf, gRPC and HTTP/2 framing, TCP and IP headers, the acknowledgement of
-its answer, window updates (`benchmarks/shaped.py` counts the bytes on the device's interface)."""
+"""Bytes of a frame beside its payload: protobuf, gRPC and HTTP/2 framing, TCP and IP headers, the acknowledgement of
+its answer, window updates. `benchmarks/shaped.py` counts them on the device's interface."""
 
 _LARGE = 1.2
-"""A photograph may take so many times the bytes of its point's mean."""
+"""A photograph may take this many times the mean bytes of its point."""
 _UP, _DOWN = 0.7, 0.87
-"""Climb to what is predicted to need this share of the time that is not fixed; leave what needs more than that one."""
+"""Shares of the time that depends on the rate: climb to a point that needs at most `_UP`, leave one above `_DOWN`."""
 _BASE_WINDOW_S = 20.0
 _LATE = 1.25
 _NOISE_S = 0.02
-"""An unanswered frame counts as slow when it is older than `_LATE` times the usual delay and this much."""
+"""An unanswered frame is slow when it is older than `_LATE` times the usual delay plus `_NOISE_S`."""
 _FIRST_PROBE_S, _PROBE_GROWTH, _MAX_PROBE_S = 3.0, 1.5, 60.0
 _FIRST_HOLD_S, _HOLD_GROWTH, _MAX_HOLD_S, _FORGIVE_S = 0.6, 2.0, 20.0, 15.0
 _RATE_SAMPLES, _RATE_FRESH_S = 3, 10.0
-"""The link's rate is the mean over so many frames that had to wait, and is believed for so long."""
+"""The link's rate is the mean over this many frames that were queued; it is forgotten after `_RATE_FRESH_S`."""
 _SUSTAINED, _OVERLOAD = 0.93, 1.05
-"""A rate is chosen if a frame takes this share of the time between two pictures, and left if it takes that one."""
+"""Shares of the time between two pictures: choose a point whose frames take at most `_SUSTAINED`, leave one above
+`_OVERLOAD`."""
 _EDGE_WEIGHT = 0.2
 _OUT_OF_BUDGET, _INTO_BUDGET = 1.0, 0.9
-"""A split point is left when its time at the edge exceeds the budget, and taken again at 0.9 of it."""
+"""Shares of the budget: leave a split point whose time is above the first, take it again at or below the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class _Flight:
 
 
 def rungs(ladder: Ladder, splits: Sequence[str] | None = None) -> tuple[OperatingPoint, ...]:
-    """The points worth choosing, in order of rate: each more accurate than every cheaper one.
+    """The points that are worth choosing, in order of rate: each is more accurate than all cheaper ones.
 
     Args:
         ladder: a bundle's.
@@ -89,9 +90,8 @@ class RateController:
     Args:
         ladder: of the bundle.
         target_s: from a frame's capture to its answer, at most.
-        max_edge_s: head and encoder may take so long; None for any time. Where no split point keeps it, the fastest is
-            used.
-        edge_s: how long head and encoder took when tried, by split point; what `sent` measures replaces it.
+        max_edge_s: limit for head and encoder; None for no limit. If no split point keeps it, the fastest is used.
+        edge_s: seconds of head and encoder in a trial, by split point; `sent` corrects them.
 
     Raises:
         InvalidConfig: an empty ladder, or a time that is not positive.
@@ -117,11 +117,8 @@ class RateController:
         self._delay: float | None = None  # network delay of a frame of `_size` bytes
         self._size = 0.0
         self._samples: deque[tuple[float, float, float]] = deque()  # (when, delay, delay per byte)
-        self._last = (
-            0.0,
-            0.0,
-        )  # when the frame before was sent, and when it was in the cloud and back, the work left out
-        self._waited: deque[tuple[float, float]] = deque(maxlen=_RATE_SAMPLES)  # (bytes, seconds) of frames that waited
+        self._last = 0.0, 0.0  # the last answered frame: when sent; when its answer came, less the cloud's time
+        self._waited: deque[tuple[float, float]] = deque(maxlen=_RATE_SAMPLES)  # (bytes, seconds) of queued frames
         self._rate: float | None = None
         self._rate_at = 0.0
         self._hold_until = 0.0
@@ -136,33 +133,33 @@ class RateController:
 
     @property
     def points(self) -> tuple[OperatingPoint, ...]:
-        """The points among which it chooses now, in order of rate."""
+        """The points to choose from now, in order of rate."""
         return self._points
 
     @property
     def delay_s(self) -> float | None:
-        """The network's delay of late, seconds; None before the first answer."""
+        """The usual network delay, seconds; None before the first answer."""
         return self._delay
 
     @property
     def base_s(self) -> float:
-        """The least network delay of the last seconds; 0 before the first answer."""
+        """The least network delay of the last 20 seconds; 0 before the first answer."""
         return min((delay for _, delay, _ in self._samples), default=0.0)
 
     def bytes_per_s(self, now: float) -> float | None:
-        """The link's rate, where a queue has lately shown it; else None: it is not known."""
+        """The link's rate; None unless a queue has shown it lately."""
         return self._rate if now - self._rate_at <= _RATE_FRESH_S else None
 
     def room(self, now: float, interval_s: float, *, fixed: bool = False) -> int:
-        """Frames that may be unanswered when fresh pictures matter: what the distance holds, and one that waits.
+        """Frames that may be unanswered if fresh pictures matter: those that travel at once, and one that waits.
 
-        None waits where even frames of the lowest rate would be late now, so that a queue drains, nor where pictures
-        come faster than the link carries those and two in a row would be late.
+        No frame may wait if even the lowest rate would be late now: so a queue drains. Nor may one if pictures come
+        faster than the link carries the lowest rate, and the second of two in a row would be late.
 
         Args:
             now: when.
-            interval_s: between pictures; 0 where it is not known.
-            fixed: the rate is not chosen here: what was sent last stands for the lowest.
+            interval_s: between pictures; 0 if unknown.
+            fixed: the rate is not chosen here; the last frame's size stands for the lowest rate.
         """
         rate, size = self.bytes_per_s(now), self._size if fixed else self._mean_bytes(0)
         transfer_s = size / rate if rate is not None else 0.0
@@ -180,7 +177,7 @@ class RateController:
 
         Args:
             now: when.
-            interval_s: between pictures, where they come from a camera; 0 where they wait for the link.
+            interval_s: between pictures of a camera; 0 for pictures that wait for the link.
         """
         waiting = self._waiting(now)
         if self._delay is None and waiting is None:
@@ -203,7 +200,7 @@ class RateController:
             self._rung = above
             return self._decision(f"answers take {delay * 1e3:.0f} ms on the link: room for better")
         if not self._flights and now >= self._probe_at and self._promising(above, delay):
-            self._probe_at = now + self._probe_wait  # it may never be sent
+            self._probe_at = now + self._probe_wait  # even if this one is never sent
             return Decision(self._points[above].id, "does the link carry more?", probe=True)
         return self._decision("the link carries it")
 
@@ -224,8 +221,8 @@ class RateController:
             decision: what `choose` said for it.
             payload_bytes: its coded size.
             now: when.
-            edge_s: how long head and encoder took; None where it is not known.
-            other_s: what else passed between capture and sending.
+            edge_s: seconds of head and encoder; None if unknown.
+            other_s: the rest of the time between capture and sending.
         """
         rung = next((k for k, point in enumerate(self._points) if point.id == decision.point), self._rung)
         self._flights[seq] = _Flight(float(payload_bytes + OVERHEAD_BYTES), now, rung, decision.probe)
@@ -234,7 +231,7 @@ class RateController:
             split = self._ladder[decision.point].split
             before = self._edge.get(split, edge_s)
             after = before + (edge_s - before) * _EDGE_WEIGHT
-            ratio = after / before if before > 0 else 1.0  # a device that is busy or hot is so at every split point
+            ratio = after / before if before > 0 else 1.0  # a busy or hot device is slower at every split point
             self._edge = {name: seconds * ratio for name, seconds in self._edge.items()} | {split: after}
             if self._budget is not None:
                 self._weigh_splits()
@@ -257,30 +254,30 @@ class RateController:
         while now - self._samples[0][0] > _BASE_WINDOW_S:
             self._samples.popleft()
         if flight.probe and not self._probed(flight, delay, now):
-            return  # what larger frames take is no news of those that are sent
-        if self._delay is None or delay > self._delay:  # worse news counts at once, better news by half
+            return  # the delay of a larger frame says nothing new about the usual ones
+        if self._delay is None or delay > self._delay:  # a longer delay counts at once, a shorter one by half
             self._delay, self._size = delay, flight.size
         else:
             self._size += (flight.size - self._size) * 0.5
             self._delay += (delay - self._delay) * 0.5
 
     def _learn_rate(self, flight: _Flight, arrived: float, delay: float, now: float) -> None:
-        """The link's rate, from frames that were queued."""
+        """Learn the link's rate from frames that were queued."""
         sent, before = self._last
         gap = arrived - before
         if flight.sent < before < arrived and abs(gap - (flight.sent - sent)) > _NOISE_S:
-            self._waited.append((flight.size, gap))  # the queue grows or drains, so the link was busy all the time
+            self._waited.append((flight.size, gap))  # the queue grew or shrank, so the link was busy all the time
             if len(self._waited) > 1:
                 self._rate = sum(size for size, _ in self._waited) / sum(seconds for _, seconds in self._waited)
                 self._rate_at = now
         else:
             self._waited.clear()
         if self._rate is not None and flight.size / delay > self._rate:
-            self._rate = None  # faster than it may be
+            self._rate = None  # this frame was faster than that rate allows
         self._last = flight.sent, arrived
 
     def _probed(self, flight: _Flight, delay: float, now: float) -> bool:
-        """Whether a probe came back in time; then its rate is used from now on."""
+        """Whether a probe came back in time; then its point is used from now on."""
         rung = min(flight.rung, len(self._points) - 1)
         if self._edge_of(rung) + self._server + delay > self._limit(rung, _UP):
             self._probe_failed(now)
@@ -297,7 +294,7 @@ class RateController:
             self._probe_failed(now)
 
     def reconnected(self, now: float) -> None:
-        """The link is a new one: unanswered frames go out again now, and what was known of the old one is forgotten."""
+        """The link is a new one: forget the old one; unanswered frames are sent again now."""
         self._delay, self._rung = None, 0
         self._samples.clear()
         self._waited.clear()
@@ -309,7 +306,7 @@ class RateController:
         return Decision(self._points[self._rung].id, reason)
 
     def _fall(self, now: float, delay: float, reason: str, limit_bytes: float = math.inf) -> Decision:
-        """Down to what is predicted in time, and has no more bytes than the limit; one rung at least."""
+        """Step down, one rung at least, to a point that is predicted in time or, with a limit, has no more bytes."""
         if self._rung == 0:
             return self._decision(f"{reason}; this is the lowest rate")
         rung = self._rung - 1
@@ -326,7 +323,7 @@ class RateController:
         return self._decision(f"{reason}: down")
 
     def _waiting(self, now: float) -> float | None:
-        """Network delay that an unanswered frame has reached already, where that is more than usual."""
+        """The network delay that the oldest unanswered frame has reached; None if that is not unusual."""
         if not self._flights:
             return None
         oldest = next(iter(self._flights.values()))
@@ -344,9 +341,10 @@ class RateController:
         return self._edge.get(self._points[rung].split, 0.0) + self._other
 
     def _total(self, rung: int, delay: float) -> float:
-        """Capture to answer at a rung, at most: a larger frame's delay by the bound, a smaller one's by what is sure.
+        """Upper bound of the time from capture to answer at a rung.
 
-        Above the least delay of late everything is transfer, or waiting behind transfers; that shrinks with the frame.
+        A larger frame's delay follows from the bound in the module's docstring. For a smaller frame, only the delay
+        above the least recent one shrinks: that part is transfer, or waiting for other transfers.
         """
         size, known = self._bytes(rung), max(self._size, 1.0)
         if size > known:
@@ -357,11 +355,11 @@ class RateController:
         return self._edge_of(rung) + self._server + network
 
     def _promising(self, rung: int, delay: float) -> bool:
-        """Whether a probe could succeed at all."""
+        """Whether a probe can succeed at all."""
         return self._edge_of(rung) + self._server + delay < self._limit(rung, _UP)
 
     def _limit(self, rung: int, share: float) -> float:
-        """How long a frame may be predicted to take: what no rate can change, and a share of the rest of the target."""
+        """The longest prediction to accept: the time that no rate can change, and a share of the rest of the target."""
         fixed = self._edge_of(rung) + self._server + self.base_s
         return fixed + max(0.0, self._target - fixed) * share
 
@@ -370,7 +368,7 @@ class RateController:
         self._probe_wait = min(_MAX_PROBE_S, self._probe_wait * _PROBE_GROWTH)
 
     def _weigh_splits(self) -> None:
-        """The split points within the budget at the edge; the rung of a new set is the nearest in accuracy."""
+        """Choose the split points within the budget; in a new set, go on at the next less accurate point."""
         names = tuple(dict.fromkeys(point.split for point in self._ladder))
         splits = names
         if self._budget is not None and self._edge:

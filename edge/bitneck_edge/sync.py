@@ -124,7 +124,7 @@ class SyncEdgeClient:
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # an interrupt here must not leave it running there
+            future.cancel()  # an interrupt in this thread ends the work in the client's thread too
             raise
 
     def _end(self) -> None:
@@ -137,7 +137,7 @@ class SyncEdgeClient:
 
 
 async def _finish() -> None:
-    """Nothing of a stream that was left may outlive its client."""
+    """Cancel the rest of streams that the program left early."""
     rest = asyncio.all_tasks() - {asyncio.current_task()}
     for task in rest:
         task.cancel()

@@ -6,11 +6,11 @@ __all__ = ["Backoff"]
 
 _GROWTH = 2.0
 _LEAST, _SPREAD = 0.5, 1.0
-"""A pause is varied by a factor from 0.5 to 1.5, so that clients of one server do not come back at the same moment."""
+"""A pause is multiplied by 0.5 to 1.5, so that clients of one server do not come back at the same moment."""
 
 
 class Backoff:
-    """Counts failures in a row, and says how long to wait after each.
+    """Counts failures in a row and says how long to wait after each one.
 
     Args:
         first_s: pause after the first failure, before it is varied.
@@ -44,5 +44,5 @@ class Backoff:
         return pause_s * (_LEAST + _SPREAD * chance)
 
     def succeeded(self) -> None:
-        """An attempt was of use: count from zero again."""
+        """An attempt was useful: count from zero again."""
         self.failures, self._pause_s = 0, self._first_s

@@ -1,4 +1,4 @@
-"""One photograph's answer: what the cloud found, what was sent for it, and what it took."""
+"""One photograph's answer: what the cloud found, what was sent, and how long each stage took."""
 
 from collections.abc import Sequence
 
@@ -16,15 +16,15 @@ __all__ = ["answer_of"]
 def answer_of(
     capture: Capture, encoded: EncodedPhoto, sent: Sent, received: Received, manifest: Manifest, names: Sequence[str]
 ) -> Answer:
-    """One photograph's answer, with what it took.
+    """Put together one photograph's answer.
 
     Args:
         capture: the photograph, and when it was taken.
-        encoded: what was made of it here.
+        encoded: what the encoder made of it.
         sent: the frame.
         received: the cloud's result, and when it came.
         manifest: of the bundle in use.
-        names: of the classes, by index; only segmentation needs them.
+        names: of the classes, by index; for segmentation only.
 
     Raises:
         ProtocolError: see `labels_of` and `segmentation_of`.

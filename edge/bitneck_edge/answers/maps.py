@@ -1,4 +1,4 @@
-"""Class maps as pictures: one colour for each class, an indexed PNG, and the photograph with the colours over it."""
+"""Class maps as pictures: a colour for each class, an indexed PNG, and the photograph with the colours over it."""
 
 import re
 import threading
@@ -19,15 +19,15 @@ __all__ = ["MapWriter", "colours", "indexed", "overlay"]
 
 _NAME_CHARACTERS = 80
 _SHARE = 0.5
-"""Of the colours in an overlay."""
+"""Of the colours in an overlay; the rest is the photograph."""
 
 
 def colours() -> NDArray[np.uint8]:
-    """The colour of each class, (256, 3) uint8 RGB: the same on every machine, and no two equal.
+    """The colour of each class, (256, 3) uint8 RGB: the same on every machine, and no two are equal.
 
-    The bits of the index, three at a time, are the highest bits of red, green and blue, as in the colour map of PASCAL
-    VOC; that begins with black for its background, which no class is here, so this begins with its second colour and
-    black comes last.
+    It is the colour map of PASCAL VOC: the bits of the index, three at a time, are the highest bits of red, green and
+    blue. VOC begins with black for the background. There is no background class here, so this map begins with VOC's
+    second colour, and black comes last.
     """
     index = (np.arange(MAX_CLASSES) + 1) % MAX_CLASSES
     rgb = np.zeros((MAX_CLASSES, 3), dtype=np.uint8)
@@ -37,7 +37,7 @@ def colours() -> NDArray[np.uint8]:
 
 
 def indexed(segmentation: Segmentation, size: tuple[int, int]) -> Image.Image:
-    """A class map at a photograph's size, each pixel the nearest of the map's.
+    """A class map in a photograph's size; each pixel has the class of the nearest pixel of the map.
 
     Args:
         segmentation: the map.
@@ -47,7 +47,7 @@ def indexed(segmentation: Segmentation, size: tuple[int, int]) -> Image.Image:
         A palette picture whose values are class indices.
     """
     image = Image.fromarray(segmentation.map).resize(size, Image.Resampling.NEAREST)
-    image.putpalette(colours().tobytes())  # which makes it a palette picture
+    image.putpalette(colours().tobytes())  # makes it a palette picture
     return image
 
 
@@ -64,11 +64,11 @@ def overlay(photo: Image.Image, classes: Image.Image) -> Image.Image:
 class MapWriter:
     """Writes the class map of each answer and an overlay into a folder. Several threads may use it at once.
 
-    A file is named after its photograph; characters but letters, digits, ``.``, ``-`` and ``_`` become ``_``, and where
-    two photographs would have one name the later ones get a number. Files of an earlier run are replaced.
+    A file is named after its photograph. Characters other than letters, digits, ``.``, ``-`` and ``_`` become ``_``. If
+    two photographs have the same name, the later one gets a number. Files of an earlier run are replaced.
 
     Args:
-        folder: where; `prepare` makes it.
+        folder: for the files; `prepare` makes it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,7 +77,7 @@ class MapWriter:
         self._taken: dict[str, int] = {}
 
     def prepare(self) -> None:
-        """Make the folder where it is not there.
+        """Make the folder if it does not exist.
 
         Raises:
             InvalidConfig: it cannot be made.
@@ -88,10 +88,10 @@ class MapWriter:
             raise InvalidConfig(f"{self.folder} cannot be made ({exc.strerror}); choose another folder") from exc
 
     def write(self, photo: Photo, answer: Answer) -> Answer:
-        """Write an answer: ``NAME.map.png`` and ``NAME.overlay.jpg``, both of the photograph's size, upright.
+        """Write an answer: ``NAME.map.png`` and ``NAME.overlay.jpg``, both in the photograph's size, upright.
 
         Returns:
-            The answer, with the files' names.
+            The answer, with the files' paths.
 
         Raises:
             ImageError: the photograph cannot be read any more.
@@ -111,7 +111,7 @@ class MapWriter:
         return replace(answer, written=Written(str(map_file), str(overlay_file)))
 
     def _name(self, file: str) -> str:
-        """A name that no other photograph of this run has, of harmless characters, whatever the photograph's is."""
+        """A name of harmless characters that no other photograph of this run has."""
         path = Path(file)
         frame = path.suffix.partition("#")[2]  # of a video: street.mp4#12
         stem = f"{path.stem}-{frame}" if frame else path.stem

@@ -1,4 +1,4 @@
-"""What the edge gives back for each photograph."""
+"""What a program gets for each photograph."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -17,9 +17,9 @@ class Segmentation:
     """The best class of every pixel of the network's input, which is the whole photograph, resized.
 
     Attributes:
-        map: (H, W) uint8, class indices, read-only; two answers compare without it.
-        classes: those that occur, the largest share first.
-        map_bytes: coded bytes of the map on its way here.
+        map: (H, W) uint8, class indices, read-only. Comparing two answers leaves it out.
+        classes: the classes in the map, the largest share first.
+        map_bytes: bytes of the coded map that came from the cloud.
     """
 
     map: NDArray[np.uint8] = field(repr=False, compare=False)
@@ -27,7 +27,7 @@ class Segmentation:
     map_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: without the pixels."""
+        """For JSON; without the pixels."""
         return {"classes": [asdict(share) for share in self.classes], "map_bytes": self.map_bytes}
 
 
@@ -44,15 +44,15 @@ class StageTimes:
     """Where a frame's time went, in milliseconds.
 
     Attributes:
-        wait: from the picture's capture to its turn, and from its encoding to its sending.
+        wait: between capture and encoding, and between encoding and sending.
         load: reading and decoding the photograph.
         preprocess: resize, crop, normalize.
         head: the network's first part.
         encode: bottleneck encoder, quantizer, range coder.
-        link: from sending to the answer, less the cloud's own time; gRPC, event loops and the wire.
+        link: from sending to the answer, less the cloud's own time: gRPC, event loops and the wire.
         queued: waiting for the cloud's engine.
         decode: range decoding in the cloud.
-        compute: bottleneck decoder and tail, the whole batch's.
+        compute: bottleneck decoder and tail, for the whole batch.
         total: all of these.
     """
 
@@ -73,21 +73,21 @@ class Answer:
     """The network's answer to one photograph, and what it cost.
 
     Attributes:
-        file: the photograph's path, or what stands for it.
+        file: the photograph's path, or the name of its `Capture`.
         seq: number of its frame.
         point: operating point.
         split: its split point.
         payload_bytes: coded bytes.
-        reference: how many frames before it the one stands that its payload is coded against; 0 for none.
-        wire_bytes: of the message on the stream.
+        reference: how far back in seq the frame lies that the payload is coded against; 0 for none.
+        wire_bytes: bytes of the message on the stream.
         bpp_payload: payload bits per input pixel.
         bpp_wire: message bits per input pixel.
-        payload_crc32c: of the payload, 8 hexadecimal digits.
-        symbols_crc32c: of the symbols as little-endian int32.
-        ms: per stage.
-        labels: the best first; of a network for classification.
-        segmentation: of a network for segmentation.
-        written: where it was written, if it was.
+        payload_crc32c: CRC-32C of the payload, 8 hexadecimal digits.
+        symbols_crc32c: CRC-32C of the symbols as little-endian int32.
+        ms: time of each stage.
+        labels: of a classification network, the best first; else empty.
+        segmentation: of a segmentation network; else None.
+        written: the files that the answer was written to; None if it was not written.
     """
 
     file: str
@@ -107,13 +107,13 @@ class Answer:
     written: Written | None = None
 
     def without_map(self) -> "Answer":
-        """The same without the pixels of a class map, for those who keep many."""
+        """The same answer without the pixels of its class map, which saves memory if many are kept."""
         if self.segmentation is None:
             return self
         return replace(self, segmentation=replace(self.segmentation, map=np.empty((0, 0), dtype=np.uint8)))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: ``labels``, or ``classes`` and ``map_bytes``, and the files where there are any; no pixels."""
+        """For JSON: ``labels``, or ``classes`` and ``map_bytes``; the files if it was written; no pixels."""
         document = {each.name: getattr(self, each.name) for each in fields(self)}
         document["ms"] = asdict(self.ms)
         document["labels"] = [asdict(label) for label in self.labels]
@@ -136,9 +136,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """A change of the operating point, asked for when frame `after_seq` was the last one sent.
+    """A change of the operating point, at a moment when frame `after_seq` was the last one sent.
 
-    A frame that was being encoded at that moment still goes out at the old point; the next one has the new point.
+    A frame that was being encoded at that moment is still sent at the old point; the next one has the new point.
     """
 
     after_seq: int

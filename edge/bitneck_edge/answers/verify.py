@@ -1,4 +1,4 @@
-"""What the cloud answered, checked: nothing of it is believed because it came from a server."""
+"""Checks of what the cloud answered: a result is not trusted only because a server sent it. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from bitneck_edge.answers.results import Segmentation
 __all__ = ["check_classes", "labels_of", "segmentation_of"]
 
 _TOLERANCE = 1e-6
-"""Of a share, a float32 on the wire."""
+"""Of a share; it is a float32 on the wire."""
 
 
 def check_classes(manifest: Manifest, labels: Sequence[str]) -> None:
-    """Whether a class map can name the classes of a bundle.
+    """Check that a class map can name every class of a bundle.
 
     Raises:
-        BundleCorrupt: more classes than a byte counts, or none.
+        BundleCorrupt: there are no classes, or more than one byte can number.
     """
     if not 1 <= len(labels) <= MAX_CLASSES:
         raise BundleCorrupt(f"{manifest.labels} has {len(labels)} classes, a class map can name 1 to {MAX_CLASSES}")
@@ -29,7 +29,7 @@ def labels_of(result: Result) -> tuple[Label, ...]:
     """The labels of an answer.
 
     Raises:
-        ProtocolError: none, or one whose score is no number.
+        ProtocolError: there are none, or a score is not a finite number.
     """
     labels = result.output.labels if isinstance(result.output, Classification) else ()
     if not labels or not all(math.isfinite(label.score) for label in labels):
@@ -43,17 +43,18 @@ def segmentation_of(result: Result, manifest: Manifest, names: Sequence[str]) ->
     """The class map of an answer, and the shares of its classes.
 
     Args:
-        result: the cloud's.
-        manifest: of the bundle in use; its input says how large the map is.
-        names: of the classes, by index: the bundle's own, whatever the cloud calls them.
+        result: from the cloud.
+        manifest: of the bundle in use; the map has the size of its input.
+        names: the bundle's names of the classes, by index; the names in the result are not used.
 
     Raises:
-        ProtocolError: no class map, one that is not as large as the input or names other classes, or shares that are
-            not those of the map.
+        ProtocolError: there is no class map, it has another size or unknown classes, or the shares do not fit it.
     """
     answer, spec = result.output, manifest.input
     if not isinstance(answer, CodedMap):
-        raise ProtocolError(f"the answer to frame {result.seq} has no class map; {manifest.name} is for segmentation")
+        raise ProtocolError(
+            f"the answer to frame {result.seq} has no class map, but {manifest.name} is for segmentation"
+        )
     if (answer.height, answer.width) != (spec.height, spec.width):
         raise ProtocolError(
             f"the answer to frame {result.seq} is a class map of {answer.height}x{answer.width} pixels, "
@@ -67,6 +68,6 @@ def segmentation_of(result: Result, manifest: Manifest, names: Sequence[str]) ->
     said = {share.index: share.share for share in answer.classes}
     real = {k: int(counts[k]) / classes.size for k in range(len(names)) if counts[k]}
     if said.keys() != real.keys() or not all(abs(said[k] - share) <= _TOLERANCE for k, share in real.items()):
-        raise ProtocolError(f"the answer to frame {result.seq} states shares that are not those of its class map")
+        raise ProtocolError(f"the answer to frame {result.seq} states shares that its class map does not have")
     shares = [ClassShare(k, names[k], real[k]) for k in sorted(real, key=lambda k: -real[k])]
     return Segmentation(map=classes, classes=tuple(shares), map_bytes=len(answer.map))

@@ -1,1 +1,1 @@
-"""The device's half of a bundle: fetched from the server, kept in the cache."""
+"""The edge's half of a bundle: fetched from the server, kept in the cache."""

@@ -1,9 +1,9 @@
-"""Bundles that were fetched once, kept on the device: verified when written, and again when opened.
+"""Bundles on the device: each file is fetched once, verified when it is written and again when it is opened.
 
     <cache>/bundles/<digest of the manifest>/manifest.json, segments/..., points/<id>/...
     <cache>/servers/<digest of its address and the model>    the bundle that a server had last
 
-A file gets its name only when its size and digest are right, so nothing half-written stays, and two processes may fill
+A file gets its name only when its size and digest are right. So no half-written file stays, and two processes may fill
 the same cache at once.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["cached_bundle", "default_cache_dir", "forget_old", "recall", "rememb
 _KEPT_S = 86_400.0
 
 Fetch = Callable[[str], AsyncGenerator[bytes]]
-"""Gives a file of the bundle in chunks, by its path in the manifest."""
+"""Yields a file of the bundle in chunks, given its path in the manifest."""
 
 
 def default_cache_dir() -> Path:
@@ -42,18 +42,18 @@ async def cached_bundle(
     fetch: Fetch,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Bundle:
-    """The edge's half of a bundle; what is missing or damaged is fetched.
+    """The edge's half of a bundle; missing and damaged files are fetched.
 
     Args:
         cache_dir: root of the cache.
         manifest_json: the manifest's exact bytes, from the server.
-        bundle_id: what the server says the bundle's id is.
-        fetch: where files come from.
+        bundle_id: the bundle's id, as the server says.
+        fetch: fetches a file.
         progress: called with (bytes fetched, bytes to fetch).
 
     Raises:
         BundleMismatch: the manifest does not hash to the id.
-        BundleCorrupt: not a manifest, or a file that arrived with another size or digest.
+        BundleCorrupt: the manifest cannot be read, or a file arrived with another size or digest.
         InvalidConfig: the cache cannot be written.
     """
     if bundle_id_of(manifest_json) != bundle_id:
@@ -101,10 +101,10 @@ def remember(cache_dir: Path, server: str, model: str, bundle_id: str) -> None:
 
 
 def forget_old(cache_dir: Path, now: float) -> None:
-    """Remove bundles that no server is noted to have, and that are a day old: a device that runs for years stays small.
+    """Remove bundles that are a day old and that no noted server has, so that the cache stays small over years.
 
     Args:
-        cache_dir: of the bundles.
+        cache_dir: root of the cache.
         now: seconds since 1970.
     """
     with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ def forget_old(cache_dir: Path, now: float) -> None:
 
 
 def recall(cache_dir: Path, server: str, model: str) -> Bundle | None:
-    """The bundle that a server had last, verified; None where it is not in the cache, or damaged there."""
+    """The bundle that a server had last, verified; None if it is not in the cache, or damaged there."""
     try:
         bundle_id = _note(cache_dir, server, model).read_text()
         bundle = Bundle.open(cache_dir / "bundles" / _digits(bundle_id), side="edge")
@@ -128,7 +128,7 @@ def _digits(bundle_id: str) -> str:
     """The hexadecimal digits of a bundle's id.
 
     Raises:
-        BundleMismatch: it is none.
+        BundleMismatch: it is not a bundle's id.
     """
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", bundle_id):
         raise BundleMismatch(f"{bundle_id[:80]!r} is no bundle id, expected sha256: and 64 hexadecimal digits")
@@ -150,7 +150,7 @@ def _good(path: Path, entry: FileEntry) -> bool:
 async def _receive(
     path: Path, entry: FileEntry, chunks: AsyncGenerator[bytes], on_bytes: Callable[[int], None]
 ) -> None:
-    """Write a file as it arrives, and tell the size of each chunk. A wrong file leaves nothing behind."""
+    """Write a file as it arrives; `on_bytes` gets the size of each chunk. A wrong file leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest, received = hashlib.sha256(), 0
     with _new_file(path) as descriptor:
@@ -175,7 +175,7 @@ async def _receive(
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
-    """Write every byte: the system may take fewer than it is given, on a disk that fills up say."""
+    """Write every byte: one call may write fewer than it is given, for example when the disk fills up."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -183,7 +183,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[int]:
-    """A file descriptor whose file gets its name when the block ends well, and is removed when it does not."""
+    """A descriptor of a file that gets its name when the block ends without an error, and else is removed."""
     descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=path.parent)
     try:
         yield descriptor

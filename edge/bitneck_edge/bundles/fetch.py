@@ -1,4 +1,4 @@
-"""Which bundle the server has, and the edge's half of it."""
+"""Fetch the edge's half of the bundle that the server has."""
 
 import asyncio
 import logging
@@ -34,12 +34,12 @@ async def fetch_bundle(
     Args:
         settings: server, cache and limits.
         progress: called with (bytes fetched, bytes to fetch).
-        offline: where no server answers at the first attempt, take the bundle that it had last, if that is cached.
+        offline: if no server answers the first attempt, take the bundle that it had last, if that is in the cache.
 
     Raises:
         Unavailable: no server after the retries.
-        BundleMismatch: not the bundle that `settings.bundle_id` asks for.
-        BundleCorrupt: what arrived is damaged.
+        BundleMismatch: the server has another bundle than `settings.bundle_id`.
+        BundleCorrupt: a file arrived damaged.
         InvalidConfig: the cache cannot be written.
     """
     access = settings.access
@@ -59,7 +59,7 @@ async def fetch_bundle(
                 kept = await asyncio.to_thread(recall, cache_dir, settings.server, settings.model) if offline else None
                 if kept is not None and settings.bundle_id in ("", kept.bundle_id):
                     _LOG.warning(
-                        "%s; starting with the bundle that it had last, %s, and going on trying: %s",
+                        "%s; starting with the bundle that it had last, %s, and trying again: %s",
                         exc, kept.bundle_id, _WHAT_TO_CHECK,
                     )  # fmt: skip
                     return kept
@@ -79,7 +79,7 @@ async def fetch_bundle(
         bundle = await cached_bundle(cache_dir, offer.manifest_json, offer.bundle_id, fetch, progress)
         try:
             remember(cache_dir, settings.server, settings.model, offer.bundle_id)
-        except InvalidConfig as exc:  # the bundle is there: only a start without the server needs the note
+        except InvalidConfig as exc:  # only a start without the server needs the note
             _LOG.warning("%s", exc)
         await asyncio.to_thread(forget_old, cache_dir, time.time())
         return bundle

@@ -18,11 +18,11 @@ __all__ = ["RunSummary", "bench_table", "line", "load_table", "points_table", "r
 
 _STAGES = ("wait", "load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
 _CLASSES = 3
-"""So many of an answer's classes are printed."""
+"""Classes of an answer that are printed."""
 
 
 class RunSummary:
-    """Sums over a run; it keeps no result, so a run may be endless."""
+    """Sums over a run. No result is kept, so that a run may be endless."""
 
     def __init__(self) -> None:
         self.answers = 0
@@ -49,7 +49,7 @@ class RunSummary:
             self._sums[stage] += getattr(result.ms, stage)
 
     def to_dict(self, client: EdgeClient) -> dict[str, Any]:
-        """For JSON: counts, means, and milliseconds of processor time a frame."""
+        """For JSON: counts, means, and milliseconds of processor time for each frame."""
         seconds = time.perf_counter() - self._begin
         summary: dict[str, Any] = {
             "frames": self.answers,
@@ -101,15 +101,15 @@ def line(answer: Answer) -> str:
 
 
 def _shares(segmentation: Segmentation) -> str:
-    """The largest classes with their shares of the photograph."""
+    """The largest classes, with their shares of the photograph."""
     return ", ".join(f"{one.name:.20} {one.share:.0%}" for one in segmentation.classes[:_CLASSES])
 
 
 def run_table(results: Sequence[Answer | Failure]) -> Table:
-    """Answers as a table, with the time at the edge, on the link and in the cloud."""
+    """Answers as a table, with the times at the edge, on the link and in the cloud."""
     segmented = any(isinstance(result, Answer) and result.segmentation is not None for result in results)
-    said = ("back", "classes") if segmented else ("label", "score")
-    table = Table("photo", "point", "bytes", "bpp", *said, "edge ms", "link ms", "cloud ms")
+    answer = ("back", "classes") if segmented else ("label", "score")
+    table = Table("photo", "point", "bytes", "bpp", *answer, "edge ms", "link ms", "cloud ms")
     for column in table.columns[2:]:
         column.justify = "left" if column.header in ("label", "classes") else "right"
     for result in results:
@@ -122,11 +122,11 @@ def run_table(results: Sequence[Answer | Failure]) -> Table:
         ms = result.ms
         edge, cloud = ms.load + ms.preprocess + ms.head + ms.encode, ms.queued + ms.decode + ms.compute
         table.add_row(
-            Text(Path(result.file).name),  # a Text, since a name may look like markup
+            Text(Path(result.file).name),  # a Text, because a name may look like markup
             result.point,
             str(result.payload_bytes),
             f"{result.bpp_payload:.4f}",
-            *_said(result),
+            *_answer_cells(result),
             f"{edge:.1f}",
             f"{ms.link:.1f}",
             f"{cloud:.1f}",
@@ -134,8 +134,8 @@ def run_table(results: Sequence[Answer | Failure]) -> Table:
     return table
 
 
-def _said(answer: Answer) -> tuple[str | Text, str | Text]:
-    """The two columns of what the network said."""
+def _answer_cells(answer: Answer) -> tuple[str | Text, str | Text]:
+    """The two columns of the network's answer."""
     if answer.segmentation is not None:
         return str(answer.segmentation.map_bytes), Text(_shares(answer.segmentation))
     best = answer.labels[0]
@@ -153,7 +153,7 @@ def points_table(ladder: Ladder) -> Table:
 
 
 def load_table(document: dict[str, Any]) -> Table:
-    """A load's percentiles, from `bitneck_edge.measure.load_generator.summarize`."""
+    """The percentiles of a load, from `bitneck_edge.measure.load_generator.summarize`."""
     table = Table("milliseconds", "p50", "p90", "p99", "mean")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -163,7 +163,7 @@ def load_table(document: dict[str, Any]) -> Table:
 
 
 def bench_table(document: dict[str, Any]) -> Table:
-    """Medians of `bitneck_edge.measure.bench.bench`."""
+    """The medians of `bitneck_edge.measure.bench.bench`."""
     table = Table("split", "point", "load", "preprocess", "head", "encode", "total ms", "p95", "CPU ms", "bytes")
     for column in table.columns[2:]:
         column.justify = "right"

@@ -1,4 +1,4 @@
-"""``bitneck-edge run``: pictures of some sources through a client, answers onto the terminal and into files."""
+"""``bitneck-edge run``: the pictures of some sources to the cloud, the answers to the terminal and into files."""
 
 import asyncio
 import contextlib
@@ -29,21 +29,21 @@ __all__ = ["RunPlan", "run_plan"]
 _SWITCH_LOG = logging.getLogger("bitneck_edge.points")
 
 _LAST_ANSWERS_S = 3.0
-"""After a signal, how long the answers that are out are waited for."""
+"""How long to wait, after a signal, for the answers of frames that are under way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """What ``bitneck-edge run`` does beside the settings of the client.
+    """What ``bitneck-edge run`` does, beside the settings of the client.
 
     Attributes:
         sources: of the pictures.
-        repeat: go through them so often.
-        fps: pictures a second, at most.
-        newest: send the newest first and drop what it overtook.
-        ordered: answers in the order of the pictures.
-        out: folder of the class maps; None to write none.
-        output: what is printed.
+        repeat: how often to go through them.
+        fps: at most this many pictures a second; None for no limit.
+        newest: send the newest picture first, and drop those that it overtook.
+        ordered: print answers in the order of the pictures; else as they come.
+        out: folder for class maps; None to write none.
+        output: what to print.
     """
 
     sources: Sequence[Source]
@@ -56,7 +56,7 @@ class RunPlan:
 
     @property
     def total(self) -> int | None:
-        """Photographs, where their number is known."""
+        """The number of photographs; None if it is unknown."""
         countable = all(source.photos for source in self.sources)
         return sum(len(source.photos) for source in self.sources) * self.repeat if countable else None
 
@@ -69,10 +69,10 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
         plan: everything else.
 
     Returns:
-        The exit code: after a signal 128 and its number.
+        The exit code; after a signal, 128 plus its number.
 
     Raises:
-        InvalidConfig: class maps are to be written, and the model gives none.
+        InvalidConfig: the plan has a folder for class maps, and the model gives none.
         BitneckError: the session cannot be opened.
     """
     stop = asyncio.Event()
@@ -83,7 +83,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
     summary = RunSummary()
 
     def on_switch(switch: Switch) -> None:
-        if plan.output == "verbose" and not _SWITCH_LOG.isEnabledFor(logging.INFO):  # else it says so itself
+        if plan.output == "verbose" and not _SWITCH_LOG.isEnabledFor(logging.INFO):  # else the log says it
             print(f"       {switch.old} -> {switch.new}: {switch.reason}", flush=True)  # noqa: T201
 
     def take(result: Answer | Failure) -> None:
@@ -128,7 +128,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
                 async for result in client.stream(pictures, stop=stop, ordered=plan.ordered, newest_first=plan.newest):
                     take(result)
                     progress.update(sending, completed=summary.answers + summary.failures)
-            except CallerError as exc:  # a source that cannot be read any more: the answers so far count
+            except CallerError as exc:  # a source failed: the answers so far count
                 take(Failure(_first(plan.sources), exc))
             totals = summary.to_dict(client)
             document = run_document(client, results, summary)
@@ -157,7 +157,7 @@ def _first(sources: Sequence[Source]) -> str:
 
 
 def _about(failure: Failure) -> str:
-    """The message, with the photograph's name where it does not say it."""
+    """The message, with the photograph's name if the message does not have it."""
     text = str(failure.error)
     return text if failure.file in text else f"{failure.file}: {text}"
 
@@ -179,14 +179,14 @@ async def _opened(client: EdgeClient, stack: contextlib.AsyncExitStack, stop: as
 
 
 async def _close_after(client: EdgeClient, stop: asyncio.Event) -> None:
-    """Once `stop` is set, frames may be answered for a moment longer; those that are not then fail."""
+    """Close the client a few seconds after `stop` is set; frames that have no answer by then fail."""
     await stop.wait()
     await asyncio.sleep(_LAST_ANSWERS_S)
     await client.close()
 
 
 def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
-    """The first signal ends sending; the second ends the program."""
+    """The first signal ends the sending, the second one the program."""
     loop = asyncio.get_running_loop()
 
     def handle(signum: int) -> None:
@@ -200,7 +200,7 @@ def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
 
 
 async def _pictures(client: EdgeClient, plan: RunPlan, retries: int, stop: asyncio.Event) -> AsyncGenerator[Capture]:
-    """The pictures of the plan until `stop` is set, at their pace while they can be answered."""
+    """The pictures of the plan until `stop` is set; at their pace, unless the client has failed."""
     stopping = asyncio.create_task(stop.wait())
     pictures = read_sources(
         plan.sources, repeat=plan.repeat, fps=plan.fps, retries=retries, hurry=lambda: client.failure is not None
@@ -218,7 +218,7 @@ async def _pictures(client: EdgeClient, plan: RunPlan, retries: int, stop: async
                 return
             yield picture
             if client.failure is not None and any(not source.photos for source in plan.sources):
-                return  # no end of failures where the source has no end
+                return  # an endless source would give failures without end
     finally:
         stopping.cancel()
         with contextlib.suppress(RuntimeError):

@@ -1,4 +1,4 @@
-"""The cloud as the edge sees it: a channel, and calls whose failures are bitneck's own errors."""
+"""Channels and calls to the cloud; a call that fails raises one of bitneck's errors."""
 
 import asyncio
 import ssl
@@ -25,10 +25,10 @@ __all__ = ["Access", "Call", "Offer", "fetch_file", "fetch_manifest", "from_rpc_
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 16 << 20),  # a manifest of a thousand points fits
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.http2.bdp_probe", 0),  # pings that a thin link has to carry
+    ("grpc.http2.bdp_probe", 0),  # no pings that a thin link has to carry
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.enable_retries", 0),  # a stream gets none anyway; the link reconnects by itself
+    ("grpc.enable_retries", 0),  # a stream gets none; the link reconnects by itself
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
@@ -36,7 +36,7 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 _LOST = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
 )
-"""How gRPC reports a connection that broke; another try may find a server."""
+"""Statuses of a connection that broke; another attempt may find a server."""
 
 Call = grpc.aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessage]
 """A stream of frames and answers."""
@@ -44,13 +44,13 @@ Call = grpc.aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessage]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Where the cloud is, and how it lets this device in.
+    """The cloud's address, and this device's credentials.
 
     Attributes:
         address: HOST:PORT.
         tls: whether the channel is encrypted.
         ca: PEM authorities of the server's certificate; None for the system's.
-        cert: this device's PEM certificate, where the server asks for one.
+        cert: this device's PEM certificate, if the server asks for one; else None.
         key: its PEM key.
         token: this device's bearer token; empty for none.
     """
@@ -63,7 +63,7 @@ class Access:
     token: str = field(default="", repr=False)
 
     def channel(self) -> grpc.aio.Channel:
-        """A channel to the server; it connects when it is first used.
+        """A channel to the server; it connects at its first use.
 
         Raises:
             InvalidConfig: a certificate or key cannot be used.
@@ -73,7 +73,7 @@ class Access:
         return grpc.aio.secure_channel(self.address, self._credentials(), options=_CHANNEL_OPTIONS)
 
     async def connected(self, channel: grpc.aio.Channel, timeout_s: float) -> None:
-        """Wait for the connection alone: over a thin link what is asked for then takes as long as it takes.
+        """Wait until the channel is connected. What is asked for then has other limits: a thin link takes its time.
 
         Raises:
             Unavailable: no server in time.
@@ -86,17 +86,17 @@ class Access:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What every call carries."""
+        """The metadata of every call."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
     def _credentials(self) -> grpc.ChannelCredentials:
-        """Load the files as TLS would first: gRPC itself would only fail to connect."""
+        """The files, loaded for a check first: gRPC would only fail to connect."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
             if self.ca is not None:
                 context.load_verify_locations(self.ca)
             if self.cert is not None:
-                context.load_cert_chain(self.cert, self.key, password=lambda: "")  # never asks
+                context.load_cert_chain(self.cert, self.key, password=lambda: "")  # never asks the user
         except (OSError, ssl.SSLError) as exc:
             raise InvalidConfig(
                 f"tls_ca {self.ca}, tls_cert {self.cert} or tls_key {self.key} cannot be used ({exc}); "
@@ -130,7 +130,7 @@ def stub_of(channel: grpc.aio.Channel) -> "pb_grpc.SplitInferenceAsyncStub":
 
 
 def from_rpc_error(exc: grpc.aio.AioRpcError, address: str) -> BitneckError:
-    """Our error for a failed call."""
+    """Bitneck's error for a failed call."""
     code, text = exc.code(), exc.details() or "no details"
     if code in _LOST:
         return Unavailable(f"{address}: {text}")
@@ -149,7 +149,8 @@ async def fetch_manifest(
         timeout_s: for the whole call.
 
     Raises:
-        UnknownModel, Unavailable, BitneckError: the server's answer, or its absence.
+        UnknownModel: the server does not have the model.
+        BitneckError: the call failed.
     """
     try:
         reply = await stub.GetManifest(pb.GetManifestRequest(model=model), timeout=timeout_s, metadata=access.metadata)
@@ -169,11 +170,11 @@ async def fetch_file(
         bundle_id: of its bundle.
         path: as the manifest lists it.
         access: to it.
-        pause_s: the longest wait for a chunk; the file as a whole may take any time, a link may be thin.
+        pause_s: longest wait for one chunk. The whole file may take any time, because a link may be thin.
 
     Raises:
-        DeadlineExceeded: no chunk came for so long.
-        BitneckError: the server's answer, or its absence.
+        DeadlineExceeded: no chunk came in this time.
+        BitneckError: the call failed.
     """
     call = stub.FetchFile(pb.FetchFileRequest(model=model, bundle_id=bundle_id, path=path), metadata=access.metadata)
     try:

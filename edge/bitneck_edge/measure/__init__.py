@@ -1,1 +1,1 @@
-"""Measurements: what a frame costs this device, and how a server bears many sessions."""
+"""Measurements: what a frame costs this device, and how a server answers many sessions."""

@@ -1,4 +1,4 @@
-"""What this device needs for a frame: time per stage, processor time and memory, for every split point."""
+"""What a frame costs this device: time of each stage, processor time and memory, for every split point."""
 
 import time
 from collections.abc import Sequence
@@ -17,26 +17,27 @@ _WARM = 3
 
 
 def bench(bundle: Bundle, photos: Sequence[Photo], *, frames: int = 50, threads: int = 0) -> dict[str, Any]:
-    """Encode photographs at the best point of every split point, one after another, and nothing sent.
+    """Encode photographs one after another, at the best point of every split point; nothing is sent.
 
-    Processor time is that of all threads: what a battery pays for, as far as a program can tell.
+    Processor time counts all threads. It is the best measure of the battery's share that a program has.
 
     Args:
         bundle: the edge's half.
-        photos: at least one; taken in turn.
-        frames: of each split point, after three to warm up.
+        photos: at least one; used in turn.
+        frames: for each split point, after three to warm up.
         threads: of ONNX Runtime inside one operator of the head; 0 for every core.
 
     Returns:
-        ``splits``: for each its point, median milliseconds per stage and in all, the 95th percentile in all,
-        milliseconds of processor time a frame, mean payload bytes, frames a second; ``peak_mb``: of resident memory.
+        ``splits``: for each, its point, median milliseconds of each stage and of all together, the 95th percentile of
+        all together, milliseconds of processor time for each frame, mean payload bytes, frames a second. ``peak_mb``:
+        peak of resident memory.
 
     Raises:
-        InvalidConfig: no photographs, or less than one frame.
+        InvalidConfig: there are no photographs, or less than one frame is asked for.
         ImageError, ModelFailure, BundleError: see `EdgeEncoder`.
     """
     if not photos or frames < 1:
-        raise InvalidConfig("a bench needs photographs and one frame or more")
+        raise InvalidConfig("a bench needs at least one photograph and one frame")
     encoder = EdgeEncoder(bundle, threads=threads)
     splits: list[dict[str, Any]] = []
     for split in [s.name for s in bundle.manifest.split_points]:
@@ -72,6 +73,6 @@ def bench(bundle: Bundle, photos: Sequence[Photo], *, frames: int = 50, threads:
 
 
 def _measure(encoder: EdgeEncoder, photo: Photo, point: str) -> tuple[tuple[float, ...], int]:
-    """Milliseconds per stage and payload bytes; the arrays are let go."""
+    """Milliseconds of each stage, and payload bytes; the arrays are not kept."""
     one = encoder.encode(photo, point)
     return (one.load_ms, one.preprocess_ms, one.head_ms, one.encode_ms), len(one.encoded.payload)

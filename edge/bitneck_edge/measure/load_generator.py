@@ -1,7 +1,7 @@
-"""A load generator: many sessions from one process, closed or open loop, with the server's own breakdown.
+"""A load generator: many sessions from one process, in a closed or an open loop, with the times that the cloud reports.
 
-Photographs are encoded once, before the clock starts: what is measured is the link and the cloud. In the open loop a
-frame's time counts from when it was due, not from when it could be sent, so a server that stalls is not flattered.
+Photographs are encoded once, before the clock starts: the link and the cloud are measured. In the open loop, a frame's
+time counts from the moment when it was due, not from its sending. So a server that stalls looks no better than it is.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import numpy as np
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck_edge.bundles.fetch import fetch_bundle
 from bitneck_edge.encoder import EdgeEncoder, Photo
-from bitneck_edge.link.link import Link, LinkSettings, Received
+from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.settings import EdgeSettings
 
 __all__ = ["LoadPlan", "LoadResult", "run_load", "summarize"]
@@ -31,12 +31,12 @@ class LoadPlan:
 
     Attributes:
         clients: sessions at once.
-        seconds: for how long, after the warm-up.
-        warm_s: seconds before that which do not count.
-        points: operating points; client k uses the k-th, over and over. Empty for all of the ladder.
-        fps: frames a second of each client, at random moments (open loop); 0 sends the next frame when one is
+        seconds: duration after the warm-up.
+        warm_s: duration of the warm-up, which does not count.
+        points: operating points, shared out to the clients in turn; empty for the whole ladder.
+        fps: frames a second of each client, at random moments (open loop); 0 to send the next frame when one is
             answered (closed loop).
-        in_flight: frames that each client of a closed loop keeps unanswered.
+        in_flight: unanswered frames of each client in a closed loop.
     """
 
     clients: int = 8
@@ -49,7 +49,18 @@ class LoadPlan:
 
 @dataclass(slots=True)
 class LoadResult:
-    """What came back: one row per answered frame after the warm-up, (round trip, queued, decode, compute) in ms."""
+    """What came back after the warm-up.
+
+    Attributes:
+        plan: what was sent.
+        seconds: duration.
+        times: a row for each answered frame, (round trip, queued, decode, compute) in milliseconds.
+        batches: frames in the batch of each.
+        payload_bytes: of all answered frames.
+        answered: frames that were answered before the end.
+        failures: frames that failed, by kind of error.
+        reconnects: of all clients.
+    """
 
     plan: LoadPlan
     seconds: float = 0.0
@@ -70,11 +81,11 @@ async def run_load(settings: EdgeSettings, photos: Sequence[Photo], plan: LoadPl
         plan: what to send.
 
     Raises:
-        InvalidConfig: no photograph, or a plan that asks for nothing.
+        InvalidConfig: there is no photograph, or the plan asks for nothing.
         UnknownPoint, ImageError, Unavailable, BitneckError: see `EdgeClient`.
     """
     if not photos or plan.clients < 1 or plan.in_flight < 1 or plan.seconds <= 0 or plan.fps < 0 or plan.warm_s < 0:
-        raise InvalidConfig("a load needs photographs, a client or more, and a duration above zero")
+        raise InvalidConfig("a load needs at least one photograph and one client, and a duration above zero")
     bundle = await fetch_bundle(settings)
     encoder = EdgeEncoder(bundle, threads=settings.threads)
     points = plan.points or tuple(point.id for point in encoder.ladder)
@@ -83,105 +94,117 @@ async def run_load(settings: EdgeSettings, photos: Sequence[Photo], plan: LoadPl
         for point in dict.fromkeys(points)
     }
     result = LoadResult(plan)
-    links = [
-        Link(
+    clients = [
+        _Client(k, settings, bundle.bundle_id, points[k % len(points)], payloads[points[k % len(points)]], result)
+        for k in range(plan.clients)
+    ]
+    try:
+        await asyncio.gather(*[client.link.open() for client in clients])
+        begin = time.perf_counter() + plan.warm_s
+        await asyncio.gather(*[client.run(begin, begin + plan.seconds) for client in clients])
+        result.seconds = plan.seconds
+        result.reconnects = sum(client.link.reconnects for client in clients)
+    finally:
+        await asyncio.gather(*[client.link.close() for client in clients])
+    return result
+
+
+class _Client:
+    """One session of a load, which sends its payloads over and over.
+
+    Args:
+        number: its number; each client begins with another payload and other random moments.
+        settings: of all clients.
+        bundle_id: of the server's bundle.
+        point: operating point.
+        payloads: coded at that point.
+        result: what comes back is counted here.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        settings: EdgeSettings,
+        bundle_id: str,
+        point: str,
+        payloads: Sequence[bytes],
+        result: LoadResult,
+    ) -> None:
+        self.link = Link(
             LinkSettings(
                 access=settings.access,
                 model=settings.model,
-                bundle_id=bundle.bundle_id,
-                client=f"{settings.client}-{k}",
+                bundle_id=bundle_id,
+                client=f"{settings.client}-{number}",
                 connect_timeout_s=settings.connect_timeout_s,
                 answer_timeout_s=settings.answer_timeout_s,
                 retries=settings.retries,
             ),
             lambda _point, _reason: None,
         )
-        for k in range(plan.clients)
-    ]
-    try:
-        await asyncio.gather(*[link.open() for link in links])
-        clock = _Clock(plan)
-        await asyncio.gather(
-            *[
-                _client(link, points[k % len(points)], payloads[points[k % len(points)]], settings, clock, result, k)
-                for k, link in enumerate(links)
-            ]
+        self._number = number
+        self._deadline_ms = settings.deadline_ms
+        self._point, self._payloads = point, payloads
+        self._result = result
+        self._begin = self._end = 0.0
+
+    async def run(self, begin: float, end: float) -> None:
+        """Send until `end`; frames from `begin` on count. Both are on `time.perf_counter`'s clock."""
+        self._begin, self._end = begin, end
+        plan = self._result.plan
+        if plan.fps:
+            await self._open_loop(plan)
+        else:
+            await asyncio.gather(*[self._closed_loop(self._number + k) for k in range(plan.in_flight)])
+
+    async def _closed_loop(self, count: int) -> None:
+        """Send the next frame when one is answered."""
+        while time.perf_counter() < self._end and self.link.failure is None:
+            count += 1
+            await self._frame(count, time.perf_counter())
+
+    async def _open_loop(self, plan: LoadPlan) -> None:
+        """Send frames at random moments, whether those before are answered or not."""
+        moments = random.Random(self._number)  # noqa: S311  a load that can be repeated, no secret
+        due = self._begin - plan.warm_s
+        pending: set[asyncio.Task[None]] = set()
+        count = self._number
+        while (due := due + moments.expovariate(plan.fps)) < self._end:
+            if (pause := due - time.perf_counter()) > 0:
+                await asyncio.sleep(pause)
+            if self.link.failure is not None:
+                break
+            count += 1
+            task = asyncio.create_task(self._frame(count, due))
+            pending.add(task)
+            task.add_done_callback(pending.discard)
+        if pending:
+            await asyncio.wait(pending)
+
+    async def _frame(self, count: int, due: float) -> None:
+        """Send one frame and wait for its answer; its time counts from `due`."""
+        payload, result = self._payloads[count % len(self._payloads)], self._result
+        try:
+            sent = await self.link.send(self._point, payload, deadline_ms=self._deadline_ms)
+            received = await sent.answer
+        except BitneckError as exc:
+            if due >= self._begin:
+                result.failures[type(exc).__name__] += 1
+            return
+        if due < self._begin:
+            return
+        if received.at <= self._end:
+            result.answered += 1
+        timings = received.result.timings
+        result.times.append(
+            ((received.at - due) * 1e3, timings.queued_us / 1e3, timings.decode_us / 1e3, timings.compute_us / 1e3)
         )
-        result.seconds = plan.seconds
-        result.reconnects = sum(link.reconnects for link in links)
-    finally:
-        await asyncio.gather(*[link.close() for link in links])
-    return result
-
-
-class _Clock:
-    """When counting begins, and when sending ends."""
-
-    def __init__(self, plan: LoadPlan) -> None:
-        self.begin = time.perf_counter() + plan.warm_s
-        self.end = self.begin + plan.seconds
-
-
-async def _client(
-    link: Link, point: str, payloads: list[bytes], settings: EdgeSettings, clock: _Clock, result: LoadResult, k: int
-) -> None:
-    if not result.plan.fps:
-        await asyncio.gather(
-            *[_closed(link, point, payloads, settings, clock, result, k + j) for j in range(result.plan.in_flight)]
-        )
-        return
-    moments = random.Random(k)  # noqa: S311  a load that can be repeated, no secret
-    due = clock.begin - result.plan.warm_s
-    pending: set[asyncio.Task[None]] = set()
-    count = k
-    while (due := due + moments.expovariate(result.plan.fps)) < clock.end:
-        if (pause := due - time.perf_counter()) > 0:
-            await asyncio.sleep(pause)
-        if link.failure is not None:
-            break
-        count += 1
-        task = asyncio.create_task(_one(link, point, payloads[count % len(payloads)], settings, due, clock, result))
-        pending.add(task)
-        task.add_done_callback(pending.discard)
-    if pending:
-        await asyncio.wait(pending)
-
-
-async def _closed(
-    link: Link, point: str, payloads: list[bytes], settings: EdgeSettings, clock: _Clock, result: LoadResult, k: int
-) -> None:
-    count = k
-    while time.perf_counter() < clock.end and link.failure is None:
-        count += 1
-        await _one(link, point, payloads[count % len(payloads)], settings, None, clock, result)
-
-
-async def _one(
-    link: Link, point: str, payload: bytes, settings: EdgeSettings, due: float | None, clock: _Clock, result: LoadResult
-) -> None:
-    """One frame; `due` is when it was to be sent, None for now."""
-    begin = due if due is not None else time.perf_counter()
-    try:
-        sent = await link.send(point, payload, deadline_ms=settings.deadline_ms)
-        received: Received = await sent.answer
-    except BitneckError as exc:
-        if begin >= clock.begin:
-            result.failures[type(exc).__name__] += 1
-        return
-    if begin < clock.begin:
-        return
-    if received.at <= clock.end:
-        result.answered += 1
-    timings = received.result.timings
-    result.times.append(
-        ((received.at - begin) * 1e3, timings.queued_us / 1e3, timings.decode_us / 1e3, timings.compute_us / 1e3)
-    )
-    result.batches.append(timings.batch)
-    result.payload_bytes += len(payload)
+        result.batches.append(timings.batch)
+        result.payload_bytes += len(payload)
 
 
 def summarize(result: LoadResult) -> dict[str, Any]:
-    """A load as one document: frames a second, percentiles in milliseconds, failures by kind."""
+    """A load as one document for JSON: frames a second, percentiles in milliseconds, failures by kind."""
     plan = result.plan
     document: dict[str, Any] = {
         "loop": "open" if plan.fps else "closed",

@@ -1,4 +1,4 @@
-"""How much memory this process has needed."""
+"""The memory of this process."""
 
 import resource
 import sys
@@ -10,7 +10,8 @@ __all__ = ["peak_mib"]
 def peak_mib() -> float:
     """Peak of resident memory, MiB.
 
-    Linux keeps it for the program (``VmHWM``); ``getrusage``, elsewhere, may count what the parent had before it too.
+    On Linux it is the program's own (``VmHWM``). Elsewhere it comes from ``getrusage``, which may include the peak of
+    the parent process.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()

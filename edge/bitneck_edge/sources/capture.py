@@ -1,4 +1,4 @@
-"""A picture and the moment it was taken; and of pictures that come faster than they can be sent, the newest."""
+"""A picture with the moment when it was taken; and the newest of pictures that come faster than they are sent."""
 
 import asyncio
 import contextlib
@@ -16,14 +16,14 @@ __all__ = ["Capture", "captures", "newest"]
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """A picture on its way in.
+    """A picture with the moment when it was taken.
 
     Attributes:
-        photo: itself.
-        name: what its answer is called by.
+        photo: the picture.
+        name: for its answer.
         at: when it was taken, on `time.perf_counter`'s clock.
-        unix_us: the same by the wall clock, microseconds since 1970; 0 for a file, whose picture is older.
-        similar: whether it resembles the one before it, as in a video.
+        unix_us: the same on the wall clock, microseconds since 1970; 0 for a file, whose picture is older.
+        similar: whether it resembles the picture before it, as in a video.
     """
 
     photo: Photo
@@ -34,7 +34,7 @@ class Capture:
 
     @classmethod
     def of(cls, photo: "Photo | Capture") -> "Capture":
-        """A capture as it is; a photograph as one that is taken now."""
+        """The capture itself, or a photograph as a capture of this moment."""
         if isinstance(photo, Capture):
             return photo
         match photo:
@@ -58,11 +58,11 @@ async def captures(photos: Iterable[Photo | Capture] | AsyncIterable[Photo | Cap
 
 
 async def newest(source: AsyncGenerator[Capture], on_drop: Callable[[Capture], None]) -> AsyncGenerator[Capture]:
-    """The newest picture whenever one is asked for; a picture that a newer one overtakes is dropped.
+    """The newest picture whenever the caller asks for one; a picture that a newer one overtakes is dropped.
 
     Args:
-        source: read all the time, whether anyone asks or not; it is closed at the end.
-        on_drop: told of each picture that is dropped.
+        source: is read all the time, and closed at the end.
+        on_drop: called with each picture that is dropped.
     """
     waiting: Capture | None = None
     arrived = asyncio.Event()

@@ -1,4 +1,4 @@
-"""What a command line names as sources, checked as far as that can be done without opening them."""
+"""The sources that a command line names, checked as far as possible without opening them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from bitneck_edge.sources.video import is_live, require_av
 __all__ = ["VIDEO_SUFFIXES", "Source", "parse_sources"]
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mjpeg", ".ogv"})
-"""What is read as a video; any other file is a photograph."""
+"""Files with these suffixes are videos; any other file is a photograph."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One thing that gives pictures.
+    """One source of pictures.
 
     Attributes:
-        name: as it was written: a path, ``-``, a URL, or ``camera:`` and a number or name.
-        photos: of a path that is no video.
+        name: as the user wrote it: a path, ``-``, a URL, or ``camera:`` and a number or name.
+        photos: the photographs of a path that is no video.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Source:
 
     @property
     def live(self) -> bool:
-        """A camera or a network stream: its pictures come when they come."""
+        """Whether it is a camera or a network stream, whose pictures come at their own pace."""
         return is_live(self.name)
 
     @property
@@ -43,11 +43,11 @@ class Source:
 
 
 def parse_sources(names: Sequence[str]) -> list[Source]:
-    """The sources of a command line, checked as far as that can be done without opening them.
+    """The sources of a command line.
 
     Raises:
-        InvalidConfig: standard input stands twice, or video is asked for and PyAV is not installed.
-        ImageError: no such file.
+        InvalidConfig: standard input is named twice, or a video is named and PyAV is not installed.
+        ImageError: there is no such file.
     """
     sources = [Source(name) for name in names]
     if sum(source.stdin for source in sources) > 1:

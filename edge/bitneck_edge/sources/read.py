@@ -1,7 +1,7 @@
-"""Where pictures come from: photographs, folders, paths on standard input, video files, network streams and cameras.
+"""The pictures of sources: photographs, folders, paths on standard input, video files, network streams and cameras.
 
-A source that blocks is read in a thread of its own, one picture ahead of the program. Video needs the extra ``video``
-(PyAV). A camera or network stream that breaks off is opened again, like the link to the cloud.
+A source that blocks is read in its own thread, one picture ahead of the program. A camera or network stream that breaks
+off is opened again after a pause.
 """
 
 import asyncio
@@ -42,13 +42,14 @@ async def read_sources(
 
     Args:
         sources: from `parse_sources`.
-        repeat: go through them so often; standard input and live sources only once.
-        fps: pictures a second, at most. A video file then plays at its own speed: pictures between are left out.
-        retries: attempts to open a live source again, one after another without a picture; -1 for no end.
-        hurry: asked before each picture that is not live; where it says so, `fps` is left aside.
+        repeat: how often to go through them; standard input and live sources are read once only.
+        fps: at most this many pictures a second. A video file then plays at its own speed: pictures between are left
+            out.
+        retries: attempts in a row to open a live source again without getting a picture; -1 for no limit.
+        hurry: called before each picture that is not live; if it returns True, `fps` is ignored.
 
     Raises:
-        ImageError: a source cannot be read, or not any more.
+        ImageError: a source cannot be read.
     """
     pace = _Pace(fps)
     for turn in range(repeat):
@@ -74,21 +75,21 @@ async def read_sources(
 
 
 class _Pace:
-    """Moments at equal distances; one that has passed is not made up for."""
+    """Moments at equal intervals; a moment that has passed is skipped."""
 
     def __init__(self, fps: float | None) -> None:
         self._interval = 1.0 / fps if fps else 0.0
         self._next = 0.0
 
     async def wait(self) -> None:
-        """Until the next moment."""
+        """Wait until the next moment."""
         pause = self._next - time.perf_counter()
         if pause > 0:
             await asyncio.sleep(pause)
         self._advance()
 
     def due(self) -> bool:
-        """Whether the next moment has come; a little early counts, for a camera's own clock."""
+        """Whether the next moment has come. A little early counts: a camera has its own clock."""
         if time.perf_counter() < self._next - self._interval * 0.1:
             return False
         self._advance()
@@ -105,7 +106,7 @@ async def _files(paths: Sequence[Path]) -> AsyncGenerator[Capture]:
 
 
 async def _standard_input() -> AsyncGenerator[Capture]:
-    """Paths, a line each; of a folder its photographs. A path that is none is told when it is read."""
+    """One path on each line, of a photograph or a folder. A path that does not exist fails when it is read."""
     async with contextlib.aclosing(in_thread(lambda: _lines(sys.stdin))) as lines:
         async for line in lines:
             for path in await asyncio.to_thread(_found, Path(line)):
@@ -123,7 +124,7 @@ def _lines(stream: IO[str]) -> Iterator[str]:
 
 
 async def _live(name: str, retries: int) -> AsyncGenerator[Capture]:
-    """A camera or network stream, opened again when it breaks off; a video behind a URL ends where it ends."""
+    """A camera or network stream, opened again when it breaks off; a video behind a URL ends with its last picture."""
     backoff, number = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=retries), 0
     complete = threading.Event()
     while True:

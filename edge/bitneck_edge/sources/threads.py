@@ -1,4 +1,4 @@
-"""Blocking sources beside the event loop."""
+"""Blocking iterators, read beside the event loop."""
 
 import asyncio
 import contextlib
@@ -12,12 +12,12 @@ T = TypeVar("T")
 
 
 async def in_thread(source: Callable[[], Iterator[T]]) -> AsyncGenerator[T]:
-    """What a blocking iterator gives, read in a thread of its own, one item ahead.
+    """The items of a blocking iterator, which is read in its own thread, one item ahead.
 
-    The thread is a daemon's: one that blocks for ever, as on standard input, does not keep the program alive.
+    The thread is a daemon: if it blocks for ever, as on standard input, the program can still end.
 
     Args:
-        source: called in the thread.
+        source: called in the thread; returns the iterator.
     """
     loop = asyncio.get_running_loop()
     items: asyncio.Queue[tuple[T | None, BaseException | None, bool]] = asyncio.Queue()

@@ -19,13 +19,13 @@ __all__ = ["is_live", "read_video", "require_av"]
 _CAMERA = "camera:"
 
 _OPEN_S, _READ_S = 10.0, 5.0
-"""How long a live source may take to open, and between two pictures."""
+"""Timeouts of a live source: to open it, and between two pictures."""
 _LAST_S = 1.5
-"""A video was shown to its end if its last picture begins so shortly before its duration; sound may be longer."""
+"""A video was shown to its end if its last picture begins at most this long before its end; sound may be longer."""
 
 
 def is_live(name: str) -> bool:
-    """Whether a source is a camera or a network stream: its pictures come when they come."""
+    """Whether a source is a camera or a network stream, whose pictures come at their own pace."""
     return name.startswith(_CAMERA) or "://" in name
 
 
@@ -43,12 +43,12 @@ def require_av() -> Any:
 
 
 def read_video(name: str, fps: float | None, complete: threading.Event | None = None) -> Iterator[Capture]:
-    """The pictures of a video or camera, decoded; upright.
+    """The pictures of a video or camera, decoded and upright.
 
     Args:
         name: a file, a URL, or ``camera:`` and a number or name.
-        fps: of a video file, the pictures between are left out; None for all.
-        complete: set behind the last picture of something that has a duration, and was shown to its end.
+        fps: leave out pictures of a video file, down to this many a second; None for all.
+        complete: set after the last picture, if the source has a known duration and was shown to its end.
 
     Raises:
         ImageError: it cannot be opened, has no pictures, or breaks off.
@@ -82,9 +82,9 @@ def read_video(name: str, fps: float | None, complete: threading.Event | None = 
 
 
 def _shown_to_its_end(container: Any, stream: Any, shown_s: float) -> bool:
-    """Whether the picture of this time is the last one; False where nobody knows how long it is.
+    """Whether the picture of this time is the last one; False if the duration is unknown.
 
-    Some containers count their duration from their start time and others from zero.
+    Some containers count the duration from their start time, others from zero.
     """
     if not container.duration:
         return False
@@ -95,7 +95,7 @@ def _shown_to_its_end(container: Any, stream: Any, shown_s: float) -> bool:
 
 
 def _device(name: str) -> tuple[str, str | None]:
-    """What FFmpeg opens for a source, and the format to open it with."""
+    """The file that FFmpeg opens for a source, and the format to open it with; None for FFmpeg's guess."""
     if not name.startswith(_CAMERA):
         return name, None
     device = name.removeprefix(_CAMERA)
