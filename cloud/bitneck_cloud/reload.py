@@ -36,9 +36,9 @@ class Reloader:
     Args:
         registry: where the new generation goes.
         folders: each model's bundle.
-        pool: what the new bundle has in common with the running one is taken from here, not read again.
+        pool: shares the ONNX files that the new bundle and the running one both have.
         threads: see `ServedModel`.
-        metrics: outcomes are counted there.
+        metrics: counts the outcomes.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Reloader:
         self._lock = asyncio.Lock()
 
     async def reload(self, name: str) -> Reloaded:
-        """Load the model's folder again; where that fails, the old bundle goes on serving.
+        """Load the model's folder again. If that fails, the old bundle stays in service.
 
         Open streams finish with the bundle that they began with; new ones get the new one.
 
         Raises:
-            UnknownModel: none of this name is served.
+            UnknownModel: no model with this name is served.
             InvalidConfig, BundleCorrupt, ModelFailure: the bundle in the folder cannot be served.
         """
         async with self._lock:

@@ -1,4 +1,4 @@
-"""The server: gRPC and HTTP on one event loop, from loading to the drained end."""
+"""The server: gRPC and HTTP on one event loop, from loading to shutdown."""
 
 import asyncio
 import contextlib
@@ -75,7 +75,7 @@ def load_models(bundles: Sequence[Path], threads: int, pool: ModulePool) -> dict
         pool: from which the ONNX modules come.
 
     Raises:
-        InvalidConfig: no bundle, or two of one name.
+        InvalidConfig: no bundle, or two with one name.
         BundleError, ModelFailure: a bundle cannot be used.
     """
     models: dict[str, ServedModel] = {}
@@ -99,7 +99,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         on_ready: called once, when both ports take requests.
 
     Raises:
-        InvalidConfig: a port is taken, or a bundle's folder is none.
+        InvalidConfig: a port is taken, or a folder has no bundle.
         BundleError, ModelFailure: see `load_models`.
     """
     stopping = asyncio.Event()
@@ -201,7 +201,7 @@ async def _grpc_server(
 
 
 def _http_tls(settings: CloudSettings) -> dict[str, Any]:
-    """Uvicorn's settings for TLS; none where there is no certificate."""
+    """Uvicorn's settings for TLS; empty if there is no certificate."""
     if settings.tls_cert is None or settings.tls_key is None:
         return {}
     tls_files_usable(settings.tls_cert, settings.tls_key, settings.http_tls_client_ca)

@@ -26,11 +26,11 @@ _MAX_MANIFEST_BYTES = 8 << 20
 class Bundle:
     """A verified bundle, or the half of one that an edge has.
 
-    Build it with `open`. Paths that it gives were checked against the manifest's sizes and digests.
+    `open` builds it, and checks every file against the manifest's size and digest.
 
     Attributes:
         root: its folder.
-        manifest: what it holds.
+        manifest: its contents.
         bundle_id: the digest of the manifest.
         manifest_json: the manifest's exact bytes.
     """
@@ -70,7 +70,7 @@ class Bundle:
         return cls(root, manifest, manifest_json)
 
     def path(self, name: str) -> Path:
-        """Where a file of the manifest lies.
+        """The path of a file of the manifest.
 
         Raises:
             InvalidConfig: the manifest does not list it.
@@ -111,11 +111,11 @@ class Bundle:
         return any(f"points/{point.id}/conditional.npz" in self.manifest.files for point in self.manifest.points)
 
     def conditional(self, point_id: str, tables: FactorizedModel | None = None) -> ConditionalModel | None:
-        """An operating point's conditional model; None where the bundle has none.
+        """An operating point's conditional model; None if the bundle has none.
 
         Args:
             point_id: the operating point.
-            tables: its factorized model, where that has been read already.
+            tables: its factorized model, if it has been read already.
 
         Raises:
             BundleCorrupt: unreadable, or it does not fit the point's tables.
@@ -172,7 +172,7 @@ def verify_file(path: Path, entry: FileEntry) -> None:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn a failure to read a file that is there into `BundleCorrupt`."""
+    """Turn a failure to read an existing file into `BundleCorrupt`."""
     try:
         yield
     except OSError as exc:
@@ -182,11 +182,11 @@ def _readable(path: Path) -> Iterator[None]:
 class BundleWriter:
     """Writes a bundle beside its destination and moves it there when it is complete.
 
-    A process that opens the destination meanwhile sees the old bundle whole, the new one whole, or for an instant no
-    bundle; never a mixture.
+    A process that opens the destination meanwhile sees the whole old bundle, the whole new one, or for an instant no
+    bundle. It never sees a mixture.
 
-    Use it as a context manager; leaving the block without `finish`, or by an exception, leaves nothing behind.
-    An existing bundle at the destination is replaced; any other folder that is not empty is refused.
+    Use it as a context manager. A block that ends without `finish`, or by an exception, leaves no files. An existing
+    bundle at the destination is replaced. Any other folder that is not empty is refused.
 
     Args:
         destination: the bundle's folder.
@@ -201,7 +201,7 @@ class BundleWriter:
         """Make the staging folder.
 
         Raises:
-            InvalidConfig: the destination holds something that is not a bundle, or cannot be written.
+            InvalidConfig: the destination is no bundle, or cannot be written.
         """
         with _writable(self.destination):
             if self.destination.exists() and not _replaceable(self.destination):
@@ -215,7 +215,7 @@ class BundleWriter:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Remove what was not finished."""
+        """Remove unfinished files."""
         if self._staging is not None:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
@@ -244,21 +244,21 @@ class BundleWriter:
 
     @property
     def files(self) -> dict[str, FileEntry]:
-        """What was added, for the manifest."""
+        """The files that were added, for the manifest."""
         return dict(sorted(self._files.items()))
 
     def finish(self, manifest: Manifest, check: Callable[[Bundle], None] = lambda _bundle: None) -> Bundle:
         """Write the manifest and move the bundle to its destination.
 
         Args:
-            manifest: of the files that were added.
-            check: called with the complete bundle before it is moved; where it raises, nothing is moved.
+            manifest: lists the files that were added.
+            check: called with the complete bundle before it is moved. If it raises, nothing is moved.
 
         Returns:
             The bundle, opened and verified at its destination.
 
         Raises:
-            BundleCorrupt: the manifest is not that of the files.
+            BundleCorrupt: the manifest does not match the files.
             InvalidConfig: the destination cannot be written or replaced.
         """
         if self._staging is None:
@@ -292,7 +292,7 @@ def _moved_aside(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writable(path: Path) -> Iterator[None]:
-    """Turn a failure to write into `InvalidConfig`: another place may do."""
+    """Turn a failure to write into `InvalidConfig`: another folder may work."""
     try:
         yield
     except OSError as exc:

@@ -3,8 +3,8 @@
     x -> segments[0..k] -> f -> PointEncoder -> payload
     payload -> PointDecoder -> f_hat -> segments[k+1..] -> output
 
-Edge and cloud put I/O around these classes, and evaluation calls them back to back, so a photograph gives the same
-symbols whichever way it goes. Each segment is loaded once, however many split points and operating points there are.
+Edge and cloud put I/O around these classes. Evaluation calls them one after the other. So a photograph gives the same
+symbols everywhere. Each segment is loaded once for all split points and operating points.
 
 Dimensions: N batch, C x Hf x Wf feature, Cr x h x w latent.
 """
@@ -29,12 +29,12 @@ __all__ = ["Encoded", "PointDecoder", "PointEncoder", "SegmentChain", "segments_
 
 
 class SegmentChain:
-    """The backbone of a bundle as its segments, each loaded when first run and kept.
+    """The backbone of a bundle as its segments. Each is loaded when it first runs, and kept.
 
     Args:
-        bundle: where the files are.
+        bundle: has the files.
         threads: see `OnnxModule`.
-        pool: from which the modules come; None for one of its own.
+        pool: of ONNX modules; None for a new one.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None) -> None:
@@ -48,7 +48,7 @@ class SegmentChain:
         return len(self._bundle.manifest.segments)
 
     def load(self, start: int, stop: int) -> None:
-        """Load segments ``start .. stop-1`` now, so that no frame waits for it."""
+        """Load segments ``start .. stop-1`` now, so that no frame waits for that."""
         for index in range(start, stop):
             self._module(index)
 
@@ -73,7 +73,7 @@ class SegmentChain:
         return x
 
     def head_length(self, split: str) -> int:
-        """How many segments stand before a split point: the head is ``0 .. n-1``, the tail ``n ..``."""
+        """Number n of segments before a split point: the head is ``0 .. n-1``, the tail ``n ..``."""
         return self._bundle.manifest.split(split).after_segment + 1
 
     def _module(self, index: int) -> OnnxModule:
@@ -95,8 +95,8 @@ class Encoded:
 
     Attributes:
         symbols: (Cr, h, w) int32.
-        payload: theirs, coded by themselves.
-        similar: theirs, coded against a reference; None without one.
+        payload: the symbols, coded without a reference.
+        similar: the symbols, coded against a reference; None if there is none.
     """
 
     symbols: NDArray[np.int32]
@@ -108,10 +108,10 @@ class PointEncoder:
     """The edge half of an operating point: feature to payload.
 
     Args:
-        bundle: where the files are.
+        bundle: has the files.
         point: the operating point.
-        threads: see `OnnxModule`; the unit is tiny, one thread is fastest.
-        pool: from which its module comes; None for one of its own.
+        threads: see `OnnxModule`. The unit is tiny, so one thread is fastest.
+        pool: of ONNX modules; None for a new one.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class PointEncoder:
 
         Args:
             f: the head's output, (1, C, Hf, Wf) float32.
-            reference: to code the symbols against too; it counts where the point has conditional tables.
+            reference: to code the symbols against too, if the point has conditional tables.
 
         Raises:
             ModelFailure: see `latent`.
@@ -165,10 +165,10 @@ class PointDecoder:
     """The cloud half of an operating point: payload to feature.
 
     Args:
-        bundle: where the files are.
+        bundle: has the files.
         point: the operating point.
         threads: see `OnnxModule`.
-        pool: from which its module comes; None for one of its own.
+        pool: of ONNX modules; None for a new one.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class PointDecoder:
 
         Args:
             payload: the coded bytes.
-            reference: what they are coded against; None where they are coded by themselves.
+            reference: what they are coded against; None for no reference.
 
         Raises:
             MalformedFrame: a payload that no encoder of this point writes.
@@ -237,6 +237,6 @@ def _load(bundle: Bundle, path: Path, threads: int, pool: ModulePool | None) -> 
 
 
 def segments_of(bundle: Bundle, side: Literal["edge", "cloud"]) -> range:
-    """The segments that one side may have to run: all heads, or all tails."""
+    """The segments that one side may run: all heads, or all tails."""
     after = [split.after_segment for split in bundle.manifest.split_points]
     return range(max(after) + 1) if side == "edge" else range(min(after) + 1, len(bundle.manifest.segments))

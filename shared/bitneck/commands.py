@@ -1,6 +1,6 @@
-"""The three commands, which say what to install where an extra is missing.
+"""The three commands. If an extra is missing, they say what to install.
 
-An edge install has no web framework and a server no torch, but every install has all three commands.
+An edge install has no web framework, and a server has no torch. But every install has all three commands.
 """
 
 import importlib

@@ -23,8 +23,8 @@
     |-- Unavailable                 UNAVAILABLE          503  1   no server, or it is going away
     `-- ModelFailure                INTERNAL             500  1   ONNX Runtime failed, or gave impossible numbers
 
-A message says what happened, what was got and expected, where, and what to do about it. Foreign exceptions
-are wrapped once, where they arise, with ``raise ... from exc``.
+A message says what happened, what was received and what was expected, where, and what to do. Foreign exceptions are
+wrapped once, where they arise, with ``raise ... from exc``.
 """
 
 from typing import ClassVar
@@ -191,7 +191,7 @@ class ProtocolError(PeerError):
 
 
 class ReferenceUnknown(PeerError):
-    """A frame is coded against a frame whose symbols are not kept here; only this class has its gRPC status."""
+    """A frame is coded against a frame whose symbols are not kept here. No other class has this gRPC status."""
 
     grpc_status = "ABORTED"
     http_status = 409

@@ -7,10 +7,10 @@ from bitneck.errors import InvalidConfig
 __all__ = ["ID_PATTERN", "PATH_PATTERN", "check_id", "check_relative_path"]
 
 ID_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-"""What a model's or an operating point's id matches. No slash and no leading dot: it cannot leave a folder."""
+"""Pattern of the id of a model or an operating point. No slash and no leading dot: it cannot leave a folder."""
 
 PATH_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}(/[a-z0-9][a-z0-9._-]{0,63}){0,3}$"
-"""What a file's path inside a bundle matches: at most four ids, joined by slashes."""
+"""Pattern of a file's path inside a bundle: at most four ids, joined by slashes."""
 
 # \Z, not $: in Python `$` also matches before a final newline.
 _ID = re.compile(ID_PATTERN[:-1] + r"\Z")

@@ -1,8 +1,8 @@
 """Photographs to the backbone's input, without torch.
 
-Equal to torchvision's ``Resize(resize, interpolation)`` and ``CenterCrop((height, width))``, or where the input is
-stretched to ``Resize((height, width), interpolation)``, then ``ToTensor`` and ``Normalize``, on PIL images (a test
-holds 1e-6): a network sees at the edge what it saw in training.
+The result equals that of torchvision on PIL images, within 1e-6 (a test holds that): ``Resize(resize, interpolation)``
+and ``CenterCrop((height, width))``, or ``Resize((height, width), interpolation)`` for an input that is stretched; then
+``ToTensor`` and ``Normalize``. So a network sees at the edge what it saw in training.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _RESAMPLING = {
 
 
 def find_photos(source: Path) -> list[Path]:
-    """The photographs that a path stands for: itself, or those in the folder and below, sorted.
+    """The photographs of a path: the file itself, or those in the folder and below it, sorted.
 
     Raises:
         ImageError: no such path, a folder without photographs, or one that cannot be read.
@@ -61,7 +61,7 @@ def load_photo(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
     """Read a photograph as upright RGB.
 
     The EXIF orientation is applied. Any mode becomes RGB: 16-bit and float grey are scaled to 8 bits, CMYK, palette
-    and YCbCr are converted, transparency is dropped. Of an animation the first picture counts.
+    and YCbCr are converted, transparency is dropped. An animation gives its first picture.
 
     Args:
         source: a file, or a file's bytes.
@@ -141,7 +141,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def crop(image: Image.Image, spec: InputSpec) -> Image.Image:
-    """A photograph's part that the network sees, at the input's height and width.
+    """The part of a photograph that the network sees, at the input's height and width.
 
     With ``crop`` the short side is resized to ``spec.resize`` and the centre is cut out; with ``stretch`` the whole
     photograph is resized, whatever its shape.

@@ -54,7 +54,7 @@ class Ladder:
         points: at least one; ids are unique.
 
     Raises:
-        InvalidConfig: no points, or an id that stands twice.
+        InvalidConfig: no points, or an id that occurs twice.
     """
 
     def __init__(self, points: Iterable[OperatingPoint]) -> None:
@@ -88,16 +88,16 @@ class Ladder:
 
     @property
     def measured(self) -> tuple[OperatingPoint, ...]:
-        """The points that were measured, in order of rate; every point where none was.
+        """The measured points, in order of rate; all points if none was measured.
 
-        A point that was trained and not measured yet has zeros for rate and accuracy: it may be asked for by its id,
-        but nothing that weighs rates may choose it.
+        A point that was trained but not measured yet has zeros for rate and accuracy. It may be requested by its id,
+        but no choice by rate may take it.
         """
         return tuple(p for p in self._points if p.payload_bytes > 0) or self._points
 
     @property
     def best(self) -> OperatingPoint:
-        """The most accurate point; of equals the cheapest."""
+        """The most accurate point; the cheapest of equally accurate ones."""
         return max(self._points, key=lambda p: (p.accuracy, -p.payload_bytes))
 
     def at_most(self, payload_bytes: float) -> OperatingPoint:

@@ -1,4 +1,4 @@
-"""The bundle's manifest: what it holds, checked when it is read. Unknown keys are refused."""
+"""The bundle's manifest, checked when it is read. Unknown keys are refused."""
 
 import hashlib
 from collections.abc import Iterator
@@ -43,10 +43,10 @@ Task = Literal["classification", "segmentation"]
 """What a chain's output is: (N, K) logits, or (N, K, H, W) logits at the input's height and width."""
 
 _MAX_GROWTH = 2
-"""A decoded feature is at most so many times as high and wide as the one that was sent."""
+"""A decoded feature is at most this many times as high and as wide as the one that was sent."""
 
 MAX_INPUT_PIXELS = 1 << 24
-"""Larger inputs are refused: both sides allocate by them, and a manifest comes from the other machine."""
+"""Larger inputs are refused, because both sides allocate by them, and a manifest comes from the other machine."""
 
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -123,11 +123,11 @@ class SplitPoint(_Strict):
 
 
 class PointEntry(_Strict):
-    """An operating point as the manifest records it, with what was measured, on what and when.
+    """An operating point in the manifest, with what was measured, on which data and when.
 
     Attributes:
-        decoded_shape: (C, H', W') of what its decoder returns, where that is not the split point's feature shape: the
-            segments after it then take a feature of that height and width too. None where it is.
+        decoded_shape: (C, H', W') of what its decoder returns, if it differs from the split point's feature shape. The
+            segments after it then take a feature of that height and width too. None if it does not differ.
     """
 
     id: Id
@@ -147,14 +147,14 @@ class PointEntry(_Strict):
 
     @model_serializer(mode="wrap")
     def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `decoded_shape` where there is none: such a manifest is what it was before the key existed."""
+        """Leave out an empty `decoded_shape`: the manifest is then the same as before the key existed."""
         values: dict[str, Any] = handler(self)
         if self.decoded_shape is None:
             del values["decoded_shape"]
         return values
 
     def operating_point(self) -> OperatingPoint:
-        """The part that the ladder works with."""
+        """This point for the ladder."""
         return OperatingPoint(
             id=self.id,
             split=self.split,
@@ -168,14 +168,14 @@ class PointEntry(_Strict):
 
 
 def decoded_problem(decoded: Shape3, feature: Shape3) -> str | None:
-    """What is wrong with a decoder that returns another size than was sent; the cloud allocates by it.
+    """Check a decoder that returns another size than was sent. The cloud allocates by that size.
 
     Args:
         decoded: (C, H', W') of what it returns.
         feature: (C, Hf, Wf) of what was sent.
 
     Returns:
-        None where only height and width differ, and not by much.
+        None if only height and width differ, and not by much; else what is wrong.
     """
     (channels, *size), (expected, *sent) = decoded, feature
     if channels != expected or decoded == feature:
@@ -247,7 +247,7 @@ class Manifest(_Strict):
         return self
 
     def _users(self) -> Iterator[tuple[str, Literal["edge", "cloud"]]]:
-        """Each file that a machine has to load, and the machine: `FileEntry.role` has to allow it."""
+        """Each file that a machine has to load, and the machine. `FileEntry.role` must allow it."""
         first, last = self.split_points[0].after_segment, self.split_points[-1].after_segment
         for index, segment in enumerate(self.segments):
             if index <= last:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: one file, one input, one output; and a pool in which equal files are loaded once."""
+"""ONNX Runtime: a file with one input and one output, and a pool that loads equal files once."""
 
 import contextlib
 import ctypes
@@ -20,7 +20,7 @@ CPU = ("CPUExecutionProvider",)
 
 
 def check_providers(providers: Sequence[str]) -> None:
-    """Refuse execution providers that this build of ONNX Runtime lacks: it would go on without them, and slowly.
+    """Refuse execution providers that this build of ONNX Runtime lacks. It would run without them, and slowly.
 
     Raises:
         InvalidConfig: the message lists those that it has.
@@ -53,10 +53,10 @@ class OnnxModule:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # A process holds many sessions; threads that spin while they wait would take the cores from one another.
+        # A process has many sessions. Threads that spin while they wait would take the cores from each other.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
-        # A bundle has many small modules; an arena each costs as much memory as their weights, and is no faster here.
+        # A bundle has many small modules. An arena for each takes as much memory as their weights, and is no faster.
         options.enable_cpu_mem_arena = False
         try:
             self._session = ort.InferenceSession(path, options, providers=list(providers))
@@ -89,9 +89,9 @@ class OnnxModule:
 
 
 class ModulePool:
-    """ONNX files by their digest: a file that is in use already is not loaded again.
+    """ONNX files by their digest. A file that is in use is not loaded again.
 
-    It holds no module alive: what nobody uses any more is freed. Safe to share between threads.
+    The pool keeps no module alive: unused modules are freed. Threads may share it.
 
     Args:
         providers: see `OnnxModule`.
@@ -107,7 +107,7 @@ class ModulePool:
         """The module of a file.
 
         Args:
-            path: where it lies, if it has to be read.
+            path: the file, if it has to be read.
             sha256: its digest.
             threads: see `OnnxModule`.
 
@@ -124,6 +124,6 @@ class ModulePool:
 
 
 def return_freed_memory() -> None:
-    """Give the system back what loading files has freed: glibc keeps it otherwise, half as much as the weights."""
+    """Give freed memory back to the system. Otherwise glibc keeps it after loading, half as much as the weights."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,6 +1,6 @@
-"""A few threads for what would block the event loop, with as little between a call and its result as can be.
+"""A few threads for work that would block the event loop, with few steps between a call and its result.
 
-`concurrent.futures` does the same in more steps, which cost a lone frame 0.1 ms on each side where the caches are cold
+`concurrent.futures` takes more steps. They cost a single frame 0.1 ms on each side when the caches are cold
 (``benchmarks/serving.py``).
 """
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Daemon threads that take calls in order; started at the first one.
+    """Daemon threads that take calls in order. The first call starts them.
 
     Args:
         count: threads.
@@ -33,7 +33,7 @@ class Workers:
         self._closed = False
 
     def post(self, call: Callable[[], None], dropped: Callable[[], None] = lambda: None) -> None:
-        """Run `call` in a thread; it must not raise. Where `close` comes first, `dropped` is called in place of it."""
+        """Run `call` in a thread; it must not raise. If `close` comes first, `dropped` is called instead."""
         if self._closed:
             dropped()
             return
@@ -44,7 +44,7 @@ class Workers:
         self._calls.put((call, dropped))
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """The result of a call in a thread; a caller who is cancelled leaves it running.
+        """The result of a call in a thread. Cancelling the wait leaves the call running.
 
         Raises:
             Unavailable: `close` came first.
@@ -71,7 +71,7 @@ class Workers:
         return await done
 
     def close(self, *, wait: bool = False) -> None:
-        """No more calls; those that have not begun are dropped.
+        """Take no more calls. Calls that have not begun are dropped.
 
         Args:
             wait: until the threads have ended.

@@ -28,7 +28,7 @@ class DeviceTokens(grpc.aio.ServerInterceptor):
 
     Args:
         token: what devices send as ``authorization: Bearer TOKEN``.
-        metrics: refusals are counted there.
+        metrics: counts refusals.
     """
 
     def __init__(self, token: str, metrics: Metrics) -> None:
@@ -36,7 +36,7 @@ class DeviceTokens(grpc.aio.ServerInterceptor):
         self._metrics = metrics
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
-        """Pass the call on, or put a handler in its place that aborts it."""
+        """Pass the call on, or replace it by a handler that aborts it."""
         handler = await continuation(handler_call_details)
         if handler is None or not _GUARDED.match(handler_call_details.method) or self._allowed(handler_call_details):
             return handler
@@ -68,7 +68,7 @@ def _aborting(handler: Any) -> Any:
 
 
 def grpc_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
-    """Credentials of the gRPC server; with `client_ca` it asks clients for a certificate of that authority.
+    """Credentials of the gRPC server. With `client_ca`, it asks clients for a certificate of that authority.
 
     Raises:
         InvalidConfig: a file cannot be read, or is no certificate or key.
@@ -81,7 +81,7 @@ def grpc_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Serv
 
 
 def tls_files_usable(cert: Path, key: Path, client_ca: Path | None) -> None:
-    """Load the files as a server would: gRPC itself would only log, and refuse every client.
+    """Load the files as a server does, because gRPC itself would only log an error, and refuse every client.
 
     Raises:
         InvalidConfig: a file cannot be read, is no certificate or key, or the two do not belong together.

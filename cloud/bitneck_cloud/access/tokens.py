@@ -1,4 +1,4 @@
-"""Resume tokens: signed, so that any server with the key takes a returning client. Pure: times come in as arguments.
+"""Resume tokens, signed, so that any server with the key can resume a session. Pure: times come in as arguments.
 
 A token is ``payload.signature``, both base64url: JSON of the session's id, its model and when it was issued, and its
 HMAC-SHA256. It holds no secret of the session but gives the right to take it over, so it travels in ``Opened`` only.
@@ -31,7 +31,7 @@ class TokenSigner:
 
     Args:
         key: secret, the same on every replica.
-        max_age_s: how long a token is good for.
+        max_age_s: seconds that a token is valid.
     """
 
     def __init__(self, key: bytes, *, max_age_s: float) -> None:
@@ -49,7 +49,7 @@ class TokenSigner:
         return f"{payload}.{self._mac(payload)}"
 
     def read(self, text: str, now: float) -> ResumeToken | None:
-        """What a token says; None where it is none, is too old, or is signed with another key.
+        """The contents of a token; None if it is no token, too old, or signed with another key.
 
         Args:
             text: from the client.

@@ -72,9 +72,9 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
 
     Args:
         registry: models and sessions.
-        engine: that computes.
-        metrics: what happens is counted there.
-        tracer: where frames' spans go.
+        engine: computes the frames.
+        metrics: counts what happens.
+        tracer: takes the frames' spans.
         idle_s: see `CloudSettings`.
         similar_bytes: likewise.
     """
@@ -99,7 +99,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._draining = False
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
-        """The manifest of a served model, compressed: a link may be thin, and it is text."""
+        """The manifest of a served model. It is compressed, because it is text and the link may be thin."""
         context.set_compression(grpc.Compression.Gzip)
         await _identify(context)
         try:
@@ -127,7 +127,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
 
     def _edge_file(self, request: pb.FetchFileRequest) -> Path:
         bundle = self._registry.model(request.model).bundle
-        if request.bundle_id != bundle.bundle_id:  # an older generation is served, but its files are gone
+        if request.bundle_id != bundle.bundle_id:  # older generations are served, but their files are gone
             raise BundleMismatch(
                 f"the client has bundle {request.bundle_id[:80] or '(none)'}, this server has {bundle.bundle_id}; "
                 "get its manifest and files again"
@@ -207,7 +207,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         """Ask a session's client for another operating point, now.
 
         Returns:
-            Whether the session is connected; else it is told when it resumes.
+            Whether the session is connected. If not, its client learns the point when it resumes.
         """
         stream = self._streams.get(session.session_id)
         if stream is None:
@@ -216,7 +216,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         return True
 
     def _tell_if_draining(self, conversation: Conversation) -> None:
-        """A stream that opened in the moment when the others were told."""
+        """Tell a stream that opened while the others were being told."""
         if self._draining:
             conversation.push(GoAway("the server is stopping"))
 
@@ -237,7 +237,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
 
 
 async def _identify(context: Context) -> None:
-    """Give the call an id for the logs: the client's own, or a new one; the client reads it in the metadata."""
+    """Give the call an id for the logs: the client's own, or a new one. The client finds it in the metadata."""
     given = ""
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_HEADER:

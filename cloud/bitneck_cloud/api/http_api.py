@@ -28,7 +28,7 @@ from bitneck_cloud.sessions.registry import Registry
 __all__ = ["build_app"]
 
 MAX_BODY_BYTES = 16384
-"""Of a request; it is looked at before anything is read, and before the credential."""
+"""Largest body of a request. It is checked before anything is read, and before the credential."""
 
 
 def build_app(
@@ -44,7 +44,7 @@ def build_app(
 
     Args:
         registry: models and sessions.
-        service: through which a rate reaches a client.
+        service: tells a rate to a client.
         readiness: for ``/readyz``.
         token: the bearer token that everything but the health paths asks for, or None.
         metrics: for ``/metrics``.
@@ -103,7 +103,7 @@ def build_app(
 
     @app.post("/v1/models/{name}/reload", dependencies=guarded, responses=problems, tags=["models"])
     async def reload(name: str) -> schemas.ReloadAnswer:
-        """Load the model's bundle again from its folder, and swap; where that fails, the old one goes on serving."""
+        """Load the model's bundle again from its folder, and swap. If that fails, the old one stays in service."""
         done = await reloader.reload(name)
         return schemas.ReloadAnswer(
             bundle_id=done.bundle_id,
@@ -147,7 +147,7 @@ def build_app(
 
     @app.put("/v1/rate", dependencies=guarded, responses=problems, tags=["rate"])
     async def put_rate(request: schemas.RateRequest) -> schemas.NewSessionsRate:
-        """The rate that new sessions begin with; open sessions keep theirs."""
+        """Set the rate for new sessions. Open sessions keep theirs."""
         policy = request.policy()
         points: dict[str, str | None] = {}
         refused: BitneckError | None = None

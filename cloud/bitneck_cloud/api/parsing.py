@@ -1,7 +1,7 @@
-"""Requests that are no protobuf get INVALID_ARGUMENT, and in a stream a fault, where gRPC would end them as UNKNOWN.
+"""Requests that are no protobuf get INVALID_ARGUMENT, or a fault in a stream. gRPC would end them as UNKNOWN.
 
-gRPC parses a message before any handler sees it, and what that raises ends the call with a traceback in the log. So
-the parser here gives a mark in place of the exception, and whoever takes messages meets it as `MalformedFrame`.
+gRPC parses a message before any handler sees it. An exception there ends the call, with a traceback in the log. So the
+parser here returns a mark instead of raising, and the handler gets a `MalformedFrame`.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -23,7 +23,7 @@ def _malformed() -> MalformedFrame:
 
 
 class _Messages(AsyncIterator[Any]):
-    """A stream's messages; one that could not be parsed raises, and the next one can still be taken."""
+    """A stream's messages. A message that cannot be parsed raises; the next one can still be taken."""
 
     def __init__(self, source: AsyncIterator[Any]) -> None:
         self._source = aiter(source)

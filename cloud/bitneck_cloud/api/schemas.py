@@ -28,7 +28,7 @@ __all__ = [
 
 
 class RateRequest(BaseModel):
-    """Exactly one of these."""
+    """A rate: exactly one of these fields."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -39,7 +39,7 @@ class RateRequest(BaseModel):
     auto: Literal[True] | None = Field(None, description="the client chooses")
 
     def policy(self) -> RatePolicy:
-        """The one that is given.
+        """The policy that the request gives.
 
         Raises:
             InvalidConfig: none, or more than one.
@@ -63,15 +63,15 @@ class RateRequest(BaseModel):
 
 
 class RateAnswer(BaseModel):
-    """What was set."""
+    """The rate that was set."""
 
     policy: dict[str, str | float | bool]
-    point: str | None = Field(description="the operating point chosen; null where the client chooses")
+    point: str | None = Field(description="the chosen operating point; null if the client chooses")
     pushed: bool = Field(description="whether a connected client was told at once")
 
 
 class NewSessionsRate(BaseModel):
-    """What new sessions begin with."""
+    """The rate for new sessions."""
 
     policy: dict[str, str | float | bool]
     points: dict[str, str | None] = Field(description="the operating point chosen, by model")
@@ -121,11 +121,11 @@ class ReloadAnswer(BaseModel):
     """What a reload changed."""
 
     bundle_id: str
-    changed: bool = Field(description="false where the folder holds the bundle that is served already")
+    changed: bool = Field(description="false if the folder has the bundle that is served already")
     added: list[str] = Field(description="operating points")
     removed: list[str]
     altered: list[str]
-    files_loaded: int = Field(description="ONNX files read; what the two bundles share was not")
+    files_loaded: int = Field(description="ONNX files that were read; files that both bundles share were not")
 
 
 class ModelMetadata(BaseModel):

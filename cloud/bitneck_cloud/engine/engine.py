@@ -1,10 +1,10 @@
-"""The engine: a bounded queue, one thread that computes whatever waits, and threads that decode meanwhile.
+"""The engine: a bounded queue, one thread that computes, and threads that decode meanwhile.
 
-Work-conserving: a lone frame never waits while the engine is idle, and one hop takes it through decoding and the tail.
-What arrives while the engine is busy is decoded beside it and becomes the next batch. A frame that went away or is
-late is dropped before each step: before it is taken, before it is decoded, and before the tail.
+A single frame never waits while the engine is idle: one hop takes it through decoding and the tail. Frames that arrive
+while the engine is busy are decoded beside it, and form the next batch. Abandoned and late frames are dropped before
+each step: before they are taken, before they are decoded, and before the tail.
 
-    submit -> queue --(engine busy: decoded in a decode thread)--> batch -> decode what is not -> tail -> results
+    submit -> queue --(engine busy: decode threads)--> batch -> decode the rest -> tail -> results
 """
 
 import asyncio
@@ -32,10 +32,10 @@ class Engine:
     """Runs on one event loop; `start` it there.
 
     Args:
-        max_batch: frames in one pass; a model whose tensors are large takes fewer, see `ServedModel.max_frames`.
+        max_batch: frames in one batch; models with large tensors take fewer, see `ServedModel.max_frames`.
         max_queue: frames that may wait.
-        decode_threads: that decode beside the tail; 0 leaves all to the engine's own thread.
-        metrics: what happens is counted there.
+        decode_threads: threads that decode beside the tail; 0 leaves decoding to the engine's own thread.
+        metrics: counts what happens.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Engine:
         self._wake()
 
     async def stop(self) -> None:
-        """Stop after the batch in hand; what still waits fails with `Unavailable`."""
+        """Stop after the current batch. Frames that still wait fail with `Unavailable`."""
         self._loop = None
         stopping = Unavailable("the server is stopping; connect again and resend")
         while self._queue:
@@ -84,7 +84,7 @@ class Engine:
 
         Args:
             job: the frame.
-            on_settled: called once on the event loop with what became of it, unless it is abandoned.
+            on_settled: called once on the event loop with the result or the error, unless the frame is abandoned.
 
         Raises:
             Overloaded: the queue is full.
@@ -100,11 +100,11 @@ class Engine:
             self._wake()
 
     def compute(self, job: Job) -> Coroutine[Any, Any, Computed]:
-        """Queue a frame; await what is returned for its output. A wait that is cancelled abandons the frame.
+        """Queue a frame, and return an awaitable of its output. Cancelling the wait abandons the frame.
 
         Raises:
             Overloaded: the queue is full.
-            BitneckError: why there is no output; raised by the wait.
+            BitneckError: the frame has no output; raised by the wait.
         """
         settled: asyncio.Future[Computed | BitneckError] = asyncio.get_running_loop().create_future()
         self.submit(job, lambda _job, result: None if settled.done() else settled.set_result(result))
@@ -120,7 +120,7 @@ class Engine:
         return result
 
     def _wake(self) -> None:
-        """Take a batch once the event loop has read what else has arrived."""
+        """Take a batch after the event loop has read everything that has arrived."""
         if self._loop is not None and not self._waking and self._queue:
             self._waking = True
             self._loop.call_soon(self._begin)
@@ -135,7 +135,7 @@ class Engine:
                 self._thread.post(functools.partial(self._compute, self._in_hand, self._loop))
 
     def _compute(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
-        """In the engine's thread: one pass, and back to the loop with it."""
+        """In the engine's thread: compute one batch, and hand the results to the event loop."""
         try:
             results = _pass(batch)
         except Exception:  # noqa: BLE001  a bug must not end the engine: these frames fail, the next are served
@@ -164,7 +164,7 @@ class Engine:
             self._metrics.computed(model, first.batch, first.compute_us / 1e6)
 
     def _take(self) -> list[Job]:
-        """The next batch: frames of one model, oldest first; late and abandoned ones fall out."""
+        """The next batch: frames of one model, oldest first. Late and abandoned frames are dropped."""
         batch: list[Job] = []
         passed: list[Job] = []
         now = time.monotonic()
@@ -185,7 +185,7 @@ class Engine:
 
 
 def _pass(batch: list[Job]) -> list[Computed | BitneckError]:
-    """Decode what is not decoded yet, and compute; runs in the engine's thread."""
+    """Decode the frames that are not decoded yet, and compute. Runs in the engine's thread."""
     results: list[Computed | BitneckError | None] = [job.late(time.monotonic()) for job in batch]
     latents: dict[int, NDArray[np.float32]] = {}
     for row, job in enumerate(batch):

@@ -30,7 +30,7 @@ INTERNAL_ERROR = "an internal error; the server's log says why"
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A frame's output, and what it took: microseconds, and the number of frames in the same batch."""
+    """A frame's output, the microseconds that it took, and the number of frames in its batch."""
 
     output: Output
     queued_us: int
@@ -94,11 +94,11 @@ class Job:
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody still waits for the result."""
+        """Whether someone still waits for the result."""
         return self.state in (JobState.WAITING, JobState.TAKEN)
 
     def on_settled(self, callback: "Callable[[Job, Computed | BitneckError], None]") -> None:
-        """Set whom `settle` tells."""
+        """Set the callback that `settle` calls."""
         self._on_settled = callback
 
     def take(self, now: float) -> None:
@@ -114,7 +114,7 @@ class Job:
         return self.state is JobState.ABANDONED
 
     def settle(self, result: Computed | BitneckError) -> None:
-        """Tell whoever waits what became of it, once. A result that comes later, or for nobody, is ignored."""
+        """Call the callback with the result, once. Later results, and results of abandoned frames, are ignored."""
         if not self.wanted:
             return
         self.state = JobState.SETTLED
@@ -130,7 +130,7 @@ class Job:
         )
 
     def decode(self) -> NDArray[np.float32] | BitneckError:
-        """The latent, or why there is none. It is decoded once, by the thread that asks first."""
+        """The latent, or the error. It is decoded once, by the thread that asks first."""
         with self._lock:
             if self._latent is None:
                 begin = time.perf_counter()
@@ -149,6 +149,6 @@ class Job:
             return self._latent
 
     def decode_ahead(self) -> None:
-        """`decode`, if the frame is still wanted. A decode thread calls it; `decode` gives a failure again later."""
+        """`decode`, if the frame is still wanted. Decode threads call it. `decode` returns an error again later."""
         if self.wanted and self.late(time.monotonic()) is None:
             self.decode()

@@ -1,4 +1,4 @@
-"""What a chain gives, to what a client gets: labels with scores, or a class map with the share of each class.
+"""From logits to answers: labels with scores, or a class map with the share of each class.
 
 Dimensions: N frames, K classes, H x W the network's input.
 """
@@ -22,13 +22,13 @@ _LOG = logging.getLogger(__name__)
 _TOP = 5
 
 PASS_BYTES = 64 << 20
-"""One tensor of a pass has no more, unless one frame alone has:
-logits of 16 frames of 513x513 pixels and 21 classes are 354 MB."""
+"""Largest tensor of a batch, unless a single frame has a larger one. Logits of 16 frames of 513x513 pixels and 21
+classes are 354 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor of an answer; -1 in the shape where the number differs."""
+    """One tensor of an answer. -1 in its shape means that the number differs."""
 
     name: str
     datatype: str
@@ -36,9 +36,9 @@ class OutputTensor:
 
 
 def output_tensors(manifest: Manifest, classes: int) -> tuple[OutputTensor, ...]:
-    """What an answer of this model holds, in the words of the Open Inference Protocol.
+    """The tensors of an answer, in the words of the Open Inference Protocol.
 
-    For classification the best of the scores are sent; for segmentation the map, coded, and the shares above zero.
+    For classification the best scores are sent. For segmentation the coded map is sent, and the shares above zero.
     """
     if manifest.task == "segmentation":
         spec = manifest.input
@@ -50,7 +50,7 @@ def output_tensors(manifest: Manifest, classes: int) -> tuple[OutputTensor, ...]
 
 
 def frames_of_a_pass(manifest: Manifest, classes: int) -> int:
-    """So many frames fit into a pass: no feature, sent or decoded, and no logits, of more than `PASS_BYTES`.
+    """Number of frames in a batch for which no feature and no logits take more than `PASS_BYTES`.
 
     Raises:
         BundleCorrupt: more classes than a class map can name.
@@ -68,7 +68,7 @@ def frames_of_a_pass(manifest: Manifest, classes: int) -> int:
 
 
 def output_of(manifest: Manifest, labels: Sequence[str], logits: NDArray[np.float32]) -> Output | BitneckError:
-    """One frame's logits to its answer; an error where they are no logits.
+    """One frame's answer from its logits, or an error if they are no logits.
 
     Args:
         manifest: of the model.
@@ -89,7 +89,7 @@ def output_of(manifest: Manifest, labels: Sequence[str], logits: NDArray[np.floa
 
 
 def _classification(labels: Sequence[str], logits: NDArray[np.float32]) -> Classification:
-    """Logits (K,) to the best labels with their softmax scores."""
+    """The best labels and their softmax scores from logits (K,)."""
     if not np.isfinite(logits).all():
         raise ModelFailure("the logits are not finite")
     scores = np.exp(logits - logits.max())
@@ -99,7 +99,7 @@ def _classification(labels: Sequence[str], logits: NDArray[np.float32]) -> Class
 
 
 def _segmentation(labels: Sequence[str], logits: NDArray[np.float32]) -> CodedMap:
-    """Logits (K, H, W) to the class map and the shares of the classes that occur."""
+    """The class map, and the shares of the classes that occur, from logits (K, H, W)."""
     classes = best_classes(logits)  # (H, W)
     coded = encode_map(classes)
     if len(coded) > MAX_MAP_BYTES:

@@ -1,4 +1,4 @@
-"""A served model: tail segments, decoders and labels of one bundle, and one pass of a batch through them."""
+"""A served model: tail segments, decoders and labels of one bundle. It computes a batch."""
 
 import logging
 from collections.abc import Sequence
@@ -21,24 +21,23 @@ __all__ = ["ServedModel"]
 _LOG = logging.getLogger(__name__)
 
 _Lane = tuple[str, tuple[int, int, int]] | None
-"""What frames that share a pass have in common: None where their features are as large as those that were sent, or the
-split point and the shape that the decoder returns."""
+"""Frames with the same key share a batch. None for the usual size, else (split point, decoded shape)."""
 
 
 class ServedModel:
     """One bundle, ready to serve: every tail segment and every operating point's decoder is loaded.
 
     Attributes:
-        max_frames: that one pass may take, see `bitneck_cloud.engine.outputs.frames_of_a_pass`.
+        max_frames: number of frames that one batch may have; see `bitneck_cloud.engine.outputs.frames_of_a_pass`.
         identities: what defines each operating point, by id: its entry and its files' digests.
-        made_from: what each operating point's decoder is made from; where it is the same, generations share it.
-        kept_bytes: of a frame that later ones may refer to, at most; 0 where no point has conditional tables.
+        made_from: what each operating point's decoder is made from. Generations share equal ones.
+        kept_bytes: memory of one frame that later ones may refer to, at most; 0 if no point has conditional tables.
 
     Args:
         bundle: verified, the cloud's half.
         threads: of ONNX Runtime inside one operator; 0 for every core.
-        pool: from which the ONNX modules come; what another bundle in it has loaded already is shared.
-        before: the generation before this one; operating points that are the same in both are shared, tables and all.
+        pool: of ONNX modules. Modules that another bundle has loaded are shared.
+        before: the generation before this one. Equal operating points are shared, with their tables.
 
     Raises:
         BundleCorrupt: tables or labels are unreadable, or more classes than a class map can name.
@@ -79,7 +78,7 @@ class ServedModel:
         return self.manifest.name
 
     def check(self, frame: Frame) -> None:
-        """Check what the operating point decides about a frame, before it may queue.
+        """Check a frame's point and length, before it may queue.
 
         Raises:
             UnknownPoint: no such operating point.
@@ -94,7 +93,7 @@ class ServedModel:
             )
 
     def decode(self, point: str, payload: bytes) -> NDArray[np.float32]:
-        """Payload to the latent that the bottleneck decoder gets, (Cr, h, w) float32. Any thread may call it.
+        """The latent for the bottleneck decoder, (Cr, h, w) float32. Any thread may call it.
 
         Raises:
             MalformedFrame: a payload that no encoder of this point writes.
@@ -109,10 +108,10 @@ class ServedModel:
         Args:
             point: the operating point.
             payload: the coded bytes.
-            reference: what they are coded against; None where they are coded by themselves.
+            reference: what they are coded against; None for no reference.
 
         Returns:
-            The latent, and the frame as a reference for later ones; None where the point has no conditional tables.
+            The latent, and the frame as a reference for later ones; None if the point has no conditional tables.
 
         Raises:
             MalformedFrame: a payload that no encoder of this point writes.
@@ -122,10 +121,10 @@ class ServedModel:
         return decoder.latent(s), decoder.conditional.keep(s) if decoder.conditional is not None else None
 
     def compute(self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]) -> list[Output | BitneckError]:
-        """One pass of a batch through the bottleneck decoders and the tail; see `bitneck_cloud.engine.batching`.
+        """Run a batch through the bottleneck decoders and the tail; see `bitneck_cloud.engine.batching`.
 
-        A frame whose logits are not finite fails alone; a failure of ONNX Runtime fails the frames that went through it
-        together: those whose decoded features are of one size.
+        A frame whose logits are not finite fails alone. If ONNX Runtime fails, all frames fail whose decoded features
+        have the same size.
 
         Args:
             points: each frame's operating point.
@@ -172,7 +171,7 @@ def _identity(manifest: Manifest, point_id: str) -> tuple[str, ...]:
 
 
 def _decoder_identity(manifest: Manifest, point_id: str) -> tuple[object, ...]:
-    """What a point's decoder is made from; not what was measured of it, nor its encoder."""
+    """What a point's decoder is made from. Measured values and the encoder do not count."""
     entry = manifest.point(point_id)
     files = [f"points/{point_id}/{name}" for name in ("decoder.onnx", "tables.npz", "conditional.npz")]
     digests = (manifest.files[name].sha256 if name in manifest.files else "" for name in files)

@@ -21,7 +21,7 @@ request_id: ContextVar[str] = ContextVar("bitneck_request_id", default="-")
 
 
 def new_request_id(given: str) -> str:
-    """The id that a caller gave, where it is well-formed, or a new one; from here on log lines carry it."""
+    """The caller's id if it is well-formed, else a new one. Log lines carry it from here on."""
     value = given if _WELL_FORMED.match(given) else secrets.token_hex(8)
     request_id.set(value)
     return value

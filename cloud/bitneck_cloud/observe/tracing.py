@@ -1,7 +1,7 @@
-"""OpenTelemetry traces, where the extra ``bitneck[traces]`` is installed and an endpoint is set.
+"""OpenTelemetry traces, if the extra ``bitneck[traces]`` is installed and an endpoint is set.
 
-One span for each frame that is answered, with children for its wait, its decoding and the pass that it shared. They are
-written when the frame is done, from the times that were taken anyway, so a frame that is not sampled costs nothing.
+Each answered frame has one span, with children for its wait, its decoding and its batch. They are written when the
+frame is done, from times that were taken anyway. A frame that is not sampled costs nothing.
 A client's ``traceparent`` in the call's metadata is the parent.
 """
 
@@ -51,7 +51,7 @@ class NoTraces:
 
 
 class OtlpTraces:
-    """Spans in OTLP over gRPC; a queue of bounded length and a thread of its own send them.
+    """Spans in OTLP over gRPC. A bounded queue and a thread of its own send them.
 
     Args:
         endpoint: URL of a collector, such as ``http://127.0.0.1:4317``.
@@ -116,7 +116,7 @@ class OtlpTraces:
 
 
 def open_traces(endpoint: str, ratio: float) -> FrameTracer:
-    """Traces to a collector; none where the endpoint is empty.
+    """Traces to a collector; none if the endpoint is empty.
 
     Raises:
         InvalidConfig: see `OtlpTraces`.

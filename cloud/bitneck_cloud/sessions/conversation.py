@@ -1,4 +1,4 @@
-"""One open stream: reads frames, computes them side by side, writes answers as they are ready."""
+"""One open stream: reads frames, has them computed, and writes answers when they are ready."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ __all__ = ["Conversation", "Peer", "job_of", "result_of"]
 
 _LOG = logging.getLogger(__name__)
 _SUPERSEDED_GRACE_S = 2.0
-"""How long the last words of a stream that was replaced may take; its link is probably dead."""
+"""Seconds in which a replaced stream may write its last messages. Its link is probably dead."""
 
 
 class Peer(Protocol):
@@ -49,15 +49,15 @@ class Conversation:
     """One open stream of a session.
 
     Args:
-        engine: that computes.
+        engine: computes the frames.
         model: the session's.
         session: its state.
         state: the stream's phase.
-        streams: every session's newest conversation, by session id; this one is put in, and answers go to whichever
-            is newest when they are ready.
-        metrics: what happens is counted there.
-        tracer: where frames' spans go.
-        idle_s: the stream ends after so long without a message; 0 for never.
+        streams: every session's newest conversation, by session id. This one adds itself. Answers go to the newest
+            one.
+        metrics: counts what happens.
+        tracer: takes the frames' spans.
+        idle_s: seconds without a message after which the stream ends; 0 for never.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Conversation:
             await asyncio.gather(reader, writer, watchdog, return_exceptions=True)
 
     def supersede(self) -> None:
-        """A newer stream has taken the session over: end this one; its frames are answered on the newer."""
+        """A newer stream has taken over the session: end this one. The newer one gets the answers."""
         self._outbox.control(GoAway("the session was resumed on another stream"))
         self._outbox.close()
         if self._writer is not None:
@@ -164,7 +164,7 @@ class Conversation:
                 self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
 
     async def _watch(self, reader: "asyncio.Task[None]") -> None:
-        """End reading when no message has come for too long: one clock for the stream, no timer for each message."""
+        """End reading if no message has come for too long. One clock for the stream needs no timer for each message."""
         loop = asyncio.get_running_loop()
         while self._idle_s:
             left = min(self._idle_s, self._silent_since + self._idle_s - loop.time())
@@ -203,14 +203,14 @@ class Conversation:
             asyncio.get_running_loop().call_soon(self._accepted, frame.point, len(frame.payload), switched, similar)
 
     def _accepted(self, point: str, payload_bytes: int, switched: bool, similar: bool) -> None:
-        """What can wait until the frame is on its way to the engine's thread."""
+        """Work that can wait until the frame is on its way to the engine's thread."""
         self._metrics.accepted(self._model.name, point, payload_bytes, switched=switched, similar=similar)
         if (wanted := self._session.weigh_again()) is not None:
             reason = f"max_kbps at {self._session.frames_per_s:.1f} frames per second"
             self._outbox.control(SetPoint(wanted, reason))
 
     def _answer(self, job: Job, computed: Computed | BitneckError) -> None:
-        """A frame is done: its answer goes to the session's newest stream."""
+        """Send a frame's answer to the session's newest stream."""
         seq, received = self._jobs.pop(job)
         if isinstance(computed, BitneckError):
             self._session.fail(seq, computed.grpc_code)
@@ -228,7 +228,7 @@ class Conversation:
             self._none_left.set_result(None)
 
     def _done(self, point: str, seq: int, received: float, computed: Computed | BitneckError, outcome: str) -> None:
-        """What can wait until the answer is written."""
+        """Work that can wait until the answer is written."""
         self._metrics.frame(self._model.name, outcome)
         if isinstance(computed, Computed):
             self._tracer.frame(self._model.name, point, seq, received, computed, self._trace)

@@ -1,4 +1,4 @@
-"""What waits to be written to one stream: bounded, with control messages first."""
+"""Messages that wait to be written to one stream: bounded, control messages first."""
 
 import asyncio
 from collections import deque
@@ -9,13 +9,13 @@ __all__ = ["Outbox"]
 
 
 class Outbox:
-    """Answers in order, and of SetPoint and GoAway only the newest, which goes first.
+    """Answers in order, and before them the newest SetPoint and the newest GoAway.
 
-    A reader that stalls fills it; whoever accepts frames waits for `room` before the next one, so nothing grows. For
-    one writer and one waiter for room.
+    If the client does not read, the outbox fills up. The conversation waits for `room` before the next frame,
+    so nothing grows. There is one writer, and one waiter for room.
 
     Args:
-        limit: answers that may wait before there is no room.
+        limit: number of waiting answers at which there is no room.
     """
 
     def __init__(self, limit: int) -> None:
@@ -58,7 +58,7 @@ class Outbox:
         return message
 
     def close(self) -> None:
-        """No more answers; what waits is still handed out."""
+        """Take no more answers. Waiting ones are still handed out."""
         self._closing = True
         _wake(self._writer)
         _wake(self._room)

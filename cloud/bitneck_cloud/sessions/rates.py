@@ -54,7 +54,7 @@ RatePolicy = FixedPoint | MaxBytesPerFrame | MaxKbps | MinAccuracy | ClientChoos
 
 
 def choose(ladder: Ladder, policy: RatePolicy, *, frames_per_s: float = 1.0) -> OperatingPoint | None:
-    """The operating point that serves a policy; None where the client chooses.
+    """The operating point for a policy; None if the client chooses.
 
     Rates are means over photographs: a single frame may be larger or smaller.
 

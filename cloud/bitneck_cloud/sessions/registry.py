@@ -1,4 +1,4 @@
-"""The served models with their generations, the open sessions, and the rate that new ones begin with."""
+"""The served models with their generations, the open sessions, and the rate for new sessions."""
 
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ _MAX_CLIENT_CHARACTERS = 128
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What `Registry.open` gives: a session, its fresh token, and ``new``, ``resumed`` or ``adopted``."""
+    """The result of `Registry.open`: a session, its fresh token, and ``new``, ``resumed`` or ``adopted``."""
 
     session: Session
     token: str
@@ -27,8 +27,8 @@ class Admission:
 class Registry:
     """Sessions by id, and the served models by name.
 
-    A model that was reloaded is kept beside its successor as long as sessions use it, and at least until the next
-    reload: a client that fetched its manifest a moment before is still welcome.
+    After a reload, the old generation stays as long as sessions use it, and at least until the next reload. A client
+    that fetched its manifest a moment before can still connect.
 
     Args:
         models: what is served.
@@ -38,7 +38,7 @@ class Registry:
         assumed_fps: likewise.
         max_bytes_per_s: likewise.
         signer: of resume tokens.
-        adopt: whether a signed token of a session that is not known here is taken: the key is shared with others.
+        adopt: whether to accept signed tokens of unknown sessions, because other servers have the same key.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Registry:
         return {name: generations[0] for name, generations in self._generations.items()}
 
     def model(self, name: str) -> ServedModel:
-        """The newest generation of a served model; an empty name stands for the only one.
+        """The newest generation of a served model. An empty name means the only model.
 
         Raises:
-            UnknownModel: none of this name, or no name where several are served.
+            UnknownModel: no model with this name, or no name although several are served.
         """
         if not name and len(self._generations) == 1:
             return next(iter(self._generations.values()))[0]
@@ -88,7 +88,7 @@ class Registry:
 
         Raises:
             UnknownModel: see `model`.
-            BundleMismatch: it is not served, or not any more.
+            BundleMismatch: this generation is not served.
         """
         newest = self.model(name)
         for model in self._generations[newest.name]:
@@ -100,10 +100,10 @@ class Registry:
         )
 
     def swap(self, model: ServedModel) -> None:
-        """A new generation of a served model; the ones that nobody uses go, but for the one before.
+        """Add a new generation of a served model. Unused generations are dropped, except the one before.
 
         Raises:
-            UnknownModel: none of this name is served.
+            UnknownModel: no model with this name is served.
         """
         self.model(model.name)
         generations = self._generations[model.name]
@@ -112,7 +112,7 @@ class Registry:
         self._generations[model.name] = [model, *kept]
 
     def open(self, model: ServedModel, client: str, token: str, now: float, wall: float) -> Admission:
-        """A new session, or the one that a resume token names.
+        """Open a new session, or resume the one that a resume token names.
 
         An unknown or expired token gives a new session: the client sees another session id.
 

@@ -1,7 +1,7 @@
-"""A session's state: what may happen when, which frames are unanswered, and which rate is asked for.
+"""A session's state: legal events, unanswered frames, and the requested rate.
 
-Pure: times come in as arguments, messages go in and out as values. A session outlives its connection: the client
-reconnects with its token and resends what is unanswered, and every seq is computed once.
+Pure: times come in as arguments, messages go in and out as values. A session outlives its connection. The client
+reconnects with its token and sends unanswered frames again. Every seq is computed once.
 
     seq unknown, above the floor  -> NEW       compute it
     seq in flight                 -> ATTACHED  its answer will come, on the newest stream
@@ -30,7 +30,7 @@ _RATE_SAMPLES = 32
 _MIN_RATE_SAMPLES = 4
 _MIN_BURST_BYTES = 65536.0
 _WAITING = 8
-"""Frames that a client may have coded before there is room for them in its window."""
+"""Number of frames that a client may have coded before its window has room for them."""
 _HYSTERESIS = 0.15
 """`MaxKbps` is weighed again when the frame rate has moved by this share."""
 
@@ -56,7 +56,7 @@ TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
     Phase.READY: {Event.FRAME: Phase.READY, Event.CLOSE: Phase.CLOSED},
     Phase.CLOSED: {Event.CLOSE: Phase.CLOSED},
 }
-"""Every legal event; another one is the peer's error."""
+"""Every legal event. Any other event is the peer's error."""
 
 _REMEDY = {Event.OPEN: "Open is sent once, first", Event.FRAME: "send Open first", Event.CLOSE: ""}
 
@@ -80,7 +80,7 @@ class StreamState:
 
 
 class Verdict(Enum):
-    """What a frame's seq says."""
+    """What to do with a frame, by its seq."""
 
     NEW = auto()
     ATTACHED = auto()
@@ -99,10 +99,10 @@ class Session:
         assumed_fps: frame rate until the session has shown its own.
         now: seconds, any monotonic clock.
         bundle_id: of the model's bundle when the session was opened.
-        max_bytes_per_s: payload bytes that are accepted in the long run; 0 for any number.
+        max_bytes_per_s: payload bytes a second that are accepted in the long run; 0 for no limit.
 
     Attributes:
-        reach: how far back in seq a frame's reference may lie; 0 where no symbols are kept.
+        reach: how far back in seq a reference may be; 0 if no symbols are kept.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Session:
 
         Raises:
             Overloaded: the window is full, or more bytes came than the session may send.
-            MalformedFrame: a seq that was answered too long ago to be told apart.
+            MalformedFrame: a seq that was answered too long ago.
         """
         if seq in self._in_flight:
             self.resent += 1
@@ -206,8 +206,8 @@ class Session:
     def keep(self, most: int) -> None:
         """Keep symbols of answered frames, so that later ones may refer to them, as the client asks at the opening.
 
-        The window and a few more are wanted. Then the newest frame whose answer the client has is among them, whatever
-        was answered since; and so is the one that was its newest while it coded a frame that had to wait for its turn.
+        The session keeps as many as the window and a few more. They include the newest frame whose answer the client
+        has, and the one that was newest while the client coded a frame that then had to wait for its turn.
 
         Args:
             most: frames that may be kept; 0 for none.
@@ -217,7 +217,7 @@ class Session:
             del self._kept[min(self._kept)]
 
     def reference(self, seq: int, distance: int, point: str) -> Reference | None:
-        """What a frame is coded against; None for one that is coded by itself.
+        """The reference of a frame; None for a frame without one.
 
         Args:
             seq: the frame's.
@@ -225,7 +225,7 @@ class Session:
             point: the frame's.
 
         Raises:
-            ReferenceUnknown: there is no such frame, it is not kept (any more), or it is of another operating point.
+            ReferenceUnknown: that frame is not kept, or has another operating point.
         """
         if not distance:
             return None
@@ -239,7 +239,7 @@ class Session:
         return kept
 
     def complete(self, result: Result, kept: Reference | None = None) -> None:
-        """A frame's result is there; it is kept for resends until twice the window has passed.
+        """Store a frame's result. It is kept for resends until twice the window has passed.
 
         Args:
             result: the frame's answer.
@@ -273,7 +273,7 @@ class Session:
 
     @property
     def frames_per_s(self) -> float:
-        """Frame rate over the last frames; the assumed one before there are enough."""
+        """Frame rate over the last frames; the assumed rate until there are enough."""
         if len(self._arrivals) < _MIN_RATE_SAMPLES:
             return self._assumed_fps
         span = self._arrivals[-1] - self._arrivals[0]
@@ -283,7 +283,7 @@ class Session:
         """Ask for a rate.
 
         Returns:
-            The operating point chosen; None where the client chooses.
+            The chosen operating point; None if the client chooses.
 
         Raises:
             UnknownPoint, RateUnreachable, InvalidConfig: see `bitneck_cloud.sessions.rates.choose`; the session is
@@ -296,12 +296,12 @@ class Session:
         return point
 
     def weigh_again(self) -> str | None:
-        """Choose again for `MaxKbps` when the frame rate has moved.
+        """Choose again for `MaxKbps` if the frame rate has changed.
 
-        Where even the lowest point is above the limit, the lowest is chosen: the session goes on.
+        If even the lowest point is above the limit, the lowest is chosen, so the session goes on.
 
         Returns:
-            The new point, or None where nothing changes.
+            The new point, or None if nothing changes.
         """
         if not isinstance(self.policy, MaxKbps) or len(self._arrivals) < _MIN_RATE_SAMPLES:
             return None

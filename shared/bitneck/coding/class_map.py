@@ -1,11 +1,10 @@
-"""Class maps: the best class of every pixel, coded without loss for the way back, and checked when decoded.
+"""Class maps: the best class of every pixel, coded without loss, and checked when decoded.
 
     logits (K, H, W) f32 -> best_classes -> map (H, W) u8 -> encode_map -> bytes -> decode_map -> map (H, W) u8
 
-Down the columns, a map becomes pairs of bytes, (run length 1 to 255, class), and these go through raw LZMA2, which
-knows lengths from classes by their place (lp = pb = 1). On the label maps of CamVid's test set that is an eighth
-less than lossless WebP in a sixth of its time, and no parser of images stands between a device and what a server sends
-(`benchmarks/classmaps.py`).
+Down the columns, a map becomes pairs of bytes (run length 1 to 255, class). These go through raw LZMA2, which tells
+lengths from classes by their position (lp = pb = 1). On the label maps of CamVid's test set this takes an eighth less
+than lossless WebP, in a sixth of its time (`benchmarks/classmaps.py`). No image parser has to read what a server sends.
 
 Dimensions: K classes, H x W the network's input.
 """
@@ -21,10 +20,10 @@ from bitneck.errors import ModelFailure, ProtocolError
 __all__ = ["MAX_CLASSES", "MAX_MAP_BYTES", "best_classes", "count_classes", "decode_map", "encode_map"]
 
 MAX_CLASSES = 256
-"""A class is a byte in a map, and a colour of an indexed PNG's palette."""
+"""A class is one byte in a map, and one colour in the palette of an indexed PNG."""
 
 MAX_MAP_BYTES = 8 << 20
-"""A coded map has no more; gRPC's limit for an answer is twice that."""
+"""Largest coded map. gRPC's limit for an answer is twice that."""
 
 _FILTERS: list[dict[str, Any]] = [
     {
@@ -40,13 +39,13 @@ _FILTERS: list[dict[str, Any]] = [
     }
 ]
 _LONGEST = 255
-"""Pixels of a pair; a longer run is several pairs."""
+"""Longest run of one pair. A longer run takes several pairs."""
 
 
 def best_classes(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The best class of each pixel; of equal ones the first.
+    """The best class of each pixel; the first of equally good ones.
 
-    Class by class: beside the result it takes one plane, where `numpy.argmax` over the first axis copies them all.
+    It works class by class and needs one plane besides the result. `numpy.argmax` over the first axis copies all.
 
     Args:
         logits: (K, H, W) float32, K from 1 to `MAX_CLASSES`.
@@ -87,7 +86,7 @@ def encode_map(classes: NDArray[np.uint8]) -> bytes:
 
 
 def decode_map(data: bytes, *, height: int, width: int, number: int) -> NDArray[np.uint8]:
-    """A map from the bytes that the other machine sent. Nothing is allocated by what they claim.
+    """A map from the bytes that the other machine sent. Their claims decide no allocation.
 
     Args:
         data: coded.
@@ -99,7 +98,7 @@ def decode_map(data: bytes, *, height: int, width: int, number: int) -> NDArray[
         (H, W) uint8, each below `number`.
 
     Raises:
-        ProtocolError: not a map, of another size, more bytes than one map, or with a class that there is not.
+        ProtocolError: no map, another size, more bytes than one map, or an unknown class.
     """
     if len(data) > MAX_MAP_BYTES:
         raise ProtocolError(f"a class map of {len(data)} bytes, the limit is {MAX_MAP_BYTES}")

@@ -1,11 +1,11 @@
-"""Frames that resemble an earlier one: symbols to payload bytes and back, given the symbols of a reference.
+"""Symbols to payload bytes and back, given the symbols of a reference frame.
 
     s, reference (Cr, h, w) int32  --encode-->  payload (bytes)
     payload, reference             --decode-->  s
 
-The payload begins with the motion, each alike; then the symbols follow, channel by channel, each coded with the table
-that `ConditionalModel.rows` has for its channel and the symbol of the reference at its place. What is said of
-`FactorizedCodec` holds here too: shapes and tables never come from the payload, and damage is the CRC's business.
+The payload begins with the motion; all motions have the same probability. Then the symbols follow, channel by channel.
+Each is coded with the table that `ConditionalModel.rows` has for its channel and for the reference's symbol at the same
+place. As in `FactorizedCodec`, shapes and tables never come from the payload, and the frame's CRC detects damage.
 """
 
 import threading
@@ -24,11 +24,11 @@ from bitneck.errors import InvalidConfig, MalformedFrame
 __all__ = ["ConditionalCodec", "Reference", "symbols_crc32c"]
 
 _CHUNK_ENTRIES = 1 << 18
-"""So many probabilities are handed to the range coder at once: 1 MiB."""
+"""Number of probabilities that the range coder gets at once: 1 MiB."""
 
 
 def symbols_crc32c(s: NDArray[np.integer]) -> int:
-    """CRC-32C of symbols as little-endian int32 in C order: what edge and cloud know a frame's symbols by."""
+    """CRC-32C of symbols as little-endian int32 in C order. Edge and cloud identify a frame's symbols by it."""
     crc: int = google_crc32c.value(s.astype("<i4").tobytes())
     return crc
 
@@ -39,7 +39,7 @@ class Reference:
 
     Attributes:
         point: its operating point.
-        symbols: (Cr, h, w), of the smallest integer type that holds the point's tables; see `ConditionalCodec.keep`.
+        symbols: (Cr, h, w), in the smallest integer type that fits the point's tables; see `ConditionalCodec.keep`.
         crc32c: `symbols_crc32c` of them.
     """
 
@@ -125,7 +125,7 @@ class ConditionalCodec:
         return self._write(int(np.argmin(bits)), index, rows)
 
     def ideal_bits(self, s: NDArray[np.int32], reference: Reference) -> float:
-        """Ideal code length of one latent's symbols and of the motion that is best for them.
+        """Ideal code length of one latent's symbols, and of the best motion for them.
 
         Args:
             s: symbols, `latent_shape` int32, inside the tables.
@@ -196,7 +196,7 @@ class ConditionalCodec:
         return index + self._first_rows
 
     def _counts(self, motion: int) -> NDArray[np.uint16]:
-        """`ConditionalModel.rows` of a motion; `TOTAL` itself stands only in channels that are not coded."""
+        """`ConditionalModel.rows` of a motion. `TOTAL` itself occurs only in channels that are not coded."""
         rows = self._rows.get(motion)
         if rows is None:
             with self._lock:

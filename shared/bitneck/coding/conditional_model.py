@@ -1,15 +1,15 @@
 """The conditional model: tables for a frame's symbols, given those of a frame before it at the same places.
 
-What is shipped is small: for each channel and motion three numbers, from which both machines make the same tables with
-integer arithmetic. Given the symbol s' that stood at a place before, the symbol s has the frequency
+A bundle has three numbers for each channel and motion. From them both machines make the same tables with integer
+arithmetic. Given the symbol s' at the same place of the reference, the symbol s has the frequency
 
     1 + keep / 64 * near(|s - s'|) / sum near  +  (1 - keep / 64) * counts[s] * like(|s - s'|) / sum (counts * like)
 
-in units of `TOTAL`, rounded down; what is missing to `TOTAL` goes to s = s'. The first part says that the place has
-stayed as it was. The second is Bayes' rule: the channel's own table times how likely s' would follow from s; so what
-was extreme before moves towards the middle. `near` and `like` are rows of one small list of kernels.
+in units of `TOTAL`, rounded down. The rest up to `TOTAL` goes to s = s'. The first part is for places that have not
+changed. The second part is Bayes' rule: the channel's own table times the likelihood of s' given s. It moves extreme
+symbols towards the middle. `near` and `like` are rows of one small list of kernels.
 
-A *motion* is one such set of numbers for every channel, from a still scene to a fast one; a payload names the motion
+A *motion* is one such set of numbers for every channel, from a still scene to a fast one. A payload names the motion
 that codes it best.
 
 Dimensions: M motions, B kernels of D distances, Cr channels, K_c symbols of channel c, W the largest K_c.
@@ -31,7 +31,7 @@ KEEP_TOTAL = 64
 KERNEL_TOTAL = 1 << 16
 """A kernel's largest weight. The products of the formula stay below 2**55."""
 MAX_ENTRIES = 1 << 22
-"""So many frequencies, sum K_c times W, may one motion's tables have: 8 MiB."""
+"""Largest number of frequencies of one motion's tables, sum K_c times W: 8 MiB."""
 
 _MAX_SYMBOL = (1 << 15) - 1
 _MAX_MOTIONS, _MAX_KERNELS, _MAX_DISTANCES = 16, 255, 256
@@ -39,13 +39,13 @@ _MAX_MOTIONS, _MAX_KERNELS, _MAX_DISTANCES = 16, 255, 256
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConditionalModel:
-    """What the tables of one operating point are made from, given a frame before.
+    """The numbers from which the conditional tables of one operating point are made.
 
     Attributes:
         kernels: weights by distance, (B, D) int64, each 0 .. `KERNEL_TOTAL` and at least 1 at the distance 0; the last
-            column stands for every larger distance.
-        near: index of the kernel that a place's own symbol gets, (M, Cr) uint8.
-        like: index of the kernel that the channel's table is weighed with, (M, Cr) uint8; all its weights are >= 1.
+            column is for all larger distances.
+        near: index of the kernel of the first part, (M, Cr) uint8.
+        like: index of the kernel of the second part, (M, Cr) uint8; all its weights are >= 1.
         keep: share of the first part in 64ths, (M, Cr) uint8.
     """
 
@@ -87,7 +87,7 @@ class ConditionalModel:
         return int(self.near.shape[1])
 
     def check_fits(self, tables: FactorizedModel) -> None:
-        """Check that it belongs to these tables as far as that can be seen.
+        """Check that the model fits these tables.
 
         Raises:
             InvalidConfig: another number of channels, or tables too wide to be conditioned.
@@ -97,15 +97,15 @@ class ConditionalModel:
         check_conditionable(tables)
 
     def rows(self, tables: FactorizedModel, motion: int) -> NDArray[np.int64]:
-        """Every table of one motion: a row for each channel and each symbol that stood there before.
+        """Every table of one motion: a row for each channel and each symbol of the reference.
 
         Args:
             tables: the operating point's own.
             motion: 0 .. M-1.
 
         Returns:
-            (sum K_c, W) int64, the channels one after another, the symbols ascending. Each row sums to `TOTAL`; what
-            stands beyond a channel's K_c symbols is 0.
+            (sum K_c, W) int64, the channels one after another, the symbols ascending. Each row sums to `TOTAL`;
+            entries beyond a channel's K_c symbols are 0.
         """
         sizes = np.array([len(row) for row in tables.counts])
         width = int(sizes.max())
@@ -153,7 +153,7 @@ class ConditionalModel:
 
 
 def check_conditionable(tables: FactorizedModel) -> None:
-    """Check that tables can be conditioned: that they are not too wide, and their symbols below 2**15.
+    """Check that tables can be conditioned: they are not too wide, and their symbols are below 2**15.
 
     Raises:
         InvalidConfig: they cannot.

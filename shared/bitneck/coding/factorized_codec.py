@@ -23,7 +23,7 @@ from bitneck.errors import InvalidConfig, MalformedFrame
 __all__ = ["FactorizedCodec"]
 
 _MATRIX_ENTRIES = 1 << 17
-"""Up to so many probabilities a latent's models are one matrix (1 MiB); beyond, one model is kept for each channel."""
+"""A latent with at most this many probabilities has one matrix of models (1 MiB); a larger one a model a channel."""
 
 
 class FactorizedCodec:
@@ -92,10 +92,10 @@ class FactorizedCodec:
     def decode(self, payload: bytes) -> NDArray[np.int32]:
         """The symbols of a payload.
 
-        Most random bytes decode to random symbols; refused is only what `encode` cannot have written.
+        Most random bytes decode to random symbols. Only payloads that `encode` cannot produce are rejected.
 
         Args:
-            payload: what `encode` gave.
+            payload: from `encode`.
 
         Returns:
             Symbols, `latent_shape` int32, each inside its table.

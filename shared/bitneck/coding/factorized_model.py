@@ -1,7 +1,7 @@
 """The factorized model: one table of integer frequencies per latent channel.
 
 Tables are fitted once, from a trained unit's own symbols on training photographs, and shipped as integers. They are
-never computed again from floats on another machine: the range decoder needs exactly the encoder's numbers.
+never computed from floats on another machine, because the range decoder needs exactly the encoder's numbers.
 
 Dimensions: N photographs, Cr latent channels, h x w latent positions, K_c symbols of channel c.
 """
@@ -21,7 +21,7 @@ from bitneck.errors import BundleCorrupt, InvalidConfig
 __all__ = ["TOTAL", "TOTAL_BITS", "FactorizedModel"]
 
 TOTAL_BITS = 16
-"""Every table's frequencies sum to 2**16: the rarest symbol costs 16 bits, and a sure one next to nothing."""
+"""Every table's frequencies sum to 2**16: the rarest symbol costs 16 bits, and a certain one almost nothing."""
 TOTAL = 1 << TOTAL_BITS
 
 _MAX_CHANNELS = 4096
@@ -31,10 +31,10 @@ _MAX_SYMBOL = 1 << 30  # in magnitude; far from where int32 wraps around
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FactorizedModel:
-    """Frequency tables of a latent, channels independent and positions alike.
+    """Frequency tables of a latent: channels are independent, and all positions of a channel share its table.
 
-    Channel c covers the symbols ``lo[c] .. hi[c]`` and no others; every one of them has a frequency of at least 1,
-    so every symbol that the quantizer can give costs finitely many bits.
+    Channel c covers the symbols ``lo[c] .. hi[c]`` and no others. Each of them has a frequency of at least 1, so every
+    symbol that the quantizer can give costs a finite number of bits.
 
     Attributes:
         lo: smallest symbol of each channel, (Cr,) int32, at most 2**30 in magnitude.
@@ -78,7 +78,7 @@ class FactorizedModel:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the numbers, in hexadecimal; however the file that they lie in was packed."""
+        """SHA-256 of the numbers, in hexadecimal. It does not depend on how the file was packed."""
         size = np.array([len(row) for row in self.counts])
         parts = (self.lo, size, np.concatenate(self.counts))
         return hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in parts)).hexdigest()
@@ -103,7 +103,7 @@ class FactorizedModel:
         return bits
 
     def max_payload_bytes(self, positions: int) -> int:
-        """An upper bound of a payload: every symbol the rarest of its channel.
+        """An upper bound of a payload's bytes: every symbol is the rarest one of its channel.
 
         Args:
             positions: h * w.
@@ -115,14 +115,15 @@ class FactorizedModel:
     def fit(cls, s: NDArray[np.int32], *, margin: int = 1, prior_weight: float = 8.0) -> Self:
         """Fit tables to symbols.
 
-        Each table is the histogram plus a discrete two-sided geometric of the same centre and spread, worth
-        `prior_weight` observations; it spreads to symbols that the sample misses without costing the frequent ones.
+        Each table is the histogram plus a discrete two-sided geometric distribution of the same centre and spread, with
+        the weight of `prior_weight` observations. It gives some frequency to symbols that the sample lacks, and takes
+        little from the frequent ones.
 
         Args:
             s: symbols of training photographs, (N, Cr, h, w) int32.
-            margin: symbols beyond the smallest and largest seen that a table covers too, so that an outlier is not
-                clipped onto the edge at once; >= 0.
-            prior_weight: observations that the smooth part is worth; > 0.
+            margin: number of symbols that a table covers beyond the smallest and the largest one seen, so that outliers
+                are not clipped at once; >= 0.
+            prior_weight: weight of the smooth part, in observations; > 0.
 
         Raises:
             InvalidConfig: no symbols, an argument out of its range, or a channel whose symbols span too wide a range

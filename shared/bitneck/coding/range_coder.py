@@ -26,7 +26,7 @@ FAMILY = constriction.stream.model.Categorical(lazy=True, perfect=False)
 
 @contextlib.contextmanager
 def range_encoder() -> Iterator[Any]:
-    """A fresh range encoder, for its `clear` does not fully reset it.
+    """A fresh range encoder. Its `clear` would not reset it fully.
 
     Raises:
         ModelFailure: it failed; its PanicException is a BaseException.
@@ -41,9 +41,9 @@ def range_encoder() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def range_decoder(payload: bytes) -> Iterator[Any]:
-    """A range decoder at a payload's beginning.
+    """A range decoder at the beginning of a payload.
 
-    Zeros stand for the bytes that were left out, up to whole words and the decoder's state.
+    Zeros replace the bytes that were left out, up to whole words and the decoder's state.
 
     Raises:
         MalformedFrame: it failed; see `range_encoder`.

@@ -13,7 +13,7 @@ from bitneck.errors import InvalidConfig, ModelFailure
 
 __all__ = ["dequantize", "quantize"]
 
-# A step that float32 rounds to zero or to infinity would turn the latent into numbers that are none.
+# A step that float32 rounds to zero or to infinity would give a latent that is not finite.
 _SMALLEST_STEP = float(np.finfo(np.float32).tiny)
 _LARGEST_STEP = float(np.finfo(np.float32).max)
 

@@ -17,8 +17,8 @@ def frame_crc32c(point: str, payload: bytes, reference_crc32c: int | None = None
     Args:
         point: the id.
         payload: the coded bytes.
-        reference_crc32c: of the symbols that it is coded against, where there are any: one zero byte and these four
-            bytes, little-endian, are counted too.
+        reference_crc32c: CRC-32C of the reference's symbols, if there is a reference. One zero byte and these four
+            bytes, little-endian, are then added.
     """
     data = point.encode() + b"\0" + payload
     if reference_crc32c is not None:
@@ -45,7 +45,7 @@ def seal_frame(
         payload: the coded bytes.
         deadline_ms: from receipt in the cloud; 0 for none.
         captured_unix_us: when the picture was taken; 0 if unknown.
-        reference: how far back in seq the frame stands that the payload is coded against; 0 for none.
+        reference: how far back in seq the reference is; 0 for none.
         reference_crc32c: of that frame's symbols.
     """
     return Frame(
@@ -83,12 +83,11 @@ def crc32c_hex(data: bytes) -> str:
 
 
 def check_frame(frame: Frame, reference_crc32c: int | None = None) -> None:
-    """Check a frame's number and CRC; its operating point and length are checked where they are known.
+    """Check a frame's number and CRC. Its operating point and length are checked elsewhere.
 
     Args:
-        frame: what came.
-        reference_crc32c: of the symbols of the frame that this one names as its reference; None where they are not
-            known here.
+        frame: as it arrived.
+        reference_crc32c: CRC-32C of the reference's symbols; None if they are not known here.
 
     Raises:
         MalformedFrame: no seq.
