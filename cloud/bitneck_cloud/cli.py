@@ -2,17 +2,16 @@
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-import bitneck
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.settings.flags import with_settings
+from bitneck.settings.program import make_app, run_app
 from bitneck.wire.frames import crc32c_hex
 from bitneck.wire.messages import CodedMap
 from bitneck_cloud.api.wire import parse_frame
@@ -21,11 +20,7 @@ from bitneck_cloud.settings import CloudSettings
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    help="Serve split networks: decode what edges send, finish the computation, answer.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = make_app("Serve split networks: decode what edges send, finish the computation, answer.")
 
 
 @app.command()
@@ -113,17 +108,6 @@ def decode(
             print(line)  # noqa: T201
 
 
-@app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
-        print(bitneck.__version__)  # noqa: T201
-        raise typer.Exit
-
-
 def main() -> None:
-    """Run the command line; a `BitneckError` becomes one line on stderr and its exit code."""
-    try:
-        app()
-    except BitneckError as exc:
-        print(f"error: {exc}", file=sys.stderr)  # noqa: T201
-        sys.exit(exc.exit_code)
+    """Run the command line; see `run_app`."""
+    run_app(app)

@@ -1,7 +1,6 @@
 """The command line ``bitneck-edge``."""
 
 import asyncio
-import io
 import json
 import logging
 import sys
@@ -14,11 +13,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-import bitneck
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, InvalidConfig
+from bitneck.errors import InvalidConfig
 from bitneck.image import find_photos
 from bitneck.settings.flags import with_settings
+from bitneck.settings.program import make_app, run_app
 from bitneck.wire.frames import crc32c_hex, seal_frame
 from bitneck_edge.link.wire import frame_bytes
 from bitneck_edge.settings import AUTO, EdgeSettings
@@ -28,11 +27,7 @@ __all__ = ["app", "main"]
 _MAX_LOAD_PHOTOS = 64
 """Photographs that `load` encodes beforehand; more would tell nothing new about a server."""
 
-app = typer.Typer(
-    help="Run the first part of a split network here, send a few hundred bytes, get the answer.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = make_app("Run the first part of a split network here, send a few hundred bytes, get the answer.")
 
 ACCESS = ("server", "model", "tls", "tls_ca", "tls_cert", "tls_key", "token", "cache_dir")
 """Settings of every command that asks a server for its bundle."""
@@ -261,19 +256,6 @@ def _opened(settings: EdgeSettings, origins: Mapping[str, str]) -> Bundle:
         return asyncio.run(fetch_bundle(settings, lambda done, size: progress.update(task, completed=done, total=size)))
 
 
-@app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
-        print(bitneck.__version__)  # noqa: T201
-        raise typer.Exit
-
-
 def main() -> None:
-    """Run the command line; a `BitneckError` becomes one line on stderr and its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text, nor stdout hold any text
-    try:
-        app()
-    except BitneckError as exc:
-        print(f"error: {exc}", file=sys.stderr)  # noqa: T201
-        sys.exit(exc.exit_code)
+    """Run the command line; see `run_app`."""
+    run_app(app)

@@ -12,19 +12,15 @@ from rich.console import Console
 from rich.progress import TaskID
 from rich.table import Table
 
-import bitneck
-from bitneck.errors import BitneckError, ModelFailure
+from bitneck.errors import ModelFailure
+from bitneck.settings.program import make_app, run_app
 from bitneck_models.cli.measure import baselines, evaluate, report
 from bitneck_models.cli.options import Data, Json, Runs, Weights, Zoo, data_folder, progress_bars
 from bitneck_models.cli.spic import import_spic
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    help="Train, evaluate and export bottleneck units.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = make_app("Train, evaluate and export bottleneck units.")
 
 for _command in (import_spic, evaluate, baselines, report):
     app.command()(_command)
@@ -334,20 +330,6 @@ def similar(
     console.print(table)
 
 
-@app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
-        print(bitneck.__version__)  # noqa: T201
-        raise typer.Exit
-
-
 def main() -> None:
-    """Run the command line; a `BitneckError` becomes one line on stderr and its exit code."""
-    try:
-        app()
-    except BitneckError as exc:
-        print(f"error: {exc}", file=sys.stderr)  # noqa: T201
-        sys.exit(exc.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    """Run the command line; see `run_app`."""
+    run_app(app)
