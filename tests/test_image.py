@@ -2,6 +2,11 @@
 
 import contextlib
 import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -126,16 +131,17 @@ def test_refused_files_say_which(tmp_path: Path) -> None:
 
 def _claims(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header claims a gigantic picture."""
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", header)
+        + _chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + _chunk(b"IEND", b"")
     )
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def test_a_jpeg_cut_or_damaged_anywhere_is_a_picture_or_an_image_error() -> None:
@@ -219,3 +225,131 @@ def test_find_photos(tmp_path: Path) -> None:
         find_photos(tmp_path / "nowhere")
     with pytest.raises(ImageError, match="File name too long"):
         find_photos(tmp_path / ("long" * 100))
+
+
+def test_other_formats_are_not_even_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would start Ghostscript for EPS, whatever the file's name says."""
+    marker = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {marker}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "photo.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    )
+    with pytest.raises(ImageError, match=r"photo\.jpg: not an image"):
+        load_photo(tmp_path / "photo.jpg")
+    assert not marker.exists()
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", Path("/dev/zero")):
+        with pytest.raises(ImageError, match="not a regular file"):
+            load_photo(path)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    photo(0, (30, 20)).save(tmp_path / "a.png")
+    assert find_photos(tmp_path) == [tmp_path / "a.png"]
+
+
+def _grey_png(width: int, height: int) -> bytes:
+    """A PNG of 16-bit grey, all black, whose file is small."""
+    compressor = zlib.compressobj()
+    row = b"\0" + bytes(2 * width)
+    data = b"".join(compressor.compress(row) for _ in range(height)) + compressor.flush()
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0))
+        + _chunk(b"IDAT", data)
+        + _chunk(b"IEND", b"")
+    )
+
+
+def _peak_mib(code: str, *arguments: str) -> float:
+    """Peak memory that a child process needs beyond what it has after its imports."""
+    program = (
+        "import sys, resource, threading\nfrom pathlib import Path\n"
+        "from bitneck.image import load_photo, opened_photo\nfrom bitneck.errors import ImageError\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"{code}\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def test_deep_pictures_count_with_their_depth_and_are_scaled_in_strips(tmp_path: Path) -> None:
+    (tmp_path / "deep.png").write_bytes(_grey_png(8000, 7000))
+    (tmp_path / "deeper.png").write_bytes(_grey_png(10_000, 10_000))
+    with pytest.raises(ImageError, match=r"deeper\.png: .*MiB to decode, more than the limit of 512"):
+        load_photo(tmp_path / "deeper.png")
+    # 56 megapixels: 2 bytes each as they are, 4 as RGB, and a strip.
+    assert _peak_mib("load_photo(Path(sys.argv[1]))", str(tmp_path / "deep.png")) < 56 * 6 * 1e6 / 2**20 + 100
+
+
+def test_two_threads_do_not_take_twice_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "deep.png").write_bytes(_grey_png(8000, 7000))
+    code = """
+def work():
+    with opened_photo(Path(sys.argv[1])) as image:
+        image.getpixel((0, 0))
+threads = [threading.Thread(target=work) for _ in range(3)]
+[t.start() for t in threads]; [t.join() for t in threads]
+"""
+    assert _peak_mib(code, str(tmp_path / "deep.png")) < 512 + 100
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    photo(0, (64, 48)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    assert load_photo(data).size == (64, 48)
+    start = data.index(b"\xff\xda")
+    end = data.index(b"\xff\xda", start + 2)
+    many = data[:start] + data[start:end] * 300 + data[end:]
+    with pytest.raises(ImageError, match="more than 100 scans"):
+        load_photo(many)
+    thumbnail = Image.Exif()
+    thumbnail[0x010E] = "\xff\xda" * 200  # in a segment, where it is no scan
+    photo(0, (64, 48)).save(buffer := io.BytesIO(), "JPEG", exif=thumbnail)
+    assert load_photo(buffer.getvalue()).size == (64, 48)
+
+
+def test_deep_grey_is_scaled_by_its_finite_values(tmp_path: Path) -> None:
+    values = np.tile(np.linspace(0, 4000, 40, dtype=np.float32), (30, 1))
+    values[3], values[5, 0] = np.inf, np.nan
+    Image.fromarray(values).save(tmp_path / "inf.tif")
+    loaded = np.asarray(load_photo(tmp_path / "inf.tif"))[..., 0].astype(int)
+    assert np.abs(loaded[10] - np.linspace(0, 255, 40)).max() <= 1
+    assert (loaded[3] == 255).all()
+    assert loaded[5, 0] == 0
+    values = np.tile(np.linspace(-1, 1, 41, dtype=np.float32), (30, 1))
+    values[4] = -np.inf
+    Image.fromarray(values).save(tmp_path / "negative.tif")
+    loaded = np.asarray(load_photo(tmp_path / "negative.tif"))[..., 0].astype(int)
+    assert np.abs(loaded[0] - np.linspace(0, 255, 41)).max() <= 1
+    assert (loaded[4] == 0).all()
+
+
+def test_photographs_of_phones_are_read_with_the_extra_and_named_without(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "phone.heic"
+    pillow_heif.from_pillow(photo(1, (64, 48))).save(path)
+    assert load_photo(path).size == (64, 48)
+    assert find_photos(tmp_path) == [path]
+    code = (
+        "import sys; sys.modules['pillow_heif'] = None\nfrom pathlib import Path\n"
+        "from bitneck.image import load_photo\nload_photo(Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert "bitneck[heif]" in done.stderr.splitlines()[-1]
+
+
+def test_other_names_of_jpeg_are_found_and_the_rest_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.jfif", "b.jpe", "c.mpo", "d.txt", "e.txt", "f.raw"):
+        (tmp_path / name).write_bytes(b"")
+    with caplog.at_level("INFO", logger="bitneck.image"):
+        assert [p.name for p in find_photos(tmp_path)] == ["a.jfif", "b.jpe", "c.mpo"]
+    assert "3 files are skipped" in caplog.text
+    assert "2 of .txt" in caplog.text
