@@ -90,7 +90,12 @@ def test_only_the_commands_load_a_component_by_its_name() -> None:
 def test_what_is_imported_is_declared(component: str) -> None:
     """In the dependencies that everyone gets, or in the component's own extras: not in another one's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    further = {"cloud": ("traces",), "edge": ("video",), "testing": ("edge", "cloud", "models", "dev")}
+    further = {
+        "shared": ("heif",),
+        "cloud": ("traces",),
+        "edge": ("video",),
+        "testing": ("edge", "cloud", "models", "dev"),
+    }
     wanted = list(project["dependencies"])
     for extra in (component, *further.get(component, ())):
         wanted += project["optional-dependencies"].get(extra, [])
@@ -224,6 +229,15 @@ def error_classes() -> dict[str, type[errors.BitneckError]]:
     found = {n: c for n, c in vars(errors).items() if inspect.isclass(c) and issubclass(c, errors.BitneckError)}
     assert set(found) <= set(errors.__all__)
     return found
+
+
+def test_pillow_opens_named_formats_only() -> None:
+    """Others start programs (EPS) or read further files, whatever a file's name says."""
+    for component in COMPONENTS:
+        for path in sources(component):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+                    assert "formats" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
 
 
 def test_the_error_tree_is_as_drawn() -> None:

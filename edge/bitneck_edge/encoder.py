@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from bitneck.bundle import Bundle
 from bitneck.chain import Encoded, PointEncoder, SegmentChain
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import ImageError
-from bitneck.image import load_photo, preprocess
+from bitneck.image import opened_photo, preprocess
 from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck_edge.answers.verify import check_classes
 
@@ -116,9 +117,9 @@ class EdgeEncoder:
         """
         encoder = self.point_encoder(point_id)
         times = [time.perf_counter()]
-        image = _as_rgb(photo) if isinstance(photo, Image.Image) else load_photo(photo)
-        times.append(time.perf_counter())
-        x = preprocess(image, self.bundle.manifest.input)  # (1, 3, H, W)
+        with _opened(photo) as image:
+            times.append(time.perf_counter())
+            x = preprocess(image, self.bundle.manifest.input)  # (1, 3, H, W)
         times.append(time.perf_counter())
         f = self.chain.run(x, 0, self.chain.head_length(encoder.point.split))  # (1, C, Hf, Wf)
         times.append(time.perf_counter())
@@ -148,6 +149,11 @@ class EdgeEncoder:
             times = [self.encode(blank, point.id) for _ in range(runs)]
             best[split] = min(t.head_ms + t.encode_ms for t in times) / 1e3
         return best
+
+
+def _opened(photo: Photo) -> AbstractContextManager[Image.Image]:
+    """The picture as RGB. The memory of one that is read here counts until the block ends."""
+    return nullcontext(_as_rgb(photo)) if isinstance(photo, Image.Image) else opened_photo(photo)
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

@@ -6,7 +6,6 @@ and ``CenterCrop((height, width))``, or ``Resize((height, width), interpolation)
 """
 
 import contextlib
-import importlib
 import io
 import logging
 import stat
@@ -163,10 +162,11 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
 def _register_heif(source: Path | bytes) -> None:
     """Teach Pillow to read HEIF, which takes a package of its own."""
     try:
-        importlib.import_module("pillow_heif").register_heif_opener()
+        from pillow_heif import register_heif_opener
     except ImportError as exc:
         where = str(source) if isinstance(source, Path) else f"<{len(source)} bytes>"
         raise ImageError(f"{where}: HEIF needs a package more; install bitneck with its extra: bitneck[heif]") from exc
+    register_heif_opener()
 
 
 def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:

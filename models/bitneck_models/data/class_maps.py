@@ -54,7 +54,7 @@ def load_class_map(path: Path, classes: int, ignore: Collection[int] = ()) -> ND
         InvalidConfig: the file is unreadable or no picture of indices, or an index is neither a class nor ignored.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:
             if image.mode not in ("L", "P"):
                 raise InvalidConfig(f"{path}: mode {image.mode}, expected a PNG of class indices (L or P)")
             indices = np.array(image, dtype=np.uint8)

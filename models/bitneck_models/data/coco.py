@@ -106,7 +106,7 @@ def _draw(folder: Path, instances: Path, maps: Path, source: str, progress: Call
             raise InvalidConfig(f"{folder / name} is missing, although {instances} lists it; unpack {folder.name}.zip")
         path = maps / f"{Path(name).stem}.png"
         if path.is_file():
-            with Image.open(path) as image:
+            with Image.open(path, formats=("PNG",)) as image:
                 drawn = np.asarray(image)
         else:
             drawn = instance_map(by_picture.get(key, ()), size, classes, where=f"{instances}, {name}")

@@ -129,4 +129,4 @@ def _taken(picture: Image.Image, light: float, camera: Camera, rng: np.random.Ge
     values = np.rint(np.clip(linear, 0.0, 1.0) ** (1 / _GAMMA) * 255.0).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "JPEG", quality=camera.quality)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(buffer, formats=("JPEG",)).convert("RGB")

@@ -211,7 +211,7 @@ def image_baselines(
     for name, qualities in sweep.items():
         for quality in qualities:
             coded = [_encode(image, name, quality) for image in judge.crops]
-            x = judge.inputs([_decode(data) for data in coded])
+            x = judge.inputs([_decode(data, name) for data in coded])
             size = float(np.mean([len(data) for data in coded]))
             points.append(judge.point(name, f"quality {quality}", "", size, judge.answers(judge.network, x)))
             progress(len(points), total)
@@ -231,8 +231,8 @@ def _encode(image: Image.Image, codec: str, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
+def _decode(data: bytes, codec: str) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=(_FORMATS[codec],)) as image:
         return image.convert("RGB")
 
 
