@@ -480,3 +480,24 @@ def test_a_killed_server_gives_its_port_back(tiny_bundle: Bundle) -> None:
             assert it.process.stdout is not None
             it.process.stdout.close()
             it.log.close()
+
+
+async def test_the_choice_that_is_handed_back_while_the_link_is_down_arrives(
+    server: Server, tiny_bundle: Bundle, frames: Frames
+) -> None:
+    async with httpx.AsyncClient(base_url=server.http) as http, stub(server.grpc) as cloud:
+        first = await open_stream(cloud, tiny_bundle.bundle_id)
+        url = f"/v1/sessions/{first.opened.session_id}/rate"
+        assert (await http.put(url, json={"point": "s2-r1"})).json()["pushed"]
+        assert (await first.read()).set_point.point == "s2-r1"
+        first.call.cancel()
+        for _ in range(200):
+            if not (await http.get(url.removesuffix("/rate"))).json()["connected"]:
+                break
+            await asyncio.sleep(0.02)
+        assert not (await http.put(url, json={"auto": True})).json()["pushed"]
+        second = await open_stream(cloud, tiny_bundle.bundle_id, token=first.opened.resume_token)
+        told = (await second.read()).set_point
+        assert (second.opened.point, told.point, "link was down" in told.reason) == ("", "", True)
+        third = await open_stream(cloud, tiny_bundle.bundle_id, token=second.opened.resume_token)
+        assert (await third.ask(frames.frame(1))).HasField("result")  # told once

@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.metadata
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -353,3 +354,14 @@ def test_prose_wraps_at_100_columns() -> None:
             text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
             for line in text.splitlines():
                 assert len(line) <= 100 or line.startswith(("|", "#", "!", "<!--")), f"{path}: {line}"
+
+
+def test_onnx_runtime_sends_no_usage_data(tmp_path: Path) -> None:
+    """It would, from version 1.29 on, outside CI: it keeps an id and a queue of events in the user's cache folder."""
+    code = "import bitneck.runtime, onnxruntime, time; onnxruntime.SessionOptions(); time.sleep(1)"
+    paths = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if key in os.environ}
+    subprocess.run([sys.executable, "-c", code], check=True, env=paths | {"HOME": str(tmp_path)})
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    for component in ("bitneck", "bitneck_edge", "bitneck_cloud", "bitneck_models"):
+        code = f"import os, {component}; assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
+        subprocess.run([sys.executable, "-c", code], check=True, env=paths | {"HOME": str(tmp_path)})

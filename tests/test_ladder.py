@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from bitneck.errors import InvalidConfig, RateUnreachable, UnknownPoint
 from bitneck.ladder import Ladder, OperatingPoint
 from bitneck_cloud.sessions.rates import FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, choose
+from bitneck_edge.cli.report import points_table
 
 
 def point(name: str, size: float, accuracy: float) -> OperatingPoint:
@@ -98,3 +99,13 @@ def test_what_was_not_measured_is_never_weighed() -> None:
     with pytest.raises(RateUnreachable, match="the lowest, s1-r1"):
         choose(ladder, MaxBytesPerFrame(10))
     assert Ladder([new]).measured == (new,)
+
+
+def test_points_that_were_not_measured_say_so() -> None:
+    point = {"split": "s1", "step": 1.0, "stride": 2, "latent_shape": (1, 1, 1)}
+    ladder = Ladder(
+        OperatingPoint(id=name, payload_bytes=size, bpp_payload=size, accuracy=size / 10, **point)
+        for name, size in (("s1-old", 5.0), ("s1-new", 0.0))
+    )
+    table = points_table(ladder)
+    assert list(table.columns[2].cells) == ["not measured", "5.0"]

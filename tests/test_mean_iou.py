@@ -196,3 +196,14 @@ def test_the_command_line(
     refused = CliRunner().invoke(app, other)
     assert isinstance(refused.exception, InvalidConfig)
     assert "for segmentation" in str(refused.exception)
+
+
+def test_class_maps_are_found_by_folder_and_name(tmp_path: Path) -> None:
+    for name in ("images/a/1.png", "images/b/1.png", "labels/a/1.png", "labels/b/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(0, (20, 10)).save(tmp_path / name)
+    pairs = mapped_photos(tmp_path)
+    assert [labels.relative_to(tmp_path).as_posix() for _, labels in pairs] == ["labels/a/1.png", "labels/b/1.png"]
+    photo(0, (20, 10)).save(tmp_path / "images" / "b" / "1.jpg")
+    with pytest.raises(InvalidConfig, match=r"labels/b/1\.png is the class map of several photographs"):
+        mapped_photos(tmp_path)

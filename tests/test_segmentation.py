@@ -391,3 +391,16 @@ async def test_both_kinds_of_stream_on_one_engine(server: Server, tiny_bundle: B
     for message in maps:
         wanted = encode_map(expected(scene_bundle, "s1-r1", photo(message.result.seq)))
         assert message.result.output.segmentation.map == wanted
+
+
+def test_names_follow_the_order_of_the_photographs_and_not_of_the_answers(tmp_path: Path) -> None:
+    writer = MapWriter(tmp_path)
+    files = ["a/one.png", "b/ONE.png", "c/one.png"]
+    for file in files:
+        writer.reserve(file)
+    names = {}
+    for file in reversed(files):
+        written = writer.write(photo(0), answer(file, GOOD)).written
+        assert written is not None
+        names[file] = Path(written.map_file).name
+    assert [names[file] for file in files] == ["one.map.png", "ONE-2.map.png", "one-3.map.png"]

@@ -198,6 +198,9 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         try:
             await context.write(to_wire(opened))
             self._tell_if_draining(conversation)
+            if not session.told and session.asked_point is None:  # `Opened` cannot say that the client chooses again
+                conversation.push(SetPoint("", "asked for while the link was down"))
+            session.told = True
             await conversation.run(peer, self._tracer.parent(context.invocation_metadata()))
         finally:
             if not self.connected(session):
@@ -210,6 +213,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             Whether the session is connected. If not, its client learns the point when it resumes.
         """
         stream = self._streams.get(session.session_id)
+        session.told = stream is not None
         if stream is None:
             return False
         stream.push(SetPoint(point, reason))

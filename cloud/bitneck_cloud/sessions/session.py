@@ -102,6 +102,7 @@ class Session:
         max_bytes_per_s: payload bytes a second that are accepted in the long run; 0 for no limit.
 
     Attributes:
+        told: whether the client knows the rate that was asked for last.
         reach: how far back in seq a reference may be; 0 if no symbols are kept.
     """
 
@@ -133,6 +134,7 @@ class Session:
         self.dropped = 0
         self.payload_bytes = 0
         self.faults: Counter[int] = Counter()
+        self.told = True
         self.reach = 0
         self._kept: dict[int, Reference] = {}
         self._ladder = ladder

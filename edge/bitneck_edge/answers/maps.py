@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections import defaultdict, deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,7 @@ class MapWriter:
         self.folder = folder
         self._lock = threading.Lock()
         self._taken: dict[str, int] = {}
+        self._reserved: defaultdict[str, deque[str]] = defaultdict(deque)
 
     def prepare(self) -> None:
         """Make the folder if it does not exist.
@@ -86,6 +88,12 @@ class MapWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise InvalidConfig(f"{self.folder} cannot be made ({exc.strerror}); choose another folder") from exc
+
+    def reserve(self, file: str) -> None:
+        """Give a photograph its name now. Answers are written by several threads, so their order may change."""
+        name = self._new_name(file)
+        with self._lock:
+            self._reserved[file].append(name)
 
     def write(self, photo: Photo, answer: Answer) -> Answer:
         """Write an answer: ``NAME.map.png`` and ``NAME.overlay.jpg``, both in the photograph's size, upright.
@@ -111,6 +119,17 @@ class MapWriter:
         return replace(answer, written=Written(str(map_file), str(overlay_file)))
 
     def _name(self, file: str) -> str:
+        """The reserved name of a photograph, or a new one."""
+        with self._lock:
+            names = self._reserved.get(file)
+            if names is not None:
+                name = names.popleft()
+                if not names:
+                    del self._reserved[file]
+                return name
+        return self._new_name(file)
+
+    def _new_name(self, file: str) -> str:
         """A name of harmless characters that no other photograph of this run has."""
         path = Path(file)
         frame = path.suffix.partition("#")[2]  # of a video: street.mp4#12

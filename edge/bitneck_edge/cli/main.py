@@ -227,9 +227,9 @@ def points(
             {
                 "id": p.id,
                 "split": p.split,
-                "payload_bytes": p.payload_bytes,
-                "bpp_payload": p.bpp_payload,
-                "accuracy": p.accuracy,
+                "payload_bytes": p.payload_bytes or None,  # not measured
+                "bpp_payload": p.bpp_payload if p.payload_bytes else None,
+                "accuracy": p.accuracy if p.payload_bytes else None,
             }
             for p in ladder
         ]

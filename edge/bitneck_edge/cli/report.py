@@ -148,7 +148,8 @@ def points_table(ladder: Ladder) -> Table:
     for column in table.columns[2:]:
         column.justify = "right"
     for p in ladder:
-        table.add_row(p.id, p.split, f"{p.payload_bytes:.1f}", f"{p.bpp_payload:.4f}", f"{p.accuracy:.4f}")
+        measured = (f"{p.payload_bytes:.1f}", f"{p.bpp_payload:.4f}", f"{p.accuracy:.4f}")
+        table.add_row(p.id, p.split, *(measured if p.payload_bytes else ("not measured", "", "")))
     return table
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -123,7 +123,9 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
             closing = asyncio.create_task(_close_after(client, stop))
             stack.callback(closing.cancel)
             sending = progress.add_task("photographs", total=plan.total, visible=(plan.total or 0) > 20)
-            pictures = _pictures(client, plan, settings.retries, stop)
+            # Pictures that are overtaken are never written, so they get no name beforehand.
+            reserve = writer.reserve if writer is not None and not plan.newest else None
+            pictures = _pictures(client, plan, settings.retries, stop, reserve)
             try:
                 async for result in client.stream(pictures, stop=stop, ordered=plan.ordered, newest_first=plan.newest):
                     take(result)
@@ -199,8 +201,13 @@ def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
         loop.add_signal_handler(signum, handle, signum)
 
 
-async def _pictures(client: EdgeClient, plan: RunPlan, retries: int, stop: asyncio.Event) -> AsyncGenerator[Capture]:
-    """The pictures of the plan until `stop` is set; at their pace, unless the client has failed."""
+async def _pictures(
+    client: EdgeClient, plan: RunPlan, retries: int, stop: asyncio.Event, announce: Callable[[str], None] | None
+) -> AsyncGenerator[Capture]:
+    """The pictures of the plan until `stop` is set; at their pace, unless the client has failed.
+
+    `announce` learns the name of each picture, in order.
+    """
     stopping = asyncio.create_task(stop.wait())
     pictures = read_sources(
         plan.sources, repeat=plan.repeat, fps=plan.fps, retries=retries, hurry=lambda: client.failure is not None
@@ -216,6 +223,8 @@ async def _pictures(client: EdgeClient, plan: RunPlan, retries: int, stop: async
             picture = following.result()
             if picture is None or stop.is_set():
                 return
+            if announce is not None:
+                announce(picture.name)
             yield picture
             if client.failure is not None and any(not source.photos for source in plan.sources):
                 return  # an endless source would give failures without end

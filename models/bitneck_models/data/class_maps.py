@@ -3,6 +3,7 @@
 Dimensions: H x W pixels, K classes.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ def mapped_photos(folder: Path) -> list[tuple[Path, Path]]:
     """Photographs with their class maps.
 
     Args:
-        folder: a folder with ``images/`` and ``labels/``, whose files have the same names; or a folder of COCO's
+        folder: a folder with ``images/`` and ``labels/``, and the same names in both; or a folder of COCO's
             photographs, such as ``coco/train2017``, beside ``annotations/instances_train2017.json`` (see
             `bitneck_models.data.coco`).
 
@@ -34,10 +35,16 @@ def mapped_photos(folder: Path) -> list[tuple[Path, Path]]:
     """
     if find_instances(folder) is not None:
         return coco_maps(folder)
-    pairs = [(photo, folder / "labels" / f"{photo.stem}.png") for photo in find_photos(folder / "images")]
+    images = folder / "images"
+    pairs = [
+        (photo, (folder / "labels" / photo.relative_to(images)).with_suffix(".png")) for photo in find_photos(images)
+    ]
     missing = [str(labels) for _, labels in pairs if not labels.is_file()]
     if missing:
         raise InvalidConfig(f"{folder}: {len(missing)} photographs have no class map, the first is {missing[0]}")
+    shared = [str(labels) for labels, count in Counter(labels for _, labels in pairs).items() if count > 1]
+    if shared:
+        raise InvalidConfig(f"{shared[0]} is the class map of several photographs; give each one a name of its own")
     return pairs
 
 

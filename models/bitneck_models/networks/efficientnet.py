@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from bitneck.errors import InvalidConfig
-from bitneck.manifest import InputSpec
+from bitneck.manifest import InputSpec, sha256_hex
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.vision import import_timm
 from bitneck_models.networks.weights import load_state
@@ -48,6 +48,7 @@ def efficientnet_lite0(weights: Path | None) -> Backbone:
         ),
         labels=tuple(info.label_descriptions()),
         wnids=tuple(info.label_names()),
+        weights_sha256=sha256_hex(weights.read_bytes()) if weights is not None else "",
     )
 
 
