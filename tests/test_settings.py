@@ -132,8 +132,10 @@ def test_variables_of_kubernetes_services_are_passed_over(
 ) -> None:
     monkeypatch.setenv(f"BITNECK_CLOUD_{name}", "tcp://10.0.0.1:50051")
     monkeypatch.setenv("BITNECK_CLOUD_WINDOW", "3")
+    settings = CloudSettings.load({})
+    assert settings.window == 3
     with caplog.at_level("INFO", logger="bitneck.settings.model"):
-        assert CloudSettings.load({}).window == 3
+        settings.log_foreign_variables()
     assert [f"BITNECK_CLOUD_{name}" in record.message for record in caplog.records] == [True]
 
 
@@ -176,9 +178,14 @@ def test_secrets_are_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_starts_from_its_environment_alone() -> None:
-    environment = os.environ | {"BITNECK_CLOUD_BUNDLE": "nowhere", "BITNECK_CLOUD_LOG_FORMAT": "json"}
+    environment = os.environ | {
+        "BITNECK_CLOUD_BUNDLE": "nowhere", "BITNECK_CLOUD_LOG_FORMAT": "json",
+        "BITNECK_CLOUD_SERVICE_HOST": "10.0.0.1", "BITNECK_CLOUD_PORT": "tcp://10.0.0.1:80",
+    }  # fmt: skip
     done = subprocess.run([str(BIN / "bitneck-cloud"), "serve"], capture_output=True, text=True, env=environment)
     assert (done.returncode, "nowhere" in done.stderr) == (2, True)
+    logged = json.loads(done.stderr.splitlines()[0])["message"]
+    assert logged.endswith("passed over: BITNECK_CLOUD_PORT, BITNECK_CLOUD_SERVICE_HOST")
     done = subprocess.run([str(BIN / "bitneck-cloud"), "serve"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--bundle FOLDER, BITNECK_CLOUD_BUNDLE, or bundle in the config file" in done.stderr

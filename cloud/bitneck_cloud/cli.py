@@ -39,6 +39,7 @@ def serve(
             f"no bundle to serve: give --bundle FOLDER, {settings.variable('bundle')}, or bundle in the config file"
         )
     configure_logging(settings.log_level.upper(), settings.log_format)
+    settings.log_foreign_variables()
 
     def announce(ready: Ready) -> None:
         if as_json:

@@ -77,6 +77,7 @@ def run(
     from bitneck_edge.sources.parse import parse_sources
 
     logging.basicConfig(level="INFO" if verbose else "WARNING", stream=sys.stderr, format="%(levelname)s: %(message)s")
+    settings.log_foreign_variables()
     for name in ("latency_ms", "max_edge_ms"):
         if name in origins and settings.point != AUTO:
             logging.warning("%s has no effect without --point auto", origins[name])

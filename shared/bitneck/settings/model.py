@@ -134,7 +134,7 @@ class Settings(BaseSettings):
                 the setting, where its value came from, and what is expected.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        cls._refuse_unknown(cls.environment(), cls._foreign_checked(os.environ), "environment variable")
+        cls._refuse_unknown(cls.environment(), cls._own_variables(), "environment variable")
         from_file = cls._read(file) if file is not None else {}
         try:
             from_environment = EnvSettingsSource(cls)()
@@ -166,14 +166,22 @@ class Settings(BaseSettings):
         return [*map(cls.variable, cls.model_fields), cls.variable("config")]
 
     @classmethod
-    def _foreign_checked(cls, environment: Mapping[str, str]) -> list[str]:
-        """The variables with our prefix, less those that Kubernetes makes for services."""
+    def log_foreign_variables(cls) -> None:
+        """Log which variables are passed over, because Kubernetes makes them for services. For a program's start."""
+        if foreign := cls._foreign_variables():
+            _LOG.info("variables of a Kubernetes service are passed over: %s", ", ".join(foreign))
+
+    @classmethod
+    def _foreign_variables(cls) -> list[str]:
         prefix, known = cls.variable(""), set(cls.environment())
-        ours = [name for name in environment if name.startswith(prefix)]
-        foreign = [n for n in ours if n not in known and _KUBERNETES.fullmatch(n.removeprefix(prefix))]
-        if foreign:
-            _LOG.info("variables of a Kubernetes service are passed over: %s", ", ".join(sorted(foreign)))
-        return sorted(set(ours) - set(foreign))
+        ours = sorted(name for name in os.environ if name.startswith(prefix) and name not in known)
+        return [name for name in ours if _KUBERNETES.fullmatch(name.removeprefix(prefix))]
+
+    @classmethod
+    def _own_variables(cls) -> list[str]:
+        """The variables with our prefix, less the foreign ones."""
+        ours = {name for name in os.environ if name.startswith(cls.variable(""))}
+        return sorted(ours - set(cls._foreign_variables()))
 
     @classmethod
     def _read(cls, file: Path) -> dict[str, Any]:
