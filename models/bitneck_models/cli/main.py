@@ -33,10 +33,10 @@ def train(
     point: Annotated[list[str] | None, typer.Option(help="Train this point only; repeatable.")] = None,
     runs: Runs = Path("runs"),
     weights: Weights = None,
-    again: Annotated[bool, typer.Option("--again", help="Train points that are trained already.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
+    again: Annotated[bool, typer.Option("--again", help="Train points again that are trained already.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
-    """Train the recipe's operating points; started again, it goes on where it stopped."""
+    """Train the recipe's operating points. Interrupted training resumes from its last checkpoint."""
     from bitneck_models.training.photo_sets import photo_sets
     from bitneck_models.training.point import train_point
     from bitneck_models.training.run import choose_device
@@ -85,9 +85,9 @@ def train_network_command(
     zoo: Annotated[Path, typer.Argument(help="A folder of the zoo, with network.toml.", metavar="ZOO")],
     data: Data = None,
     runs: Runs = Path("runs"),
-    again: Annotated[bool, typer.Option("--again", help="Train it although it is trained already.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Train it again, although it is trained already.")] = False,
 ) -> None:
-    """Train a segmentation network of ours itself, before it is split; started again, it goes on where it stopped."""
+    """Train a segmentation network before it is split. Interrupted training resumes from its last checkpoint."""
     from bitneck_models.networks.backbone import NETWORK_FILE
     from bitneck_models.networks.registry import begin_network
     from bitneck_models.training.network import NetworkStep, forget_finished, train_network
@@ -121,7 +121,9 @@ def train_network_command(
 Space = Annotated[Path, typer.Option("--space", help="The search space, a TOML file.")]
 Storage = Annotated[
     str | None,
-    typer.Option(help="SQLAlchemy URL of the trials; else a SQLite file in --runs. PostgreSQL or MySQL for machines."),
+    typer.Option(
+        help="SQLAlchemy URL of the trials (several machines: PostgreSQL, MySQL); else a SQLite file in --runs."
+    ),
 ]
 
 
@@ -133,13 +135,13 @@ def search(
     runs: Runs = Path("runs"),
     storage: Storage = None,
     trials: Annotated[
-        int, typer.Option(min=1, help="Of the whole search, all workers and earlier runs together.")
+        int, typer.Option(min=1, help="Trials of the whole search: all workers and earlier runs together.")
     ] = 50,
-    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes on this machine.")] = 1,
     weights: Weights = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
-    """Search (S, Cr, lambda, Q) for the best rate-accuracy curve; started again, or elsewhere too, it goes on."""
+    """Search (S, Cr, lambda, Q) for the best rate-accuracy curve. An interrupted search resumes, also elsewhere."""
     from bitneck_models.search.space import load_space
     from bitneck_models.search.study import describe, open_study
     from bitneck_models.search.worker import work
@@ -190,7 +192,7 @@ def _spawn(
     weights: Path | None,
     device: str,
 ) -> None:
-    """Several workers as processes of their own, each with its share of the cores; Ctrl-C reaches them all."""
+    """Start several workers as processes. Each has its share of the cores, and Ctrl-C reaches all of them."""
     command = [
         sys.executable, "-c", "from bitneck_models.cli import main; main()", "search", str(zoo), "--space", str(space),
         "--data", str(data), "--runs", str(runs), "--storage", url, "--trials", str(trials), "--device", device,
@@ -214,9 +216,9 @@ def pareto(
     space: Space,
     runs: Runs = Path("runs"),
     storage: Storage = None,
-    points: Annotated[int, typer.Option(min=1, help="How many operating points to pick.")] = 6,
-    prefix: Annotated[str, typer.Option(help="Of the new points' ids: PREFIX1 is the lowest rate.")] = "",
-    write: Annotated[bool, typer.Option("--write", help="Write them into the zoo entry, units and recipe.")] = False,
+    points: Annotated[int, typer.Option(min=1, help="Number of operating points to pick.")] = 6,
+    prefix: Annotated[str, typer.Option(help="Prefix of the new points' ids; PREFIX1 has the lowest rate.")] = "",
+    write: Annotated[bool, typer.Option("--write", help="Write the units and the recipe into the zoo entry.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show a search's front, pick a ladder from it, and write that into a zoo entry."""
@@ -258,7 +260,9 @@ def pareto(
 def export(
     zoo: Zoo,
     out: Annotated[Path, typer.Option(help="The bundle's folder.")],
-    images: Annotated[Path | None, typer.Option(help="Photographs for the proof; else generated pictures.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Photographs for the proof; without them, generated pictures.")
+    ] = None,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
@@ -301,10 +305,12 @@ def similar(
     bundle: Annotated[Path, typer.Option(help="The bundle that was exported from it.")],
     data: Data = None,
     point: Annotated[list[str] | None, typer.Option(help="Fit to this point only; repeatable.")] = None,
-    photos: Annotated[int, typer.Option(min=10, help="Training photographs to make scenes of.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 0,
+    photos: Annotated[
+        int, typer.Option(min=10, help="Number of training photographs from which scenes are made.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
 ) -> None:
-    """Fit the tables that code a frame against one before it; export again, so that the bundle carries them."""
+    """Fit the tables that code a frame against an earlier one. Export again afterwards, so that the bundle has them."""
     from bitneck.bundle import Bundle
     from bitneck_models.training.conditional import fit_points
     from bitneck_models.training.pairs import MOTIONS, scene_photos

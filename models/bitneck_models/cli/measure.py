@@ -1,4 +1,4 @@
-"""``bitneck-models evaluate``, ``baselines`` and ``report``: what is measured, and the page that shows it."""
+"""``bitneck-models evaluate``, ``baselines`` and ``report``: measurements, and the page that shows them."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def evaluate(
         typer.Option(
             min=0,
             max=255,
-            help="Segmentation: this index in class maps is void; repeatable.  \\[default: each that is no class]",
+            help="Segmentation: ignore this index in class maps; repeatable.  \\[default: each that is no class]",
         ),
     ] = None,
     as_json: Json = False,
@@ -84,22 +84,25 @@ def _measured(bundle: "Bundle", folder: Path, ignore: list[int], progress: Calla
 def baselines(
     data: Data = None,
     backbone: Annotated[
-        str | None, typer.Option(help="The network: a name, or a network recipe; efficientnet_lite0 without --zoo.")
+        str | None,
+        typer.Option(help="The network: a name or a network recipe. Without it and --zoo, efficientnet_lite0."),
     ] = None,
     codec: Annotated[list[str] | None, typer.Option(help="This image codec only; repeatable.")] = None,
     zoo: Annotated[
         Path | None,
         typer.Option(
-            help="Its network; its training photographs fit the training-free baseline, which is left out without it."
+            help="Zoo entry with the network. The training-free baseline is fitted to its photographs, and needs it."
         ),
     ] = None,
     train_data: Annotated[Path | None, typer.Option(help="The folder of that recipe's photographs.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="For raw features and the training-free baseline.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split point for raw features and the training-free baseline; repeatable.")
+    ] = None,
     runs: Runs = Path("runs"),
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what the units are compared with: image codecs, raw features, and pooling with principal components."""
+    """Measure the baselines: image codecs, raw features, and pooling with principal components."""
     from bitneck_models.measure import baselines as of
     from bitneck_models.measure.meter import metric_for
     from bitneck_models.networks.registry import build_backbone
@@ -164,11 +167,11 @@ def baselines(
 
 def report(
     results: Annotated[Path, typer.Argument(help="A folder of documents of `evaluate --zoo` and `baselines`.")],
-    out: Annotated[Path, typer.Option(help="The page; pictures go into the folder of results.")] = Path(
+    out: Annotated[Path, typer.Option(help="The page. Pictures go into the folder of results.")] = Path(
         "docs/results.md"
     ),
 ) -> None:
-    """Draw the curves and write the tables of what was measured; every folder in the folder is a part of the page."""
+    """Draw curves and write tables of measured results. Every folder in the folder is a part of the page."""
     from bitneck_models.report.curves import read_results
     from bitneck_models.report.report import draw, markdown
 

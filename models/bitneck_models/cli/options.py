@@ -15,24 +15,26 @@ __all__ = ["Data", "Json", "Runs", "Weights", "Zoo", "data_folder", "dataset_nam
 
 Zoo = Annotated[Path, typer.Argument(help="A folder of the zoo, with recipe.toml.", metavar="ZOO")]
 Data = Annotated[Path | None, typer.Option(help="The folder of photographs.", envvar="BITNECK_DATA")]
-Runs = Annotated[Path, typer.Option(help="For feature caches and checkpoints; several gigabytes.")]
+Runs = Annotated[Path, typer.Option(help="Folder for feature caches and checkpoints, several gigabytes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="A file of the backbone's weights, .pth or .safetensors, or `random`; else its publisher's."),
+    typer.Option(
+        help="File of the backbone's weights (.pth or .safetensors), or `random`; without it, the publisher's weights."
+    ),
 ]
 
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Progress]:
-    """Bars on a terminal, and nothing elsewhere."""
+    """Progress bars on a terminal; nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield progress
 
 
 def dataset_name(folder: Path) -> str:
-    """A data set's name: its folder's, with the one above where that only says which part it is."""
+    """Name of a data set: its folder's name, with the folder above if the name only says which part it is."""
     path = folder.resolve()
     return f"{path.parent.name}/{path.name}" if path.name in ("train", "val", "test") else path.name
 

@@ -10,11 +10,11 @@ __all__ = ["import_spic"]
 
 
 def import_spic(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pth.tar of the authors.", metavar="CHECKPOINT")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint (.pth.tar) of the authors.", metavar="CHECKPOINT")],
     backbone: Annotated[str, typer.Option(help="resnet50 or deeplabv3_resnet50.")],
     split: Annotated[str, typer.Option(help="s1, s2 or s3; US1 and US2 of the authors are s1 and s2.")],
-    step: Annotated[float, typer.Option(help="Quantizer step Q, `qp` of the authors' dict.yaml.")],
-    stride: Annotated[int, typer.Option(help="Stride S, `stride_val` there.")],
+    step: Annotated[float, typer.Option(help="Quantizer step Q: `qp` in the authors' dict.yaml.")],
+    stride: Annotated[int, typer.Option(help="Stride S: `stride_val` in the authors' dict.yaml.")],
     out: Annotated[Path, typer.Option(help="The point's folder.", metavar="POINT_DIR")],
     features: Annotated[
         Path | None,

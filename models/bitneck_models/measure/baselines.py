@@ -1,10 +1,10 @@
-"""What the bottleneck units are compared with, on the same photographs and the same network.
+"""Baselines for the bottleneck units, on the same photographs and the same network.
 
     image codecs    photo -> crop -> encode at a quality -> bytes -> decode -> the whole network
     raw features    photo -> head -> f as float16, or as 8 bits -> LZMA -> bytes -> f_hat -> tail
     training-free   photo -> head -> pool to k x k, principal components, one step -> ideal code length -> tail
 
-The last is PAPER.md's baseline: no gradient, only a rotation fitted on training features.
+The last one needs no gradient, only a rotation that is fitted on training features.
 
 Dimensions: N photographs, C x Hf x Wf feature.
 """
@@ -62,7 +62,7 @@ MAP_CODECS: Mapping[str, tuple[int, ...]] = {
     "webp": (1, 10, 30, 70),
     "avif": (10, 20, 35, 60),
 }
-"""Likewise for segmentation, where the whole network answers for each pixel and takes its time."""
+"""Qualities for segmentation: fewer, because the network answers for each pixel and takes longer."""
 
 MAP_SWEEP: tuple[tuple[float, float], ...] = tuple((share, step) for share in (1.0, 0.5, 0.25) for step in (4.0, 16.0))
 """The training-free baseline's settings for segmentation."""
@@ -82,8 +82,8 @@ class BaselinePoint:
     """One setting of one baseline, means over the photographs.
 
     Attributes:
-        codec: what coded it.
-        setting: quality, or what else was set.
+        codec: name of the codec.
+        setting: quality, or another setting.
         split: split point; empty for image codecs.
         bytes_mean: of one photograph.
         bpp: bits per input pixel.
@@ -123,7 +123,7 @@ class _Judge:
         self.teacher = self.answers(self.network, self.inputs(self.crops))
 
     def _at_input(self, truth: NDArray[np.integer]) -> NDArray[np.integer]:
-        """A class map at the size of the network's input, each pixel the nearest; a label as it is."""
+        """A class map at the size of the network's input (nearest pixel); a label unchanged."""
         if not truth.ndim:
             return truth
         return np.array(Image.fromarray(truth).resize(self.crops[0].size, Image.Resampling.NEAREST))
@@ -290,7 +290,7 @@ def training_free(
     Args:
         backbone: the network.
         split: split point.
-        train_features: what components and tables are fitted on, (M, C, Hf, Wf).
+        train_features: components and tables are fitted on these, (M, C, Hf, Wf).
         photos: at least one.
         folder: for exported modules.
         sweep: (k as a share of the feature's size, step).

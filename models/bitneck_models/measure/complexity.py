@@ -1,4 +1,4 @@
-"""What a part of a bundle costs: parameters and multiply-adds, counted from the ONNX file that is deployed.
+"""The cost of a part of a bundle: parameters and multiply-adds, counted from the ONNX file that is deployed.
 
 Table 4 of the paper. Multiply-adds are those of convolutions and matrix products; additions of biases, activations and
 pooling are not counted.
@@ -21,7 +21,7 @@ __all__ = ["Complexity", "PointComplexity", "onnx_complexity", "point_complexity
 
 @dataclass(frozen=True, slots=True)
 class Complexity:
-    """Of one photograph through one module."""
+    """The cost of one photograph in one module."""
 
     parameters: int
     multiply_adds: int
@@ -76,7 +76,7 @@ def onnx_complexity(path: Path, input_shape: Sequence[int]) -> Complexity:
         input_shape: of one sample, without the batch axis; height and width may be open in the file.
 
     Raises:
-        BundleCorrupt: it is no ONNX file, or the shapes in it cannot be told.
+        BundleCorrupt: it is no ONNX file, or its shapes cannot be inferred.
     """
     return _measured(path, input_shape)[0]
 

@@ -1,6 +1,6 @@
 """Photographs through a bundle, at every operating point and through real bytes: encode, then decode.
 
-The numerics are those of edge and cloud (`bitneck.chain`), so payloads and symbols are the ones that would travel.
+The numerics are those of edge and cloud (`bitneck.chain`), so payloads and symbols are those of a real link.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +62,7 @@ class PhotoPass:
         self._halves, self._seq, self._features = halves, seq, features
 
     def points(self) -> Iterator[tuple[OperatingPoint, PointPass]]:
-        """At each operating point in turn, lowest rate first; nothing is kept of the ones before."""
+        """Results at each operating point, lowest rate first. Earlier results are not kept."""
         halves = self._halves
         for point in halves.ladder:
             head = halves.chain.head_length(point.split)
@@ -99,7 +99,7 @@ def photo_passes(bundle: Bundle, photos: Sequence[Path]) -> Iterator[PhotoPass]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """What one operating point costs.
+    """The rate of one operating point.
 
     Attributes:
         payload_bytes_mean: coded bytes of a photograph.

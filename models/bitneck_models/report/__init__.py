@@ -1,4 +1,4 @@
-"""What was measured, as tables and curves."""
+"""Measured results as tables and curves."""
 
 from bitneck.moved import names_of
 

@@ -1,4 +1,4 @@
-"""What was measured, read from its documents: rate-accuracy curves, and how they compare.
+"""Measured results, read from their documents: rate-accuracy curves, and comparisons of them.
 
 docs/results/*.json (evaluate, baselines)  --read_results-->  Results
 """
@@ -54,8 +54,8 @@ class Results:
         dataset: their name.
         uncompressed: accuracy of the network without a unit.
         key: what accuracy is called in the documents, a key of `METRICS`.
-        studies: study to curve name to curve; the one that is no known study is the ladder that is shipped, its curves
-            the split points.
+        studies: study to curve name to curve. The one that is no known study is the shipped ladder; its curves are the
+            split points.
         baselines: codec to curve.
     """
 
@@ -81,8 +81,8 @@ def read_results(folder: Path) -> Results:
     """Read every JSON document of a folder.
 
     Raises:
-        InvalidConfig: none there, one that is neither an evaluation with ``--zoo`` nor a set of baselines, or documents
-            of different photographs.
+        InvalidConfig: there is none, one is neither an evaluation with ``--zoo`` nor a set of baselines, or the
+            documents have different photographs.
     """
     studies: dict[str, dict[str, Curve]] = {}
     baselines: dict[str, Curve] = {}
@@ -158,7 +158,7 @@ def bytes_at(curve: Curve, accuracy: float) -> float | None:
     """Bytes that a curve takes to reach an accuracy, by log-linear interpolation of its rising envelope.
 
     Returns:
-        None where it never does; the first point's bytes where that is accurate enough already.
+        None if it never does; the first point's bytes if that point is accurate enough.
     """
     best = -1.0
     before: Sample | None = None
@@ -175,12 +175,12 @@ def bytes_at(curve: Curve, accuracy: float) -> float | None:
 
 
 def rate_saving(curve: Curve, reference: Curve) -> float | None:
-    """Mean share of bytes that a curve saves against another at equal agreement, where both reach it.
+    """Mean share of bytes that a curve saves against another one, at agreements that both reach.
 
-    As Bjontegaard's delta rate, with linear interpolation of log(bytes) over agreement in place of a cubic.
+    This is Bjontegaard's delta rate, with linear interpolation of log(bytes) over agreement instead of a cubic.
 
     Returns:
-        0.1 for a tenth fewer bytes; None where the two have no agreement in common.
+        0.1 for a tenth fewer bytes; None if the two have no agreement in common.
     """
     (a_x, a_y), (b_x, b_y) = (_by_agreement(c) for c in (curve, reference))
     low, high = max(a_x[0], b_x[0]), min(a_x[-1], b_x[-1])

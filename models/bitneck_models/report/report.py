@@ -1,9 +1,9 @@
-"""The report: what was measured, as pictures and Markdown tables.
+"""The report: measured results as pictures and Markdown tables.
 
 Results (`bitneck_models.report.curves`)  --draw-->  docs/results/*.png
                                    --markdown-->  docs/results.md
 
-Nothing is measured here; every number is in one of the JSON documents, which name what they were measured on.
+Nothing is measured here. Every number is in one of the JSON documents, which name their data.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ def draw(results: Results, folder: Path) -> list[str]:
 
     Args:
         results: see `read_results`.
-        folder: where to.
+        folder: for the files.
 
     Returns:
         The names of the files written.
@@ -86,7 +86,7 @@ def _accuracy(results: Results) -> Any:
 
 
 def _front(curve: Curve) -> Curve:
-    """The samples that no cheaper one equals."""
+    """The samples that no cheaper sample equals."""
     kept: list[Sample] = []
     for sample in sorted(curve, key=lambda s: s.payload_bytes):
         if not kept or sample.accuracy > kept[-1].accuracy:
@@ -95,7 +95,7 @@ def _front(curve: Curve) -> Curve:
 
 
 def _encoder(results: Results) -> Any:
-    """Three ways at once: encoder size, data size, accuracy."""
+    """A picture of three quantities: encoder size, data size, accuracy."""
     figure, (axis,) = _axes(results, width=8.0)
     for name, curve in sorted(_ladder_of(results).items()):
         sizes = [_macs(s, "encoder") / 1e5 + 12 for s in curve]
@@ -235,7 +235,7 @@ def _interval(interval: Sequence[float]) -> str:
 
 
 def _against(results: Results) -> list[str]:
-    """For each point, what the best image codec needs for the same accuracy."""
+    """For each point, the bytes of the best image codec for the same accuracy."""
     codecs = {name: curve for name, curve in results.baselines.items() if name in IMAGE_CODECS}
     rows = [
         f"| point | bytes | best image codec at the same {results.metric} | its bytes | share |",
