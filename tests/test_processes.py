@@ -299,3 +299,44 @@ def test_commands_that_only_ask_for_the_bundle_take_a_token(tiny_bundle: Bundle,
         out = tmp_path / "frame.bin"
         done = edge("encode", photos / "0.png", "--out", out, "--config", settings, "--cache-dir", tmp_path / "cache")
         assert (done.returncode, out.is_file()) == (0, True), done.stderr
+
+
+STOPPED_EARLY = {
+    "SystemExit out of a stream": "async for answer in client.stream([photo] * 50): sys.exit(3)",
+    "an infer that was cancelled": (
+        "task = asyncio.create_task(client.infer(photo)); await asyncio.sleep(0.005); task.cancel(); sys.exit(3)"
+    ),
+    "no close at all": "asyncio.create_task(client.infer(photo)); await asyncio.sleep(0.005); sys.exit(3)",
+}
+
+
+@pytest.mark.parametrize("way", STOPPED_EARLY)
+def test_a_program_ends_quietly_while_photographs_are_encoded(server: Server, tmp_path: Path, way: str) -> None:
+    """A thread inside ONNX Runtime would abort the process at its exit."""
+    photo(0, (3000, 2000)).save(tmp_path / "large.jpg")
+    enter = "client = await client.__aenter__()" if way == "no close at all" else "async with client:"
+    body = STOPPED_EARLY[way]
+    block = f"    {enter}\n    {body}" if way == "no close at all" else f"    {enter}\n        {body}"
+    code = (
+        "import asyncio, sys\nfrom pathlib import Path\nfrom bitneck_edge import EdgeClient\n"
+        f"photo = Path({str(tmp_path / 'large.jpg')!r})\n"
+        "async def main():\n"
+        f"    client = EdgeClient({server.grpc!r}, cache_dir={str(tmp_path / 'cache')!r})\n{block}\n"
+        "asyncio.run(main())\n"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, "terminate called" in done.stderr) == (3, False), done.stderr
+
+
+def test_a_reader_that_goes_away_ends_a_run_quietly(server: Server, tmp_path: Path) -> None:
+    photo(0, (1500, 1000)).save(tmp_path / "large.jpg")
+    command = [BIN / "bitneck-edge", "run", "--server", server.grpc, "--cache-dir", tmp_path / "cache", "--verbose"]
+    command += ["--repeat", "200", tmp_path / "large.jpg"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.readline()
+        running.stdout.close()
+        assert running.wait(60) == 1
+        assert running.stderr.read() == b""

@@ -105,7 +105,7 @@ class EdgeClient:
                     raise
                 self._session = await self._open()  # the cached bundle is not the server's any more
         except BaseException:
-            self._threads.close()
+            self._threads.close(wait=True)
             raise
         return self
 
@@ -120,7 +120,7 @@ class EdgeClient:
         if self._session is not None:
             await self._session.close()
         if self._threads is not None:
-            self._threads.close()
+            await asyncio.to_thread(self._threads.close, wait=True)
 
     @property
     def encoder(self) -> EdgeEncoder:

@@ -5,6 +5,7 @@
 """
 
 import asyncio
+import atexit
 import contextlib
 import queue
 import threading
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 class Workers:
     """Daemon threads that take calls in order. The first call starts them.
+
+    A program that ends joins them, whatever way it ends: a thread inside ONNX Runtime would abort the process.
 
     Args:
         count: threads.
@@ -37,6 +40,8 @@ class Workers:
         if self._closed:
             dropped()
             return
+        if not self._threads:
+            atexit.register(self.close, wait=True)
         if len(self._threads) < self._count:
             thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}", daemon=True)
             self._threads.append(thread)
@@ -85,6 +90,7 @@ class Workers:
         if wait:
             for thread in self._threads:
                 thread.join()
+            atexit.unregister(self.close)
 
     def _work(self) -> None:
         while (taken := self._calls.get()) is not None:
