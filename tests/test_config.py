@@ -27,6 +27,7 @@ class Example(Settings):
         ("[::]:80", "::", 80, False),
         ("edge-7.example.org:443", "edge-7.example.org", 443, False),
         ("localhost.example.org:443", "localhost.example.org", 443, False),
+        ("127.evil.example:443", "127.evil.example", 443, False),
     ],
 )
 def test_addresses_read_and_print_alike(text: str, host: str, port: int, loopback: bool) -> None:

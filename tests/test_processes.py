@@ -340,3 +340,10 @@ def test_a_reader_that_goes_away_ends_a_run_quietly(server: Server, tmp_path: Pa
         running.stdout.close()
         assert running.wait(60) == 1
         assert running.stderr.read() == b""
+
+
+def test_a_proxy_is_not_asked_for_loopback(server: Server, cache: Path, photos: Path) -> None:
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:9")
+    command = ("run", "--server", server.grpc, "--cache-dir", cache, "--retries", "0", photos / "0.png")
+    done = edge(*command, env=proxies)
+    assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from bitneck.errors import (
     Unavailable,
     error_from_status,
 )
+from bitneck.settings.model import Address
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
@@ -68,9 +69,12 @@ class Access:
         Raises:
             InvalidConfig: a certificate or key cannot be used.
         """
+        options = _CHANNEL_OPTIONS
+        if Address.parse(self.address).loopback:
+            options += (("grpc.enable_http_proxy", 0),)  # a proxy cannot reach this machine's own loopback
         if not self.tls:
-            return grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
-        return grpc.aio.secure_channel(self.address, self._credentials(), options=_CHANNEL_OPTIONS)
+            return grpc.aio.insecure_channel(self.address, options=options)
+        return grpc.aio.secure_channel(self.address, self._credentials(), options=options)
 
     async def connected(self, channel: grpc.aio.Channel, timeout_s: float) -> None:
         """Wait until the channel is connected. What is asked for then has other limits: a thin link takes its time.
