@@ -340,11 +340,11 @@ def test_models_sessions_health_and_docs(server: Server) -> None:
 
 
 def test_a_token_guards_the_control_api(tiny_bundle: Bundle) -> None:
-    with running_server(tiny_bundle.root, options=("--http-token", "secret")) as own:
+    with running_server(tiny_bundle.root, options=("--http-token", "a-secret-of-sixteen")) as own:
         assert httpx.get(f"{own.http}/v1/models").status_code == 401
         wrong = httpx.get(f"{own.http}/v1/models", headers={"Authorization": "Bearer no"})
         assert (wrong.status_code, wrong.json()["status"]) == (401, 401)
-        right = httpx.get(f"{own.http}/v1/models", headers={"Authorization": "Bearer secret"})
+        right = httpx.get(f"{own.http}/v1/models", headers={"Authorization": "Bearer a-secret-of-sixteen"})
         assert right.status_code == 200
         assert httpx.get(f"{own.http}/readyz").status_code == 200
 

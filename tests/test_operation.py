@@ -109,9 +109,9 @@ async def test_an_expired_server_is_refused_by_the_edge(
 
 
 async def test_devices_and_control_have_tokens_of_their_own(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    options = ("--device-token", "for-devices", "--http-token", "for-control")
+    options = ("--device-token", "for-devices-only", "--http-token", "for-control-only")
     with running_server(tiny_bundle.root, options=options) as server:
-        for token in (None, "for-control", "for-device"):
+        for token in (None, "for-control-only", "for-device"):
             with pytest.raises(Unauthenticated, match="bearer token"):
                 async with edge(server, tmp_path / "cache", token=token):
                     pass
@@ -129,18 +129,18 @@ async def test_devices_and_control_have_tokens_of_their_own(tiny_bundle: Bundle,
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await channel.unary_unary("/bitneck.v1.SplitInference/Infer")(b"\xff\xff")
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-        async with edge(server, tmp_path / "cache", token="for-devices") as client:
+        async with edge(server, tmp_path / "cache", token="for-devices-only") as client:
             assert (await client.infer(photo(1))).labels
         async with httpx.AsyncClient(base_url=server.http) as http:
             for path in ("/v1/sessions", "/metrics", "/v2", "/v2/models/tiny"):
                 assert (await http.get(path)).status_code == 401
-                wrong = await http.get(path, headers={"Authorization": "Bearer for-devices"})
+                wrong = await http.get(path, headers={"Authorization": "Bearer for-devices-only"})
                 assert wrong.status_code == 401
-                right = await http.get(path, headers={"Authorization": "Bearer for-control"})
+                right = await http.get(path, headers={"Authorization": "Bearer for-control-only"})
                 assert right.status_code == 200
             for path in ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"):
                 assert (await http.get(path)).status_code == 200
-        assert "for-devices" not in server.read_log()
+        assert "for-devices-only" not in server.read_log()
 
 
 @pytest.mark.parametrize(
@@ -320,12 +320,13 @@ def test_bodies_of_the_control_api_are_bounded(tiny_bundle: Bundle) -> None:
         for _ in range(100):
             yield b" " * 100_000
 
-    with running_server(tiny_bundle.root, options=("--http-token", "secret")) as server:
+    bearer = {"Authorization": "Bearer a-secret-of-sixteen"}
+    with running_server(tiny_bundle.root, options=("--http-token", "a-secret-of-sixteen")) as server:
         large = httpx.put(f"{server.http}/v1/rate", content=b" " * 1_000_000)
         assert (large.status_code, large.headers["content-type"]) == (413, "application/problem+json")
         with contextlib.suppress(httpx.HTTPError):  # the answer may come before the body is sent
             assert httpx.put(f"{server.http}/v1/rate", content=pieces()).status_code == 411
-        right = httpx.put(f"{server.http}/v1/rate", json={"auto": True}, headers={"Authorization": "Bearer secret"})
+        right = httpx.put(f"{server.http}/v1/rate", json={"auto": True}, headers=bearer)
         assert right.status_code == 200
 
 

@@ -287,15 +287,15 @@ def test_bundles_of_the_same_name_do_not_mix(tmp_path: Path, photos: Path) -> No
 
 
 def test_commands_that_only_ask_for_the_bundle_take_a_token(tiny_bundle: Bundle, photos: Path, tmp_path: Path) -> None:
-    with running_server(tiny_bundle.root, options=("--device-token", "for-devices")) as server:
+    with running_server(tiny_bundle.root, options=("--device-token", "for-devices-only")) as server:
         common = ("--server", server.grpc, "--cache-dir", tmp_path / "cache")
         refused = edge("points", *common)
         assert refused.returncode != 0
         assert "--token" in refused.stderr
-        shown = json.loads(edge("points", *common, "--token", "for-devices", "--json").stdout)
+        shown = json.loads(edge("points", *common, "--token", "for-devices-only", "--json").stdout)
         assert [point["id"] for point in shown["points"]] == [point.id for point in tiny_bundle.manifest.ladder]
         settings = tmp_path / "settings.toml"
-        settings.write_text(f'server = "{server.grpc}"\ntoken = "for-devices"\n')
+        settings.write_text(f'server = "{server.grpc}"\ntoken = "for-devices-only"\n')
         out = tmp_path / "frame.bin"
         done = edge("encode", photos / "0.png", "--out", out, "--config", settings, "--cache-dir", tmp_path / "cache")
         assert (done.returncode, out.is_file()) == (0, True), done.stderr

@@ -34,7 +34,8 @@ def sample(model: type[Settings], name: str) -> Any:
     field = model.model_fields[name]
     known = {
         "server": "cloud.example:443", "grpc": "127.0.0.1:1", "http": "127.0.0.1:2", "bundle_id": "sha256:" + "a" * 64,
-        "traces": "http://collector:4317", "token_key": "0123456789abcdef", "providers": ["One", "Two"],
+        "traces": "http://collector:4317", "token_key": "0123456789abcdef", "http_token": "0123456789abcdef",
+        "device_token": "0123456789abcdef", "providers": ["One", "Two"],
         "similar": "off", "log_level": "debug", "log_format": "json", "trace_ratio": 0.5,
     }  # fmt: skip
     if name in known:
@@ -227,3 +228,12 @@ def test_literals_are_lower_case() -> None:
         for field in model.model_fields.values():
             for choice in get_args(field.annotation):
                 assert not isinstance(choice, str) or choice == choice.lower()
+
+
+@pytest.mark.parametrize("name", ["http_token", "device_token", "token_key"])
+@pytest.mark.parametrize("value", ["", "short", "x" * 15])
+def test_empty_and_short_secrets_are_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty token would let everyone in who sends nothing."""
+    monkeypatch.setenv(CloudSettings.variable(name), value)
+    with pytest.raises(InvalidConfig, match=f"{name} is too short: give at least 16 random characters"):
+        CloudSettings.load({})

@@ -11,7 +11,7 @@ from bitneck.settings.model import Address, Names, Paths, Settings, setting
 
 __all__ = ["CloudSettings"]
 
-_MIN_KEY_CHARACTERS = 16
+_MIN_SECRET_CHARACTERS = 16
 
 _SERVE, _ACCESS, _COMPUTE, _SESSIONS, _STOP, _OBSERVE = (
     "Serving", "Access", "Computing", "Sessions", "Stopping", "Logs and traces",
@@ -168,8 +168,8 @@ class CloudSettings(Settings):
             raise ValueError("tls_cert and tls_key go together: give both, or none")
         if self.tls_cert is None and (self.tls_client_ca or self.http_tls_client_ca):
             raise ValueError("client certificates need TLS: give tls_cert and tls_key too")
-        if self.token_key is not None and len(self.token_key.get_secret_value()) < _MIN_KEY_CHARACTERS:
-            raise ValueError(
-                f"token_key is too short to sign with: give at least {_MIN_KEY_CHARACTERS} random characters"
-            )
+        for name in ("http_token", "device_token", "token_key"):
+            secret: SecretStr | None = getattr(self, name)
+            if secret is not None and len(secret.get_secret_value()) < _MIN_SECRET_CHARACTERS:
+                raise ValueError(f"{name} is too short: give at least {_MIN_SECRET_CHARACTERS} random characters")
         return self

@@ -53,8 +53,7 @@ def build_app(
     bearer = HTTPBearer(auto_error=False)
 
     def authorized(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        given = credentials.credentials if credentials is not None else ""
-        if token is not None and not same_secret(given, token):
+        if token is not None and (credentials is None or not same_secret(credentials.credentials, token)):
             metrics.refused("UNAUTHENTICATED")
             raise HTTPException(401, "this server's control API needs its bearer token", {"WWW-Authenticate": "Bearer"})
 
