@@ -16,10 +16,9 @@ NAMES: dict[str, list[str]] = json.loads(GOLDEN.read_text())
 GONE = {
     "bitneck_edge.flow": {"Flow"},
     "bitneck_edge.references": {"References"},
-    "bitneck_cloud.conversation": {"Context", "computed_of"},
+    "bitneck_cloud.conversation": {"computed_of"},
     "bitneck_cloud.messages": {"fault", "go_away", "set_point"},
     "bitneck_models.baselines": {"ACCURACY"},
-    "bitneck_models.map_evaluation": {"MapEvaluation", "MapPointResult", "evaluate_maps"},
 }
 """Names that exist no more. CHANGELOG.md says what to use instead."""
 

@@ -32,7 +32,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "bitneck.symbols": ("bitneck.coding.symbols",),
     "bitneck.tables": ("bitneck.coding.factorized_model",),
     "bitneck_cloud.batching": ("bitneck_cloud.engine.batching",),
-    "bitneck_cloud.conversation": ("bitneck_cloud.sessions.conversation",),
+    "bitneck_cloud.conversation": ("bitneck_cloud.sessions.conversation", "bitneck_cloud.api.grpc_service"),
     "bitneck_cloud.engine": (
         "bitneck_cloud.engine.job",
         "bitneck_cloud.engine.engine",
@@ -96,6 +96,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "bitneck_models.export.proof",
     ),
     "bitneck_models.features": ("bitneck_models.data.features",),
+    "bitneck_models.map_evaluation": ("bitneck_models.measure.evaluate",),
     "bitneck_models.network_recipe": ("bitneck_models.networks.recipe",),
     "bitneck_models.network_training": (
         "bitneck_models.zoo.records",
@@ -167,6 +168,16 @@ MOVED: dict[str, tuple[str, ...]] = {
 """Old module: the modules that define its public names now. If there are several, each name is in one of them."""
 
 
+RENAMED = {
+    "bitneck_models.map_evaluation": {
+        "MapEvaluation": "Evaluation",
+        "MapPointResult": "PointResult",
+        "evaluate_maps": "evaluate",
+    },
+}
+"""Old module: its names that have another name in the new module."""
+
+
 def names_of(old: str) -> Callable[[str], Any]:
     """A module's ``__getattr__`` that finds names of an old module in their new modules.
 
@@ -176,12 +187,14 @@ def names_of(old: str) -> Callable[[str], Any]:
 
     def find(name: str) -> Any:
         if not name.startswith("__"):
+            now = RENAMED.get(old, {}).get(name, name)
             for place in MOVED[old]:
                 module = importlib.import_module(place)
-                if name in module.__all__:
-                    text = f"{old}.{name} has moved to {place}; the old path works until version 0.3"
+                if now in module.__all__:
+                    new = place if now == name else f"{place}.{now}"
+                    text = f"{old}.{name} has moved to {new}; the old path works until version 0.3"
                     warnings.warn(text, DeprecationWarning, stacklevel=2)
-                    return getattr(module, name)
+                    return getattr(module, now)
         raise AttributeError(f"module {old!r} has no attribute {name!r}")
 
     return find

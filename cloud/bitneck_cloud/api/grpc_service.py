@@ -24,7 +24,7 @@ from bitneck_cloud.sessions.conversation import Conversation, job_of, result_of
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_cloud.sessions.session import Event, Session, StreamState
 
-__all__ = ["InferenceService"]
+__all__ = ["Context", "InferenceService"]
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_BYTES = 64 * 1024
