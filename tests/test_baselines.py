@@ -7,7 +7,8 @@ import pytest
 
 from bitneck.errors import InvalidConfig
 from bitneck_models.data.photos import LabelledPhoto
-from bitneck_models.measure.baselines import CODECS, image_baselines, raw_baselines, training_free
+from bitneck_models.measure.baselines import image_baselines, raw_baselines, training_free
+from bitneck_models.measure.sweeps import CODECS
 from bitneck_testing.networks import small_backbone
 from bitneck_testing.photographs import photo
 

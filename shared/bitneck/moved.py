@@ -76,7 +76,10 @@ MOVED: dict[str, tuple[str, ...]] = {
         "bitneck_models.networks.registry",
         "bitneck_models.networks.backbone",
     ),
-    "bitneck_models.baselines": ("bitneck_models.measure.baselines",),
+    "bitneck_models.baselines": (
+        "bitneck_models.measure.baselines",
+        "bitneck_models.measure.sweeps",
+    ),
     "bitneck_models.class_maps": ("bitneck_models.data.class_maps",),
     "bitneck_models.cli_measure": ("bitneck_models.cli.measure",),
     "bitneck_models.cli_options": ("bitneck_models.cli.options",),

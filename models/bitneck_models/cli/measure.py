@@ -74,10 +74,8 @@ def _measured(bundle: "Bundle", folder: Path, ignore: list[int], progress: Calla
     from bitneck_models.measure.meter import metric_for
     from bitneck_models.networks.vision import imagenet_wnids
 
-    if ignore and bundle.manifest.task != "segmentation":
-        raise InvalidConfig(f"--ignore-index is for segmentation; {bundle.manifest.name} is for classification")
     labels = bundle.labels()
-    photos = metric_for(bundle.manifest.task, labels).photos(folder, imagenet_wnids(labels), labels)
+    photos = metric_for(bundle.manifest.task, labels, ignore).photos(folder, imagenet_wnids(labels), labels)
     return measure(bundle, photos, ignore=ignore, progress=progress)
 
 
@@ -105,6 +103,7 @@ def baselines(
     """Measure the baselines: image codecs, raw features, and pooling with principal components."""
     from bitneck_models.measure import baselines as of
     from bitneck_models.measure.meter import metric_for
+    from bitneck_models.measure.sweeps import CODECS
     from bitneck_models.networks.registry import build_backbone
     from bitneck_models.training.photo_sets import photo_sets, split_features, table_features
     from bitneck_models.zoo.entry import ZooEntry
@@ -116,10 +115,8 @@ def baselines(
     else:
         net = build_backbone(backbone or "efficientnet_lite0", weights)
     folder = data_folder(data)
-    maps = net.task == "segmentation"
     metric = metric_for(net.task, net.labels)
     photos = metric.photos(folder, net.wnids, net.labels)
-    sweep = of.MAP_SWEEP if maps else of.SWEEP
     splits = split or list(net.splits)
     for name in splits:
         net.split_index(name)
@@ -131,8 +128,8 @@ def baselines(
             task = progress.add_task(what, total=None)
             return lambda done, total: progress.update(task, completed=done, total=total)
 
-        known = {**of.CODECS, **(of.MAP_CODECS if maps else {})}
-        codecs = {name: known.get(name, ()) for name in codec or (of.MAP_CODECS if maps else of.CODECS)}
+        known = {**CODECS, **metric.sweep.codecs}
+        codecs = {name: known.get(name, ()) for name in codec or metric.sweep.codecs}
         uncompressed, found = of.image_baselines(
             net, photos, runs / "cache", codecs=codecs, progress=counter("image codecs")
         )
@@ -144,7 +141,7 @@ def baselines(
                 features, _ = split_features(net, name, sets, 0, runs, counter(f"{name}: training features"))
                 points += of.training_free(
                     net, name, table_features(features, sets)[::4], photos, runs / "cache",
-                    sweep=sweep, progress=counter(f"{name}: training-free"),
+                    sweep=metric.sweep.training_free, progress=counter(f"{name}: training-free"),
                 )  # fmt: skip
     document = {
         "dataset": dataset_name(folder),

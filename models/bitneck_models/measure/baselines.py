@@ -14,6 +14,7 @@ import lzma
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,51 +25,16 @@ from PIL import Image
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import InvalidConfig
 from bitneck.image import crop, load_photo, normalize
-from bitneck.manifest import Task
 from bitneck.runtime import OnnxModule
-from bitneck_models.measure.meter import Metric, Photo, metric_for
+from bitneck_models.measure.meter import Metric, metric_for
+from bitneck_models.measure.sweeps import CODECS, SWEEP
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.to_onnx import to_onnx
 
-__all__ = [
-    "CODECS",
-    "MAP_CODECS",
-    "MAP_SWEEP",
-    "SWEEP",
-    "BaselinePoint",
-    "image_baselines",
-    "raw_baselines",
-    "training_free",
-]
-
-CODECS: Mapping[str, tuple[int, ...]] = {
-    "jpeg": (5, 10, 15, 25, 40, 60, 80, 95),
-    "webp": (5, 15, 30, 50, 75, 90),
-    "avif": (15, 25, 35, 50, 65, 80),
-    "heic": (10, 20, 30, 40, 50, 65, 80),
-}
-"""Qualities of each image codec."""
+__all__ = ["BaselinePoint", "image_baselines", "raw_baselines", "training_free"]
 
 _OPTIONS: Mapping[str, dict[str, object]] = {"jpeg": {"optimize": True}, "avif": {"speed": 6}, "webp": {}, "heic": {}}
 _FORMATS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF", "heic": "HEIF"}
-
-SWEEP: tuple[tuple[float, float], ...] = tuple(
-    (share, step) for share in (1.0, 0.6, 0.3) for step in (2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
-)
-"""The training-free baseline's settings: k as a share of the feature's size, and the step."""
-
-MAP_CODECS: Mapping[str, tuple[int, ...]] = {
-    "jpeg": (5, 10, 20, 40, 80),
-    "webp": (1, 10, 30, 70),
-    "avif": (10, 20, 35, 60),
-}
-"""Qualities for segmentation: fewer, because the network answers for each pixel and takes longer."""
-
-MAP_SWEEP: tuple[tuple[float, float], ...] = tuple((share, step) for share in (1.0, 0.5, 0.25) for step in (4.0, 16.0))
-"""The training-free baseline's settings for segmentation."""
-
-_BATCH: Mapping[Task, int] = {"classification": 50, "segmentation": 8}
-"""Photographs in one run of the network."""
 
 Progress = Callable[[int, int], None]
 
@@ -111,12 +77,12 @@ class BaselinePoint:
 class _Judge:
     """Compares answers with labels and with the uncompressed network's answers."""
 
-    def __init__(self, backbone: Backbone, photos: Sequence[Photo], folder: Path) -> None:
+    def __init__(self, backbone: Backbone, photos: Sequence[Any], folder: Path) -> None:
         if not photos:
             raise InvalidConfig("no photographs to measure baselines on")
         self.backbone, self.folder = backbone, folder
-        self.metric: Metric = metric_for(backbone.task, backbone.labels)
-        self.batch = _BATCH[backbone.task]
+        self.metric: Metric[Any] = metric_for(backbone.task, backbone.labels)
+        self.batch = self.metric.sweep.batch
         self.crops = [crop(load_photo(self.metric.path(photo)), backbone.input) for photo in photos]
         self.truths = [self._at_input(self.metric.truth(photo)) for photo in photos]  # each () or (H, W)
         self.network = self.module(backbone.segment(0), backbone.input_shape)
@@ -137,7 +103,7 @@ class _Judge:
         """The task's measure of accuracy."""
         meter = self.metric.meter()
         for answer, truth in zip(answers, self.truths, strict=True):
-            meter.add(np.asarray(answer), truth)
+            meter.add(answer, truth)
         return meter.accuracy()
 
     def module(self, module: torch.nn.Module, shape: tuple[int, int, int]) -> OnnxModule:
@@ -151,12 +117,12 @@ class _Judge:
         """(N, 3, H, W) float32."""
         return np.concatenate([normalize(image, self.backbone.input) for image in images])
 
-    def answers(self, module: OnnxModule, x: NDArray[np.float32]) -> NDArray[np.uint16]:
-        """Best labels, (N,) or (N, H, W)."""
-        parts = [module.run(x[i : i + self.batch]).argmax(axis=1) for i in range(0, len(x), self.batch)]
-        return np.concatenate([part.astype(np.uint16) for part in parts])
+    def answers(self, module: OnnxModule, x: NDArray[np.float32]) -> NDArray[np.integer]:
+        """The task's answers, (N,) or (N, H, W)."""
+        batches = (module.run(x[i : i + self.batch]) for i in range(0, len(x), self.batch))
+        return np.stack([self.metric.answer(output) for outputs in batches for output in outputs])
 
-    def point(self, codec: str, setting: str, split: str, sizes: float, answers: NDArray[np.uint16]) -> BaselinePoint:
+    def point(self, codec: str, setting: str, split: str, sizes: float, answers: NDArray[np.integer]) -> BaselinePoint:
         return BaselinePoint(
             codec=codec,
             setting=setting,
@@ -177,7 +143,7 @@ class _Judge:
 
 def image_baselines(
     backbone: Backbone,
-    photos: Sequence[Photo],
+    photos: Sequence[Any],
     folder: Path,
     *,
     codecs: Mapping[str, Sequence[int]] | Sequence[str] = tuple(CODECS),
@@ -239,7 +205,7 @@ def _decode(data: bytes, codec: str) -> Image.Image:
 def raw_baselines(
     backbone: Backbone,
     split: str,
-    photos: Sequence[Photo],
+    photos: Sequence[Any],
     folder: Path,
     *,
     progress: Progress = _silent,
@@ -279,7 +245,7 @@ def training_free(
     backbone: Backbone,
     split: str,
     train_features: NDArray[np.float16],
-    photos: Sequence[Photo],
+    photos: Sequence[Any],
     folder: Path,
     *,
     sweep: Sequence[tuple[float, float]] = SWEEP,

@@ -12,7 +12,7 @@ from typing import Any
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
 from bitneck_models.measure.complexity import PointComplexity, point_complexity
-from bitneck_models.measure.meter import Metric, Photo, metric_for
+from bitneck_models.measure.meter import Metric, metric_for
 from bitneck_models.measure.passes import Rate, RateMeter, photo_passes
 from bitneck_models.zoo.records import MeasuredLadder, MeasuredPoint
 
@@ -62,7 +62,7 @@ class Evaluation:
 
     bundle_id: str
     images: int
-    metric: Metric = field(repr=False, compare=False)
+    metric: Metric[Any] = field(repr=False, compare=False)
     accuracy: float
     details: Mapping[str, Any]
     points: tuple[PointResult, ...]
@@ -105,7 +105,7 @@ class Evaluation:
 
 def evaluate(
     bundle: Bundle,
-    photos: Sequence[Photo],
+    photos: Sequence[Any],
     *,
     ignore: Collection[int] = (),
     progress: Callable[[int, int], None] = lambda _done, _all: None,
@@ -114,7 +114,7 @@ def evaluate(
 
     Args:
         bundle: both halves.
-        photos: at least one, each with its truth.
+        photos: at least one, each with its truth, as the task's `Metric.photos` gives them.
         ignore: segmentation: indices that are void; without them each one that is no class.
         progress: called with (photographs done, all).
 
@@ -144,7 +144,7 @@ def evaluate(
             meters[point.id].add(student, truth)
             agreed[point.id] += int((student == teacher).sum())
         progress(count, len(photos))
-    uncompressed.check(str(metric.path(photos[0]).parent))
+    uncompressed.check(str(metric.truth_folder(photos[0])))
     points = []
     for point in manifest.ladder:
         meter, agreement = meters[point.id], agreed[point.id] / compared

@@ -19,12 +19,13 @@ from bitneck.coding.class_map import best_classes, encode_map
 from bitneck.errors import InvalidConfig
 from bitneck_models.data.class_maps import class_iou, confusion, load_class_map, mapped_photos, mean_iou
 from bitneck_models.measure.intervals import percentile_interval, resamples
-from bitneck_models.measure.meter import Photo
+from bitneck_models.measure.meter import Meter, Metric
+from bitneck_models.measure.sweeps import MAP_CODECS, MAP_SWEEP, BaselineSweep
 
 __all__ = ["MeanIou", "MeanIouMeter"]
 
 
-class MeanIouMeter:
+class MeanIouMeter(Meter):
     """Counts the classes of pixels; see `bitneck_models.measure.meter.Meter`."""
 
     def __init__(self, labels: Sequence[str]) -> None:
@@ -100,32 +101,35 @@ class MeanIouMeter:
         return {label: None if np.isnan(iou) else iou for label, iou in zip(self._labels, values, strict=True)}
 
 
-class MeanIou:
+class MeanIou(Metric[tuple[Path, Path]]):
     """Mean IoU of segmentation; see `bitneck_models.measure.meter.Metric`."""
 
     key = "mean_iou"
     title = "mean IoU"
     columns = ("mean IoU (95 %)", "pixels", "map bytes")
+    sweep = BaselineSweep(codecs=MAP_CODECS, training_free=MAP_SWEEP, batch=8)
 
     def __init__(self, labels: Sequence[str], ignore: Collection[int]) -> None:
         self._labels = labels
         self._ignore = ignore
 
     @staticmethod
-    def photos(folder: Path, wnids: Sequence[str], labels: Sequence[str]) -> Sequence[Photo]:
+    def photos(folder: Path, wnids: Sequence[str], labels: Sequence[str]) -> Sequence[tuple[Path, Path]]:
         """See `mapped_photos`."""
         del wnids, labels
         return mapped_photos(folder)
 
-    def path(self, photo: Photo) -> Path:
+    def path(self, photo: tuple[Path, Path]) -> Path:
         """The photograph's file."""
-        assert isinstance(photo, tuple)
         return photo[0]
 
-    def truth(self, photo: Photo) -> NDArray[np.integer]:
+    def truth(self, photo: tuple[Path, Path]) -> NDArray[np.integer]:
         """Its class map, (h, w) uint8."""
-        assert isinstance(photo, tuple)
         return load_class_map(photo[1], len(self._labels), self._ignore)
+
+    def truth_folder(self, photo: tuple[Path, Path]) -> Path:
+        """The folder of its class map."""
+        return photo[1].parent
 
     def answer(self, output: NDArray[np.float32]) -> NDArray[np.integer]:
         """The best class of every pixel, (H, W) uint8."""

@@ -1,27 +1,28 @@
 """What a task has to define so that its networks can be measured: one `Metric` and one `Meter`.
 
-    Metric   reads photographs with their truths, and turns the network's output into an answer
+    Metric   reads photographs with their truths, turns the network's output into an answer, and words the results
     Meter    counts the answers of one network, photograph by photograph
 
-The evaluation of bundles and the baselines work on these alone. A new task is one module such as
+The evaluation of bundles, the baselines and the report work on these alone. A new task is one module such as
 `bitneck_models.measure.top1`, and one line in `METRICS`.
 """
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.manifest import Task
-from bitneck_models.data.photos import LabelledPhoto
+from bitneck_models.measure.sweeps import BaselineSweep
 
-__all__ = ["METRICS", "Meter", "Metric", "Photo", "metric_for"]
+__all__ = ["METRICS", "Answer", "Meter", "Metric", "metric_for", "metric_titles"]
 
-Photo = LabelledPhoto | tuple[Path, Path]
-"""A photograph with its truth: the index of a class, or the file of a class map."""
+Photo = TypeVar("Photo")
+"""A photograph with its truth, of the type that the task's `Metric.photos` gives."""
 
 Answer = NDArray[np.integer]
 """The best class, () or (H, W)."""
@@ -30,12 +31,15 @@ Answer = NDArray[np.integer]
 class Meter(Protocol):
     """Compares the answers of one network with the truth. The network is the uncompressed one or an operating point."""
 
+    @abstractmethod
     def add(self, answer: Answer, truth: Answer) -> None:
         """Count one photograph."""
 
+    @abstractmethod
     def accuracy(self) -> float:
         """The task's measure of accuracy, 0 to 1."""
 
+    @abstractmethod
     def fields(self, uncompressed: Self, agreement: float) -> dict[str, Any]:
         """The fields of an operating point's result that say how good it is.
 
@@ -45,28 +49,35 @@ class Meter(Protocol):
         """
 
     def details(self) -> dict[str, Any]:
-        """What the result says of the uncompressed network beside its accuracy."""
+        """What the result says of the uncompressed network beside its accuracy; by default nothing."""
+        return {}
 
     def check(self, folder: str) -> None:
-        """Refuse truths that say nothing.
+        """Refuse truths that give nothing to compare with; by default every truth gives something.
+
+        Args:
+            folder: of the truths, for the message.
 
         Raises:
             InvalidConfig: there is nothing to compare with.
         """
+        del folder
 
 
-class Metric(Protocol):
+class Metric(Protocol[Photo]):
     """One task.
 
     Attributes:
         key: name of the accuracy in documents.
         title: its name for people.
-        columns: titles of what `cells` gives.
+        columns: titles of the cells that `cells` gives.
+        sweep: settings of the baselines.
     """
 
     key: str
     title: str
     columns: tuple[str, ...]
+    sweep: BaselineSweep
 
     def __init__(self, labels: Sequence[str], ignore: Collection[int]) -> None:
         """Keep the names of the classes, and the indices in class maps that are void.
@@ -76,24 +87,35 @@ class Metric(Protocol):
         """
 
     @staticmethod
+    @abstractmethod
     def photos(folder: Path, wnids: Sequence[str], labels: Sequence[str]) -> Sequence[Photo]:
         """The photographs of a folder with their truths."""
 
+    @abstractmethod
     def path(self, photo: Photo) -> Path:
         """The photograph's file."""
 
+    @abstractmethod
     def truth(self, photo: Photo) -> Answer:
         """What the answer should be."""
 
+    @abstractmethod
+    def truth_folder(self, photo: Photo) -> Path:
+        """The folder that the truth comes from, for messages."""
+
+    @abstractmethod
     def answer(self, output: NDArray[np.float32]) -> Answer:
         """The answer that logits (K,) or (K, H, W) give."""
 
+    @abstractmethod
     def meter(self) -> Meter:
         """A meter that has counted nothing."""
 
+    @abstractmethod
     def cells(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
         """A row of the table for people, from a meter's `fields`."""
 
+    @abstractmethod
     def summary(self, accuracy: float, details: Mapping[str, Any], images: int) -> str:
         """A line for people about the uncompressed network."""
 
@@ -105,7 +127,7 @@ METRICS: Mapping[Task, str] = {
 """The metric of each task, as ``module:class``."""
 
 
-def metric_for(task: Task, labels: Sequence[str], ignore: Collection[int] = ()) -> Metric:
+def metric_for(task: Task, labels: Sequence[str], ignore: Collection[int] = ()) -> Metric[Any]:
     """The metric of a task.
 
     Args:
@@ -116,6 +138,17 @@ def metric_for(task: Task, labels: Sequence[str], ignore: Collection[int] = ()) 
     Raises:
         InvalidConfig: `ignore` for a task that has no class maps.
     """
-    module, _, name = METRICS[task].partition(":")
-    metric: Metric = getattr(importlib.import_module(module), name)(labels, ignore)
+    metric: Metric[Any] = _load(METRICS[task])(labels, ignore)
+    return metric
+
+
+def metric_titles() -> dict[str, str]:
+    """The name for people of every task's accuracy, by its name in documents."""
+    metrics = [_load(place) for place in METRICS.values()]
+    return {metric.key: metric.title for metric in metrics}
+
+
+def _load(place: str) -> type[Metric[Any]]:
+    module, _, name = place.partition(":")
+    metric: type[Metric[Any]] = getattr(importlib.import_module(module), name)
     return metric

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from bitneck.errors import InvalidConfig
 from bitneck_models.data.photos import LabelledPhoto, labelled_photos
 from bitneck_models.measure.intervals import mean_interval, wilson
-from bitneck_models.measure.meter import Photo
+from bitneck_models.measure.meter import Meter, Metric
+from bitneck_models.measure.sweeps import CODECS, SWEEP, BaselineSweep
 
 __all__ = ["Top1", "Top1Meter"]
 
 
-class Top1Meter:
+class Top1Meter(Meter):
     """Counts right answers; see `bitneck_models.measure.meter.Meter`."""
 
     def __init__(self) -> None:
@@ -47,40 +48,36 @@ class Top1Meter:
             "top1_lost_interval": mean_interval(lost),
         }
 
-    def details(self) -> dict[str, Any]:
-        """Nothing more."""
-        return {}
 
-    def check(self, folder: str) -> None:
-        """Every label says something."""
-
-
-class Top1:
+class Top1(Metric[LabelledPhoto]):
     """Top-1 of classification; see `bitneck_models.measure.meter.Metric`."""
 
     key = "top1"
     title = "top-1"
     columns = ("top-1 (95 %)",)
+    sweep = BaselineSweep(codecs=CODECS, training_free=SWEEP, batch=50)
 
     def __init__(self, labels: Sequence[str], ignore: Collection[int]) -> None:
         if ignore:
-            raise InvalidConfig("indices to ignore are for segmentation; this network is for classification")
-        self._labels = labels
+            raise InvalidConfig("--ignore-index is for segmentation; this network is for classification")
+        del labels
 
     @staticmethod
-    def photos(folder: Path, wnids: Sequence[str], labels: Sequence[str]) -> Sequence[Photo]:
+    def photos(folder: Path, wnids: Sequence[str], labels: Sequence[str]) -> Sequence[LabelledPhoto]:
         """See `labelled_photos`."""
         return labelled_photos(folder, wnids, labels)
 
-    def path(self, photo: Photo) -> Path:
+    def path(self, photo: LabelledPhoto) -> Path:
         """The photograph's file."""
-        assert isinstance(photo, LabelledPhoto)
         return photo.path
 
-    def truth(self, photo: Photo) -> NDArray[np.integer]:
+    def truth(self, photo: LabelledPhoto) -> NDArray[np.integer]:
         """The index of its class, ()."""
-        assert isinstance(photo, LabelledPhoto)
         return np.array(photo.label)
+
+    def truth_folder(self, photo: LabelledPhoto) -> Path:
+        """The photograph's folder."""
+        return photo.path.parent
 
     def answer(self, output: NDArray[np.float32]) -> NDArray[np.integer]:
         """The index of the best label, ()."""

@@ -13,14 +13,11 @@ from typing import Any
 import numpy as np
 
 from bitneck.errors import InvalidConfig
+from bitneck_models.measure.meter import metric_titles
 
 __all__ = ["IMAGE_CODECS", "STUDIES", "Curve", "Results", "Sample", "bytes_at", "rate_saving", "read_results"]
 
 IMAGE_CODECS = ("jpeg", "webp", "avif", "heic")
-METRICS = {"top1": "top-1", "mean_iou": "mean IoU"}
-"""What accuracy is called in documents, and on the page."""
-
-
 STUDIES = {
     "rate_terms": "Rate terms: hyperprior and l1",
     "supervision": "Supervised and unsupervised",
@@ -53,7 +50,8 @@ class Results:
         images: number of photographs.
         dataset: their name.
         uncompressed: accuracy of the network without a unit.
-        key: what accuracy is called in the documents, a key of `METRICS`.
+        key: name of the accuracy in the documents.
+        metric: its name on the page.
         studies: study to curve name to curve. The one that is no known study is the shipped ladder; its curves are the
             split points.
         baselines: codec to curve.
@@ -63,18 +61,19 @@ class Results:
     dataset: str
     uncompressed: float
     key: str
+    metric: str
     studies: Mapping[str, Mapping[str, Curve]]
     baselines: Mapping[str, Curve]
-
-    @property
-    def metric(self) -> str:
-        """What accuracy is called on the page."""
-        return METRICS[self.key]
 
     @property
     def ladder(self) -> Mapping[str, Curve] | None:
         """The curves of the ladder that is shipped, or None."""
         return next((curves for name, curves in self.studies.items() if name not in STUDIES), None)
+
+    @property
+    def ladder_curves(self) -> list[tuple[str, Curve]]:
+        """Split points and their curves in the ladder that is shipped, by name; empty without a ladder."""
+        return sorted((self.ladder or {}).items())
 
 
 def read_results(folder: Path) -> Results:
@@ -107,10 +106,18 @@ def read_results(folder: Path) -> Results:
     if len(measured) > 1:
         raise InvalidConfig(f"{folder} mixes results of different photographs: {sorted(measured)}")
     dataset, images, key, uncompressed = measured.pop()
+    titles = metric_titles()
+    if key not in titles:
+        raise InvalidConfig(f"{folder}: no task has an accuracy named {key!r}; known: {', '.join(titles)}")
     return Results(
-        images=images, dataset=dataset, uncompressed=uncompressed, key=key, studies=studies,
+        images=images,
+        dataset=dataset,
+        uncompressed=uncompressed,
+        key=key,
+        metric=titles[key],
+        studies=studies,
         baselines=baselines,
-    )  # fmt: skip
+    )
 
 
 def _evaluation(document: Mapping[str, Any], key: str) -> list[tuple[str, Sample]]:
