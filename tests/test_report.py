@@ -9,7 +9,8 @@ import pytest
 
 from bitneck.errors import InvalidConfig
 from bitneck_models.report.curves import Sample, bytes_at, rate_saving, read_results
-from bitneck_models.report.report import draw, markdown
+from bitneck_models.report.pictures import draw
+from bitneck_models.report.tables import markdown
 
 
 def curve(*points: tuple[float, float]) -> tuple[Sample, ...]:

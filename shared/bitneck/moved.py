@@ -124,7 +124,10 @@ MOVED: dict[str, tuple[str, ...]] = {
         "bitneck_models.zoo.recipe",
         "bitneck_models.losses.task_terms",
     ),
-    "bitneck_models.report": ("bitneck_models.report.report",),
+    "bitneck_models.report": (
+        "bitneck_models.report.pictures",
+        "bitneck_models.report.tables",
+    ),
     "bitneck_models.scalars": ("bitneck_models.training.scalars",),
     "bitneck_models.scenes": ("bitneck_models.data.scenes",),
     "bitneck_models.search": (

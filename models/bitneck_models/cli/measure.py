@@ -170,7 +170,8 @@ def report(
 ) -> None:
     """Draw curves and write tables of measured results. Every folder in the folder is a part of the page."""
     from bitneck_models.report.curves import read_results
-    from bitneck_models.report.report import draw, markdown
+    from bitneck_models.report.pictures import draw
+    from bitneck_models.report.tables import markdown
 
     parts, counts = [], [0, 0, 0]
     for folder in (results, *sorted(path for path in results.iterdir() if path.is_dir())):

@@ -1,146 +1,13 @@
-"""The report: measured results as pictures and Markdown tables.
+"""The page of results, in Markdown: what was measured as tables, with the pictures and the notes.
 
-Results (`bitneck_models.report.curves`)  --draw-->  docs/results/*.png
-                                   --markdown-->  docs/results.md
-
-Nothing is measured here. Every number is in one of the JSON documents, which name their data.
+Every number on the page is in one of the JSON documents, which say what they were measured on.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from bitneck_models.report.curves import IMAGE_CODECS, STUDIES, Curve, Results, Sample, bytes_at, rate_saving
+from bitneck_models.report.curves import IMAGE_CODECS, STUDIES, Results, bytes_at, rate_saving
 
-__all__ = ["draw", "markdown"]
-
-
-# Pictures
-
-
-def draw(results: Results, folder: Path) -> list[str]:
-    """Draw every picture that the results allow, as PNG.
-
-    Args:
-        results: see `read_results`.
-        folder: for the files.
-
-    Returns:
-        The names of the files written.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    written = []
-    for name, paint in _PICTURES.items():
-        if results.ladder if name in ("accuracy", "encoder") else name in results.studies:
-            figure = paint(results)
-            figure.savefig(folder / f"{name}.png", dpi=110)
-            written.append(f"{name}.png")
-    return written
-
-
-def _axes(results: Results, panels: int = 1, width: float = 7.0, *, accuracy: bool = True) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, PercentFormatter
-
-    figure = Figure(figsize=(width if panels == 1 else 4.6 * panels, 4.6), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    for axis in axes:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("bits per input pixel (payload)")
-        if accuracy:
-            axis.axhline(results.uncompressed, color="0.5", linewidth=0.8, linestyle=":")
-        axis.grid(visible=True, which="both", color="0.9", linewidth=0.5)
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes[0].set_ylabel(results.metric)
-    return figure, axes
-
-
-def _plot(axis: Any, name: str, curve: Curve, value: str = "accuracy", **style: Any) -> None:
-    axis.plot([s.bpp for s in curve], [getattr(s, value) for s in curve], label=name, marker="o", markersize=4, **style)
-
-
-def _ladder_of(results: Results) -> Mapping[str, Curve]:
-    return results.ladder or {}
-
-
-def _accuracy(results: Results) -> Any:
-    figure, (axis,) = _axes(results, width=9.0)
-    colours = {name: f"C{k}" for k, name in enumerate(sorted(_ladder_of(results)))}
-    for name, curve in sorted(_ladder_of(results).items()):
-        _plot(axis, f"bitneck {name}", curve, linewidth=2, color=colours[name])
-    for k, (name, curve) in enumerate(sorted(results.baselines.items())):
-        split = curve[0].extra.get("split", "")
-        if name in IMAGE_CODECS:
-            _plot(axis, name, curve, linewidth=1, color=f"C{len(colours) + k % (10 - len(colours))}")
-        else:  # in its split point's colour; only the settings that no other one beats
-            line = "--" if len(curve) > 2 else ":"
-            _plot(axis, name, _front(curve), linewidth=1, linestyle=line, color=colours.get(split, "0.5"), alpha=0.6)
-    axis.set_title(f"{results.images} photographs of {results.dataset}; dotted: uncompressed")
-    axis.legend(fontsize=8, loc="lower right", ncols=2)
-    return figure
-
-
-def _front(curve: Curve) -> Curve:
-    """The samples that no cheaper sample equals."""
-    kept: list[Sample] = []
-    for sample in sorted(curve, key=lambda s: s.payload_bytes):
-        if not kept or sample.accuracy > kept[-1].accuracy:
-            kept.append(sample)
-    return tuple(kept)
-
-
-def _encoder(results: Results) -> Any:
-    """A picture of three quantities: encoder size, data size, accuracy."""
-    figure, (axis,) = _axes(results, width=8.0)
-    for name, curve in sorted(_ladder_of(results).items()):
-        sizes = [_macs(s, "encoder") / 1e5 + 12 for s in curve]
-        axis.scatter([s.bpp for s in curve], [s.accuracy for s in curve], s=sizes, alpha=0.55, label=name)
-        for s in curve:
-            axis.annotate(
-                f"{_macs(s, 'encoder') / 1e6:.2g} M", (s.bpp, s.accuracy), fontsize=6, xytext=(0, -14),
-                textcoords="offset points", ha="center",
-            )  # fmt: skip
-    axis.set_title("area and figure: multiply-adds of the encoder, after the head's")
-    axis.legend(loc="lower right", markerscale=0.4)
-    return figure
-
-
-def _macs(sample: Sample, part: str) -> int:
-    return int(sample.extra["complexity"][part]["multiply_adds"])
-
-
-def _study(name: str) -> Callable[[Results], Any]:
-    """A picture of one study: every curve, in a panel for each split point."""
-
-    def paint(results: Results) -> Any:
-        curves = results.studies[name]
-        splits = sorted({s.extra["split"] for curve in curves.values() for s in curve})
-        figure, axes = _axes(results, len(splits), accuracy=False)
-        for axis, split in zip(axes, splits, strict=True):
-            for title, curve in curves.items():
-                if curve[0].extra["split"] == split:
-                    _plot(axis, title, curve, "agreement")
-            axis.set_title(split)
-            axis.legend(fontsize=8, loc="lower right")
-        axes[0].set_ylabel("agreement with the uncompressed network")
-        return figure
-
-    return paint
-
-
-_PICTURES: dict[str, Callable[[Results], Any]] = {
-    "accuracy": _accuracy,
-    "encoder": _encoder,
-    **{name: _study(name) for name in STUDIES},
-}
-
-
-# Tables
+__all__ = ["markdown"]
 
 
 def markdown(
@@ -209,7 +76,7 @@ def _ladder(results: Results) -> list[str]:
         "against uncompressed (paired) | agreement |",
         "|---|---|---:|---:|---|---|---:|",
     ]
-    for curve in _ladder_curves(results):
+    for _, curve in results.ladder_curves:
         for s in curve:
             e = s.extra
             rows.append(
@@ -226,10 +93,6 @@ def _ladder(results: Results) -> list[str]:
     return rows
 
 
-def _ladder_curves(results: Results) -> list[Curve]:
-    return [curve for _, curve in sorted(_ladder_of(results).items())]
-
-
 def _interval(interval: Sequence[float]) -> str:
     return " to ".join(f"{value * 100:.1f}" for value in interval)
 
@@ -241,7 +104,7 @@ def _against(results: Results) -> list[str]:
         f"| point | bytes | best image codec at the same {results.metric} | its bytes | share |",
         "|---|---:|---|---:|---:|",
     ]
-    for curve in _ladder_curves(results):
+    for _, curve in results.ladder_curves:
         for s in curve:
             needed = {name: value for name, c in codecs.items() if (value := bytes_at(c, s.accuracy)) is not None}
             if not needed:
@@ -258,7 +121,7 @@ def _complexity(results: Results) -> list[str]:
         f"| point | head | encoder | decoder | tail | bytes | {results.metric} |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for curve in _ladder_curves(results):
+    for _, curve in results.ladder_curves:
         for s in curve:
             parts = [
                 f"{c['parameters'] / 1e6:.2f} / {c['multiply_adds'] / 1e6:.1f}"
