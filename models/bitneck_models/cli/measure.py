@@ -23,10 +23,11 @@ def evaluate(
     bundle: Annotated[Path, typer.Option(help="The bundle's folder.")],
     data: Data = None,
     record: Annotated[
-        Path | None, typer.Option(help="Write the result into this zoo entry's ladder.json.", metavar="ZOO")
+        Path | None, typer.Option(help="Write the result to ladder.json of this zoo entry.", metavar="ZOO")
     ] = None,
     zoo: Annotated[
-        Path | None, typer.Option(help="Add each point's recipe and training record, for `report`.", metavar="ZOO")
+        Path | None,
+        typer.Option(help="Add the recipe and training record of each point; `report` needs them.", metavar="ZOO"),
     ] = None,
     ignore_index: Annotated[
         list[int] | None,
@@ -40,16 +41,16 @@ def evaluate(
 ) -> None:
     """Measure a bundle on labelled photographs, through real bytes.
 
-    --data is a folder with labels.csv (file, index) or with one folder for each class (WordNet id, index or label); for
-    segmentation a folder with images/ and, under the same names, labels/ (PNG of class indices), or COCO's photographs
-    (coco/val2017, beside coco/annotations/instances_val2017.json).
+    For classification, --data has labels.csv (columns file and index), or one folder for each class, named by WordNet
+    id, index or label. For segmentation, --data has images/ and labels/ with the same names (PNG of class indices), or
+    it is a folder of COCO such as coco/val2017, beside coco/annotations/instances_val2017.json.
     """
     from bitneck.bundle import Bundle
     from bitneck_models.measure.table import evaluation_line, evaluation_table
     from bitneck_models.zoo.entry import ZooEntry, tables_digests
 
     opened = Bundle.open(bundle)
-    digests = tables_digests(opened)  # before the measurement: the folder may get another bundle meanwhile
+    digests = tables_digests(opened)  # before the measurement: another bundle may be written to the folder during it
     folder = data_folder(data)
     console = Console(stderr=True)
     with progress_bars(console) as progress:
@@ -85,7 +86,7 @@ def baselines(
         str | None,
         typer.Option(help="The network: a name or a network recipe. Without it and --zoo, efficientnet_lite0."),
     ] = None,
-    codec: Annotated[list[str] | None, typer.Option(help="This image codec only; repeatable.")] = None,
+    codec: Annotated[list[str] | None, typer.Option(help="Measure only this image codec; repeatable.")] = None,
     zoo: Annotated[
         Path | None,
         typer.Option(

@@ -1,1 +1,1 @@
-"""Measurements of bundles and of what they are compared with."""
+"""Measurements of bundles, and of the baselines that they are compared with."""

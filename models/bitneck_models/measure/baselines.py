@@ -45,16 +45,16 @@ def _silent(_done: int, _all: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaselinePoint:
-    """One setting of one baseline, means over the photographs.
+    """One baseline at one setting: means over the photographs.
 
     Attributes:
         codec: name of the codec.
         setting: quality, or another setting.
         split: split point; empty for image codecs.
-        bytes_mean: of one photograph.
+        bytes_mean: coded bytes of a photograph.
         bpp: bits per input pixel.
-        accuracy: share whose best label is the true one; segmentation: mean IoU with the class maps.
-        agreement: share of the photographs, or of their pixels, whose class is the uncompressed network's.
+        accuracy: the task's measure: top-1 or mean IoU.
+        agreement: share of the answers (labels, or pixels) that are the uncompressed network's.
     """
 
     codec: str
@@ -75,7 +75,7 @@ class BaselinePoint:
 
 
 class _Judge:
-    """Compares answers with labels and with the uncompressed network's answers."""
+    """Compares answers with the truth and with the answers of the uncompressed network."""
 
     def __init__(self, backbone: Backbone, photos: Sequence[Any], folder: Path) -> None:
         if not photos:
@@ -96,7 +96,7 @@ class _Judge:
 
     @property
     def uncompressed(self) -> float:
-        """Accuracy of the network itself."""
+        """Accuracy of the uncompressed network."""
         return self.accuracy(self.teacher)
 
     def accuracy(self, answers: NDArray[np.integer]) -> float:
@@ -107,7 +107,7 @@ class _Judge:
         return meter.accuracy()
 
     def module(self, module: torch.nn.Module, shape: tuple[int, int, int]) -> OnnxModule:
-        """A module as an ONNX Runtime session."""
+        """The module as an ONNX Runtime session."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "baseline.onnx"
         path.write_bytes(to_onnx(module, shape))
@@ -149,22 +149,22 @@ def image_baselines(
     codecs: Mapping[str, Sequence[int]] | Sequence[str] = tuple(CODECS),
     progress: Progress = _silent,
 ) -> tuple[float, list[BaselinePoint]]:
-    """Image codecs over a sweep of quality: the crop that the network sees is coded and decoded.
+    """Measure image codecs at several qualities. They code and decode the crop that the network sees.
 
-    JPEG with optimized Huffman tables, WebP and HEIC as Pillow and pillow-heif set them, AVIF at speed 6.
+    JPEG uses optimized Huffman tables, WebP and HEIC the defaults of Pillow and pillow-heif, AVIF speed 6.
 
     Args:
         backbone: the network.
         photos: at least one.
-        folder: for exported modules.
-        codecs: names, or names and qualities.
+        folder: place for exported modules.
+        codecs: names, or names with qualities.
         progress: called with (settings done, all).
 
     Returns:
         The uncompressed network's accuracy, and the points.
 
     Raises:
-        InvalidConfig: a codec that is unknown, or that the installed libraries cannot write; no photographs.
+        InvalidConfig: no photographs, an unknown codec, or a codec that the installed libraries cannot write.
         ImageError: a photograph cannot be read.
     """
     unknown = [name for name in codecs if name not in CODECS]
@@ -210,13 +210,13 @@ def raw_baselines(
     *,
     progress: Progress = _silent,
 ) -> list[BaselinePoint]:
-    """The feature itself: as float16, and as 8 bits between its smallest and largest value, each through LZMA.
+    """Measure the raw feature through LZMA: as float16, and as 8 bits between its smallest and largest value.
 
     Args:
         backbone: the network.
         split: split point.
         photos: at least one.
-        folder: for exported modules.
+        folder: place for exported modules.
         progress: called with (settings done, all).
     """
     judge = _Judge(backbone, photos, folder)
@@ -251,15 +251,15 @@ def training_free(
     sweep: Sequence[tuple[float, float]] = SWEEP,
     progress: Progress = _silent,
 ) -> list[BaselinePoint]:
-    """Pooling, principal components, one step; each component coded with its own static table (ideal code length).
+    """Measure pooling and principal components at one step. Bytes are the ideal length under a table per component.
 
     Args:
         backbone: the network.
         split: split point.
         train_features: components and tables are fitted on these, (M, C, Hf, Wf).
         photos: at least one.
-        folder: for exported modules.
-        sweep: (k as a share of the feature's size, step).
+        folder: place for exported modules.
+        sweep: settings: k as a share of the feature's size, and the step.
         progress: called with (settings done, all).
     """
     judge = _Judge(backbone, photos, folder)

@@ -1,7 +1,7 @@
 """The cost of a part of a bundle: parameters and multiply-adds, counted from the ONNX file that is deployed.
 
-Table 4 of the paper. Multiply-adds are those of convolutions and matrix products; additions of biases, activations and
-pooling are not counted.
+These are the figures of Table 4 of the paper. Multiply-adds are those of convolutions and matrix products. Biases,
+activations and pooling are not counted.
 """
 
 import math
@@ -27,13 +27,13 @@ class Complexity:
     multiply_adds: int
 
     def __add__(self, other: "Complexity") -> "Complexity":
-        """Two modules, one after the other."""
+        """The cost of two modules, one after the other."""
         return Complexity(self.parameters + other.parameters, self.multiply_adds + other.multiply_adds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointComplexity:
-    """Head and encoder run at the edge, decoder and tail in the cloud."""
+    """The cost of the four parts. Head and encoder run at the edge, decoder and tail in the cloud."""
 
     head: Complexity
     encoder: Complexity
@@ -42,7 +42,7 @@ class PointComplexity:
 
 
 def point_complexity(root: Path, manifest: Manifest, point: OperatingPoint) -> PointComplexity:
-    """The four parts of one operating point.
+    """Count the four parts of one operating point.
 
     Args:
         root: the bundle's folder.
@@ -60,7 +60,7 @@ def point_complexity(root: Path, manifest: Manifest, point: OperatingPoint) -> P
 
 
 def _chain(root: Path, manifest: Manifest, segments: range, shape: tuple[int, ...]) -> Complexity:
-    """Segments one after the other; the shape is that of the first one's input, without the batch axis."""
+    """Segments one after the other. `shape` is the first segment's input, without the batch axis."""
     total = Complexity(0, 0)
     for index in segments:
         part, shape = _measured(root / manifest.segments[index].file, shape)
@@ -72,8 +72,8 @@ def onnx_complexity(path: Path, input_shape: Sequence[int]) -> Complexity:
     """Count one file, for a batch of one.
 
     Args:
-        path: of the file.
-        input_shape: of one sample, without the batch axis; height and width may be open in the file.
+        path: the ONNX file.
+        input_shape: of one sample, without the batch axis. The file may leave height and width open.
 
     Raises:
         BundleCorrupt: it is no ONNX file, or its shapes cannot be inferred.
@@ -82,7 +82,7 @@ def onnx_complexity(path: Path, input_shape: Sequence[int]) -> Complexity:
 
 
 def _measured(path: Path, input_shape: Sequence[int]) -> tuple[Complexity, tuple[int, ...]]:
-    """See `onnx_complexity`; and the shape of the output, without the batch axis."""
+    """The count (see `onnx_complexity`) and the output's shape, without the batch axis."""
     try:
         model = onnx.load(path)
         for value in model.graph.input:
@@ -92,7 +92,7 @@ def _measured(path: Path, input_shape: Sequence[int]) -> tuple[Complexity, tuple
         for value in model.graph.output:
             value.type.tensor_type.ClearField("shape")
         graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    except Exception as exc:  # onnx raises many kinds for a broken file
+    except Exception as exc:  # onnx raises many types for a broken file
         raise BundleCorrupt(f"{path}: not readable as ONNX ({exc})") from exc
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in _values(graph)}
     shapes |= {t.name: list(t.dims) for t in graph.initializer}
@@ -115,7 +115,7 @@ def _multiply_adds(node: onnx.NodeProto, shapes: dict[str, list[int]], path: Pat
     except KeyError as exc:
         raise BundleCorrupt(f"{path}: the shape of {exc} is unknown") from exc
     if not all((*weight, *result, *inputs)):
-        raise BundleCorrupt(f"{path}: the shapes at {node.op_type} {node.name} cannot be told")
+        raise BundleCorrupt(f"{path}: the shapes at {node.op_type} {node.name} cannot be inferred")
     match node.op_type:
         case "Conv":
             return math.prod(result) * math.prod(weight[1:])
@@ -123,7 +123,7 @@ def _multiply_adds(node: onnx.NodeProto, shapes: dict[str, list[int]], path: Pat
             return math.prod(inputs) * math.prod(weight[1:])
         case "Einsum":
             return _einsum(node, inputs, weight)
-        case _:  # the summed dimension is the input's last
+        case _:  # Gemm and MatMul sum over the input's last dimension
             return math.prod(result) * inputs[-1]
 
 

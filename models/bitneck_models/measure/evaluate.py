@@ -1,4 +1,4 @@
-"""A bundle on photographs with known answers, through real bytes: one loop for every task.
+"""Measures a bundle on photographs with known answers, through real bytes: one loop for every task.
 
 `bitneck_models.measure.passes` takes photographs through the bundle; `bitneck_models.measure.meter` says what a task
 defines.
@@ -54,9 +54,9 @@ class Evaluation:
     Attributes:
         bundle_id: of the bundle.
         images: number of photographs.
-        metric: of the bundle's task.
+        metric: metric of the bundle's task.
         accuracy: of the uncompressed network.
-        details: more of the uncompressed network; see `Meter.details`.
+        details: further figures of the uncompressed network; see `Meter.details`.
         points: in order of rate.
     """
 
@@ -115,11 +115,11 @@ def evaluate(
     Args:
         bundle: both halves.
         photos: at least one, each with its truth, as the task's `Metric.photos` gives them.
-        ignore: segmentation: indices that are void; without them each one that is no class.
+        ignore: segmentation: indices in class maps that are void. By default, all indices that are no class.
         progress: called with (photographs done, all).
 
     Raises:
-        InvalidConfig: no photographs, or a truth that cannot be read or says nothing.
+        InvalidConfig: no photographs, a truth that cannot be read, or truths that give nothing to compare with.
         ImageError: a photograph cannot be read.
         BundleError, ModelFailure: the bundle cannot be used.
     """

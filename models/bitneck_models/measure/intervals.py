@@ -1,4 +1,4 @@
-"""Confidence intervals of what is measured.
+"""Confidence intervals of measured values.
 
 Dimensions: n photographs, B resamples.
 """
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 __all__ = ["RESAMPLES", "mean_interval", "percentile_interval", "resamples", "wilson"]
 
 RESAMPLES = 1000
+"""Resamples of a bootstrap."""
 
 _Z = 1.959964
 """95 % of a normal distribution lies within this many standard deviations of the mean."""

@@ -63,7 +63,7 @@ class MeanIouMeter(Meter):
         }
 
     def details(self) -> dict[str, Any]:
-        """As `fields`, of the uncompressed network."""
+        """Interval, classes, pixels and map bytes of the uncompressed network, as in `fields`."""
         return {
             "mean_iou_interval": percentile_interval(self._resampled()),
             "iou": self._iou(),
@@ -96,7 +96,7 @@ class MeanIouMeter(Meter):
         return float(np.trace(total) / total.sum())
 
     def _iou(self) -> dict[str, float | None]:
-        """Of each class by name; None for a class that occurs nowhere."""
+        """Intersection over union of each class by name; None for a class that occurs nowhere."""
         values = class_iou(self._total()).tolist()
         return {label: None if np.isnan(iou) else iou for label, iou in zip(self._labels, values, strict=True)}
 

@@ -49,7 +49,7 @@ class Meter(Protocol):
         """
 
     def details(self) -> dict[str, Any]:
-        """What the result says of the uncompressed network beside its accuracy; by default nothing."""
+        """Further figures of the uncompressed network; by default none."""
         return {}
 
     def check(self, folder: str) -> None:
@@ -133,7 +133,7 @@ def metric_for(task: Task, labels: Sequence[str], ignore: Collection[int] = ()) 
     Args:
         task: of the network.
         labels: names of its classes.
-        ignore: indices that are void in class maps; without them each one that is no class.
+        ignore: indices in class maps that are void. By default, all indices that are no class.
 
     Raises:
         InvalidConfig: `ignore` for a task that has no class maps.

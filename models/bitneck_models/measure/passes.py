@@ -1,4 +1,4 @@
-"""Photographs through a bundle, at every operating point and through real bytes: encode, then decode.
+"""Takes photographs through a bundle at every operating point: each is encoded to real bytes, and decoded.
 
 The numerics are those of edge and cloud (`bitneck.chain`), so payloads and symbols are those of a real link.
 """
@@ -25,11 +25,11 @@ class PointPass:
     """One photograph at one operating point.
 
     Attributes:
-        output: the network's, (K,) or (K, H, W) float32 logits.
-        payload_bytes: coded bytes.
-        ideal_bits: the ideal code length under the point's own tables.
-        wire_bytes: of the message on the stream.
-        symbols: that were coded, (Cr, h, w) int32.
+        output: logits of the network, (K,) or (K, H, W) float32.
+        payload_bytes: size of the coded payload.
+        ideal_bits: ideal code length under the point's own tables.
+        wire_bytes: size of the message on the stream.
+        symbols: the coded symbols, (Cr, h, w) int32.
     """
 
     output: NDArray[np.float32]
@@ -54,7 +54,7 @@ class PhotoPass:
     """One photograph.
 
     Attributes:
-        output: of the uncompressed network, logits of shape (K,) or (K, H, W).
+        output: logits of the uncompressed network, (K,) or (K, H, W) float32.
     """
 
     def __init__(self, halves: _Halves, seq: int, features: list[NDArray[np.float32]]) -> None:
@@ -83,7 +83,7 @@ class PhotoPass:
 
 
 def photo_passes(bundle: Bundle, photos: Sequence[Path]) -> Iterator[PhotoPass]:
-    """Each photograph in turn.
+    """Take each photograph through the bundle in turn.
 
     Raises:
         ImageError: a photograph cannot be read.

@@ -1,6 +1,8 @@
 """Measured results, read from their documents: rate-accuracy curves, and comparisons of them.
 
 docs/results/*.json (evaluate, baselines)  --read_results-->  Results
+Results  --bitneck_models.report.pictures-->  docs/results/*.png
+Results  --bitneck_models.report.tables-->    docs/results.md
 """
 
 import json
@@ -14,16 +16,18 @@ import numpy as np
 
 from bitneck.errors import InvalidConfig
 from bitneck_models.measure.meter import metric_titles
+from bitneck_models.measure.sweeps import CODECS
 
 __all__ = ["IMAGE_CODECS", "STUDIES", "Curve", "Results", "Sample", "bytes_at", "rate_saving", "read_results"]
 
-IMAGE_CODECS = ("jpeg", "webp", "avif", "heic")
+IMAGE_CODECS = tuple(CODECS)
 STUDIES = {
     "rate_terms": "Rate terms: hyperprior and l1",
     "supervision": "Supervised and unsupervised",
     "layers": "Layers to distil from (Fig. 4 of the paper)",
     "topologies": "Topologies (Table 3 of the paper)",
 }
+"""Known studies, and their headings on the page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +43,7 @@ class Sample:
 
 
 Curve = tuple[Sample, ...]
-"""In order of rate."""
+"""Samples in order of rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +166,7 @@ def _grouped(samples: Iterable[tuple[str, Sample]]) -> dict[str, Curve]:
 
 
 def bytes_at(curve: Curve, accuracy: float) -> float | None:
-    """Bytes that a curve takes to reach an accuracy, by log-linear interpolation of its rising envelope.
+    """Bytes that a curve needs to reach an accuracy, by log-linear interpolation of its rising envelope.
 
     Returns:
         None if it never does; the first point's bytes if that point is accurate enough.

@@ -1,4 +1,4 @@
-"""Pictures of what was measured: rate and accuracy, encoder size, and one picture for each study."""
+"""Pictures of the results: rate and accuracy, encoder size, and one for each study."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +64,7 @@ def _accuracy(results: Results) -> Any:
         split = curve[0].extra.get("split", "")
         if name in IMAGE_CODECS:
             _plot(axis, name, curve, linewidth=1, color=f"C{len(colours) + k % (10 - len(colours))}")
-        else:  # in its split point's colour; only the settings that no other one beats
+        else:  # in the colour of its split point, and only settings on the Pareto front
             line = "--" if len(curve) > 2 else ":"
             _plot(axis, name, _front(curve), linewidth=1, linestyle=line, color=colours.get(split, "0.5"), alpha=0.6)
     axis.set_title(f"{results.images} photographs of {results.dataset}; dotted: uncompressed")
@@ -102,7 +102,7 @@ def _macs(sample: Sample, part: str) -> int:
 
 
 def _study(name: str) -> Callable[[Results], Any]:
-    """A picture of one study: every curve, in a panel for each split point."""
+    """A picture of one study, with a panel for each split point."""
 
     def paint(results: Results) -> Any:
         curves = results.studies[name]

@@ -1,6 +1,6 @@
-"""The page of results, in Markdown: what was measured as tables, with the pictures and the notes.
+"""The page of results in Markdown: tables, pictures and notes.
 
-Every number on the page is in one of the JSON documents, which say what they were measured on.
+Nothing is measured here. Every number on the page is in a JSON document, which names the photographs it is from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ def markdown(
 
     Args:
         results: see `read_results`.
-        commands: that made the results, for a code block.
-        notes: by section, Markdown: what the figures mean, written by hand.
-        pictures: see `draw`.
-        folder: of the pictures, seen from the page.
-        title: of the page, or of its part.
+        commands: the commands that made the results, for a code block.
+        notes: notes in Markdown by section, written by hand, on what the figures mean.
+        pictures: names of the files that `bitneck_models.report.pictures.draw` wrote.
+        folder: folder of the pictures, relative to the page.
+        title: title of the page, or of this part of it.
     """
     parts = [
         f"# {title}\n",
