@@ -160,7 +160,7 @@ async def reloading(bundle: Bundle, folder: Path, cache: Path) -> dict[str, Any]
                 await asyncio.to_thread(_replace, variants[(k + 1) % 2].root, served)
                 await asyncio.sleep(1.0)
                 begin = time.perf_counter()
-                reply = await http.post(f"/v1/models/{bundle.manifest.name}/reload")
+                reply = await http.post(f"/v1/models/{bundle.manifest.name}/reload", headers={"X-Bitneck-Request": "1"})
                 took.append(time.perf_counter() - begin)
                 assert reply.json()["changed"], reply.text
                 await asyncio.sleep(1.0)

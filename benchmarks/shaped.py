@@ -85,7 +85,7 @@ def main() -> None:
     try:
         with (
             shaped_link() as link,
-            running_server(plan.bundle, options=QUIET, grpc=f"{link.host}:0") as server,
+            running_server(plan.bundle, options=(*QUIET, "--insecure"), grpc=f"{link.host}:0") as server,
             tempfile.TemporaryDirectory() as folder,
         ):
             cache = Path(folder)

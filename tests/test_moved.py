@@ -14,6 +14,7 @@ from bitneck.moved import MOVED
 GOLDEN = Path(__file__).parent / "golden" / "public_names.json"
 NAMES: dict[str, list[str]] = json.loads(GOLDEN.read_text())
 GONE = {
+    "bitneck_cloud.security": {"same_secret"},  # tokens are found by their digest
     "bitneck_edge.flow": {"Flow"},
     "bitneck_edge.references": {"References"},
     "bitneck_cloud.conversation": {"computed_of"},

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import datetime
 import json
 import shutil
 import signal
@@ -15,7 +14,6 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-import trustme
 from cryptography.hazmat.primitives import serialization
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,6 +22,7 @@ from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, Unauthenticated, Unavailable
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.client import EdgeClient
+from bitneck_testing.authority import Authority
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import BIN, Server, running_server
 from bitneck_testing.streams import Frames, open_stream, stub
@@ -33,31 +32,6 @@ from bitneck_testing.tiny_bundles import make_tiny_bundle
 @pytest.fixture(scope="module")
 def frames(tiny_bundle: Bundle) -> Frames:
     return Frames(tiny_bundle)
-
-
-class Authority:
-    """A certificate authority of the test's own, and files of its certificates."""
-
-    def __init__(self, root: Path) -> None:
-        self._authority = trustme.CA()
-        self._root = root
-        root.mkdir(parents=True, exist_ok=True)
-        self.ca = root / "ca.pem"
-        self._authority.cert_pem.write_to_path(self.ca)
-
-    def issue(self, name: str, days: float = 1.0) -> tuple[Path, Path]:
-        now = datetime.datetime.now(datetime.UTC)
-        issued = self._authority.issue_cert(
-            "localhost",
-            "127.0.0.1",
-            common_name=name,
-            not_before=now - datetime.timedelta(days=2),
-            not_after=now + datetime.timedelta(days=days),
-        )
-        cert, key = self._root / f"{name}.pem", self._root / f"{name}.key"
-        issued.cert_chain_pems[0].write_to_path(cert)
-        issued.private_key_pem.write_to_path(key)
-        return cert, key
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +187,7 @@ async def test_reload_swaps_while_frames_flow(own_tiny_bundle: Bundle, tmp_path:
     payload = frames.frame(1).payload
     with running_server(old.root) as server:
         async with httpx.AsyncClient(base_url=server.http) as http, stub(server.grpc) as cloud:
-            unchanged = (await http.post("/v1/models/tiny/reload")).json()
+            unchanged = (await http.post("/v1/models/tiny/reload", headers={"X-Bitneck-Request": "1"})).json()
             assert (unchanged["changed"], unchanged["bundle_id"]) == (False, old.bundle_id)
             stream = await open_stream(cloud, old.bundle_id)
             stop, outcomes = asyncio.Event(), []
@@ -227,7 +201,7 @@ async def test_reload_swaps_while_frames_flow(own_tiny_bundle: Bundle, tmp_path:
 
             flowing = asyncio.create_task(flow())
             new = make_tiny_bundle(old.root, drop_points=("s2-r1",))
-            reply = await http.post("/v1/models/tiny/reload")
+            reply = await http.post("/v1/models/tiny/reload", headers={"X-Bitneck-Request": "1"})
             assert reply.status_code == 200, reply.text
             changed = reply.json()
             assert (changed["changed"], changed["bundle_id"]) == (True, new.bundle_id)
@@ -253,12 +227,12 @@ async def test_reload_swaps_while_frames_flow(own_tiny_bundle: Bundle, tmp_path:
             victim = new.root / "points" / "s1-r1" / "decoder.onnx"
             good = victim.read_bytes()
             victim.write_bytes(good[:-1])
-            broken = await http.post("/v1/models/tiny/reload")
+            broken = await http.post("/v1/models/tiny/reload", headers={"X-Bitneck-Request": "1"})
             assert (broken.status_code, broken.json()["title"]) == (500, "BundleCorrupt")
             shutil.rmtree(new.root / "points")
-            assert (await http.post("/v1/models/tiny/reload")).status_code == 500
+            assert (await http.post("/v1/models/tiny/reload", headers={"X-Bitneck-Request": "1"})).status_code == 500
             make_tiny_bundle(new.root, name="other")
-            assert (await http.post("/v1/models/tiny/reload")).status_code == 400
+            assert (await http.post("/v1/models/tiny/reload", headers={"X-Bitneck-Request": "1"})).status_code == 400
             assert (await fresh.ask(frames.frame(4, "s1-r1"))).HasField("result")
             found = samples((await http.get("/metrics")).text)
         assert found[f"bitneck_reloads_total{[('model', 'tiny'), ('outcome', 'ok')]}"] == 1

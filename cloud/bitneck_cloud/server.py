@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import grpc
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from pydantic import SecretStr
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
@@ -24,24 +26,29 @@ from bitneck.settings.model import Address
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
+from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.access.security import DeviceTokens, grpc_credentials, tls_files_usable
 from bitneck_cloud.access.tokens import TokenSigner
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.http_api import build_app
+from bitneck_cloud.api.http_guard import HttpGuard, KnownHosts
 from bitneck_cloud.api.parsing import TolerantParsing
 from bitneck_cloud.api.readiness import Readiness
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.observe.audit import RefusalLog, record
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import open_traces
 from bitneck_cloud.reload import Reloader
 from bitneck_cloud.sessions.registry import Registry
+from bitneck_cloud.sessions.session import Session
 from bitneck_cloud.settings import CloudSettings
 
 __all__ = ["Ready", "load_models", "serve"]
 
 _LOG = logging.getLogger(__name__)
 _SERVICE = pb.DESCRIPTOR.services_by_name["SplitInference"].full_name
+_HOUSEKEEPING_S = 1.0
 _HEALTH_NAMES = ("", _SERVICE)
 
 _GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -109,7 +116,9 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     check_providers(settings.providers)
     pool = ModulePool(settings.providers)
     models = await asyncio.to_thread(load_models, bundles, settings.threads, pool)
-    metrics = Metrics()
+    metrics, refusals = Metrics(), RefusalLog()
+    devices = BearerTokens(Role.DEVICE, _secret(settings.device_token), settings.device_tokens)
+    operators = BearerTokens(Role.OPERATE, _secret(settings.http_token), settings.http_tokens)
     key = settings.token_key.get_secret_value().encode() if settings.token_key is not None else secrets.token_bytes(32)
     registry = Registry(
         models.values(),
@@ -120,6 +129,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         max_bytes_per_s=settings.max_bytes_per_s,
         signer=TokenSigner(key, max_age_s=settings.token_max_age_s),
         adopt=settings.token_key is not None,
+        ended=_record_end,
     )
     engine = Engine(
         max_batch=settings.max_batch,
@@ -129,7 +139,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     )
     tracer = open_traces(settings.traces, settings.trace_ratio)
     service = InferenceService(
-        registry, engine, metrics, tracer, idle_s=settings.idle_s, similar_bytes=settings.similar_bytes
+        registry, engine, metrics, tracer, devices, idle_s=settings.idle_s, similar_bytes=settings.similar_bytes
     )
     folders = {model.name: model.bundle.root for model in models.values()}
     reloader = Reloader(registry, folders, pool, settings.threads, metrics)
@@ -138,11 +148,17 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     metrics.gauge("open_sessions", "Sessions, disconnected ones included.", lambda: registry.count)
     metrics.gauge("queue_frames", "Frames that wait for the engine.", lambda: engine.waiting)
     metrics.gauge("ready", "1 while the server takes new work.", lambda: readiness.ready)
-    token = settings.http_token.get_secret_value() if settings.http_token is not None else None
-    app = build_app(registry, service, readiness, token, metrics=metrics, reloader=reloader)
+    app = HttpGuard(
+        build_app(registry, service, readiness, metrics=metrics, reloader=reloader),
+        tokens=operators,
+        hosts=KnownHosts(settings.http_hosts, Address.parse(settings.http)),
+        metrics=metrics,
+        refusals=refusals,
+    )
+    _warn_of_open_doors(settings, devices)
     http = _HttpServer(uvicorn.Config(app, log_config=None, access_log=False, ws="none", **_http_tls(settings)))
     with contextlib.closing(_listen(Address.parse(settings.http))) as http_socket:
-        server, health_servicer, port = await _grpc_server(settings, service, metrics)
+        server, health_servicer, port = await _grpc_server(settings, service, devices, metrics, refusals)
         engine.start()
         await server.start()
         http_task = asyncio.create_task(http.serve(sockets=[http_socket]))
@@ -150,6 +166,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         for name in _HEALTH_NAMES:
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         readiness.ready = not stopping.is_set()
+        keeping = asyncio.create_task(_keep_house(registry, service, (devices, operators), refusals))
         grpc_host, http_host = Address.parse(settings.grpc).host, Address.parse(settings.http).host
         http_port = http_socket.getsockname()[1]
         on_ready(Ready(str(Address(grpc_host, port)), str(Address(http_host, http_port)), models))
@@ -166,7 +183,43 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         await engine.stop()
         http.should_exit = True
         await http_task
+        keeping.cancel()
+        refusals.flush(all_of_it=True)
         await asyncio.to_thread(tracer.close)
+
+
+async def _keep_house(
+    registry: Registry, service: InferenceService, books: Sequence[BearerTokens], refusals: RefusalLog
+) -> None:
+    """What has to be done now and then: forget sessions, read token files again, log sums of refusals."""
+    while True:
+        await asyncio.sleep(_HOUSEKEEPING_S)
+        try:
+            registry.expire(time.monotonic())
+            if any([await asyncio.to_thread(book.refresh) for book in books]):
+                service.end_revoked()
+            refusals.flush()
+        except Exception:  # noqa: BLE001  a bug here must not stop what comes after it
+            _LOG.exception("housekeeping failed; it goes on")
+
+
+def _record_end(session: Session) -> None:
+    before = {"client": session.client, "answered": session.answered, "payload_bytes": session.payload_bytes}
+    record("session end", f"session {session.session_id}", who="server", before=before)
+
+
+def _warn_of_open_doors(settings: CloudSettings, devices: BearerTokens) -> None:
+    if Address.parse(settings.grpc).loopback:
+        return
+    if not devices.needed and settings.tls_client_ca is None:
+        _LOG.warning("every device that reaches %s may use it: no device_token, device_tokens or tls_client_ca is set",
+                     settings.grpc)  # fmt: skip
+    if settings.tls_cert is None:
+        _LOG.warning("frames and tokens travel in plaintext, as insecure allows")
+
+
+def _secret(value: SecretStr | None) -> str | None:
+    return value.get_secret_value() if value is not None else None
 
 
 async def _streams_end(service: InferenceService, limit_s: float) -> None:
@@ -178,12 +231,16 @@ async def _streams_end(service: InferenceService, limit_s: float) -> None:
 
 
 async def _grpc_server(
-    settings: CloudSettings, service: InferenceService, metrics: Metrics
+    settings: CloudSettings,
+    service: InferenceService,
+    devices: BearerTokens,
+    metrics: Metrics,
+    refusals: RefusalLog,
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer, int]:
     address = Address.parse(settings.grpc)
     interceptors: list[grpc.aio.ServerInterceptor] = [TolerantParsing()]
-    if settings.device_token is not None:
-        interceptors.insert(0, DeviceTokens(settings.device_token.get_secret_value(), metrics))
+    if devices.needed:
+        interceptors.insert(0, DeviceTokens(devices, metrics, refusals))
     server = grpc.aio.server(options=_GRPC_OPTIONS, interceptors=interceptors)
     pb_grpc.add_SplitInferenceServicer_to_server(service, server)
     servicer = health.aio.HealthServicer()

@@ -8,10 +8,9 @@ from pydantic_settings import SettingsConfigDict
 
 from bitneck.runtime import CPU
 from bitneck.settings.model import Address, Names, Paths, Settings, setting
+from bitneck_cloud.access.bearers import MIN_SECRET_CHARACTERS
 
 __all__ = ["CloudSettings"]
-
-_MIN_SECRET_CHARACTERS = 16
 
 _SERVE, _ACCESS, _COMPUTE, _SESSIONS, _STOP, _OBSERVE = (
     "Serving", "Access", "Computing", "Sessions", "Stopping", "Logs and traces",
@@ -33,9 +32,48 @@ class CloudSettings(Settings):
 
     http_token: Annotated[
         SecretStr | None,
-        setting("Bearer token that the control API asks for. Needed unless it listens on loopback only.", _ACCESS),
+        setting(
+            "Bearer token of the control API, with the role operate. Unless it listens on loopback only, this or "
+            "http_tokens is needed.",
+            _ACCESS,
+        ),
     ] = None
-    device_token: Annotated[SecretStr | None, setting("Bearer token that gRPC asks devices for.", _ACCESS)] = None
+    http_tokens: Annotated[
+        Path | None,
+        setting(
+            "File of further tokens of the control API, a line each: ROLE NAME TOKEN, where ROLE is metrics, read or "
+            "operate. The server reads the file again when it changes.",
+            _ACCESS,
+        ),
+    ] = None
+    http_hosts: Annotated[
+        Names,
+        setting(
+            "Name under which the control API may be called, beside loopback's. Repeat it. Without it, a server that "
+            "listens on loopback knows loopback's names only, and another one takes every name.",
+            _ACCESS,
+            flag="--http-host",
+        ),
+    ] = ()
+    device_token: Annotated[
+        SecretStr | None, setting("Bearer token that gRPC asks devices for, one for all devices.", _ACCESS)
+    ] = None
+    device_tokens: Annotated[
+        Path | None,
+        setting(
+            "File of the devices' own tokens, a line each: NAME TOKEN. The server reads the file again when it "
+            "changes, and ends the streams of the tokens that are gone.",
+            _ACCESS,
+        ),
+    ] = None
+    insecure: Annotated[
+        bool,
+        setting(
+            "Allow plaintext on addresses that other machines can reach. Everybody on the way can then read tokens and "
+            "frames. For a network that you trust, or behind a proxy that has TLS.",
+            _ACCESS,
+        ),
+    ] = False
     tls_cert: Annotated[
         Path | None,
         setting("PEM file of the certificate chain for gRPC and HTTP. Without it there is no TLS.", _ACCESS),
@@ -158,18 +196,23 @@ class CloudSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        Address.parse(self.grpc)
-        if not Address.parse(self.http).loopback and self.http_token is None:
+        open_to_others = [name for name in ("grpc", "http") if not Address.parse(getattr(self, name)).loopback]
+        if "http" in open_to_others and self.http_token is None and self.http_tokens is None:
             raise ValueError(
-                "the control API would be open to the network: set http_token (BITNECK_CLOUD_HTTP_TOKEN), "
-                "or listen on 127.0.0.1"
+                "the control API would be open to the network: set http_token (BITNECK_CLOUD_HTTP_TOKEN) or "
+                "http_tokens, or listen on 127.0.0.1"
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together: give both, or none")
         if self.tls_cert is None and (self.tls_client_ca or self.http_tls_client_ca):
             raise ValueError("client certificates need TLS: give tls_cert and tls_key too")
+        if open_to_others and self.tls_cert is None and not self.insecure:
+            raise ValueError(
+                f"{' and '.join(open_to_others)} would send plaintext over the network: give tls_cert and tls_key, "
+                "listen on 127.0.0.1, or allow it with insecure (--insecure) where you trust the network"
+            )
         for name in ("http_token", "device_token", "token_key"):
             secret: SecretStr | None = getattr(self, name)
-            if secret is not None and len(secret.get_secret_value()) < _MIN_SECRET_CHARACTERS:
-                raise ValueError(f"{name} is too short: give at least {_MIN_SECRET_CHARACTERS} random characters")
+            if secret is not None and len(secret.get_secret_value()) < MIN_SECRET_CHARACTERS:
+                raise ValueError(f"{name} is too short: give at least {MIN_SECRET_CHARACTERS} random characters")
         return self

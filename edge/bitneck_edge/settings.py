@@ -54,6 +54,14 @@ class EdgeSettings(Settings):
     ] = None
     tls_cert: Annotated[Path | None, setting("PEM file of this device's certificate.", _SERVER)] = None
     tls_key: Annotated[Path | None, setting("PEM file of the key of tls_cert.", _SERVER)] = None
+    insecure: Annotated[
+        bool,
+        setting(
+            "Allow plaintext to a server on another machine. Everybody on the way can then read the token and the "
+            "frames, and answer in the server's place.",
+            _SERVER,
+        ),
+    ] = False
 
     point: Annotated[
         str,
@@ -133,6 +141,11 @@ class EdgeSettings(Settings):
         Address.parse(self.server)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together: give both, or none")
+        if not self.access.tls and not self.insecure and not Address.parse(self.server).loopback:
+            raise ValueError(
+                f"the link to {self.server} would be plaintext: give tls (--tls, --tls-ca FILE), or allow it with "
+                "insecure (--insecure) where you trust the network"
+            )
         return self
 
     @property

@@ -1,7 +1,6 @@
 """Who may call: TLS credentials from files, and bearer tokens of devices, checked before any work."""
 
 import re
-import secrets
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -9,52 +8,57 @@ from typing import Any
 
 import grpc
 
-from bitneck.errors import InvalidConfig, Unauthenticated
+from bitneck.errors import BitneckError, InvalidConfig, Unauthenticated
+from bitneck_cloud.access.bearers import BearerTokens
+from bitneck_cloud.access.callers import bearer_token, host_of
+from bitneck_cloud.observe.audit import RefusalLog
 from bitneck_cloud.observe.metrics import Metrics
 
-__all__ = ["DeviceTokens", "grpc_credentials", "same_secret", "tls_files_usable"]
+__all__ = ["DeviceTokens", "aborting", "grpc_credentials", "tls_files_usable"]
 
 _GUARDED = re.compile(r"/(bitneck\.|grpc\.reflection\.)")
-_HEADER = "authorization"
-
-
-def same_secret(given: str, wanted: str) -> bool:
-    """Compare in constant time."""
-    return secrets.compare_digest(given.encode(errors="replace"), wanted.encode())
 
 
 class DeviceTokens(grpc.aio.ServerInterceptor):
-    """Refuses calls of our service and of reflection without the devices' bearer token; health checks stay open.
+    """Refuses calls of our service and of reflection without a bearer token of a device; health checks stay open.
 
     Args:
-        token: what devices send as ``authorization: Bearer TOKEN``.
+        tokens: that devices may send as ``authorization: Bearer TOKEN``.
         metrics: counts refusals.
+        refusals: logs them.
     """
 
-    def __init__(self, token: str, metrics: Metrics) -> None:
-        self._token = token
+    def __init__(self, tokens: BearerTokens, metrics: Metrics, refusals: RefusalLog) -> None:
+        self._tokens = tokens
         self._metrics = metrics
+        self._refusals = refusals
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """Pass the call on, or replace it by a handler that aborts it."""
         handler = await continuation(handler_call_details)
-        if handler is None or not _GUARDED.match(handler_call_details.method) or self._allowed(handler_call_details):
+        if handler is None or not _GUARDED.match(handler_call_details.method):
             return handler
+        if self._tokens.find(bearer_token(handler_call_details.invocation_metadata)) is not None:
+            return handler
+        exc = Unauthenticated("this server asks devices for a bearer token; give it with --token or BITNECK_EDGE_TOKEN")
+        return aborting(handler, exc, self._count)
+
+    def _count(self, context: Any) -> None:
         self._metrics.refused("UNAUTHENTICATED")
-        return _aborting(handler)
-
-    def _allowed(self, details: Any) -> bool:
-        for key, value in details.invocation_metadata or ():
-            if key == _HEADER:
-                scheme, _, given = value.partition(" ")
-                return scheme.lower() == "bearer" and same_secret(given, self._token)
-        return False
+        self._refusals.refused(f"address {host_of(context.peer() or '')}", "UNAUTHENTICATED")
 
 
-def _aborting(handler: Any) -> Any:
-    exc = Unauthenticated("this server asks devices for a bearer token; give it with --token or BITNECK_EDGE_TOKEN")
+def aborting(handler: Any, exc: BitneckError, refused: Callable[[Any], None]) -> Any:
+    """A handler that ends every call with an error.
+
+    Args:
+        handler: the one that it stands for.
+        exc: the error.
+        refused: called with the context of each call.
+    """
 
     async def refuse(_request: Any, context: Any) -> None:
+        refused(context)
         await context.abort(grpc.StatusCode[exc.grpc_status], str(exc))
 
     # Without a deserializer: who may not call has nothing parsed.

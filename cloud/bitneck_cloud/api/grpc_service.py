@@ -9,14 +9,17 @@ from typing import Any, NoReturn, Self
 
 import grpc
 
-from bitneck.errors import BitneckError, BundleMismatch, Unavailable, UnknownFile
+from bitneck.errors import BitneckError, BundleMismatch, Unauthenticated, Unavailable, UnknownFile
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import ClientMessage, GoAway, Open, Opened, ServerMessage, SetPoint
+from bitneck_cloud.access.bearers import BearerTokens
+from bitneck_cloud.access.callers import caller_of
 from bitneck_cloud.api.wire import frame_from_wire, from_wire, result_to_wire, to_wire
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.faults import public_text
+from bitneck_cloud.observe.audit import record
 from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import FrameTracer
@@ -75,6 +78,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         engine: computes the frames.
         metrics: counts what happens.
         tracer: takes the frames' spans.
+        tokens: of the devices, to know callers by name.
         idle_s: see `CloudSettings`.
         similar_bytes: likewise.
     """
@@ -85,6 +89,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         engine: Engine,
         metrics: Metrics,
         tracer: FrameTracer,
+        tokens: BearerTokens,
         *,
         idle_s: float,
         similar_bytes: int,
@@ -93,6 +98,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._engine = engine
         self._metrics = metrics
         self._tracer = tracer
+        self._tokens = tokens
         self._idle_s = idle_s
         self._similar_bytes = similar_bytes
         self._streams: dict[str, Conversation] = {}
@@ -166,6 +172,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         """The normal way: Open, then frames; see the .proto."""
         state = StreamState()
         await _identify(context)
+        caller = caller_of(context, self._tokens)
         peer = _GrpcPeer(request_iterator, context)
         try:
             try:
@@ -177,17 +184,21 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             if self._draining:
                 raise Unavailable("the server is stopping; connect elsewhere")
             model = self._registry.generation(opening.model, opening.bundle_id)
-            admission = self._registry.open(model, opening.client, opening.resume_token, time.monotonic(), time.time())
+            admission = self._registry.open(
+                model, opening.client, opening.resume_token, time.monotonic(), time.time(), caller
+            )
         except BitneckError as exc:
             await _abort(context, exc)
         session = admission.session
         wanted = opening.references and model.kept_bytes
         session.keep(self._similar_bytes // model.kept_bytes if wanted else 0)
         self._metrics.session(model.name, admission.how)
-        _LOG.info("session %s (%s) opened by client %r", session.session_id, admission.how, session.client)
+        began = {"how": admission.how, "model": model.name, "client": session.client}
+        record("session begin", f"session {session.session_id}", who=caller.name, after=began)
         conversation = Conversation(
-            self._engine, model, session, state, self._streams, self._metrics, self._tracer, idle_s=self._idle_s
-        )
+            self._engine, model, session, state, self._streams, self._metrics, self._tracer,
+            idle_s=self._idle_s, caller=caller, token_number=admission.number,
+        )  # fmt: skip
         opened = Opened(
             session_id=session.session_id,
             resume_token=admission.token,
@@ -202,6 +213,9 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
                 conversation.push(SetPoint("", "asked for while the link was down"))
             session.told = True
             await conversation.run(peer, self._tracer.parent(context.invocation_metadata()))
+        except BitneckError as exc:
+            self._registry.forget(session.session_id)
+            await _abort(context, exc)
         finally:
             if not self.connected(session):
                 self._registry.disconnect(session, time.monotonic())
@@ -218,6 +232,13 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             return False
         stream.push(SetPoint(point, reason))
         return True
+
+    def end_revoked(self) -> None:
+        """End the streams of devices whose token is valid no more, and forget their sessions."""
+        for conversation in list(self._streams.values()):
+            holder = conversation.caller.holder
+            if holder is not None and not self._tokens.valid(holder):
+                conversation.expel(Unauthenticated(f"the token of {holder} is not valid any more"))
 
     def _tell_if_draining(self, conversation: Conversation) -> None:
         """Tell a stream that opened while the others were being told."""

@@ -1,89 +1,61 @@
 """The HTTP control API: models, sessions and rates. Errors are RFC 9457 problem details."""
 
 import time
-from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.exceptions import HTTPException
+from fastapi.security import HTTPBearer
 
 import bitneck
 from bitneck.errors import BitneckError
-from bitneck_cloud.access.security import same_secret
 from bitneck_cloud.api import schemas
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.open_inference import add_open_inference
-from bitneck_cloud.api.problems import PROBLEM_TYPE, add_error_handlers, problem
+from bitneck_cloud.api.problems import PROBLEM_TYPE, add_error_handlers
 from bitneck_cloud.api.readiness import Readiness
-from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
+from bitneck_cloud.observe.audit import record
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.reload import Reloader
-from bitneck_cloud.sessions.rates import (
-    choose,
-)
+from bitneck_cloud.sessions.rates import choose
 from bitneck_cloud.sessions.registry import Registry
 
 __all__ = ["build_app"]
-
-MAX_BODY_BYTES = 16384
-"""Largest body of a request. It is checked before anything is read, and before the credential."""
 
 
 def build_app(
     registry: Registry,
     service: InferenceService,
     readiness: Readiness,
-    token: str | None,
     *,
     metrics: Metrics,
     reloader: Reloader,
 ) -> FastAPI:
-    """The application.
+    """The application. It lets everybody in: `bitneck_cloud.api.http_guard.HttpGuard` stands before it.
 
     Args:
         registry: models and sessions.
         service: tells a rate to a client.
         readiness: for ``/readyz``.
-        token: the bearer token that everything but the health paths asks for, or None.
         metrics: for ``/metrics``.
         reloader: of models.
     """
-    bearer = HTTPBearer(auto_error=False)
-
-    def authorized(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-        if token is not None and (credentials is None or not same_secret(credentials.credentials, token)):
-            metrics.refused("UNAUTHENTICATED")
-            raise HTTPException(401, "this server's control API needs its bearer token", {"WWW-Authenticate": "Bearer"})
-
     app = FastAPI(
         title="bitneck cloud", version=bitneck.__version__, description="Models, sessions, and the rates they run at."
     )
-    guarded = [Depends(authorized)]
+    guarded = [Depends(HTTPBearer(auto_error=False))]  # says in openapi.json what the guard asks for
     problems: dict[int | str, dict[str, Any]] = {
         "4XX": {"description": "problem details", "content": {PROBLEM_TYPE: {}}}
     }
     add_error_handlers(app)
 
-    @app.middleware("http")
-    async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        value = new_request_id(request.headers.get(REQUEST_ID_HEADER, ""))
-        size = request.headers.get("content-length", "0")
-        if "transfer-encoding" in request.headers:
-            response: Response = problem(request, 411, None, "send the body with a Content-Length")
-        elif not size.isdecimal() or int(size) > MAX_BODY_BYTES:
-            response = problem(request, 413, None, f"a body has at most {MAX_BODY_BYTES} bytes here")
-        else:
-            response = await call_next(request)
-        response.headers[REQUEST_ID_HEADER] = value
-        return response
-
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["health"])
     def healthz() -> dict[str, str]:
         """The process lives."""
         return {"status": "alive"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["health"], responses={503: {"description": "not ready"}})
     def readyz() -> JSONResponse:
         """The models are loaded, and the server is not stopping."""
@@ -103,7 +75,13 @@ def build_app(
     @app.post("/v1/models/{name}/reload", dependencies=guarded, responses=problems, tags=["models"])
     async def reload(name: str) -> schemas.ReloadAnswer:
         """Load the model's bundle again from its folder, and swap. If that fails, the old one stays in service."""
-        done = await reloader.reload(name)
+        before = registry.model(name).bundle.bundle_id
+        try:
+            done = await reloader.reload(name)
+        except BitneckError as exc:
+            record("reload", name, before=before, after=f"failed: {type(exc).__name__}")
+            raise
+        record("reload", name, before=before, after=done.bundle_id)
         return schemas.ReloadAnswer(
             bundle_id=done.bundle_id,
             changed=done.changed,
@@ -138,8 +116,12 @@ def build_app(
     async def put_session_rate(session_id: str, request: schemas.RateRequest) -> schemas.RateAnswer:
         """Change a session's rate: its client uses the new point from its next frame on."""
         found = registry.session(session_id, time.monotonic())
-        policy = request.policy()
+        policy, before = request.policy(), found.policy
         point = found.set_policy(policy)
+        record(
+            "PUT rate", f"session {session_id}", before=schemas.policy_dict(before) if before is not None else None,
+            after=schemas.policy_dict(policy),
+        )  # fmt: skip
         text = ", ".join(f"{k}={v}" for k, v in schemas.policy_dict(policy).items())
         pushed = service.push_point(found, point or "", f"control API: {text}")
         return schemas.RateAnswer(policy=schemas.policy_dict(policy), point=point, pushed=pushed)
@@ -158,7 +140,11 @@ def build_app(
                 refused = exc
         if not points and refused is not None:
             raise refused
-        registry.new_session_policy = policy
+        before, registry.new_session_policy = registry.new_session_policy, policy
+        record(
+            "PUT rate", "new sessions", before=schemas.policy_dict(before) if before is not None else None,
+            after=schemas.policy_dict(policy),
+        )  # fmt: skip
         return schemas.NewSessionsRate(policy=schemas.policy_dict(policy), points=points)
 
     return app

@@ -12,6 +12,7 @@ from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ProtocolError
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import ClientMessage, Fault, Frame, GoAway, Result, ServerMessage, SetPoint, Timings
+from bitneck_cloud.access.callers import ANONYMOUS, Caller
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel
@@ -58,6 +59,9 @@ class Conversation:
         metrics: counts what happens.
         tracer: takes the frames' spans.
         idle_s: seconds without a message after which the stream ends; 0 for never.
+        caller: the client.
+        token_number: of the resume token that this stream's ``Opened`` had. Its first frame shows that the client has
+            it, so older tokens are worth nothing from then on.
     """
 
     def __init__(
@@ -70,7 +74,12 @@ class Conversation:
         metrics: Metrics,
         tracer: FrameTracer,
         idle_s: float,
+        caller: Caller = ANONYMOUS,
+        token_number: int = 0,
     ) -> None:
+        self.caller = caller
+        self._token_number = token_number
+        self._expelled: BitneckError | None = None
         self._engine = engine
         self._model = model
         self._session = session
@@ -92,6 +101,9 @@ class Conversation:
         Args:
             peer: the client.
             trace: the caller's trace, from `FrameTracer.parent`.
+
+        Raises:
+            BitneckError: that of `expel`.
         """
         self._trace = trace
         older = self._streams.get(self._session.session_id)
@@ -126,6 +138,8 @@ class Conversation:
                         job.abandon()
                         self._session.drop(seq)
             await asyncio.gather(reader, writer, watchdog, return_exceptions=True)
+        if self._expelled is not None:
+            raise self._expelled
 
     def supersede(self) -> None:
         """A newer stream has taken over the session: end this one. The newer one gets the answers."""
@@ -133,6 +147,12 @@ class Conversation:
         self._outbox.close()
         if self._writer is not None:
             asyncio.get_running_loop().call_later(_SUPERSEDED_GRACE_S, self._writer.cancel)
+
+    def expel(self, error: BitneckError) -> None:
+        """End the stream now, with an error. What is unanswered is dropped."""
+        self._expelled = error
+        if self._writer is not None:
+            self._writer.cancel()
 
     def push(self, message: SetPoint | GoAway) -> None:
         """Send a control message, ahead of the answers."""
@@ -178,6 +198,7 @@ class Conversation:
         received = time.time()
         try:
             self._state.on(Event.FRAME)
+            self._session.oldest_token = max(self._session.oldest_token, self._token_number)
             reference = self._session.reference(frame.seq, frame.reference, frame.point)
             check_frame(frame, reference.crc32c if reference is not None else None)
             self._model.check(frame)

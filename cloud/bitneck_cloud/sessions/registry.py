@@ -1,10 +1,11 @@
 """The served models with their generations, the open sessions, and the rate for new sessions."""
 
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from bitneck.errors import BundleMismatch, Overloaded, RateUnreachable, UnknownModel, UnknownPoint, UnknownSession
+from bitneck_cloud.access.callers import ANONYMOUS, Caller
 from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.rates import RatePolicy
@@ -17,10 +18,18 @@ _MAX_CLIENT_CHARACTERS = 128
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """The result of `Registry.open`: a session, its fresh token, and ``new``, ``resumed`` or ``adopted``."""
+    """The result of `Registry.open`.
+
+    Attributes:
+        session: the one that was opened.
+        token: its fresh resume token.
+        number: of that token.
+        how: ``new``, ``resumed`` or ``adopted``.
+    """
 
     session: Session
     token: str
+    number: int
     how: str
 
 
@@ -39,6 +48,7 @@ class Registry:
         max_bytes_per_s: likewise.
         signer: of resume tokens.
         adopt: whether to accept signed tokens of unknown sessions, because other servers have the same key.
+        ended: called once with each session that is forgotten.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class Registry:
         max_bytes_per_s: float,
         signer: TokenSigner,
         adopt: bool,
+        ended: Callable[[Session], None] = lambda _session: None,
     ) -> None:
         self.new_session_policy: RatePolicy | None = None
         self._generations: dict[str, list[ServedModel]] = {model.name: [model] for model in models}
@@ -62,6 +73,7 @@ class Registry:
         self._max_bytes_per_s = max_bytes_per_s
         self._signer = signer
         self._adopt = adopt
+        self._ended = ended
         self._sessions: dict[str, Session] = {}
 
     @property
@@ -111,10 +123,13 @@ class Registry:
         kept = [old for k, old in enumerate(generations) if k == 0 or old.bundle.bundle_id in used]
         self._generations[model.name] = [model, *kept]
 
-    def open(self, model: ServedModel, client: str, token: str, now: float, wall: float) -> Admission:
+    def open(
+        self, model: ServedModel, client: str, token: str, now: float, wall: float, caller: Caller = ANONYMOUS
+    ) -> Admission:
         """Open a new session, or resume the one that a resume token names.
 
-        An unknown or expired token gives a new session: the client sees another session id.
+        An unknown, expired or replaced token, or one of another caller, gives a new session: the client sees another
+        session id. A token is replaced once a frame has come on the stream whose ``Opened`` had a newer one.
 
         Args:
             model: the generation that the client has.
@@ -122,20 +137,24 @@ class Registry:
             token: a resume token, or nothing.
             now: seconds, a monotonic clock.
             wall: seconds since 1970.
+            caller: who opens it.
 
         Raises:
             Overloaded: too many sessions.
         """
         self.expire(now)
-        said = self._signer.read(token, wall) if token else None
+        said = self._signer.read(token, wall, caller.binding) if token else None
         if said is not None and said.model != model.name:
             said = None
         session = self._sessions.get(said.session_id) if said is not None else None
-        if session is not None:
+        if said is not None and session is not None and said.number < session.oldest_token:
+            said = session = None
+        if said is not None and session is not None:
+            session.token_number = max(session.token_number, said.number)
             session.disconnected_at = None
             if session.bundle_id != model.bundle.bundle_id:
                 session.move(model.ladder, model.bundle.bundle_id)
-            return Admission(session, self._token(session, wall), "resumed")
+            return self._admission(session, "resumed", wall, caller)
         if len(self._sessions) >= self._max_sessions:
             raise Overloaded(f"{self._max_sessions} sessions are open already; try again later")
         adopted = said if self._adopt else None
@@ -150,16 +169,21 @@ class Registry:
             bundle_id=model.bundle.bundle_id,
             max_bytes_per_s=self._max_bytes_per_s,
         )
+        if adopted is not None:
+            session.token_number = session.oldest_token = adopted.number
         self._sessions[session.session_id] = session
         if self.new_session_policy is not None:
             try:
                 session.set_policy(self.new_session_policy)
             except (RateUnreachable, UnknownPoint):
                 session.policy = None  # another model's ladder: the client's own choice stands
-        return Admission(session, self._token(session, wall), "adopted" if adopted is not None else "new")
+        return self._admission(session, "adopted" if adopted is not None else "new", wall, caller)
 
-    def _token(self, session: Session, wall: float) -> str:
-        return self._signer.sign(ResumeToken(session.session_id, session.model), wall)
+    def _admission(self, session: Session, how: str, wall: float, caller: Caller) -> Admission:
+        session.token_number += 1
+        number = session.token_number
+        token = ResumeToken(session.session_id, session.model, number, caller.binding)
+        return Admission(session, self._signer.sign(token, wall), number, how)
 
     def disconnect(self, session: Session, now: float) -> None:
         """The session's stream ended; the session stays for a while."""
@@ -173,7 +197,12 @@ class Registry:
             if s.disconnected_at is not None and now - s.disconnected_at > self._resume_s
         ]
         for session_id in gone:
-            del self._sessions[session_id]
+            self.forget(session_id)
+
+    def forget(self, session_id: str) -> None:
+        """End a session. Its token gives a new one from here on, unless another server has the session."""
+        if (session := self._sessions.pop(session_id, None)) is not None:
+            self._ended(session)
 
     @property
     def count(self) -> int:

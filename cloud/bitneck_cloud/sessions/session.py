@@ -103,6 +103,8 @@ class Session:
 
     Attributes:
         told: whether the client knows the rate that was asked for last.
+        token_number: of the resume token that was issued last.
+        oldest_token: number of the oldest resume token that is still good.
         reach: how far back in seq a reference may be; 0 if no symbols are kept.
     """
 
@@ -135,6 +137,8 @@ class Session:
         self.payload_bytes = 0
         self.faults: Counter[int] = Counter()
         self.told = True
+        self.token_number = 0
+        self.oldest_token = 0
         self.reach = 0
         self._kept: dict[int, Reference] = {}
         self._ladder = ladder
