@@ -116,9 +116,9 @@ PURE = (
         for name in ("symbols", "range_coder", "factorized_model", "factorized_codec", "conditional_model", "class_map")
     ),
     *(f"shared/bitneck/{name}.py" for name in ("backoff", "ladder", "wire/messages", "wire/frames", "ids", "errors")),
-    "cloud/bitneck_cloud/engine/batching.py",
+    *(f"cloud/bitneck_cloud/engine/{name}.py" for name in ("batching", "fair_queue")),
     *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("session", "rates")),
-    *(f"cloud/bitneck_cloud/{name}.py" for name in ("faults", "access/tokens")),
+    *(f"cloud/bitneck_cloud/{name}.py" for name in ("faults", "access/tokens", "access/limits")),
     *(
         f"edge/bitneck_edge/{name}.py"
         for name in ("ratecontrol", "points", "answers/verify", "link/records", "link/wire")

@@ -3,20 +3,17 @@
 import asyncio
 import contextlib
 import logging
+import resource
 import secrets
 import signal
-import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
-import uvicorn
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
 from pydantic import SecretStr
 
 from bitneck.bundle import Bundle
@@ -24,15 +21,15 @@ from bitneck.errors import InvalidConfig
 from bitneck.runtime import ModulePool, check_providers, return_freed_memory
 from bitneck.settings.model import Address
 from bitneck.v1 import inference_pb2 as pb
-from bitneck.v1 import inference_pb2_grpc as pb_grpc
-from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_cloud.access.bearers import BearerTokens, Role
-from bitneck_cloud.access.security import DeviceTokens, grpc_credentials, tls_files_usable
+from bitneck_cloud.access.limits import CallerLimits
+from bitneck_cloud.access.security import tls_files_usable
 from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.api.grpc_server import HEALTH_NAMES, make_grpc_server
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.http_api import build_app
 from bitneck_cloud.api.http_guard import HttpGuard, KnownHosts
-from bitneck_cloud.api.parsing import TolerantParsing
+from bitneck_cloud.api.http_server import MOST, HttpServer, listen
 from bitneck_cloud.api.readiness import Readiness
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.served_model import ServedModel
@@ -51,17 +48,8 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["SplitInference"].full_name
 _HOUSEKEEPING_S = 1.0
 _HEALTH_NAMES = ("", _SERVICE)
 
-_GRPC_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a load balancer
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Without these two a client can queue 4 MB at a server that does not read.
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 65536),
-    ("grpc.keepalive_time_ms", 30_000),  # a half-open connection is found within 40 s
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
+_SPARE_DESCRIPTORS = 128
+"""For files, and for what the process has open at its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +112,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         models.values(),
         window=settings.window,
         max_sessions=settings.max_sessions,
+        max_sessions_per_caller=settings.max_sessions_per_caller,
         resume_s=settings.resume_s,
         assumed_fps=settings.assumed_fps,
         max_bytes_per_s=settings.max_bytes_per_s,
@@ -138,9 +127,15 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         metrics=metrics,
     )
     tracer = open_traces(settings.traces, settings.trace_ratio)
-    service = InferenceService(
-        registry, engine, metrics, tracer, devices, idle_s=settings.idle_s, similar_bytes=settings.similar_bytes
+    limits = CallerLimits(
+        max_calls=settings.max_calls_per_caller,
+        max_frames_per_s=settings.max_frames_per_s,
+        max_bytes_per_s=settings.max_bytes_per_s,
     )
+    service = InferenceService(
+        registry, engine, metrics, tracer, devices, limits,
+        idle_s=settings.idle_s, stall_s=settings.stall_s, similar_bytes=settings.similar_bytes,
+    )  # fmt: skip
     folders = {model.name: model.bundle.root for model in models.values()}
     reloader = Reloader(registry, folders, pool, settings.threads, metrics)
     readiness = Readiness()
@@ -156,19 +151,23 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         refusals=refusals,
     )
     _warn_of_open_doors(settings, devices)
-    http = _HttpServer(uvicorn.Config(app, log_config=None, access_log=False, ws="none", **_http_tls(settings)))
-    with contextlib.closing(_listen(Address.parse(settings.http))) as http_socket:
-        server, health_servicer, port = await _grpc_server(settings, service, devices, metrics, refusals)
+    http = HttpServer(app, _http_tls(settings), refusals)
+    with contextlib.ExitStack() as stack:
+        http_sockets = [stack.enter_context(listener) for listener in listen(Address.parse(settings.http))]
+        server, health_servicer, port = make_grpc_server(
+            settings, service, limits, devices, metrics, refusals,
+            max_connections=_descriptors_for_grpc(settings.max_connections),
+        )  # fmt: skip
         engine.start()
         await server.start()
-        http_task = asyncio.create_task(http.serve(sockets=[http_socket]))
+        http_task = asyncio.create_task(http.serve(sockets=http_sockets))
         await http.listening.wait()
-        for name in _HEALTH_NAMES:
+        for name in HEALTH_NAMES:
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         readiness.ready = not stopping.is_set()
         keeping = asyncio.create_task(_keep_house(registry, service, (devices, operators), refusals))
         grpc_host, http_host = Address.parse(settings.grpc).host, Address.parse(settings.http).host
-        http_port = http_socket.getsockname()[1]
+        http_port = http_sockets[0].getsockname()[1]
         on_ready(Ready(str(Address(grpc_host, port)), str(Address(http_host, http_port)), models))
         await stopping.wait()
         readiness.ready = False
@@ -230,33 +229,6 @@ async def _streams_end(service: InferenceService, limit_s: float) -> None:
                 await asyncio.sleep(0.02)
 
 
-async def _grpc_server(
-    settings: CloudSettings,
-    service: InferenceService,
-    devices: BearerTokens,
-    metrics: Metrics,
-    refusals: RefusalLog,
-) -> tuple[grpc.aio.Server, health.aio.HealthServicer, int]:
-    address = Address.parse(settings.grpc)
-    interceptors: list[grpc.aio.ServerInterceptor] = [TolerantParsing()]
-    if devices.needed:
-        interceptors.insert(0, DeviceTokens(devices, metrics, refusals))
-    server = grpc.aio.server(options=_GRPC_OPTIONS, interceptors=interceptors)
-    pb_grpc.add_SplitInferenceServicer_to_server(service, server)
-    servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    try:
-        if settings.tls_cert is not None and settings.tls_key is not None:
-            credentials = grpc_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-            port = server.add_secure_port(str(address), credentials)
-        else:
-            port = server.add_insecure_port(str(address))
-    except RuntimeError as exc:
-        raise InvalidConfig(f"gRPC cannot listen on {address}; is another server running there?") from exc
-    return server, servicer, port
-
-
 def _http_tls(settings: CloudSettings) -> dict[str, Any]:
     """Uvicorn's settings for TLS; empty if there is no certificate."""
     if settings.tls_cert is None or settings.tls_key is None:
@@ -268,26 +240,14 @@ def _http_tls(settings: CloudSettings) -> dict[str, Any]:
     return options
 
 
-def _listen(address: Address) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    try:
-        return socket.create_server((address.host, address.port), family=family)
-    except OSError as exc:
-        raise InvalidConfig(f"HTTP cannot listen on {address} ({exc.strerror}); is another server there?") from exc
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn without signal handlers of its own: the program has one way to stop."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to take requests."""
-        await super().startup(sockets)
-        self.listening.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+def _descriptors_for_grpc(wanted: int) -> int:
+    """Connections that gRPC may have, after the process's soft limit of open files is raised to its hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    left = wanted if limit == resource.RLIM_INFINITY else max(limit - MOST - _SPARE_DESCRIPTORS, 1)
+    if left < wanted:
+        _LOG.warning("this process may open %d files: gRPC gets %d connections, not %d", limit, left, wanted)
+    return min(left, wanted)

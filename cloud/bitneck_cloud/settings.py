@@ -123,11 +123,42 @@ class CloudSettings(Settings):
     max_sessions: Annotated[
         int, setting("Sessions that are kept, disconnected ones included.", _SESSIONS, ge=1, le=1_000_000)
     ] = 1024
+    max_sessions_per_caller: Annotated[
+        int,
+        setting(
+            "Sessions that one caller may have; 0 for no limit. A caller is a device's certificate or its own token, "
+            "else an address. Raise it where many devices come from one address.",
+            _SESSIONS,
+            ge=0,
+            le=1_000_000,
+        ),
+    ] = 256
+    max_calls_per_caller: Annotated[
+        int, setting("Open gRPC calls of one caller; 0 for no limit.", _SESSIONS, ge=0, le=1_000_000)
+    ] = 512
+    max_connections: Annotated[
+        int,
+        setting(
+            "Open connections of gRPC. Fewer, where the process may not open as many files.",
+            _SESSIONS,
+            ge=1,
+            le=1_000_000,
+        ),
+    ] = 4096
+    max_frames_per_s: Annotated[
+        float,
+        setting(
+            "Frames a second of one caller in the long run, single ones included; 0 for no limit.",
+            _SESSIONS,
+            ge=0,
+            le=1e6,
+        ),
+    ] = 0.0
     max_bytes_per_s: Annotated[
         float,
         setting(
-            "Payload bytes a second that a session may send in the long run, with bursts of a second or 64 KiB; 0 for "
-            "no limit.",
+            "Payload bytes a second that a session, or a caller without one, may send in the long run, with bursts "
+            "of a second or 64 KiB; 0 for no limit.",
             _SESSIONS,
             ge=0,
             le=1e12,
@@ -152,6 +183,16 @@ class CloudSettings(Settings):
             le=604_800,
         ),
     ] = 900.0
+    stall_s: Annotated[
+        float,
+        setting(
+            "Seconds that a client may take to open its stream, and to read one message; then its call ends. 0 for "
+            "ever.",
+            _SESSIONS,
+            ge=0,
+            le=3600,
+        ),
+    ] = 20.0
     resume_s: Annotated[
         float, setting("Seconds that a session outlives its connection.", _SESSIONS, ge=0, le=86400)
     ] = 60.0

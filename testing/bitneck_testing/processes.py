@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import httpx
 
+from bitneck.settings.model import Address
 from bitneck_testing.measuring import resident_mib
 
 __all__ = [
@@ -185,7 +186,7 @@ def child_process(command: Sequence[object], **options: Any) -> Iterator[subproc
 
 
 def edge_run(server: str, cache: Path, *arguments: object, program: Path = BIN / "bitneck-edge") -> list[str]:
-    """The command line of `bitneck-edge run`.
+    """The command line of `bitneck-edge run`, over plaintext.
 
     Args:
         server: HOST:PORT of the cloud.
@@ -193,7 +194,8 @@ def edge_run(server: str, cache: Path, *arguments: object, program: Path = BIN /
         arguments: further flags, and the photographs.
         program: the command, for one of another environment.
     """
-    command = [program, "run", "--server", server, "--cache-dir", cache, *arguments]
+    plaintext = () if Address.parse(server).loopback else ("--insecure",)
+    command = [program, "run", "--server", server, *plaintext, "--cache-dir", cache, *arguments]
     return [str(part) for part in command]
 
 

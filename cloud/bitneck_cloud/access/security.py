@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from bitneck.errors import BitneckError, InvalidConfig, Unauthenticated
+from bitneck_cloud.aborting import abort
 from bitneck_cloud.access.bearers import BearerTokens
 from bitneck_cloud.access.callers import bearer_token, host_of
 from bitneck_cloud.observe.audit import RefusalLog
@@ -59,7 +60,7 @@ def aborting(handler: Any, exc: BitneckError, refused: Callable[[Any], None]) ->
 
     async def refuse(_request: Any, context: Any) -> None:
         refused(context)
-        await context.abort(grpc.StatusCode[exc.grpc_status], str(exc))
+        await abort(context, exc)
 
     # Without a deserializer: who may not call has nothing parsed.
     if handler.request_streaming and handler.response_streaming:

@@ -5,20 +5,21 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import grpc
 
-from bitneck.errors import BitneckError, BundleMismatch, Unauthenticated, Unavailable, UnknownFile
+from bitneck.errors import BitneckError, BundleMismatch, DeadlineExceeded, Unauthenticated, Unavailable, UnknownFile
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import ClientMessage, GoAway, Open, Opened, ServerMessage, SetPoint
+from bitneck_cloud.aborting import abort
 from bitneck_cloud.access.bearers import BearerTokens
 from bitneck_cloud.access.callers import caller_of
+from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.api.wire import frame_from_wire, from_wire, result_to_wire, to_wire
 from bitneck_cloud.engine.engine import Engine
-from bitneck_cloud.faults import public_text
 from bitneck_cloud.observe.audit import record
 from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
@@ -79,7 +80,9 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         metrics: counts what happens.
         tracer: takes the frames' spans.
         tokens: of the devices, to know callers by name.
+        limits: of the callers.
         idle_s: see `CloudSettings`.
+        stall_s: likewise.
         similar_bytes: likewise.
     """
 
@@ -90,8 +93,10 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         metrics: Metrics,
         tracer: FrameTracer,
         tokens: BearerTokens,
+        limits: CallerLimits,
         *,
         idle_s: float,
+        stall_s: float,
         similar_bytes: int,
     ) -> None:
         self._registry = registry
@@ -99,7 +104,9 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._metrics = metrics
         self._tracer = tracer
         self._tokens = tokens
+        self._limits = limits
         self._idle_s = idle_s
+        self._stall_s = stall_s
         self._similar_bytes = similar_bytes
         self._streams: dict[str, Conversation] = {}
         self._draining = False
@@ -111,25 +118,35 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         try:
             bundle = self._registry.model(request.model).bundle
         except BitneckError as exc:
-            await _abort(context, exc)
+            await abort(context, exc)
         return pb.GetManifestResponse(
             model=bundle.manifest.name, bundle_id=bundle.bundle_id, manifest_json=bundle.manifest_json
         )
 
-    async def FetchFile(self, request: pb.FetchFileRequest, context: Context) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
-        """One file of the edge's half, in chunks."""
+    async def FetchFile(  # type: ignore[override]  # noqa: N802  grpc.aio also takes a coroutine that writes
+        self, request: pb.FetchFileRequest, context: Context
+    ) -> None:
+        """One file of the edge's half, or a part of it, in chunks. No file is open while a chunk waits."""
         await _identify(context)
         try:
             path = self._edge_file(request)
-            file = path.open("rb")
+            size = path.stat().st_size
+            position = min(request.offset, size)
+            end = min(position + request.length, size) if request.length else size
+            while position < end:
+                data = await asyncio.to_thread(_read, path, position, min(_CHUNK_BYTES, end - position))
+                if not data:
+                    break
+                async with self._in_time():
+                    await context.write(pb.FileChunk(data=data))
+                position += len(data)
+        except TimeoutError:
+            await abort(context, DeadlineExceeded(f"{request.path}: a chunk was not read for {self._stall_s:.0f} s"))
         except BitneckError as exc:
-            await _abort(context, exc)
+            await abort(context, exc)
         except OSError as exc:
             _LOG.error("%s cannot be read: %s", request.path, exc)
-            await _abort(context, Unavailable("the bundle is being replaced; get its manifest again"))
-        with file:
-            while data := await asyncio.to_thread(file.read, _CHUNK_BYTES):
-                yield pb.FileChunk(data=data)
+            await abort(context, Unavailable("the bundle is being replaced; get its manifest again"))
 
     def _edge_file(self, request: pb.FetchFileRequest) -> Path:
         bundle = self._registry.model(request.model).bundle
@@ -147,18 +164,21 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         received = time.time()
         await _identify(context)
         frame = frame_from_wire(request.frame)
+        caller = caller_of(context, self._tokens).name
         name = "(none)"
         try:
+            self._limits.frame(caller, time.monotonic())
+            self._limits.single(caller, len(frame.payload), time.monotonic())
             model = self._registry.generation(request.model, request.bundle_id)
             name = model.name
             check_frame(frame)
             model.check(frame)
-            computing = self._engine.compute(job_of(model, frame))
+            computing = self._engine.compute(job_of(model, frame, (caller, "")))
             self._metrics.accepted(name, frame.point, len(frame.payload))
             computed = await computing
         except BitneckError as exc:
             self._metrics.frame(name, exc.grpc_status)
-            await _abort(context, exc)
+            await abort(context, exc)
         self._metrics.frame(name, "OK")
         trace = self._tracer.parent(context.invocation_metadata())
         self._tracer.frame(name, frame.point, frame.seq, received, computed, trace)
@@ -176,9 +196,12 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         peer = _GrpcPeer(request_iterator, context)
         try:
             try:
-                opening = await anext(peer.messages())
+                async with self._in_time():
+                    opening = await anext(peer.messages())
             except StopAsyncIteration:
                 return
+            except TimeoutError:
+                raise DeadlineExceeded(f"no Open came within {self._stall_s:.0f} s") from None
             state.on(Event.OPEN if isinstance(opening, Open) else Event.FRAME)
             assert isinstance(opening, Open)
             if self._draining:
@@ -188,7 +211,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
                 model, opening.client, opening.resume_token, time.monotonic(), time.time(), caller
             )
         except BitneckError as exc:
-            await _abort(context, exc)
+            await abort(context, exc)
         session = admission.session
         wanted = opening.references and model.kept_bytes
         session.keep(self._similar_bytes // model.kept_bytes if wanted else 0)
@@ -197,7 +220,8 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         record("session begin", f"session {session.session_id}", who=caller.name, after=began)
         conversation = Conversation(
             self._engine, model, session, state, self._streams, self._metrics, self._tracer,
-            idle_s=self._idle_s, caller=caller, token_number=admission.number,
+            idle_s=self._idle_s, stall_s=self._stall_s, caller=caller, token_number=admission.number,
+            limits=self._limits,
         )  # fmt: skip
         opened = Opened(
             session_id=session.session_id,
@@ -206,19 +230,26 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             point=session.asked_point or "",
             references=session.reach,
         )
+        failure: BitneckError | None = None
         try:
-            await context.write(to_wire(opened))
+            async with self._in_time():
+                await context.write(to_wire(opened))
             self._tell_if_draining(conversation)
             if not session.told and session.asked_point is None:  # `Opened` cannot say that the client chooses again
                 conversation.push(SetPoint("", "asked for while the link was down"))
             session.told = True
             await conversation.run(peer, self._tracer.parent(context.invocation_metadata()))
+        except TimeoutError:
+            failure = DeadlineExceeded(f"Opened was not read for {self._stall_s:.0f} s")
         except BitneckError as exc:
-            self._registry.forget(session.session_id)
-            await _abort(context, exc)
+            failure = exc
         finally:
             if not self.connected(session):
                 self._registry.disconnect(session, time.monotonic())
+        if isinstance(failure, Unauthenticated):
+            self._registry.forget(session.session_id)
+        if failure is not None:  # gRPC cannot write a status before what the client does not read: this may take long
+            await abort(context, failure)
 
     def push_point(self, session: Session, point: str, reason: str) -> bool:
         """Ask a session's client for another operating point, now.
@@ -232,6 +263,10 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             return False
         stream.push(SetPoint(point, reason))
         return True
+
+    def _in_time(self) -> asyncio.Timeout:
+        """A limit for what a client has to do before its stream serves anything."""
+        return asyncio.timeout(self._stall_s or None)
 
     def end_revoked(self) -> None:
         """End the streams of devices whose token is valid no more, and forget their sessions."""
@@ -261,6 +296,12 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         return len(self._streams)
 
 
+def _read(path: Path, offset: int, most: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(most)
+
+
 async def _identify(context: Context) -> None:
     """Give the call an id for the logs: the client's own, or a new one. The client finds it in the metadata."""
     given = ""
@@ -268,8 +309,3 @@ async def _identify(context: Context) -> None:
         if key == REQUEST_ID_HEADER:
             given = value if isinstance(value, str) else ""
     await context.send_initial_metadata(((REQUEST_ID_HEADER, new_request_id(given)),))
-
-
-async def _abort(context: Context, exc: BitneckError) -> NoReturn:
-    await context.abort(grpc.StatusCode[exc.grpc_status], public_text(exc))
-    raise AssertionError("abort raises")

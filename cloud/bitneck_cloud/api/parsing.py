@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from bitneck.errors import MalformedFrame
+from bitneck_cloud.aborting import abort
 
 __all__ = ["TolerantParsing"]
 
@@ -53,7 +54,7 @@ class TolerantParsing(grpc.aio.ServerInterceptor):
             )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _generating(handler.unary_stream), parse, handler.response_serializer
+                _unary(handler.unary_stream), parse, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary), parse, handler.response_serializer)
 
@@ -69,8 +70,7 @@ def _tolerant(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 async def _refuse(context: Any) -> None:
-    exc = _malformed()
-    await context.abort(grpc.StatusCode[exc.grpc_status], str(exc))
+    await abort(context, _malformed())
 
 
 def _unary(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
@@ -78,16 +78,6 @@ def _unary(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, An
         if request is _UNPARSED:
             await _refuse(context)
         return await behaviour(request, context)
-
-    return checked
-
-
-def _generating(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
-    async def checked(request: Any, context: Any) -> AsyncIterator[Any]:
-        if request is _UNPARSED:
-            await _refuse(context)
-        async for message in behaviour(request, context):
-            yield message
 
     return checked
 

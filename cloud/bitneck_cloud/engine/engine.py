@@ -11,7 +11,6 @@ import asyncio
 import functools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from bitneck.errors import BitneckError, ModelFailure, Overloaded, Unavailable
 from bitneck.workers import Workers
+from bitneck_cloud.engine.fair_queue import FairQueue
 from bitneck_cloud.engine.job import INTERNAL_ERROR, Computed, Job
 from bitneck_cloud.observe.metrics import Metrics
 
@@ -42,9 +42,8 @@ class Engine:
         self, *, max_batch: int, max_queue: int, decode_threads: int = 1, metrics: Metrics | None = None
     ) -> None:
         self._max_batch = max_batch
-        self._max_queue = max_queue
         self._metrics = metrics or Metrics()
-        self._queue: deque[Job] = deque()
+        self._queue: FairQueue[Job] = FairQueue(max_queue)
         self._thread = Workers(1, "bitneck-engine")
         self._decoders = Workers(decode_threads, "bitneck-decode") if decode_threads else None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -70,8 +69,8 @@ class Engine:
         """Stop after the current batch. Frames that still wait fail with `Unavailable`."""
         self._loop = None
         stopping = Unavailable("the server is stopping; connect again and resend")
-        while self._queue:
-            self._queue.popleft().settle(stopping)
+        for job in self._queue.drain():
+            job.settle(stopping)
         for job in self._in_hand:
             job.settle(stopping)
         if self._decoders is not None:
@@ -80,19 +79,19 @@ class Engine:
         await asyncio.to_thread(self._thread.close, wait=True)
 
     def submit(self, job: Job, on_settled: Callable[[Job, Computed | BitneckError], None]) -> None:
-        """Queue a frame.
+        """Queue a frame. A full queue settles the newest frame of whoever has many in it, see `FairQueue`.
 
         Args:
             job: the frame.
             on_settled: called once on the event loop with the result or the error, unless the frame is abandoned.
 
         Raises:
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, and nobody has more frames in it.
         """
         job.on_settled(on_settled)
-        if len(self._queue) >= self._max_queue:
-            raise Overloaded(f"{self._max_queue} frames wait already; send more slowly, or try again later")
-        self._queue.append(job)
+        displaced = self._queue.push(job, *job.turn)
+        if displaced is not None:
+            displaced.settle(Overloaded("the server has too much to do; send more slowly, or try again later"))
         if self._in_hand:
             if self._decoders is not None:
                 self._decoders.post(job.decode_ahead)
@@ -164,23 +163,25 @@ class Engine:
             self._metrics.computed(model, first.batch, first.compute_us / 1e6)
 
     def _take(self) -> list[Job]:
-        """The next batch: frames of one model, oldest first. Late and abandoned frames are dropped."""
+        """The next batch: frames of one model, by turns. Late and abandoned frames are dropped."""
         batch: list[Job] = []
-        passed: list[Job] = []
         now = time.monotonic()
-        while self._queue and (not batch or len(batch) < min(self._max_batch, batch[0].model.max_frames)):
-            job = self._queue.popleft()
+
+        def fits(job: Job) -> bool:
+            return not batch or job.model is batch[0].model
+
+        while not batch or len(batch) < min(self._max_batch, batch[0].model.max_frames):
+            job = self._queue.pop(fits)
+            if job is None:
+                break
             if not job.wanted:
                 self.dropped += 1
                 self._metrics.frame(job.model.name, "GONE")
             elif (late := job.late(now)) is not None:
                 job.settle(late)
-            elif batch and job.model is not batch[0].model:
-                passed.append(job)
             else:
                 job.take(now)
                 batch.append(job)
-        self._queue.extendleft(reversed(passed))
         return batch
 
 

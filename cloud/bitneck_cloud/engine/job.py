@@ -65,6 +65,7 @@ class Job:
         deadline: on `time.monotonic`'s clock, or None.
         reference: what the payload is coded against; None if it is coded by itself.
         keep: whether later frames may refer to this one.
+        turn: the caller and its session, which take turns with others.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class Job:
         *,
         reference: Reference | None = None,
         keep: bool = False,
+        turn: tuple[str, str] = ("", ""),
     ) -> None:
         self.model = model
         self.point = point
         self.deadline = deadline
+        self.turn = turn
         self.state = JobState.WAITING
         self.submitted = time.monotonic()
         self.taken = 0.0

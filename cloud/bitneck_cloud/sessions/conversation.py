@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, MutableMapping
 from typing import Any, Protocol
 
 from bitneck.coding.conditional_codec import Reference
-from bitneck.errors import BitneckError, MalformedFrame, ProtocolError
+from bitneck.errors import BitneckError, MalformedFrame, ProtocolError, Unavailable
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import ClientMessage, Fault, Frame, GoAway, Result, ServerMessage, SetPoint, Timings
 from bitneck_cloud.access.callers import ANONYMOUS, Caller
+from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel
@@ -59,7 +60,9 @@ class Conversation:
         metrics: counts what happens.
         tracer: takes the frames' spans.
         idle_s: seconds without a message after which the stream ends; 0 for never.
+        stall_s: seconds that the client may leave one message unread, before the stream ends; 0 for ever.
         caller: the client.
+        limits: of the callers.
         token_number: of the resume token that this stream's ``Opened`` had. Its first frame shows that the client has
             it, so older tokens are worth nothing from then on.
     """
@@ -74,6 +77,8 @@ class Conversation:
         metrics: Metrics,
         tracer: FrameTracer,
         idle_s: float,
+        stall_s: float = 0.0,
+        limits: CallerLimits | None = None,
         caller: Caller = ANONYMOUS,
         token_number: int = 0,
     ) -> None:
@@ -93,7 +98,10 @@ class Conversation:
         self._jobs: dict[Job, tuple[int, float]] = {}
         self._none_left: asyncio.Future[None] | None = None
         self._writer: asyncio.Task[None] | None = None
+        self._stall_s = stall_s
+        self._limits = limits or CallerLimits()
         self._silent_since = math.inf
+        self._writing_since = math.inf
 
     async def run(self, peer: Peer, trace: Any) -> None:
         """Serve the stream until the client has finished, or is gone.
@@ -126,7 +134,7 @@ class Conversation:
                     self._none_left = asyncio.get_running_loop().create_future()
                     await self._none_left
                 self._outbox.close()
-                await writer
+                await asyncio.wait({writer})
         finally:
             self._state.on(Event.CLOSE)
             for task in (reader, writer, watchdog):
@@ -160,8 +168,11 @@ class Conversation:
 
     async def _write(self, peer: Peer) -> None:
         with contextlib.suppress(ConnectionError):
+            loop = asyncio.get_running_loop()
             while (message := await self._outbox.get()) is not None:
+                self._writing_since = loop.time()
                 await peer.write(message)
+                self._writing_since = math.inf
 
     async def _read(self, messages: AsyncIterator[ClientMessage | None]) -> None:
         loop = asyncio.get_running_loop()
@@ -184,19 +195,28 @@ class Conversation:
                 self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
 
     async def _watch(self, reader: "asyncio.Task[None]") -> None:
-        """End reading if no message has come for too long. One clock for the stream needs no timer for each message."""
+        """End reading if no message has come for too long, and writing if one is not taken for too long.
+
+        One clock for the stream needs no timer for each message.
+        """
         loop = asyncio.get_running_loop()
-        while self._idle_s:
-            left = min(self._idle_s, self._silent_since + self._idle_s - loop.time())
-            if left <= 0:
+        idle, stall = self._idle_s or math.inf, self._stall_s or math.inf
+        while not math.isinf(longest := min(idle, stall)):
+            now = loop.time()
+            if now - self._writing_since >= stall:
+                self.expel(Unavailable(f"an answer was not read for {stall:.0f} s; come back with your token"))
+                return
+            if now - self._silent_since >= idle:
                 self._outbox.control(GoAway(f"no message for {self._idle_s:.0f} s; come back with your token"))
                 reader.cancel()
-                return
-            await asyncio.sleep(left)
+                idle = math.inf
+            due = min(self._silent_since + idle, self._writing_since + stall, now + longest)
+            await asyncio.sleep(max(due - now, 0.001))
 
     def _frame(self, frame: Frame) -> None:
         received = time.time()
         try:
+            self._limits.frame(self.caller.name, time.monotonic())
             self._state.on(Event.FRAME)
             self._session.oldest_token = max(self._session.oldest_token, self._token_number)
             reference = self._session.reference(frame.seq, frame.reference, frame.point)
@@ -211,7 +231,8 @@ class Conversation:
             self._metrics.frame(self._model.name, "RESENT")
             self._outbox.put(self._session.kept_answer(frame.seq))
         elif verdict is Verdict.NEW:
-            job = job_of(self._model, frame, reference=reference, keep=self._session.reach > 0)
+            turn = self.caller.name, self._session.session_id
+            job = job_of(self._model, frame, turn, reference=reference, keep=self._session.reach > 0)
             try:
                 self._engine.submit(job, self._answer)
             except BitneckError as exc:
@@ -260,10 +281,12 @@ class Conversation:
         self._outbox.put(fault_of(seq, exc))
 
 
-def job_of(model: ServedModel, frame: Frame, *, reference: Reference | None = None, keep: bool = False) -> Job:
+def job_of(
+    model: ServedModel, frame: Frame, turn: tuple[str, str], *, reference: Reference | None = None, keep: bool = False
+) -> Job:
     """A frame as the engine takes it; its deadline begins now. For the other arguments see `Job`."""
     deadline = time.monotonic() + frame.deadline_ms / 1e3 if frame.deadline_ms else None
-    return Job(model, frame.point, frame.payload, deadline, reference=reference, keep=keep)
+    return Job(model, frame.point, frame.payload, deadline, reference=reference, keep=keep, turn=turn)
 
 
 def result_of(computed: Computed, seq: int, received: float) -> Result:

@@ -43,6 +43,7 @@ class Registry:
         models: what is served.
         window: see `CloudSettings`, like the others.
         max_sessions: likewise.
+        max_sessions_per_caller: likewise.
         resume_s: likewise.
         assumed_fps: likewise.
         max_bytes_per_s: likewise.
@@ -62,12 +63,14 @@ class Registry:
         max_bytes_per_s: float,
         signer: TokenSigner,
         adopt: bool,
+        max_sessions_per_caller: int = 0,
         ended: Callable[[Session], None] = lambda _session: None,
     ) -> None:
         self.new_session_policy: RatePolicy | None = None
         self._generations: dict[str, list[ServedModel]] = {model.name: [model] for model in models}
         self._window = window
         self._max_sessions = max_sessions
+        self._max_per_caller = max_sessions_per_caller
         self._resume_s = resume_s
         self._assumed_fps = assumed_fps
         self._max_bytes_per_s = max_bytes_per_s
@@ -140,7 +143,7 @@ class Registry:
             caller: who opens it.
 
         Raises:
-            Overloaded: too many sessions.
+            Overloaded: too many sessions, in all or of this caller.
         """
         self.expire(now)
         said = self._signer.read(token, wall, caller.binding) if token else None
@@ -155,8 +158,7 @@ class Registry:
             if session.bundle_id != model.bundle.bundle_id:
                 session.move(model.ladder, model.bundle.bundle_id)
             return self._admission(session, "resumed", wall, caller)
-        if len(self._sessions) >= self._max_sessions:
-            raise Overloaded(f"{self._max_sessions} sessions are open already; try again later")
+        self._make_room(caller.name)
         adopted = said if self._adopt else None
         session = Session(
             session_id=adopted.session_id if adopted is not None else "s-" + secrets.token_hex(6),
@@ -168,6 +170,7 @@ class Registry:
             now=now,
             bundle_id=model.bundle.bundle_id,
             max_bytes_per_s=self._max_bytes_per_s,
+            caller=caller.name,
         )
         if adopted is not None:
             session.token_number = session.oldest_token = adopted.number
@@ -178,6 +181,28 @@ class Registry:
             except (RateUnreachable, UnknownPoint):
                 session.policy = None  # another model's ladder: the client's own choice stands
         return self._admission(session, "adopted" if adopted is not None else "new", wall, caller)
+
+    def _make_room(self, caller: str) -> None:
+        """Forget a session that gives way to a new one of this caller, if there are too many.
+
+        The longest disconnected one that never had a frame gives way first. One that had frames is kept as promised.
+
+        Raises:
+            Overloaded: none gives way.
+        """
+        if self._max_per_caller:
+            own = [session for session in self._sessions.values() if session.caller == caller]
+            if len(own) >= self._max_per_caller and not self._give_way(own):
+                raise Overloaded(f"{self._max_per_caller} sessions of this caller are open already; try again later")
+        if len(self._sessions) >= self._max_sessions and not self._give_way(self._sessions.values()):
+            raise Overloaded(f"{self._max_sessions} sessions are open already; try again later")
+
+    def _give_way(self, sessions: Iterable[Session]) -> bool:
+        idle = [s for s in sessions if s.disconnected_at is not None and not s.accepted]
+        if not idle:
+            return False
+        self.forget(min(idle, key=lambda session: session.disconnected_at or 0.0).session_id)
+        return True
 
     def _admission(self, session: Session, how: str, wall: float, caller: Caller) -> Admission:
         session.token_number += 1

@@ -22,13 +22,13 @@ from bitneck.errors import (
 )
 from bitneck.ladder import Ladder
 from bitneck.wire.messages import Result
+from bitneck_cloud.access.limits import TokenBucket
 from bitneck_cloud.sessions.rates import MaxKbps, RatePolicy, choose
 
 __all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]
 
 _RATE_SAMPLES = 32
 _MIN_RATE_SAMPLES = 4
-_MIN_BURST_BYTES = 65536.0
 _WAITING = 8
 """Number of frames that a client may have coded before its window has room for them."""
 _HYSTERESIS = 0.15
@@ -100,6 +100,7 @@ class Session:
         now: seconds, any monotonic clock.
         bundle_id: of the model's bundle when the session was opened.
         max_bytes_per_s: payload bytes a second that are accepted in the long run; 0 for no limit.
+        caller: name of who opened it.
 
     Attributes:
         told: whether the client knows the rate that was asked for last.
@@ -120,7 +121,9 @@ class Session:
         now: float,
         bundle_id: str = "",
         max_bytes_per_s: float = 0.0,
+        caller: str = "",
     ) -> None:
+        self.caller = caller
         self.session_id = session_id
         self.model = model
         self.bundle_id = bundle_id
@@ -149,9 +152,7 @@ class Session:
         self._floor = 0
         self._arrivals: deque[float] = deque(maxlen=_RATE_SAMPLES)
         self._max_bytes_per_s = max_bytes_per_s
-        self._burst = max(max_bytes_per_s, _MIN_BURST_BYTES)
-        self._allowance = self._burst
-        self._allowed_at = now
+        self._bytes = TokenBucket.of_bytes(max_bytes_per_s, now) if max_bytes_per_s else None
 
     def move(self, ladder: Ladder, bundle_id: str) -> None:
         """The client came back with another bundle: its rate is chosen anew from that ladder."""
@@ -194,16 +195,11 @@ class Session:
 
     def _spend(self, seq: int, payload_bytes: int, now: float) -> None:
         """A token bucket: `max_bytes_per_s` in the long run, a burst of a second or 64 KiB."""
-        if not self._max_bytes_per_s:
-            return
-        self._allowance = min(self._burst, self._allowance + (now - self._allowed_at) * self._max_bytes_per_s)
-        self._allowed_at = now
-        if payload_bytes > self._allowance:
+        if self._bytes is not None and not self._bytes.take(payload_bytes, now):
             raise Overloaded(
                 f"frame {seq}: this session may send {self._max_bytes_per_s:.0f} payload bytes a second; "
                 "send fewer frames, or choose an operating point of a lower rate"
             )
-        self._allowance -= payload_bytes
 
     def kept_answer(self, seq: int) -> Result:
         """The answer of a seq that `accept` called ANSWERED."""

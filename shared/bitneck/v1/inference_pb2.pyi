@@ -23,14 +23,18 @@ class GetManifestResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_json: _Optional[bytes] = ...) -> None: ...
 
 class FetchFileRequest(_message.Message):
-    __slots__ = ("model", "bundle_id", "path")
+    __slots__ = ("model", "bundle_id", "path", "offset", "length")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
     model: str
     bundle_id: str
     path: str
-    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., path: _Optional[str] = ...) -> None: ...
+    offset: int
+    length: int
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class FileChunk(_message.Message):
     __slots__ = ("data",)

@@ -67,7 +67,8 @@ class SplitInferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FetchFile(self, request, context):
-        """One file of the bundle that an edge needs (manifest roles `edge` and `both`), in order, in chunks.
+        """One file of the bundle that an edge needs (manifest roles `edge` and `both`), or a part of it, in order, in chunks.
+        A client may ask for parts one after another, and so pace itself. A chunk that is not read in time ends the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,9 @@ class SplitInferenceStub:
     GetManifest: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetManifestRequest, _inference_pb2.GetManifestResponse]
     """The manifest of a model's bundle. The edge checks that it hashes to bundle_id."""
     FetchFile: _grpc.UnaryStreamMultiCallable[_inference_pb2.FetchFileRequest, _inference_pb2.FileChunk]
-    """One file of the bundle that an edge needs (manifest roles `edge` and `both`), in order, in chunks."""
+    """One file of the bundle that an edge needs (manifest roles `edge` and `both`), or a part of it, in order, in chunks.
+    A client may ask for parts one after another, and so pace itself. A chunk that is not read in time ends the call.
+    """
     Infer: _grpc.UnaryUnaryMultiCallable[_inference_pb2.InferRequest, _inference_pb2.InferResponse]
     """One frame, one answer, no session. A bad frame is a gRPC error status."""
     Stream: _grpc.StreamStreamMultiCallable[_inference_pb2.ClientMessage, _inference_pb2.ServerMessage]
@@ -53,7 +55,9 @@ class SplitInferenceAsyncStub(SplitInferenceStub):
     GetManifest: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetManifestRequest, _inference_pb2.GetManifestResponse]  # type: ignore[assignment]
     """The manifest of a model's bundle. The edge checks that it hashes to bundle_id."""
     FetchFile: _aio.UnaryStreamMultiCallable[_inference_pb2.FetchFileRequest, _inference_pb2.FileChunk]  # type: ignore[assignment]
-    """One file of the bundle that an edge needs (manifest roles `edge` and `both`), in order, in chunks."""
+    """One file of the bundle that an edge needs (manifest roles `edge` and `both`), or a part of it, in order, in chunks.
+    A client may ask for parts one after another, and so pace itself. A chunk that is not read in time ends the call.
+    """
     Infer: _aio.UnaryUnaryMultiCallable[_inference_pb2.InferRequest, _inference_pb2.InferResponse]  # type: ignore[assignment]
     """One frame, one answer, no session. A bad frame is a gRPC error status."""
     Stream: _aio.StreamStreamMultiCallable[_inference_pb2.ClientMessage, _inference_pb2.ServerMessage]  # type: ignore[assignment]
@@ -74,7 +78,9 @@ class SplitInferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.FetchFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.FileChunk], _abc.AsyncIterator[_inference_pb2.FileChunk]]:
-        """One file of the bundle that an edge needs (manifest roles `edge` and `both`), in order, in chunks."""
+        """One file of the bundle that an edge needs (manifest roles `edge` and `both`), or a part of it, in order, in chunks.
+        A client may ask for parts one after another, and so pace itself. A chunk that is not read in time ends the call.
+        """
 
     @_abc_1.abstractmethod
     def Infer(

@@ -1,0 +1,93 @@
+"""Counts the calls that each caller has open, of every service, and refuses those beyond its limit."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from bitneck.errors import BitneckError
+from bitneck_cloud.aborting import abort
+from bitneck_cloud.access.bearers import BearerTokens
+from bitneck_cloud.access.callers import caller_of
+from bitneck_cloud.access.limits import CallerLimits
+from bitneck_cloud.observe.audit import RefusalLog
+from bitneck_cloud.observe.metrics import Metrics
+
+__all__ = ["CallLimits"]
+
+_OURS = "/bitneck."
+_FETCHES = "/FetchFile"
+_MOST_FETCHES = 8
+"""Downloads of one caller at a time."""
+_MOST_OTHERS = 16
+"""Health watches and reflection calls of one caller. They need no token."""
+
+
+class CallLimits(grpc.aio.ServerInterceptor):
+    """Wraps every handler.
+
+    Args:
+        limits: of the callers.
+        tokens: of the devices, to know callers by name.
+        metrics: counts refusals.
+        refusals: logs them.
+    """
+
+    def __init__(self, limits: CallerLimits, tokens: BearerTokens, metrics: Metrics, refusals: RefusalLog) -> None:
+        self._limits = limits
+        self._tokens = tokens
+        self._metrics = metrics
+        self._refusals = refusals
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        """The handler, counted."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        kind, most = "calls", None
+        if not method.startswith(_OURS):
+            kind, most = "others", _MOST_OTHERS
+        elif method.endswith(_FETCHES):
+            kind, most = "fetches", _MOST_FETCHES
+        parse, serialize = handler.request_deserializer, handler.response_serializer
+        if handler.request_streaming:
+            # Reflection's handler is a generator; ours is a coroutine that writes.
+            counted = self._coroutine if method.startswith(_OURS) else self._generator
+            return grpc.stream_stream_rpc_method_handler(counted(handler.stream_stream, kind, most), parse, serialize)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._coroutine(handler.unary_stream, kind, most), parse, serialize
+            )
+        return grpc.unary_unary_rpc_method_handler(self._coroutine(handler.unary_unary, kind, most), parse, serialize)
+
+    def _coroutine(self, behaviour: Callable[[Any, Any], Awaitable[Any]], kind: str, most: int | None) -> Any:
+        async def counted(request: Any, context: Any) -> Any:
+            caller = await self._begin(context, kind, most)
+            try:
+                return await behaviour(request, context)
+            finally:
+                self._limits.end(caller, kind)
+
+        return counted
+
+    def _generator(self, behaviour: Callable[[Any, Any], AsyncIterator[Any]], kind: str, most: int | None) -> Any:
+        async def counted(request: Any, context: Any) -> AsyncIterator[Any]:
+            caller = await self._begin(context, kind, most)
+            try:
+                async for message in behaviour(request, context):
+                    yield message
+            finally:
+                self._limits.end(caller, kind)
+
+        return counted
+
+    async def _begin(self, context: Any, kind: str, most: int | None) -> str:
+        caller = caller_of(context, self._tokens).name
+        try:
+            self._limits.begin(caller, kind, most)
+        except BitneckError as exc:
+            self._metrics.refused(exc.grpc_status)
+            self._refusals.refused(caller, f"{exc.grpc_status}: too many {kind}")
+            await abort(context, exc)
+        return caller

@@ -1,0 +1,96 @@
+"""The gRPC listener: the services, the interceptors before them, and the limits of its connections."""
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from bitneck.errors import InvalidConfig
+from bitneck.settings.model import Address
+from bitneck.v1 import inference_pb2 as pb
+from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.wire.frames import MAX_MESSAGE_BYTES
+from bitneck_cloud.access.bearers import BearerTokens
+from bitneck_cloud.access.limits import CallerLimits
+from bitneck_cloud.access.security import DeviceTokens, grpc_credentials
+from bitneck_cloud.api.call_limits import CallLimits
+from bitneck_cloud.api.grpc_service import InferenceService
+from bitneck_cloud.api.parsing import TolerantParsing
+from bitneck_cloud.observe.audit import RefusalLog
+from bitneck_cloud.observe.metrics import Metrics
+from bitneck_cloud.settings import CloudSettings
+
+__all__ = ["HEALTH_NAMES", "make_grpc_server"]
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["SplitInference"].full_name
+
+HEALTH_NAMES = ("", _SERVICE)
+"""What health checks may ask about."""
+
+_SINGLE_CALLS = 1024
+"""Calls that may be open beside the streams of all sessions."""
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a load balancer
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Without these two a client can queue 4 MB at a server that does not read.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 65536),
+    ("grpc.keepalive_time_ms", 30_000),  # a half-open connection is found within 40 s
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Whoever connects must speak within ten seconds, and a connection without calls is closed.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.http2.settings_timeout", 10_000),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.max_concurrent_streams", 256),  # of one connection; more wait at the client
+)
+
+
+def make_grpc_server(
+    settings: CloudSettings,
+    service: InferenceService,
+    limits: CallerLimits,
+    devices: BearerTokens,
+    metrics: Metrics,
+    refusals: RefusalLog,
+    *,
+    max_connections: int,
+) -> tuple[grpc.aio.Server, health.aio.HealthServicer, int]:
+    """A server that is bound to its port and not started.
+
+    Args:
+        settings: address, TLS and limits.
+        service: of ours.
+        limits: of the callers.
+        devices: tokens.
+        metrics: counts refusals.
+        refusals: logs them.
+        max_connections: that are open at once.
+
+    Returns:
+        The server, the servicer of health checks, and the port.
+
+    Raises:
+        InvalidConfig: the port is taken, or a certificate cannot be used.
+    """
+    address = Address.parse(settings.grpc)
+    interceptors: list[grpc.aio.ServerInterceptor] = [CallLimits(limits, devices, metrics, refusals), TolerantParsing()]
+    if devices.needed:
+        interceptors.insert(0, DeviceTokens(devices, metrics, refusals))
+    options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
+    most = settings.max_sessions + _SINGLE_CALLS
+    server = grpc.aio.server(options=options, interceptors=interceptors, maximum_concurrent_rpcs=most)
+    pb_grpc.add_SplitInferenceServicer_to_server(service, server)
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            credentials = grpc_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+            port = server.add_secure_port(str(address), credentials)
+        else:
+            port = server.add_insecure_port(str(address))
+    except RuntimeError as exc:
+        raise InvalidConfig(f"gRPC cannot listen on {address}; is another server running there?") from exc
+    return server, servicer, port

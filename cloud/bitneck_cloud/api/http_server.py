@@ -1,0 +1,224 @@
+"""The HTTP listener: uvicorn behind an accept loop that bounds the number of connections and their time.
+
+A connection has `patience_s` for its TLS handshake, and the same for each request, from its first byte to the end of
+its body. One that is silent, slow or one too many is closed, so strangers cannot use up the process's descriptors.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from bitneck.errors import InvalidConfig
+from bitneck.settings.model import Address
+from bitneck_cloud.observe.audit import RefusalLog
+
+__all__ = ["HttpServer", "listen"]
+
+_LOG = logging.getLogger(__name__)
+_AFTER_ERROR_S = 0.2
+_GRACE_S = 5
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
+_RECEIVED = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
+
+MOST = 256
+"""Connections that are open at once."""
+MOST_OF_ADDRESS = 64
+"""Those of one address."""
+PATIENCE_S = 10.0
+"""Seconds for a TLS handshake, and for a request to arrive."""
+
+
+def listen(address: Address) -> list[socket.socket]:
+    """Sockets that listen on all that the host stands for: both families of ``localhost`` and of ``[::]``.
+
+    Raises:
+        InvalidConfig: the port is taken, or this machine has no such address.
+    """
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as exc:
+        raise InvalidConfig(f"HTTP cannot listen on {address} ({exc.strerror}); is it a name of this machine?") from exc
+    sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    port = address.port
+    for family, host in dict.fromkeys((info[0], str(info[4][0])) for info in found):
+        dual = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        try:
+            listener = socket.create_server((host, port), family=family, dualstack_ipv6=dual)
+        except OSError as exc:
+            failure = exc
+            continue
+        listener.setblocking(False)
+        sockets.append(listener)
+        port = listener.getsockname()[1]  # if the system chose it, every family gets the same one
+    taken = failure is not None and failure.errno not in _NO_SUCH_ADDRESS
+    if failure is not None and (taken or not sockets):
+        for listener in sockets:
+            listener.close()
+        raise InvalidConfig(
+            f"HTTP cannot listen on {address} ({failure.strerror}); is another server there?"
+        ) from failure
+    return sockets
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol with a limit for the time in which a request arrives."""
+
+    def __init__(self, *args: Any, patience_s: float, lost: "asyncio.Future[None]", **values: Any) -> None:
+        super().__init__(*args, **values)
+        self._patience_s = patience_s
+        self._lost = lost
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.received:
+            self._forget()
+        elif self._deadline is None:
+            self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+        if not self._lost.done():
+            self._lost.set_result(None)
+
+    @property
+    def received(self) -> bool:
+        """Whether a request has come to its end, and is being answered."""
+        return self.conn.their_state in _RECEIVED
+
+    def _expect(self) -> None:
+        self._deadline = self.loop.call_later(self._patience_s, self._too_slow)
+
+    def _forget(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        self.transport.abort()
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn with bounded connections, and without signal handlers of its own: the program has one way to stop.
+
+    Args:
+        app: the ASGI application.
+        tls: uvicorn's settings for TLS; empty for plaintext.
+        refusals: logs what is refused.
+        most: connections that are open at once.
+        most_of_address: those of one address.
+        patience_s: seconds for a handshake, and for a request to arrive.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        tls: dict[str, Any],
+        refusals: RefusalLog,
+        *,
+        most: int = MOST,
+        most_of_address: int = MOST_OF_ADDRESS,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=_GRACE_S, **tls
+        )
+        super().__init__(config)
+        self.listening = asyncio.Event()
+        self._refusals = refusals
+        self._most = most
+        self._most_of_address = most_of_address
+        self._patience_s = patience_s
+        self._open: Counter[str] = Counter()
+        self._work: set[asyncio.Task[None]] = set()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to take requests on sockets that listen."""
+        await self.lifespan.startup()
+        self.servers = []
+        for listener in sockets or ():
+            self._start(self._accept(listener))
+        self.started = True
+        self.listening.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, and end the open ones within a bounded time."""
+        for task in self._work:
+            if task.get_name() == "accept":
+                task.cancel()
+        for protocol in list(self.server_state.connections):
+            if isinstance(protocol, _Protocol) and not protocol.received:
+                protocol.transport.abort()  # what has not come by now is not waited for
+        await super().shutdown(sockets)
+        for protocol in list(self.server_state.connections):
+            protocol.transport.abort()
+        await asyncio.gather(*self._work, return_exceptions=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the program."""
+        yield
+
+    def _start(self, work: Any, name: str = "accept") -> None:
+        task = asyncio.create_task(work, name=name)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, address = await loop.sock_accept(listener)
+            except OSError as exc:  # such as no descriptors left
+                self._refusals.refused("HTTP connections", f"accept failed: {exc.strerror}")
+                await asyncio.sleep(_AFTER_ERROR_S)
+                continue
+            host = str(address[0])
+            if self._open.total() >= self._most or self._open[host] >= self._most_of_address:
+                connection.close()
+                self._refusals.refused(f"address {host}", "too many HTTP connections")
+                continue
+            self._open[host] += 1
+            self._start(self._serve_one(connection, host), name="connection")
+
+    async def _serve_one(self, connection: socket.socket, host: str) -> None:
+        loop = asyncio.get_running_loop()
+        lost: asyncio.Future[None] = loop.create_future()
+
+        def protocol() -> _Protocol:
+            return _Protocol(
+                config=self.config,
+                server_state=self.server_state,
+                app_state=self.lifespan.state,
+                patience_s=self._patience_s,
+                lost=lost,
+            )
+
+        limit = self._patience_s if self.config.ssl is not None else None
+        try:
+            await loop.connect_accepted_socket(protocol, connection, ssl=self.config.ssl, ssl_handshake_timeout=limit)
+            await lost
+        except (OSError, ssl.SSLError) as exc:  # the handshake failed, or took too long
+            self._refusals.refused(f"address {host}", "the TLS handshake failed")
+            _LOG.debug("%s: %r", host, exc)
+            connection.close()
+        finally:
+            self._open[host] -= 1
+            if not self._open[host]:
+                del self._open[host]

@@ -1,0 +1,120 @@
+"""A gRPC client made of bare HTTP/2 frames, which does what no library would: leave messages unread, reset, abandon."""
+
+import socket
+import struct
+from typing import Any, Self
+
+import h2.config
+import h2.connection
+import h2.errors
+import h2.events
+import h2.settings
+
+__all__ = ["BareClient", "grpc_message"]
+
+_SERVICE = "/bitneck.v1.SplitInference/"
+
+
+def grpc_message(message: Any) -> bytes:
+    """A protobuf message as gRPC frames it, uncompressed."""
+    data = message.SerializeToString()
+    return struct.pack(">BI", 0, len(data)) + bytes(data)
+
+
+class BareClient:
+    """One plaintext connection.
+
+    Args:
+        address: HOST:PORT.
+        window: bytes that the server may send on a stream before the client, which never does, gives more.
+        timeout_s: for each step on the socket.
+    """
+
+    def __init__(self, address: str, *, window: int = 65535, timeout_s: float = 10.0) -> None:
+        host, _, port = address.rpartition(":")
+        self._address = address
+        self.socket = socket.create_connection((host, int(port)), timeout_s)
+        self._http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+        self._http.local_settings = h2.settings.Settings(
+            client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
+        )
+        self._http.initiate_connection()
+        self.flush()
+        while not any(isinstance(event, h2.events.RemoteSettingsChanged) for event in self.events()):
+            pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def call(self, method: str, message: Any | None = None, *, end: bool = False, service: str = _SERVICE) -> int:
+        """Begin a call, and perhaps send a message; nothing is flushed.
+
+        Args:
+            method: of the service.
+            message: the first one.
+            end: whether nothing more will be sent.
+            service: its path.
+
+        Returns:
+            The stream's number.
+        """
+        stream = self._http.get_next_available_stream_id()
+        headers = [
+            (":method", "POST"), (":scheme", "http"), (":path", service + method), (":authority", self._address),
+            ("te", "trailers"), ("content-type", "application/grpc"),
+        ]  # fmt: skip
+        self._http.send_headers(stream, headers)
+        if message is not None:
+            self.send(stream, message, end=end)
+        return stream
+
+    def send(self, stream: int, message: Any, *, end: bool = False) -> None:
+        """Send a message on a stream; nothing is flushed."""
+        self._http.send_data(stream, grpc_message(message), end_stream=end)
+
+    def reset(self, stream: int) -> None:
+        """Take a call back; nothing is flushed."""
+        self._http.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
+
+    def read_more(self, stream: int, size: int = 1 << 20) -> None:
+        """Let the server send so many more bytes on a stream, and on the connection; nothing is flushed."""
+        self._http.increment_flow_control_window(size)
+        self._http.increment_flow_control_window(size, stream)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        self.socket.sendall(self._http.data_to_send())
+
+    def events(self) -> list[h2.events.Event]:
+        """What the server sent, after waiting for it. The server's settings and pings are answered.
+
+        Raises:
+            ConnectionError: the server closed the connection.
+            TimeoutError: nothing came in time.
+        """
+        data = self.socket.recv(1 << 16)
+        if not data:
+            raise ConnectionError("the server closed the connection")
+        events = self._http.receive_data(data)
+        self.flush()
+        return events
+
+    def status(self, stream: int) -> str:
+        """Wait for the end of a call.
+
+        Returns:
+            Its gRPC status, or the HTTP/2 error that reset it.
+        """
+        while True:
+            for event in self.events():
+                if getattr(event, "stream_id", None) != stream:
+                    continue
+                if isinstance(event, h2.events.StreamReset):
+                    return f"reset {event.error_code}"
+                if isinstance(event, h2.events.TrailersReceived | h2.events.ResponseReceived):
+                    for name, value in event.headers or ():
+                        if bytes(name) == b"grpc-status":
+                            return bytes(value).decode()
