@@ -198,7 +198,7 @@ def test_the_smaller_coding_is_sent() -> None:
     record = records.add("p", LONG, answer=0, now_s=0.0, similar=smaller)
     assert (record.refers, record.frame.reference) == (True, 1)
     assert wire_bytes(record.frame) == wire_bytes(record.alone) - 1
-    assert records.retry(3, 1.0) == record.alone
+    assert records.retry(3, 1.0) == (record.alone, 0.0)
 
 
 def test_an_older_frame_that_is_answered_late_is_no_reference() -> None:

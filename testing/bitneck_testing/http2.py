@@ -1,5 +1,6 @@
-"""A gRPC client made of bare HTTP/2 frames, which does what no library would: leave messages unread, reset, abandon."""
+"""gRPC made of bare HTTP/2 frames, for what no library does: leave messages unread, or count pings."""
 
+import asyncio
 import socket
 import struct
 from typing import Any, Self
@@ -10,7 +11,7 @@ import h2.errors
 import h2.events
 import h2.settings
 
-__all__ = ["BareClient", "grpc_message"]
+__all__ = ["BareClient", "CalmServer", "grpc_message"]
 
 _SERVICE = "/bitneck.v1.SplitInference/"
 
@@ -118,3 +119,44 @@ class BareClient:
                     for name, value in event.headers or ():
                         if bytes(name) == b"grpc-status":
                             return bytes(value).decode()
+
+
+class CalmServer:
+    """A server that opens every stream, counts the pings of each connection, and ends one that sends too many.
+
+    Args:
+        opened: its first message on each stream.
+        most: pings of one connection that it takes. The next one is answered by the GOAWAY that gRPC servers send.
+
+    Attributes:
+        pings: by connection, in order.
+    """
+
+    def __init__(self, opened: Any, most: int) -> None:
+        self.pings: list[int] = []
+        self._opened = grpc_message(opened)
+        self._most = most
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, for `asyncio.start_server`."""
+        number = len(self.pings)
+        self.pings.append(0)
+        http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+        http.initiate_connection()
+        writer.write(http.data_to_send())
+        try:
+            while data := await reader.read(1 << 16):
+                for event in http.receive_data(data):
+                    if isinstance(event, h2.events.RequestReceived):
+                        assert event.stream_id is not None
+                        http.send_headers(event.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+                        http.send_data(event.stream_id, self._opened)
+                    elif isinstance(event, h2.events.PingReceived):
+                        self.pings[number] += 1
+                if self.pings[number] > self._most:
+                    http.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM, b"too_many_pings")
+                    writer.write(http.data_to_send())
+                    return
+                writer.write(http.data_to_send())
+        finally:
+            writer.close()

@@ -8,6 +8,7 @@ Frames that are sent while no connection is up wait in the records; `attach` sen
 
 import asyncio
 import logging
+import random
 import time
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ __all__ = ["Exchange", "Received", "Sent"]
 _LOG = logging.getLogger(__name__)
 _PASSING = frozenset(GRPC_CODES[name] for name in ("ABORTED", "DATA_LOSS", "RESOURCE_EXHAUSTED", "UNAVAILABLE"))
 """Faults that may not come again when the frame is sent again."""
+_BUSY = GRPC_CODES["RESOURCE_EXHAUSTED"]
+"""The fault of a server that has too much to do."""
 _REFERENCE = frozenset(GRPC_CODES[name] for name in ("ABORTED", "DATA_LOSS"))
 """Faults of a frame whose reference the cloud lacks, or has with other symbols."""
 
@@ -68,6 +71,8 @@ class Exchange:
         self._write_lock = asyncio.Lock()
         self._connection: Connection | None = None
         self._failure: BitneckError | None = None
+        self._connections = 0  # how often unanswered frames have been sent over a new one
+        self._later: set[asyncio.Task[None]] = set()
 
     @property
     def failure(self) -> BitneckError | None:
@@ -140,8 +145,9 @@ class Exchange:
                 captured_unix_us=captured_unix_us,
                 similar=similar,
             )
+            connections = self._connections
         frame = record.frame
-        await self._write(frame)
+        await self._write(frame, connections)
         return Sent(frame.seq, frame.payload, frame.reference, wire_bytes(frame), record.sent_s, answer)
 
     def granted(self, *, window: int, reach: int, same_session: bool) -> None:
@@ -159,6 +165,7 @@ class Exchange:
     async def attach(self, connection: Connection) -> None:
         """Send what is unanswered over a new connection, then let new frames through."""
         async with self._write_lock:
+            self._connections += 1
             for seq in self._records.seqs:
                 frame = self._records.resend(seq, time.perf_counter())
                 if frame is not None:
@@ -188,10 +195,16 @@ class Exchange:
         error = error_from_status(message.code, message.message)
         if message.code in _REFERENCE:
             self._records.reference_refused(message.seq)
-        frame = self._records.retry(message.seq, time.perf_counter()) if message.code in _PASSING else None
-        if frame is not None:
-            _LOG.warning("frame %d is sent again: %s", frame.seq, error)
-            await self._write(frame)
+        again = None
+        if message.code in _PASSING:
+            spread = random.random()  # noqa: S311  no secret
+            again = self._records.retry(message.seq, time.perf_counter(), busy=message.code == _BUSY, spread=spread)
+        if again is not None:
+            frame, pause_s = again
+            _LOG.warning("frame %d is sent again in %.1f s: %s", frame.seq, pause_s, error)
+            task = asyncio.create_task(self._write_later(frame, pause_s, self._connections))
+            self._later.add(task)
+            task.add_done_callback(self._later.discard)
         elif message.seq:
             await self._settle(message.seq, error)
         else:
@@ -200,14 +213,26 @@ class Exchange:
     async def fail(self, error: BitneckError) -> None:
         """No more frames: everyone who waits learns why. The first error counts."""
         self._failure = self._failure or error
+        for task in self._later:
+            task.cancel()
         for record in self._records.give_up():
             _fail_answer(record.answer, error)
         await self._wake()
 
-    async def _write(self, frame: Frame) -> None:
-        """Write a frame if a connection is up; else the next one gets it from the records."""
+    async def _write_later(self, frame: Frame, pause_s: float, connections: int) -> None:
+        await asyncio.sleep(pause_s)
+        if frame.seq in self._records:
+            await self._write(frame, connections)
+
+    async def _write(self, frame: Frame, connections: int) -> None:
+        """Write a frame if a connection is up; else the next one gets it from the records.
+
+        Args:
+            frame: of the records.
+            connections: how many there had been when it was to be written. A newer one has got it already.
+        """
         async with self._write_lock:
-            if self._connection is not None:
+            if self._connection is not None and connections == self._connections:
                 await self._connection.write(frame)
 
     async def _settle(self, seq: int, outcome: Received | BitneckError) -> None:

@@ -25,6 +25,7 @@ __all__ = ["Link", "LinkSettings", "Received", "Sent"]
 _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.2, 5.0
 _MAX_WINDOW = 1024
+_TOO_MANY_PINGS = "too_many_pings"
 _FAIR_S = 1.0
 """A server that sends us away after this time did its part; one that does so sooner counts as failing."""
 
@@ -68,6 +69,7 @@ class Link:
         self.reconnects = 0
         self.initial_point = ""
         self._settings = settings
+        self._access = settings.access
         self._address = settings.access.address
         self._on_point = on_point
         self._on_reconnect = on_reconnect
@@ -165,6 +167,9 @@ class Link:
                 error = exc
             if self._closing:
                 return
+            if _TOO_MANY_PINGS in str(error).lower():
+                self._access = self._access.slower()
+                _LOG.info("the server takes fewer keepalives; one comes every %.0f s now", self._access.keepalive_s)
             sent_away_fairly = self._leaving is not None and time.perf_counter() - begun > _FAIR_S
             if sent_away_fairly or progress != self._exchange.progress:
                 backoff.succeeded()
@@ -182,7 +187,7 @@ class Link:
             BitneckError: see `connect`, `Connection.read`; or the server does not do its part.
         """
         self._leaving = None
-        async with connect(self._settings.access, self._settings.connect_timeout_s) as connection:
+        async with connect(self._access, self._settings.connect_timeout_s) as connection:
             try:
                 resumed = opened.done()
                 self._grant(await self._handshake(connection), resumed=resumed)

@@ -24,6 +24,8 @@ A = TypeVar("A")
 """Where the answer goes, such as a future: the table only keeps it."""
 
 _MAX_ATTEMPTS = 4
+_MAX_ATTEMPTS_BUSY = 9
+_FIRST_PAUSE_S, _MOST_PAUSE_S = 0.1, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,13 +217,25 @@ class Records(Generic[A]):
         self._unanswered[seq] = replace(record, sent_s=now_s)
         return record.alone
 
-    def retry(self, seq: int, now_s: float) -> Frame | None:
-        """The frame to send again after a fault that may pass, as a key frame; None after too many attempts."""
+    def retry(self, seq: int, now_s: float, *, busy: bool = False, spread: float = 0.5) -> tuple[Frame, float] | None:
+        """The frame to send again after a fault that may pass, as a key frame, and when.
+
+        Args:
+            seq: its number.
+            now_s: the time.
+            busy: whether the server has too much to do. Then pauses grow from one attempt to the next, and there are
+                more attempts.
+            spread: random, from 0 to 1: clients that were refused together do not come back together.
+
+        Returns:
+            The frame, and the pause in seconds before it is sent; None after too many attempts.
+        """
         record = self._unanswered.get(seq)
-        if record is None or record.attempts >= _MAX_ATTEMPTS:
+        if record is None or record.attempts >= (_MAX_ATTEMPTS_BUSY if busy else _MAX_ATTEMPTS):
             return None
-        self._unanswered[seq] = replace(record, sent_s=now_s, attempts=record.attempts + 1)
-        return record.alone
+        pause_s = min(_FIRST_PAUSE_S * 2 ** (record.attempts - 1), _MOST_PAUSE_S) * (0.5 + spread) if busy else 0.0
+        self._unanswered[seq] = replace(record, sent_s=now_s + pause_s, attempts=record.attempts + 1)
+        return record.alone, pause_s
 
     def reference_refused(self, seq: int) -> None:
         """The cloud cannot use the reference of a frame, if it had one: the others are doubtful too."""

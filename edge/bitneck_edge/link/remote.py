@@ -3,7 +3,7 @@
 import asyncio
 import ssl
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -27,12 +27,17 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 16 << 20),  # a manifest of a thousand points fits
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.bdp_probe", 0),  # no pings that a thin link has to carry
-    ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.enable_retries", 0),  # a stream gets none; the link reconnects by itself
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
+
+KEEPALIVE_S = 30.0
+"""A half-open connection is found within this time and ten seconds."""
+
+_PATIENT_KEEPALIVE_S = 330.0
+_MOST_KEEPALIVE_S = 3600.0
 
 _LOST = frozenset(
     {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL}
@@ -54,6 +59,7 @@ class Access:
         cert: this device's PEM certificate, if the server asks for one; else None.
         key: its PEM key.
         token: this device's bearer token; empty for none.
+        keepalive_s: seconds without a message after which gRPC asks whether the server is still there.
     """
 
     address: str
@@ -62,6 +68,7 @@ class Access:
     cert: Path | None = None
     key: Path | None = None
     token: str = field(default="", repr=False)
+    keepalive_s: float = KEEPALIVE_S
 
     def channel(self) -> grpc.aio.Channel:
         """A channel to the server; it connects at its first use.
@@ -69,12 +76,19 @@ class Access:
         Raises:
             InvalidConfig: a certificate or key cannot be used.
         """
-        options = _CHANNEL_OPTIONS
+        options = (*_CHANNEL_OPTIONS, ("grpc.keepalive_time_ms", round(self.keepalive_s * 1000)))
         if Address.parse(self.address).loopback:
             options += (("grpc.enable_http_proxy", 0),)  # a proxy cannot reach this machine's own loopback
         if not self.tls:
             return grpc.aio.insecure_channel(self.address, options=options)
         return grpc.aio.secure_channel(self.address, self._credentials(), options=options)
+
+    def slower(self) -> "Access":
+        """The same access, with a keepalive that a server or proxy with gRPC's usual policy takes: every five minutes.
+
+        Each further call doubles it, up to an hour.
+        """
+        return replace(self, keepalive_s=min(max(2 * self.keepalive_s, _PATIENT_KEEPALIVE_S), _MOST_KEEPALIVE_S))
 
     async def connected(self, channel: grpc.aio.Channel, timeout_s: float) -> None:
         """Wait until the channel is connected. What is asked for then has other limits: a thin link takes its time.
