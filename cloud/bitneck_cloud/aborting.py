@@ -1,6 +1,5 @@
 """The end of a gRPC call with one of bitneck's errors."""
 
-import asyncio
 from typing import Any, NoReturn
 
 import grpc
@@ -20,10 +19,7 @@ async def abort(context: Any, exc: BitneckError) -> NoReturn:
 
     Raises:
         grpc.aio.AbortError: always, unless the client is gone.
-        asyncio.CancelledError: the client is gone.
+        grpc.aio.InternalError: the client is gone.
     """
-    try:
-        await context.abort(grpc.StatusCode[exc.grpc_status], public_text(exc))
-    except grpc.aio.InternalError:
-        raise asyncio.CancelledError from None
+    await context.abort(grpc.StatusCode[exc.grpc_status], public_text(exc))
     raise AssertionError("abort raises")

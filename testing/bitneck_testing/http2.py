@@ -29,12 +29,13 @@ class BareClient:
         address: HOST:PORT.
         window: bytes that the server may send on a stream before the client, which never does, gives more.
         timeout_s: for each step on the socket.
+        source: the client's own address; empty for the system's choice.
     """
 
-    def __init__(self, address: str, *, window: int = 65535, timeout_s: float = 10.0) -> None:
+    def __init__(self, address: str, *, window: int = 65535, timeout_s: float = 10.0, source: str = "") -> None:
         host, _, port = address.rpartition(":")
         self._address = address
-        self.socket = socket.create_connection((host, int(port)), timeout_s)
+        self.socket = socket.create_connection((host, int(port)), timeout_s, (source, 0) if source else None)
         self._http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
         self._http.local_settings = h2.settings.Settings(
             client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
@@ -84,6 +85,11 @@ class BareClient:
         """Let the server send so many more bytes on a stream, and on the connection; nothing is flushed."""
         self._http.increment_flow_control_window(size)
         self._http.increment_flow_control_window(size, stream)
+
+    def take(self, event: h2.events.DataReceived) -> None:
+        """Give back the window that received data took; nothing is flushed."""
+        if event.flow_controlled_length and event.stream_id is not None:
+            self._http.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
 
     def flush(self) -> None:
         """Write what waits."""

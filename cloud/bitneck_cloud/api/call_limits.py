@@ -1,5 +1,6 @@
 """Counts the calls that each caller has open, of every service, and refuses those beyond its limit."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ _MOST_OTHERS = 16
 
 
 class CallLimits(grpc.aio.ServerInterceptor):
-    """Wraps every handler.
+    """Wraps every handler. A call whose client is gone ends like a cancelled one, without a traceback in the log.
 
     Args:
         limits: of the callers.
@@ -66,6 +67,8 @@ class CallLimits(grpc.aio.ServerInterceptor):
             caller = await self._begin(context, kind, most)
             try:
                 return await behaviour(request, context)
+            except grpc.aio.InternalError:  # a message or status could not be written: the client is gone
+                raise asyncio.CancelledError from None
             finally:
                 self._limits.end(caller, kind)
 
@@ -77,6 +80,8 @@ class CallLimits(grpc.aio.ServerInterceptor):
             try:
                 async for message in behaviour(request, context):
                     yield message
+            except grpc.aio.InternalError:
+                raise asyncio.CancelledError from None
             finally:
                 self._limits.end(caller, kind)
 

@@ -1,5 +1,7 @@
 """The gRPC listener: the services, the interceptors before them, and the limits of its connections."""
 
+import warnings
+
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -44,6 +46,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.settings_timeout", 10_000),
     ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_concurrent_streams", 256),  # of one connection; more wait at the client
+    # In a flood of calls, gRPC cancels calls of everybody beyond these. More would take more memory.
+    ("grpc.server.max_pending_requests", 5_000),
+    ("grpc.server.max_pending_requests_hard_limit", 6_000),
 )
 
 
@@ -74,6 +79,8 @@ def make_grpc_server(
     Raises:
         InvalidConfig: the port is taken, or a certificate cannot be used.
     """
+    # grpc.aio makes a coroutine for the requests of each call; calls that are refused never read any.
+    warnings.filterwarnings("ignore", "coroutine '_MessageReceiver", RuntimeWarning)
     address = Address.parse(settings.grpc)
     interceptors: list[grpc.aio.ServerInterceptor] = [CallLimits(limits, devices, metrics, refusals), TolerantParsing()]
     if devices.needed:

@@ -67,7 +67,7 @@ class _GrpcPeer:
         """See `bitneck_cloud.sessions.conversation.Peer`."""
         try:
             await self._context.write(to_wire(message))
-        except (grpc.aio.UsageError, asyncio.InvalidStateError) as exc:
+        except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError) as exc:
             raise ConnectionResetError("the stream is over") from exc
 
 
