@@ -277,11 +277,11 @@ async def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
         with pytest.raises(InvalidConfig, match=text):
             EdgeClient(**values)
     monkeypatch.setenv("BITNECK_EDGE_RETRIES", "7")
-    assert EdgeClient("a:1").settings.retries == 7
-    assert EdgeClient("a:1", retries=2).settings.retries == 2
+    assert EdgeClient("localhost:1").settings.retries == 7
+    assert EdgeClient("localhost:1", retries=2).settings.retries == 2
     monkeypatch.setenv("BITNECK_EDGE_RETRYS", "7")
     with pytest.raises(InvalidConfig, match="BITNECK_EDGE_RETRYS"):
-        EdgeClient("a:1")
+        EdgeClient("localhost:1")
 
 
 def test_bundles_that_no_server_has_any_more_are_removed(tmp_path: Path) -> None:
