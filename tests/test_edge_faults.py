@@ -166,12 +166,14 @@ async def test_a_dead_link_fails_the_rest_without_encoding_it(tiny_bundle: Bundl
 
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
-    async with rogue_server(tiny_bundle, cut) as (address, _):
-        async with EdgeClient(address, **settings(tmp_path, retries=0)) as client:
+    async with contextlib.AsyncExitStack() as stack:
+        async with rogue_server(tiny_bundle, cut) as (address, _):
+            client = EdgeClient(address, **settings(tmp_path, retries=0, connect_timeout_s=1.0))
+            await stack.enter_async_context(client)
             assert client.failure is None
             (first,) = [r async for r in client.stream([photo()])]
-            rest = [r async for r in client.stream([bad] * 100)]  # encoding them would give an ImageError
-            assert isinstance(client.failure, Unavailable)
+        rest = [r async for r in client.stream([bad] * 100)]  # encoding them would give an ImageError
+        assert isinstance(client.failure, Unavailable)
     assert isinstance(first, Failure)
     assert {type(r.error) for r in rest if isinstance(r, Failure)} == {Unavailable}
     assert len(rest) == 100

@@ -25,6 +25,7 @@ from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import fetch_bundle
 from bitneck_edge.encoder import EdgeEncoder, Photo
 from bitneck_edge.link.link import Sent
+from bitneck_edge.link.remote import check_process
 from bitneck_edge.pipeline import Slots, pipeline
 from bitneck_edge.points import MeanInterval
 from bitneck_edge.session import EdgeSession, EncodedCapture
@@ -86,6 +87,8 @@ class EdgeClient:
         self._session: EdgeSession | None = None
         self._renewing = asyncio.Lock()
         self._renewal_failure: BitneckError | None = None
+        self._revivals = 0
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         """Fetch what is missing of the bundle, load the head, open the session.
@@ -117,6 +120,7 @@ class EdgeClient:
 
     async def close(self) -> None:
         """End the session now; unanswered frames fail with `Unavailable`. Leaving the block does the same."""
+        self._closed = True
         if self._session is not None:
             await self._session.close()
         if self._threads is not None:
@@ -172,12 +176,13 @@ class EdgeClient:
         return self._opened().link.window
 
     async def infer(self, photo: Photo | Capture) -> Answer:
-        """One photograph, one answer.
+        """One photograph, one answer. If the link had been given up, this first tries to open it again.
 
         Raises:
             ImageError: it cannot be read.
             BitneckError: the cloud could not answer, or cannot be reached.
         """
+        await self._revive()
         passage = _Passage(self, Capture.of(photo))
         await passage.encode()
         await passage.send()
@@ -194,8 +199,8 @@ class EdgeClient:
         """Many photographs: loading, encoding, sending and answering overlap.
 
         A photograph that cannot be read or answered gives a `Failure`, and the next one goes on. Once the link has
-        failed for good (see `failure`) every further photograph gives one at once. Memory is bounded: by the window, or
-        `EdgeSettings.in_flight`.
+        failed for good (see `failure`) every further photograph of this stream gives one at once; another stream first
+        tries to open the link again. Memory is bounded: by the window, or `EdgeSettings.in_flight`.
 
         Args:
             photos: in order; taken one by one, when there is room for one.
@@ -224,6 +229,7 @@ class EdgeClient:
         )
 
     def _opened(self) -> EdgeSession:
+        check_process()
         if self._session is None:
             raise Unavailable("the client is not open: use it inside `async with`")
         return self._session
@@ -233,6 +239,28 @@ class EdgeClient:
         if self._renewal_failure is not None:
             raise self._renewal_failure
         return self._opened()
+
+    async def _revive(self) -> None:
+        """If the link was given up because no server answered, open it again.
+
+        Raises:
+            BitneckError: that failed too.
+        """
+        lost = self._opened()
+        failure = self._renewal_failure or lost.failure
+        if self._closed or not _may_pass(failure):
+            return
+        revivals = self._revivals
+        async with self._renewing:
+            if self._closed or self._opened() is not lost:
+                return
+            if revivals != self._revivals:  # somebody else has just tried in vain
+                assert failure is not None
+                raise failure
+            self._revivals += 1
+            await lost.close()
+            self._session = await self._open(before=lost)
+            self._renewal_failure = None
 
     def _may_renew(self, failure: BitneckError | None) -> bool:
         return isinstance(failure, BundleMismatch) and not self.settings.bundle_id
@@ -260,6 +288,8 @@ class EdgeClient:
                 )
 
     async def _passages(self, source: AsyncGenerator[Capture]) -> "AsyncGenerator[_Passage]":
+        with contextlib.suppress(BitneckError):  # else each photograph says why
+            await self._revive()
         async with contextlib.aclosing(source):
             async for capture in source:
                 yield _Passage(self, capture)
@@ -285,6 +315,11 @@ class EdgeClient:
     def _switched(self, switch: Switch) -> None:
         self.switches.append(switch)
         self._on_switch(switch)
+
+
+def _may_pass(failure: BitneckError | None) -> bool:
+    """Whether a link that failed so may be opened again."""
+    return failure is not None and failure.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
 class _Passage:

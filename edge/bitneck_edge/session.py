@@ -166,6 +166,8 @@ class EdgeSession:
         """
         if self.failure is not None:
             raise self.failure
+        if capture.broken is not None:
+            raise capture.broken
         decision = self.points.choose(time.perf_counter(), interval_s)
         mode = self._settings.similar
         similar = mode == "on" or (mode == "auto" and capture.similar)

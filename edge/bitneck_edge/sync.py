@@ -15,10 +15,11 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Itera
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from bitneck.errors import Unavailable
+from bitneck.errors import BitneckError, Unavailable
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import Photo
+from bitneck_edge.link.remote import check_process
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
 from bitneck_edge.sources.threads import in_thread
@@ -120,6 +121,11 @@ class SyncEdgeClient:
         if loop is None:
             work.close()
             raise Unavailable("the client is not open: use it inside `with`")
+        try:
+            check_process()  # in a fork the client's thread is not there
+        except BitneckError:
+            work.close()
+            raise
         future = asyncio.run_coroutine_threadsafe(work, loop)
         try:
             return future.result()

@@ -29,6 +29,8 @@ def models() -> None:
 def _run(part: str) -> None:
     try:
         importlib.import_module(f"bitneck_{part}.cli").main()
+    except KeyboardInterrupt:  # while modules are imported
+        sys.exit(130)
     except ModuleNotFoundError as exc:
         module = (exc.name or "").partition(".")[0]
         if not module or module.startswith("bitneck") or importlib.util.find_spec(module) is not None:

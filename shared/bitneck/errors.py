@@ -21,6 +21,7 @@
     |-- Overloaded                  RESOURCE_EXHAUSTED   429  1   a limit is reached: slow down, or try later
     |-- DeadlineExceeded            DEADLINE_EXCEEDED    504  1
     |-- Unavailable                 UNAVAILABLE          503  1   no server, or it is going away
+    |   `-- Unreachable             UNAVAILABLE          503  2   one side wants TLS, or refuses a certificate
     `-- ModelFailure                INTERNAL             500  1   ONNX Runtime failed, or gave impossible numbers
 
 A message says what happened, what was received and what was expected, where, and what to do. Foreign exceptions are
@@ -49,6 +50,7 @@ __all__ = [
     "ReferenceUnknown",
     "Unauthenticated",
     "Unavailable",
+    "Unreachable",
     "UnknownFile",
     "UnknownModel",
     "UnknownPoint",
@@ -216,6 +218,12 @@ class Unavailable(BitneckError):
 
     grpc_status = "UNAVAILABLE"
     http_status = 503
+
+
+class Unreachable(Unavailable):
+    """There is no connection, and another attempt gives none: one side wants TLS, or refuses a certificate."""
+
+    exit_code = 2
 
 
 class ModelFailure(BitneckError):

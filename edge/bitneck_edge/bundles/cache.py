@@ -31,8 +31,18 @@ Fetch = Callable[[str], AsyncGenerator[bytes]]
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder for bitneck."""
-    return Path(platformdirs.user_cache_dir("bitneck"))
+    """The user's cache folder for bitneck.
+
+    Raises:
+        InvalidConfig: this user has no home folder.
+    """
+    try:
+        folder = Path(platformdirs.user_cache_dir("bitneck"))
+    except RuntimeError as exc:
+        folder = Path(f"~{exc}")
+    if not folder.is_absolute():
+        raise InvalidConfig("this user has no home folder to keep bundles in; give --cache-dir FOLDER, or set HOME")
+    return folder
 
 
 async def cached_bundle(

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from bitneck.backoff import Backoff
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig, Unavailable
+from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig, Unavailable, Unreachable
 from bitneck_edge.bundles.cache import cached_bundle, default_cache_dir, forget_old, recall, remember
 from bitneck_edge.link.remote import fetch_file, fetch_manifest, stub_of
 from bitneck_edge.settings import EdgeSettings
@@ -17,10 +17,6 @@ __all__ = ["fetch_bundle"]
 
 _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.6, 5.0
-_WHAT_TO_CHECK = (
-    "check the address, that `bitneck-cloud serve` runs there, and whether it wants TLS "
-    "(--tls, --tls-ca, --tls-cert) or not"
-)
 
 
 async def fetch_bundle(
@@ -53,22 +49,17 @@ async def fetch_bundle(
                 offer = await fetch_manifest(stub, settings.model, access, settings.answer_timeout_s)
                 break
             except BitneckError as exc:
-                passing = isinstance(exc, Unavailable) or exc.grpc_status == "DEADLINE_EXCEEDED"
-                if not passing:
+                if isinstance(exc, Unreachable) or exc.grpc_status not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
                     raise
                 kept = await asyncio.to_thread(recall, cache_dir, settings.server, settings.model) if offline else None
                 if kept is not None and settings.bundle_id in ("", kept.bundle_id):
                     _LOG.warning(
-                        "%s; starting with the bundle that it had last, %s, and trying again: %s",
-                        exc, kept.bundle_id, _WHAT_TO_CHECK,
-                    )  # fmt: skip
+                        "%s; starting with the bundle that it had last, %s, and trying again", exc, kept.bundle_id
+                    )
                     return kept
                 pause_s = backoff.failed(random.random())  # noqa: S311  no secret
                 if pause_s is None:
-                    raise Unavailable(
-                        f"no bitneck server answers at {settings.server} ({backoff.failures} attempts): {exc}; "
-                        f"{_WHAT_TO_CHECK}"
-                    ) from exc
+                    raise Unavailable(f"{exc}; gave up after {backoff.failures} attempts") from exc
                 await asyncio.sleep(pause_s)
         if settings.bundle_id and offer.bundle_id != settings.bundle_id:
             raise BundleMismatch(f"{settings.server} serves bundle {offer.bundle_id}, expected {settings.bundle_id}")

@@ -22,22 +22,34 @@ _CLASSES = 3
 
 
 class RunSummary:
-    """Sums over a run. No result is kept, so that a run may be endless."""
+    """Sums over a run. No result is kept, so that a run may be endless.
+
+    Attributes:
+        answers: pictures that were answered.
+        failures: those that were not.
+        lost: those of them that came when the server was given up.
+    """
 
     def __init__(self) -> None:
         self.answers = 0
-        self.exit_code = 0
+        self.lost = 0
         self.failures = 0
+        self._worst = 0
         self._begin = time.perf_counter()
         self._cpu = time.process_time()
         self._sums: Counter[str] = Counter()
         self._points: Counter[str] = Counter()
 
+    @property
+    def exit_code(self) -> int:
+        """0 if all was answered, 1 if some was not; if nothing was, that of the worst error."""
+        return min(self._worst, 1) if self.answers else self._worst
+
     def add(self, result: Answer | Failure) -> None:
         """Count a result."""
         if isinstance(result, Failure):
             self.failures += 1
-            self.exit_code = max(self.exit_code, result.error.exit_code)
+            self._worst = max(self._worst, result.error.exit_code)
             return
         self.answers += 1
         self._points[result.point] += 1

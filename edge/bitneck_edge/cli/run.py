@@ -91,7 +91,10 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
         if plan.output in ("json", "table"):
             results.append(result.without_map() if isinstance(result, Answer) else result)
         if isinstance(result, Failure):
-            errors.print(f"error: {_about(result)}", style="red", markup=False, highlight=False, soft_wrap=True)
+            if not summary.lost:  # one line for a lost server, not one for each picture that is left
+                errors.print(f"error: {_about(result)}", style="red", markup=False, highlight=False, soft_wrap=True)
+            if client.failure is not None:
+                summary.lost += 1
         elif plan.output == "verbose":
             print(line(result), flush=True)  # noqa: T201
         if plan.output == "lines":
@@ -134,6 +137,12 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
                 take(Failure(_first(plan.sources), exc))
             totals = summary.to_dict(client)
             document = run_document(client, results, summary)
+    if summary.lost:
+        errors.print(
+            f"error: {summary.lost} photographs have no answer, because the server was lost; run it again for these, "
+            "or give --retries -1 to wait for the server however long it takes",
+            style="red", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if plan.output == "json":
         print(json.dumps(document))  # noqa: T201
     elif plan.output == "lines":

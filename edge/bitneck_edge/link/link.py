@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitneck.backoff import Backoff
-from bitneck.errors import BitneckError, DeadlineExceeded, Overloaded, ProtocolError, Unavailable
+from bitneck.errors import BitneckError, DeadlineExceeded, Overloaded, ProtocolError, Unavailable, Unreachable
 from bitneck.wire.messages import Fault, GoAway, Open, Opened, Result, ServerMessage, SetPoint
 from bitneck_edge.link.connection import Connection, connect
 from bitneck_edge.link.exchange import Exchange, Received, Sent
@@ -164,6 +164,8 @@ class Link:
                 await self._use_connection(opened)
                 error: BitneckError = Unavailable(f"{self._address}: the server ended the stream")
             except (Unavailable, DeadlineExceeded, Overloaded) as exc:
+                if isinstance(exc, Unreachable) and not opened.done():
+                    raise
                 error = exc
             if self._closing:
                 return

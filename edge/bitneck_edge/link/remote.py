@@ -1,6 +1,7 @@
 """Channels and calls to the cloud; a call that fails raises one of bitneck's errors."""
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
@@ -14,14 +15,16 @@ from bitneck.errors import (
     DeadlineExceeded,
     InvalidConfig,
     Unavailable,
+    Unreachable,
     error_from_status,
 )
 from bitneck.settings.model import Address
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
+from bitneck_edge.link.diagnosis import why
 
-__all__ = ["Access", "Call", "Offer", "fetch_file", "fetch_manifest", "from_rpc_error", "stub_of"]
+__all__ = ["Access", "Call", "Offer", "check_process", "fetch_file", "fetch_manifest", "from_rpc_error", "stub_of"]
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 16 << 20),  # a manifest of a thousand points fits
@@ -32,6 +35,8 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
+
+_CLIENT = ssl.PROTOCOL_TLS_CLIENT
 
 KEEPALIVE_S = 30.0
 """A half-open connection is found within this time and ten seconds."""
@@ -46,6 +51,25 @@ _LOST = frozenset(
 
 Call = grpc.aio.StreamStreamCall[pb.ClientMessage, pb.ServerMessage]
 """A stream of frames and answers."""
+
+
+_used_by: int | None = None
+"""The process that has used gRPC first. A child that is forked from it cannot use it."""
+
+
+def check_process() -> None:
+    """Note that this process uses gRPC, or refuse a fork of one that did: calls would hang there.
+
+    Raises:
+        InvalidConfig: this process was forked after gRPC was used.
+    """
+    global _used_by
+    if _used_by not in (None, os.getpid()):
+        raise InvalidConfig(
+            "this process was forked from one that had used a bitneck client. gRPC does not work in a fork: "
+            "start it with multiprocessing.get_context('spawn'), or open clients in the children only"
+        )
+    _used_by = os.getpid()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +103,7 @@ class Access:
         options = (*_CHANNEL_OPTIONS, ("grpc.keepalive_time_ms", round(self.keepalive_s * 1000)))
         if Address.parse(self.address).loopback:
             options += (("grpc.enable_http_proxy", 0),)  # a proxy cannot reach this machine's own loopback
+        check_process()
         if not self.tls:
             return grpc.aio.insecure_channel(self.address, options=options)
         return grpc.aio.secure_channel(self.address, self._credentials(), options=options)
@@ -94,13 +119,22 @@ class Access:
         """Wait until the channel is connected. What is asked for then has other limits: a thin link takes its time.
 
         Raises:
-            Unavailable: no server in time.
+            Unreachable: there is no connection, and waiting does not help.
+            Unavailable: no server in time; the message names the cause.
         """
+        cause: Unavailable | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                await channel.channel_ready()
+                while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and cause is None:
+                        cause = await why(self.address, self._context() if self.tls else None)
+                        if isinstance(cause, Unreachable):
+                            raise cause
+                    await channel.wait_for_state_change(state)
         except TimeoutError as exc:
-            raise Unavailable(f"{self.address}: no server answered within {timeout_s:.1f} s") from exc
+            if cause is None:
+                cause = await why(self.address, self._context() if self.tls else None)
+            raise type(cause)(f"{cause} [waited {timeout_s:.1f} s]") from exc
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -109,7 +143,17 @@ class Access:
 
     def _credentials(self) -> grpc.ChannelCredentials:
         """The files, loaded for a check first: gRPC would only fail to connect."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._context()
+        return grpc.ssl_channel_credentials(
+            root_certificates=self.ca.read_bytes() if self.ca is not None else None,
+            private_key=self.key.read_bytes() if self.key is not None else None,
+            certificate_chain=self.cert.read_bytes() if self.cert is not None else None,
+        )
+
+    def _context(self) -> ssl.SSLContext:
+        """The same for Python's own TLS."""
+        context = ssl.create_default_context(cafile=None) if self.ca is None else ssl.SSLContext(_CLIENT)
+        context.set_alpn_protocols(["h2"])
         try:
             if self.ca is not None:
                 context.load_verify_locations(self.ca)
@@ -120,11 +164,7 @@ class Access:
                 f"tls_ca {self.ca}, tls_cert {self.cert} or tls_key {self.key} cannot be used ({exc}); "
                 "give PEM files, and a key without a passphrase that belongs to its certificate"
             ) from exc
-        return grpc.ssl_channel_credentials(
-            root_certificates=self.ca.read_bytes() if self.ca is not None else None,
-            private_key=self.key.read_bytes() if self.key is not None else None,
-            certificate_chain=self.cert.read_bytes() if self.cert is not None else None,
-        )
+        return context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

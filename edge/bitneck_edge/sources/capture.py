@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from bitneck.errors import ImageError
 from bitneck_edge.encoder import Photo
 
 __all__ = ["Capture", "captures", "newest"]
@@ -24,6 +25,7 @@ class Capture:
         at: when it was taken, on `time.perf_counter`'s clock.
         unix_us: the same on the wall clock, microseconds since 1970; 0 for a file, whose picture is older.
         similar: whether it resembles the picture before it, as in a video.
+        broken: why there is no picture, if its source could not give it; then it fails alone.
     """
 
     photo: Photo
@@ -31,6 +33,7 @@ class Capture:
     at: float = field(default_factory=time.perf_counter)
     unix_us: int = 0
     similar: bool = False
+    broken: ImageError | None = None
 
     @classmethod
     def of(cls, photo: "Photo | Capture") -> "Capture":

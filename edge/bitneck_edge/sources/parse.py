@@ -1,5 +1,6 @@
 """The sources that a command line names, checked as far as possible without opening them."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,11 @@ from bitneck_edge.sources.video import is_live, require_av
 
 __all__ = ["VIDEO_SUFFIXES", "Source", "parse_sources"]
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mjpeg", ".ogv"})
+VIDEO_SUFFIXES = frozenset(
+    {".264", ".265", ".3g2", ".3gp", ".asf", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v"}
+    | {".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv"}
+    | {".y4m"}
+)
 """Files with these suffixes are videos; any other file is a photograph."""
 
 
@@ -46,12 +51,14 @@ def parse_sources(names: Sequence[str]) -> list[Source]:
     """The sources of a command line.
 
     Raises:
-        InvalidConfig: standard input is named twice, or a video is named and PyAV is not installed.
+        InvalidConfig: standard input is named twice or closed, or a video is named and PyAV is not installed.
         ImageError: there is no such file.
     """
     sources = [Source(name) for name in names]
     if sum(source.stdin for source in sources) > 1:
         raise InvalidConfig("standard input (-) can be read once only")
+    if sys.stdin is None and any(source.stdin for source in sources):
+        raise InvalidConfig("standard input is closed, so no paths can be read from it (-)")
     if any(source.video for source in sources):
         require_av()
     for k, source in enumerate(sources):

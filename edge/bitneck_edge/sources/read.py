@@ -71,7 +71,7 @@ async def read_sources(
                         continue
                     if not hurry():
                         await pace.wait()
-                    yield Capture(capture.photo, capture.name, similar=capture.similar)
+                    yield replace(capture, at=time.perf_counter(), unix_us=0)
 
 
 class _Pace:
@@ -109,8 +109,14 @@ async def _standard_input() -> AsyncGenerator[Capture]:
     """One path on each line, of a photograph or a folder. A path that does not exist fails when it is read."""
     async with contextlib.aclosing(in_thread(lambda: _lines(sys.stdin))) as lines:
         async for line in lines:
-            for path in await asyncio.to_thread(_found, Path(line)):
-                yield Capture(path, str(path))
+            path = Path(line)
+            try:
+                photos = await asyncio.to_thread(_found, path)
+            except ImageError as exc:  # a folder without photographs fails alone
+                yield Capture(path, line, broken=exc)
+                continue
+            for photo in photos:
+                yield Capture(photo, str(photo))
 
 
 def _found(path: Path) -> list[Path]:

@@ -1,7 +1,9 @@
 """What the three command lines have in common: ``--version``, and how errors end a program."""
 
+import contextlib
 import io
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -33,15 +35,34 @@ def make_app(text: str) -> typer.Typer:
 def run_app(app: typer.Typer) -> None:
     """Run a command line. A `BitneckError` becomes one line on stderr and its exit code.
 
-    Stdout may be closed by its reader, and names of files need not be text: neither gives a traceback.
+    Stdout may be closed by its reader or its disk full, a file may not be writable, names of files need not be text,
+    and the user may interrupt: none of these gives a traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BitneckError as exc:
         print(f"error: {exc}", file=sys.stderr)  # noqa: T201
         sys.exit(exc.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
+    except OSError as exc:
+        _drop_output()
+        where = os.fsdecode(exc.filename) if isinstance(exc.filename, str | bytes) else "output"
+        print(f"error: {where}: {exc.strerror or exc}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _drop_output()
+        sys.exit(128 + signal.SIGINT)
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere: the interpreter would fail on it at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
