@@ -1,34 +1,45 @@
-"""Feed wrong bytes to all that a server does with bytes from outside: parsing, checks and decoding. No network.
+"""Feed wrong bytes to all that server and device do with bytes from outside: parsing, checks, decoding. No network.
 
     python benchmarks/fuzz.py --inputs 1000000 [--seed 0]
 
-Payloads and protobuf messages are random, or right ones that were changed, cut or lengthened. The only errors that may
-come out are bitneck's own and protobuf's DecodeError; decoded symbols must lie inside their tables; memory must not
-grow. Prints how many inputs were taken, how many ended in which error, and by how much the peak of memory grew. Ends
-with status 1 if memory grew by more than 16 MiB, and with a traceback at any other error.
+Payloads and protobuf messages of both sides, manifests, tables, ONNX files, class maps and photographs are random, or
+right ones that were changed, cut or lengthened. The only errors that may come out are bitneck's own and protobuf's
+DecodeError; decoded symbols must lie inside their tables; memory must not grow. Prints how many inputs were taken, how
+many ended in which error, and by how much the peak of memory grew. Ends with status 1 if memory grew by more than 16
+MiB, and with a traceback at any other error.
 """
 
 import argparse
+import io
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
+from PIL import Image
 
+from bitneck.bundle import Bundle
+from bitneck.coding.class_map import decode_map, encode_map
+from bitneck.coding.conditional_model import ConditionalModel
 from bitneck.coding.factorized_codec import FactorizedCodec
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BitneckError
+from bitneck.image import load_photo
+from bitneck.manifest import Manifest
+from bitneck.onnx_file.cost import check_onnx
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.wire.frames import check_frame, seal_frame
 from bitneck_cloud.access.tokens import TokenSigner
 from bitneck_cloud.api.wire import frame_from_wire
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.session import Session
-from bitneck_edge.link.wire import frame_to_wire
+from bitneck_edge.link.wire import frame_to_wire, server_message
 from bitneck_edge.measure.memory import peak_mib
 from bitneck_testing.streams import empty_result
 from bitneck_testing.tiny_bundles import make_tiny_bundle
@@ -56,6 +67,47 @@ def mutated(dice: random.Random, data: bytes) -> bytes:
     return bytes(value)
 
 
+def files_of_strangers(bundle: Bundle) -> dict[str, tuple[list[bytes], Callable[[bytes], Any]]]:
+    """What a device or a server reads of others beside frames: right examples, and the function that reads them."""
+    names = [entry.name for entry in bundle.manifest.segments]
+    labels = [pb.Label(index=k, name=name, score=0.5) for k, name in enumerate(names)]
+    answers = [
+        pb.ServerMessage(result=pb.Result(seq=7, output=pb.Output(classification=pb.Classification(labels=labels)))),
+        pb.ServerMessage(set_point=pb.SetPoint(point="s1-r1", reason="a reason")),
+        pb.ServerMessage(opened=pb.Opened(session_id="s-1", resume_token="t", window=4)),  # noqa: S106  no secret
+        pb.ServerMessage(fault=pb.Fault(seq=3, code=8, message="a message")),
+        pb.ServerMessage(go_away=pb.GoAway(reason="a reason")),
+    ]
+    graphs = [path for path in bundle.manifest.files if path.endswith(".onnx")]
+    spec = bundle.manifest.input
+    tables = [bundle.path(path).read_bytes() for path in bundle.manifest.files if path.endswith("/tables.npz")]
+    conditional = [bundle.path(path).read_bytes() for path in bundle.manifest.files if "conditional" in path]
+    classes = np.arange(24 * 32, dtype=np.uint8).reshape(24, 32) // 100
+    photographs = []
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"):
+        buffer = io.BytesIO()
+        Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)).save(buffer, kind)
+        photographs.append(buffer.getvalue())
+
+    def answer(data: bytes) -> None:
+        message = pb.ServerMessage()
+        message.ParseFromString(data)
+        server_message(message)
+
+    return {
+        "answer": ([message.SerializeToString() for message in answers], answer),
+        "manifest": ([bundle.manifest_json], lambda data: Manifest.from_json(data, "here")),
+        "tables": (tables, FactorizedModel.from_npz),
+        "conditional tables": (conditional, ConditionalModel.from_npz),
+        "graph": (
+            [bundle.path(path).read_bytes() for path in graphs],
+            lambda data: check_onnx(data, (1, 3, spec.height, spec.width)),
+        ),
+        "class map": ([encode_map(classes)], lambda data: decode_map(data, height=24, width=32, number=8)),
+        "photograph": (photographs, lambda data: load_photo(data, max_pixels=1 << 20)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=1_000_000, help="how many inputs")
@@ -65,6 +117,7 @@ def main() -> None:
     numbers = np.random.default_rng(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         model = ServedModel(make_tiny_bundle(Path(folder) / "bundle", similar=("s1-r2", "s2-r1")), threads=1)
+        strangers = files_of_strangers(model.bundle)
     symbols = numbers.integers(-6, 7, (200, 24, 3, 3)).astype(np.int32)
     codecs = [FactorizedCodec(FactorizedModel.fit(symbols), (24, 3, 3))]
     codecs += [decoder.codec for decoder in model.decoders.values()]
@@ -97,7 +150,11 @@ def main() -> None:
             warm = peak_mib()
         random_bytes = dice.random() < 0.3
         try:
-            if k % 8 == 1:
+            if k % 4 == 3:
+                kind = dice.choice(list(strangers))
+                examples, read = strangers[kind]
+                read(dice.randbytes(dice.randint(0, 400)) if random_bytes else mutated(dice, dice.choice(examples)))
+            elif k % 8 == 1:
                 codec, payload, kept = dice.choice(similar)
                 data = dice.randbytes(dice.randint(0, 400)) if random_bytes else mutated(dice, payload)
                 s = codec.decode(data, kept)

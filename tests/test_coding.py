@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import zipfile
 from pathlib import Path
 
@@ -50,7 +51,11 @@ def test_the_exact_coder_agrees(case: tuple[FactorizedModel, NDArray[np.int32]])
     model, s = case
     exact = oracle.encode(model, s)
     np.testing.assert_array_equal(oracle.decode(model, exact, s.shape), s)  # type: ignore[arg-type]
-    assert abs(len(FactorizedCodec(model, s.shape).encode(s)) - len(exact)) <= 1  # type: ignore[arg-type]
+    ours = FactorizedCodec(model, s.shape).encode(s)  # type: ignore[arg-type]
+    # The shortest code of an interval has this many bytes. By luck it has fewer: then it would end with zeros.
+    longest = math.ceil(model.ideal_bits(s) / 8 + 0.01) + 1
+    assert len(exact) <= longest
+    assert len(ours) <= longest
 
 
 @pytest.mark.parametrize(("shape", "scale"), [((8, 2, 2), 2.0), ((24, 2, 2), 9.0), ((3, 5, 4), 0.3), ((1, 1, 1), 50.0)])

@@ -221,7 +221,7 @@ def test_files_are_the_same_and_damage_is_found() -> None:
         ({"near": np.zeros((1, 2), np.int64)}, "near is"),
         ({"near": np.zeros((0, 2), np.uint8)}, "motions"),
         ({"near": np.zeros((17, 2), np.uint8)}, "motions"),
-        ({"near": np.array([[object()]])}, "Object arrays"),
+        ({"near": np.array([[object()]])}, "expected integers"),
     ],
 )
 def test_impossible_content_is_corrupt(change: dict[str, NDArray[np.generic]], text: str) -> None:

@@ -16,8 +16,12 @@ from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.ids import check_relative_path
 from bitneck.manifest import FileEntry, FileRole, Manifest, bundle_id_of, sha256_hex
+from bitneck.text import clean_text
 
 __all__ = ["MANIFEST_NAME", "Bundle", "BundleWriter", "verify_file"]
+
+_MAX_LABEL = 200
+"""Characters of a class's name."""
 
 MANIFEST_NAME = "manifest.json"
 _MAX_MANIFEST_BYTES = 8 << 20
@@ -141,11 +145,11 @@ class Bundle:
         """
         try:
             labels = json.loads(self.path(self.manifest.labels).read_bytes())
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise BundleCorrupt(f"{self.manifest.labels} is not JSON ({exc}); export the bundle again") from exc
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise BundleCorrupt(f"{self.manifest.labels} is not a list of names; export the bundle again")
-        return tuple(labels)
+        return tuple(clean_text(label, _MAX_LABEL) for label in labels)
 
 
 def verify_file(path: Path, entry: FileEntry) -> None:

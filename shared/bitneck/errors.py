@@ -50,11 +50,11 @@ __all__ = [
     "ReferenceUnknown",
     "Unauthenticated",
     "Unavailable",
-    "Unreachable",
     "UnknownFile",
     "UnknownModel",
     "UnknownPoint",
     "UnknownSession",
+    "Unreachable",
     "error_from_status",
 ]
 

@@ -1,7 +1,7 @@
 """A real gRPC server that misbehaves on purpose."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,6 +19,12 @@ Converse = Callable[[Any], Awaitable[None]]
 
 async def at_once(_path: str) -> None:
     """No pause before a file is sent."""
+
+
+def in_thousands(data: bytes) -> Iterator[bytes]:
+    """Chunks of 1,000 bytes."""
+    for start in range(0, len(data), 1000):
+        yield data[start : start + 1000]
 
 
 async def answer_all(context: Any) -> None:
@@ -56,11 +62,13 @@ class Rogue(pb_grpc.SplitInferenceServicer):
         converse: Converse,
         spoil: Callable[[str, bytes], bytes],
         before_fetch: Callable[[str], Awaitable[None]],
+        chunks: Callable[[bytes], Iterable[bytes]],
     ) -> None:
         self.bundle = bundle
         self.before_fetch = before_fetch
         self.converse = converse
         self.spoil = spoil
+        self.chunks = chunks
         self.streams = 0
         self.fetched: list[str] = []
 
@@ -70,12 +78,12 @@ class Rogue(pb_grpc.SplitInferenceServicer):
         return pb.GetManifestResponse(model="tiny", bundle_id=self.bundle.bundle_id, manifest_json=data)
 
     async def FetchFile(self, request: Any, _context: Any) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
-        """A file in chunks of 1,000 bytes, spoiled or not."""
+        """A file in chunks, spoiled or not."""
         self.fetched.append(request.path)
         await self.before_fetch(request.path)
         data = self.spoil(request.path, (self.bundle.root / request.path).read_bytes())
-        for start in range(0, len(data), 1000):
-            yield pb.FileChunk(data=data[start : start + 1000])
+        for chunk in self.chunks(data):
+            yield pb.FileChunk(data=chunk)
 
     async def Infer(self, _request: Any, context: Any) -> pb.InferResponse:  # noqa: N802
         """Refused: clients under test use streams."""
@@ -94,6 +102,7 @@ async def rogue_server(
     converse: Converse = answer_all,
     spoil: Callable[[str, bytes], bytes] = lambda _path, data: data,
     before_fetch: Callable[[str], Awaitable[None]] = at_once,
+    chunks: Callable[[bytes], Iterable[bytes]] = in_thousands,
 ) -> AsyncIterator[tuple[str, Rogue]]:
     """A server in this process, for the length of a block.
 
@@ -102,12 +111,13 @@ async def rogue_server(
         converse: serves a stream.
         spoil: called with the path and the content of each file, the manifest too; returns what is sent instead.
         before_fetch: awaited with the path before a file is sent.
+        chunks: cuts a file into messages.
 
     Yields:
         HOST:PORT, and the service.
     """
     server = grpc.aio.server()
-    rogue = Rogue(bundle, converse, spoil, before_fetch)
+    rogue = Rogue(bundle, converse, spoil, before_fetch, chunks)
     pb_grpc.add_SplitInferenceServicer_to_server(rogue, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -7,13 +7,15 @@ A file gets its name only when its size and digest are right. So no half-written
 the same cache at once.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterator
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from pathlib import Path
 
 import platformdirs
@@ -21,10 +23,14 @@ import platformdirs
 from bitneck.bundle import MANIFEST_NAME, Bundle, verify_file
 from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig
 from bitneck.manifest import FileEntry, Manifest, bundle_id_of
+from bitneck_edge.bundles.cost import check_costs
 
 __all__ = ["cached_bundle", "default_cache_dir", "forget_old", "recall", "remember"]
 
 _KEPT_S = 86_400.0
+_UMASK = threading.Lock()
+MAX_BUNDLE_BYTES = 1 << 30
+"""What the edge's files of a bundle may have together. The shipped ones have 38 MB."""
 
 Fetch = Callable[[str], AsyncGenerator[bytes]]
 """Yields a file of the bundle in chunks, given its path in the manifest."""
@@ -51,6 +57,8 @@ async def cached_bundle(
     bundle_id: str,
     fetch: Fetch,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
+    *,
+    trusted: bool = False,
 ) -> Bundle:
     """The edge's half of a bundle; missing and damaged files are fetched.
 
@@ -60,6 +68,7 @@ async def cached_bundle(
         bundle_id: the bundle's id, as the server says.
         fetch: fetches a file.
         progress: called with (bytes fetched, bytes to fetch).
+        trusted: whether to take ONNX files whose cost cannot be bounded, because the bundle was pinned.
 
     Raises:
         BundleMismatch: the manifest does not hash to the id.
@@ -72,7 +81,12 @@ async def cached_bundle(
         )
     manifest = Manifest.from_json(manifest_json, "the server's manifest")
     root = cache_dir / "bundles" / bundle_id.removeprefix("sha256:")
-    missing = {path: entry for path, entry in manifest.files_for("edge").items() if not _good(root / path, entry)}
+    wanted = manifest.files_for("edge")
+    if (size := sum(entry.size for entry in wanted.values())) > MAX_BUNDLE_BYTES:
+        raise BundleCorrupt(f"the server's bundle has {size} bytes for a device, at most {MAX_BUNDLE_BYTES} are taken")
+    for path in (*wanted, MANIFEST_NAME):
+        _no_links(cache_dir, root / path)
+    missing = {path: entry for path, entry in wanted.items() if not _good(root / path, entry)}
     total, done = sum(entry.size for entry in missing.values()), 0
 
     def count(size: int) -> None:
@@ -84,6 +98,8 @@ async def cached_bundle(
         for path, entry in missing.items():
             async with contextlib.aclosing(fetch(path)) as chunks:
                 await _receive(root / path, entry, chunks, count)
+        if not trusted and (graphs := [path for path in missing if path.endswith(".onnx")]):
+            await asyncio.to_thread(_check_costs, root, manifest, graphs)
         if not (root / MANIFEST_NAME).is_file() or (root / MANIFEST_NAME).read_bytes() != manifest_json:
             root.mkdir(parents=True, exist_ok=True)
             with _new_file(root / MANIFEST_NAME) as descriptor:
@@ -128,7 +144,10 @@ def recall(cache_dir: Path, server: str, model: str) -> Bundle | None:
     """The bundle that a server had last, verified; None if it is not in the cache, or damaged there."""
     try:
         bundle_id = _note(cache_dir, server, model).read_text()
-        bundle = Bundle.open(cache_dir / "bundles" / _digits(bundle_id), side="edge")
+        root = cache_dir / "bundles" / _digits(bundle_id)
+        for path in root.rglob("*"):
+            _no_links(cache_dir, path)
+        bundle = Bundle.open(root, side="edge")
     except (OSError, ValueError, BitneckError):
         return None
     return bundle if bundle.bundle_id == bundle_id else None
@@ -191,6 +210,37 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def _check_costs(root: Path, manifest: Manifest, fetched: Iterable[str]) -> None:
+    """Remove the graphs that were fetched again if they would take too much to run."""
+    try:
+        check_costs(root, manifest)
+    except BundleCorrupt:
+        for path in fetched:
+            (root / path).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """The process's umask. There is no way to read it but to set it."""
+    with _UMASK:
+        mask = os.umask(0o077)
+        os.umask(mask)
+    return mask
+
+
+def _no_links(folder: Path, path: Path) -> None:
+    """Refuse a path whose parts below a folder are links: in a shared cache they could lead anywhere.
+
+    Raises:
+        InvalidConfig: one is a link.
+    """
+    for part in (path, *path.parents):
+        if part == folder:
+            return
+        if part.is_symlink():
+            raise InvalidConfig(f"{part} in the cache is a link; remove it, or choose another folder (--cache-dir)")
+
+
 @contextlib.contextmanager
 def _new_file(path: Path) -> Iterator[int]:
     """A descriptor of a file that gets its name when the block ends without an error, and else is removed."""
@@ -198,7 +248,7 @@ def _new_file(path: Path) -> Iterator[int]:
     try:
         yield descriptor
         os.fsync(descriptor)
-        Path(temporary).chmod(0o644)
+        Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

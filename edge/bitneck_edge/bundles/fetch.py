@@ -10,7 +10,7 @@ from bitneck.backoff import Backoff
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig, Unavailable, Unreachable
 from bitneck_edge.bundles.cache import cached_bundle, default_cache_dir, forget_old, recall, remember
-from bitneck_edge.link.remote import fetch_file, fetch_manifest, stub_of
+from bitneck_edge.link.remote import MAX_MANIFEST_BYTES, fetch_file, fetch_manifest, stub_of
 from bitneck_edge.settings import EdgeSettings
 
 __all__ = ["fetch_bundle"]
@@ -40,7 +40,7 @@ async def fetch_bundle(
     """
     access = settings.access
     cache_dir = settings.cache_dir or default_cache_dir()
-    async with access.channel() as channel:
+    async with access.channel(MAX_MANIFEST_BYTES) as channel:
         stub = stub_of(channel)
         backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=settings.retries)
         while True:
@@ -67,7 +67,9 @@ async def fetch_bundle(
         def fetch(path: str) -> AsyncGenerator[bytes]:
             return fetch_file(stub, offer.model, offer.bundle_id, path, access, settings.answer_timeout_s)
 
-        bundle = await cached_bundle(cache_dir, offer.manifest_json, offer.bundle_id, fetch, progress)
+        bundle = await cached_bundle(
+            cache_dir, offer.manifest_json, offer.bundle_id, fetch, progress, trusted=bool(settings.bundle_id)
+        )
         try:
             remember(cache_dir, settings.server, settings.model, offer.bundle_id)
         except InvalidConfig as exc:  # only a start without the server needs the note

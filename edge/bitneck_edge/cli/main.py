@@ -17,7 +17,7 @@ from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
 from bitneck.image import find_photos
 from bitneck.settings.flags import with_settings
-from bitneck.settings.program import make_app, run_app
+from bitneck.settings.program import END_S, make_app, run_app
 from bitneck.wire.frames import crc32c_hex, seal_frame
 from bitneck_edge.link.wire import frame_bytes
 from bitneck_edge.settings import AUTO, EdgeSettings
@@ -259,4 +259,4 @@ def _opened(settings: EdgeSettings, origins: Mapping[str, str]) -> Bundle:
 
 def main() -> None:
     """Run the command line; see `run_app`."""
-    run_app(app)
+    run_app(app, end_s=END_S)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from bitneck.errors import CallerError, InvalidConfig
+from bitneck.settings.program import END_S
 from bitneck_edge.answers.maps import MapWriter
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.cli.report import RunSummary, line, run_document, run_table
@@ -28,7 +30,7 @@ __all__ = ["RunPlan", "run_plan"]
 
 _SWITCH_LOG = logging.getLogger("bitneck_edge.points")
 
-_LAST_ANSWERS_S = 3.0
+_LAST_ANSWERS_S = 2.0
 """How long to wait, after a signal, for the answers of frames that are under way."""
 
 
@@ -205,6 +207,9 @@ def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
             os._exit(128 + signum)
         received.append(signum)
         stop.set()
+        last = threading.Timer(END_S, os._exit, (128 + signum,))
+        last.daemon = True
+        last.start()
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, handle, signum)

@@ -26,8 +26,11 @@ _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.2, 5.0
 _MAX_WINDOW = 1024
 _TOO_MANY_PINGS = "too_many_pings"
-_FAIR_S = 1.0
-"""A server that sends us away after this time did its part; one that does so sooner counts as failing."""
+_FAIR_S = 30.0
+"""A server that sends us away after this time did its part; one that does so sooner, and answered nothing, counts as
+failing."""
+_MOST_CONTROL = 200
+"""Messages between two answers that are no answers. A server that sends more is broken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,8 +255,13 @@ class Link:
         """Read until the stream ends or, if the server goes away, until its last frame is answered."""
         watchdog = asyncio.create_task(self._watch(connection))
         try:
+            control = 0
             while self._leaving is None or self._exchange.waits_for(self._leaving):
-                await self._take(await connection.read())
+                message = await connection.read()
+                control = 0 if isinstance(message, Result | Fault) else control + 1
+                if control > _MOST_CONTROL:
+                    raise Unavailable(f"{self._address}: {control} messages without an answer; the server is broken")
+                await self._take(message)
         finally:
             watchdog.cancel()
             await asyncio.gather(watchdog, return_exceptions=True)

@@ -1,8 +1,10 @@
 """Channels and calls to the cloud; a call that fails raises one of bitneck's errors."""
 
 import asyncio
+import math
 import os
 import ssl
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,15 +21,25 @@ from bitneck.errors import (
     error_from_status,
 )
 from bitneck.settings.model import Address
+from bitneck.text import clean_text
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_edge.link.diagnosis import why
 
-__all__ = ["Access", "Call", "Offer", "check_process", "fetch_file", "fetch_manifest", "from_rpc_error", "stub_of"]
+__all__ = [
+    "MAX_MANIFEST_BYTES",
+    "Access",
+    "Call",
+    "Offer",
+    "check_process",
+    "fetch_file",
+    "fetch_manifest",
+    "from_rpc_error",
+    "stub_of",
+]
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", 16 << 20),  # a manifest of a thousand points fits
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.bdp_probe", 0),  # no pings that a thin link has to carry
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -36,7 +48,15 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 
+MAX_ANSWER_BYTES = 1 << 20
+"""The class map of 513x513 pixels takes 270 kB if nothing of it can be compressed."""
+MAX_MANIFEST_BYTES = 16 << 20
+"""A manifest of a thousand points fits."""
+
 _CLIENT = ssl.PROTOCOL_TLS_CLIENT
+
+_LEAST_BYTES = 1024
+_MOST_EMPTY = 16
 
 KEEPALIVE_S = 30.0
 """A half-open connection is found within this time and ten seconds."""
@@ -94,13 +114,20 @@ class Access:
     token: str = field(default="", repr=False)
     keepalive_s: float = KEEPALIVE_S
 
-    def channel(self) -> grpc.aio.Channel:
+    def channel(self, most_bytes: int = MAX_ANSWER_BYTES) -> grpc.aio.Channel:
         """A channel to the server; it connects at its first use.
+
+        Args:
+            most_bytes: of a message of the server. A larger one ends its call.
 
         Raises:
             InvalidConfig: a certificate or key cannot be used.
         """
-        options = (*_CHANNEL_OPTIONS, ("grpc.keepalive_time_ms", round(self.keepalive_s * 1000)))
+        options = (
+            *_CHANNEL_OPTIONS,
+            ("grpc.keepalive_time_ms", round(self.keepalive_s * 1000)),
+            ("grpc.max_receive_message_length", most_bytes),
+        )
         if Address.parse(self.address).loopback:
             options += (("grpc.enable_http_proxy", 0),)  # a proxy cannot reach this machine's own loopback
         check_process()
@@ -189,7 +216,7 @@ def stub_of(channel: grpc.aio.Channel) -> "pb_grpc.SplitInferenceAsyncStub":
 
 def from_rpc_error(exc: grpc.aio.AioRpcError, address: str) -> BitneckError:
     """Bitneck's error for a failed call."""
-    code, text = exc.code(), exc.details() or "no details"
+    code, text = exc.code(), clean_text(exc.details() or "no details")
     if code in _LOST:
         return Unavailable(f"{address}: {text}")
     return error_from_status(GRPC_CODES[code.name], text)
@@ -217,6 +244,31 @@ async def fetch_manifest(
     return Offer(model=reply.model, bundle_id=reply.bundle_id, manifest_json=reply.manifest_json)
 
 
+class _Pace:
+    """Whether a download goes on: at least some bytes in each window of time, and no chunks without any.
+
+    Args:
+        pause_s: longest wait for one chunk; a window is four times as long.
+    """
+
+    def __init__(self, pause_s: float) -> None:
+        self.window_s = 4 * pause_s
+        self._begin = math.inf
+        self._came = 0
+        self._empty = 0
+
+    def enough(self, size: int, now: float) -> bool:
+        """Count a chunk of so many bytes; False if the download is too slow."""
+        self._begin = min(self._begin, now)
+        self._came += size
+        self._empty = 0 if size else self._empty + 1
+        if now - self._begin >= self.window_s:
+            if self._came < _LEAST_BYTES:
+                return False
+            self._begin, self._came = now, 0
+        return self._empty < _MOST_EMPTY
+
+
 async def fetch_file(
     stub: "pb_grpc.SplitInferenceAsyncStub", model: str, bundle_id: str, path: str, access: Access, pause_s: float
 ) -> AsyncGenerator[bytes]:
@@ -231,9 +283,10 @@ async def fetch_file(
         pause_s: longest wait for one chunk. The whole file may take any time, because a link may be thin.
 
     Raises:
-        DeadlineExceeded: no chunk came in this time.
+        DeadlineExceeded: no chunk came in this time, or less than 1 KiB in four times as long.
         BitneckError: the call failed.
     """
+    least = _Pace(pause_s)
     call = stub.FetchFile(pb.FetchFileRequest(model=model, bundle_id=bundle_id, path=path), metadata=access.metadata)
     try:
         while True:
@@ -248,6 +301,11 @@ async def fetch_file(
                 raise from_rpc_error(exc, access.address) from exc
             if not isinstance(chunk, pb.FileChunk):
                 return
+            if not least.enough(len(chunk.data), time.monotonic()):
+                raise DeadlineExceeded(
+                    f"{access.address}: {path} comes too slowly, with less than {_LEAST_BYTES} bytes in "
+                    f"{least.window_s:.0f} s"
+                )
             yield chunk.data
     finally:
         call.cancel()

@@ -1,5 +1,6 @@
 """Messages of a stream to protobuf and back: the one module of the edge that knows how they look on the wire."""
 
+from bitneck.text import clean_text
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.wire.messages import (
     Classification,
@@ -19,7 +20,11 @@ from bitneck.wire.messages import (
     Timings,
 )
 
-__all__ = ["client_message", "frame_bytes", "frame_to_wire", "server_message"]
+__all__ = ["MAX_LABELS", "client_message", "frame_bytes", "frame_to_wire", "server_message"]
+
+MAX_LABELS = 1024
+"""Labels or classes of an answer; a server has no reason to send more, and a class map cannot name as many."""
+_MAX_ID, _MAX_NAME = 80, 200
 
 
 def client_message(message: ClientMessage) -> pb.ClientMessage:
@@ -48,7 +53,7 @@ def frame_bytes(frame: Frame) -> bytes:
 
 
 def server_message(message: object) -> ServerMessage | None:
-    """What the cloud sent; nothing of it is checked yet.
+    """What the cloud sent. Its texts are cleaned and its lists cut; nothing else of it is checked yet.
 
     Args:
         message: what the stream gave: a ``pb.ServerMessage``.
@@ -61,13 +66,13 @@ def server_message(message: object) -> ServerMessage | None:
         case "result":
             return _result(message.result)
         case "fault":
-            return Fault(message.fault.seq, message.fault.code, message.fault.message)
+            return Fault(message.fault.seq, message.fault.code, clean_text(message.fault.message))
         case "set_point":
-            return SetPoint(message.set_point.point, message.set_point.reason)
+            return SetPoint(clean_text(message.set_point.point, _MAX_ID), clean_text(message.set_point.reason))
         case "opened":
             return _opened(message.opened)
         case "go_away":
-            return GoAway(message.go_away.reason)
+            return GoAway(clean_text(message.go_away.reason))
     return None
 
 
@@ -83,10 +88,10 @@ def _open_to_wire(message: Open) -> pb.Open:
 
 def _opened(message: pb.Opened) -> Opened:
     return Opened(
-        session_id=message.session_id,
+        session_id=clean_text(message.session_id, _MAX_ID),
         resume_token=message.resume_token,
         window=message.window,
-        point=message.point,
+        point=clean_text(message.point, _MAX_ID),
         references=message.references,
     )
 
@@ -105,13 +110,16 @@ def _result(message: pb.Result) -> Result:
 def _output(message: pb.Output) -> Output | None:
     match message.WhichOneof("output"):
         case "classification":
-            return Classification(tuple(Label(x.index, x.name, x.score) for x in message.classification.labels))
+            labels = message.classification.labels[:MAX_LABELS]
+            return Classification(tuple(Label(x.index, clean_text(x.name, _MAX_NAME), x.score) for x in labels))
         case "segmentation":
             coded = message.segmentation
             return CodedMap(
                 height=coded.height,
                 width=coded.width,
                 map=coded.map,
-                classes=tuple(ClassShare(x.index, x.name, x.share) for x in coded.classes),
+                classes=tuple(
+                    ClassShare(x.index, clean_text(x.name, _MAX_NAME), x.share) for x in coded.classes[:MAX_LABELS]
+                ),
             )
     return None

@@ -22,6 +22,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from bitneck.coding.arrays import read_arrays
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 
@@ -143,11 +144,8 @@ class ConditionalModel:
             BundleCorrupt: the file is unreadable or breaks an invariant.
         """
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                kernels, near, like, keep = (arrays[name] for name in ("kernels", "near", "like", "keep"))
-            if not np.issubdtype(kernels.dtype, np.integer):
-                raise InvalidConfig("kernels must be integers")
-            return cls(kernels.astype(np.int64), near, like, keep)
+            kernels, near, like, keep = read_arrays(data, ("kernels", "near", "like", "keep"))
+            return cls(kernels.astype(np.int64), near, like, keep)  # type: ignore[arg-type]  # it checks them
         except Exception as exc:  # numpy raises many kinds for a broken file
             raise BundleCorrupt(f"conditional tables are unreadable ({exc}); export or fetch the bundle again") from exc
 

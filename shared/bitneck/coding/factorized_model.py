@@ -16,6 +16,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from bitneck.coding.arrays import read_arrays
 from bitneck.errors import BundleCorrupt, InvalidConfig
 
 __all__ = ["TOTAL", "TOTAL_BITS", "FactorizedModel"]
@@ -171,12 +172,9 @@ class FactorizedModel:
             BundleCorrupt: the file is unreadable or breaks an invariant.
         """
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                lo, size, counts = arrays["lo"], arrays["size"], arrays["counts"]
+            lo, size, counts = read_arrays(data, ("lo", "size", "counts"))
             if lo.ndim != 1 or size.shape != lo.shape or counts.ndim != 1 or lo.shape[0] > _MAX_CHANNELS:
                 raise InvalidConfig("arrays lo, size and counts do not match")
-            if not all(np.issubdtype(a.dtype, np.integer) for a in (lo, size, counts)):
-                raise InvalidConfig("lo, size and counts must be integers")
             if size.min(initial=1) < 1 or int(size.sum()) != counts.shape[0]:
                 raise InvalidConfig("sizes do not add up to the number of frequencies")
             if lo.size and (lo.min() < -_MAX_SYMBOL or lo.max() > _MAX_SYMBOL):  # before int32 wraps around

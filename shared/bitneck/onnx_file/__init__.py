@@ -1,0 +1,1 @@
+"""ONNX files from strangers: what they hold and what they would take."""
