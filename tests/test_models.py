@@ -25,7 +25,7 @@ from bitneck_models.networks.registry import build_backbone
 from bitneck_models.training.photo_sets import photo_sets
 from bitneck_models.training.point import train_point
 from bitneck_models.training.tables import prune_and_fit
-from bitneck_models.training.unit import train_unit
+from bitneck_models.training.unit import belongs_to, train_unit
 from bitneck_models.units.geometry import Geometry
 from bitneck_models.units.prune import prune_channels
 from bitneck_models.units.starts import init_linear
@@ -344,6 +344,41 @@ def test_an_export_that_is_wrong_is_never_written(entry: ZooEntry, tmp_path: Pat
         unit.decoder.mix.weight *= 1.01
     with pytest.raises(ModelFailure, match="differs from torch"):
         prove(bundle, backbone, {point.id: unit}, images)
+
+
+def test_a_run_cut_off_after_its_last_step_records_the_same(
+    entry: ZooEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, point = small_backbone(), entry.recipe.points[0]
+    sets = photo_sets(entry.recipe, tmp_path, backbone)
+    whole = train_point(entry, point, backbone, sets, tmp_path / "runs")
+
+    def cut_off(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
+        cut.setattr("bitneck_models.training.point.prune_and_fit", cut_off)
+        train_point(entry, point, backbone, sets, tmp_path / "other")
+    again = train_point(entry, point, backbone, sets, tmp_path / "other")  # no step is left
+    assert (again.lambda_final, again.estimated_bytes) == (whole.lambda_final, whole.estimated_bytes)
+    assert again.estimated_bytes > 0
+
+
+def test_an_edited_recipe_is_trained_anew_and_not_shipped(entry: ZooEntry, tmp_path: Path) -> None:
+    backbone, point = small_backbone(), entry.recipe.points[0]
+    train_point(entry, point, backbone, photo_sets(entry.recipe, tmp_path, backbone), tmp_path / "runs")
+    assert entry.edited(point) == []
+    assert entry.shipped() == [point]
+    path = entry.folder / "recipe.toml"
+    text = path.read_text()
+    path.write_text(text.replace(f'id = "{point.id}"', f'id = "{point.id}"\ncurve = "another"\nwarmup_steps = 7', 1))
+    edited = ZooEntry(entry.folder)
+    assert edited.edited(edited.recipe.points[0]) == ["warmup_steps"]  # a curve's name trains nothing
+    with pytest.raises(InvalidConfig, match="edited since it was trained"):
+        edited.shipped()
+    checkpoint = tmp_path / "runs" / entry.recipe.name / f"{point.id}.pt"
+    assert belongs_to(checkpoint, point, entry.recipe.training_of(point))
+    assert not belongs_to(checkpoint, point, edited.recipe.training_of(edited.recipe.points[0]))
 
 
 def test_a_run_cut_off_and_resumed_gives_the_same_weights(tmp_path: Path) -> None:

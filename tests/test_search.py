@@ -121,6 +121,8 @@ def test_the_front_becomes_a_zoo_entrys_ladder(home: Path) -> None:
         assert again.unit(small_backbone(), point).latent_shape[0] == again.tables(point.id).channels
         assert again.recipe.training_of(point).steps == 12
         assert again.recipe.training_of(point).ema == 0.9
+        assert again.recipe.training_of(point) == space.training  # every key of the schedule is adopted
+        assert again.edited(point) == []
     with pytest.raises(InvalidConfig, match="has s1-p0 already"):
         adopt(again, found[:1], names[:1])
     (found[0].folder / "unit.safetensors").unlink()

@@ -7,6 +7,7 @@ capture --encode--> EncodedCapture --send--> Sent --answer--> Answer
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
 
 __all__ = ["EdgeSession", "EncodedCapture"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +111,18 @@ class EdgeSession:
         encoder = EdgeEncoder(bundle, threads=settings.threads, pool=pool)
         if before is None and wish().point:
             encoder.ladder[wish().point]
+        edge_s = await workers.run(encoder.time_splits) if wish().auto else {}
+        if edge_s and 0 < settings.max_edge_ms < 1e3 * min(edge_s.values()):
+            fastest = min(edge_s, key=edge_s.__getitem__)
+            _LOG.warning(
+                "no split point keeps max_edge_ms, %.1f: the fastest, %s, takes %.1f ms here and is used",
+                settings.max_edge_ms, fastest, edge_s[fastest] * 1e3,
+            )  # fmt: skip
         rate = RateController(
             encoder.ladder,
             target_s=settings.latency_ms / 1e3,
             max_edge_s=settings.max_edge_ms / 1e3 or None,
-            edge_s=await workers.run(encoder.time_splits) if wish().auto else {},
+            edge_s=edge_s,
         )
         reconnects = 0 if before is None else before.reconnects + 1
         session = cls(settings, workers, encoder, rate, on_switch, reconnects)

@@ -116,7 +116,9 @@ def encode(
 
     opened = _opened(settings, origins)
     encoder = EdgeEncoder(opened)
-    chosen = settings.point if settings.point not in ("", AUTO) else encoder.ladder.best.id
+    if settings.point == AUTO:
+        raise InvalidConfig(f"{origins.get('point', 'point')}: 'auto' needs a link to measure; name an operating point")
+    chosen = settings.point or encoder.ladder.best.id
     result = encoder.encode(photo, chosen)
     frame = seal_frame(seq=1, point=chosen, payload=result.encoded.payload)
     try:

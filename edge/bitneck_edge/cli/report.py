@@ -45,6 +45,10 @@ class RunSummary:
         """0 if all was answered, 1 if some was not; if nothing was, that of the worst error."""
         return min(self._worst, 1) if self.answers else self._worst
 
+    def begin(self) -> None:
+        """The session is open: fetching and loading are over, and times count from now on."""
+        self._begin, self._cpu = time.perf_counter(), time.process_time()
+
     def add(self, result: Answer | Failure) -> None:
         """Count a result."""
         if isinstance(result, Failure):

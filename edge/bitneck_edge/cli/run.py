@@ -122,6 +122,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
             if not await _opened(client, stack, stop):
                 errors.print("stopped before the session was open", highlight=False)
                 return 128 + received[0]
+            summary.begin()
             if writer is not None:
                 _check_writes_maps(client)
                 writer.prepare()

@@ -40,15 +40,19 @@ def train(
     from bitneck_models.training.photo_sets import photo_sets
     from bitneck_models.training.point import train_point
     from bitneck_models.training.run import choose_device
-    from bitneck_models.training.unit import StepReport
+    from bitneck_models.training.unit import StepReport, belongs_to
     from bitneck_models.zoo.entry import ZooEntry
 
     entry = ZooEntry(zoo)
     points = [entry.recipe.point(name) for name in point] if point else list(entry.recipe.points)
-    trained = {p.id for p in entry.trained()}
+    edited = {p.id: keys for p in entry.trained() if (keys := entry.edited(p))}
+    trained = {p.id for p in entry.trained()} - edited.keys()
     if not again:
         points = [p for p in points if p.id not in trained]
     console = Console(stderr=True)
+    for item in points:
+        if item.id in edited:
+            console.print(f"{item.id}: its recipe was edited ({', '.join(edited[item.id])}), so it is trained anew")
     if not points:
         console.print(f"every point of {zoo} is trained; use --again to train anew")
         return
@@ -56,8 +60,9 @@ def train(
     sets = photo_sets(entry.recipe, data_folder(data), backbone)
     place = choose_device(device)
     for item in points:
-        if again:
-            (runs / entry.recipe.name / f"{item.id}.pt").unlink(missing_ok=True)
+        checkpoint = runs / entry.recipe.name / f"{item.id}.pt"
+        if again or (item.id in edited and not belongs_to(checkpoint, item, entry.recipe.training_of(item))):
+            checkpoint.unlink(missing_ok=True)
         with progress_bars(console) as progress:
             cache_task = progress.add_task(f"{item.id}: features", total=None)
             train_task = progress.add_task(f"{item.id}: training", total=None)

@@ -11,6 +11,7 @@ Dimensions: N photographs, C x Hf x Wf feature.
 
 import io
 import lzma
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,9 +110,10 @@ class _Judge:
     def module(self, module: torch.nn.Module, shape: tuple[int, int, int]) -> OnnxModule:
         """The module as an ONNX Runtime session."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "baseline.onnx"
-        path.write_bytes(to_onnx(module, shape))
-        return OnnxModule(path)
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:  # baselines may run beside each other
+            path = Path(folder) / "baseline.onnx"
+            path.write_bytes(to_onnx(module, shape))
+            return OnnxModule(path)
 
     def inputs(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """(N, 3, H, W) float32."""

@@ -17,7 +17,7 @@ from bitneck_models.training.photo_sets import PhotoSets, feature_specs, split_f
 from bitneck_models.training.scalars import Scalars
 from bitneck_models.training.start import initialized_unit
 from bitneck_models.training.tables import prune_and_fit
-from bitneck_models.training.unit import StepReport, train_unit
+from bitneck_models.training.unit import RECENT_STEPS, StepReport, train_unit
 from bitneck_models.training.validation import Validation, validate
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.point import round_weights
@@ -25,9 +25,6 @@ from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe
 from bitneck_models.zoo.records import PointRecord
 
 __all__ = ["point_record", "train_point"]
-
-_LAST_STEPS = 200
-"""Steps at the end of training whose mean rate a record gives."""
 
 
 def train_point(
@@ -77,14 +74,12 @@ def train_point(
     with Scalars(folder / "scalars" / point.id) as scalars:
 
         def report(step: StepReport) -> None:
-            last.append(step)
-            del last[:-_LAST_STEPS]
             scalars.add(step)
             on_step(step)
 
         train_unit(
             unit.to(device), tail.to(device), features, point, training,
-            weights=sets.weights, labels=labels, checkpoint=folder / f"{point.id}.pt", report=report,
+            weights=sets.weights, labels=labels, checkpoint=folder / f"{point.id}.pt", report=report, recent=last,
         )  # fmt: skip
     unit, tail = unit.cpu(), tail.cpu()
     round_weights(unit)
@@ -114,7 +109,7 @@ def point_record(
         validation_photos: number of photographs put aside.
         result: rate and agreement on them.
     """
-    last = steps[-_LAST_STEPS:]
+    last = steps[-RECENT_STEPS:]
     return PointRecord(
         recipe=point.model_dump(by_alias=True),
         training=training.model_dump(),

@@ -9,6 +9,7 @@ Dimensions: M cached features, N batch, C x Hf x Wf feature.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,16 +26,18 @@ from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck_models.losses.rate_terms import RateTerm, build_rate
 from bitneck_models.losses.task_terms import TaskLoss
 from bitneck_models.training.batches import Batches, labelled
-from bitneck_models.training.run import RunningMean, cosine, run, seeded, set_learning_rates
+from bitneck_models.training.run import RunningMean, cosine, read_checkpoint, run, seeded, set_learning_rates
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe
 
-__all__ = ["StepReport", "train_unit"]
+__all__ = ["RECENT_STEPS", "StepReport", "belongs_to", "train_unit"]
 
 _CHECKPOINT_EVERY = 250
 _LOOK_FOR_ZEROS_EVERY = 100
 _FINISH_RATE = 0.3
 """Peak of the learning rate in the last stage, as a share of the first stage's."""
+RECENT_STEPS = 200
+"""Steps at the end of training whose mean rate a record gives. A checkpoint keeps them."""
 _LAMBDA_GAIN = 0.02
 """How fast lambda follows a missed target rate: by a factor of e in 50 steps at an error of 100 %."""
 _NOISE, _INITIAL = 0, 1
@@ -72,6 +75,7 @@ def train_unit(
     checkpoint: Path | None = None,
     report: Callable[[StepReport], None] = lambda _report: None,
     stop_after: int | None = None,
+    recent: list[StepReport] | None = None,
 ) -> bool:
     """Train a unit in place.
 
@@ -87,6 +91,7 @@ def train_unit(
         checkpoint: a file to resume from, if it exists, and to save to.
         report: called after every step.
         stop_after: save and return after this many steps in all.
+        recent: gets the last `RECENT_STEPS` steps, those before a resume included.
 
     Returns:
         Whether training is complete.
@@ -107,9 +112,20 @@ def train_unit(
         report=report,
         stop_after=stop_after,
     )
+    if recent is not None:
+        recent[:] = trainer.recent
     if complete:
         trainer.keep_mean()
     return complete
+
+
+def belongs_to(checkpoint: Path, point: PointRecipe, training: TrainingRecipe) -> bool:
+    """Whether a checkpoint is there, and a run of this recipe would go on from it."""
+    try:
+        read_checkpoint(checkpoint, {"point": point, "training": training})
+    except InvalidConfig:
+        return False
+    return True
 
 
 class _UnitTrainer:
@@ -137,6 +153,7 @@ class _UnitTrainer:
                 weights /= weights.sum()
         self.batches = Batches(features, training, weights, labels if self.task.needs_labels else None, self.device)
         self.lambda_ = point.lambda_
+        self.recent: deque[StepReport] = deque(maxlen=RECENT_STEPS)
         self._begin_stage(finishing=training.steps == 0)
         self.mean = RunningMean(unit, training.ema, lead=1)
 
@@ -149,7 +166,8 @@ class _UnitTrainer:
             if self.done == self.training.steps and self.done > 0:
                 self._begin_stage(finishing=True)
             bits, task = self._update()
-            yield StepReport(self.done, self.steps, bits, task, self.lambda_)
+            self.recent.append(StepReport(self.done, self.steps, bits, task, self.lambda_))
+            yield self.recent[-1]
 
     def _begin_stage(self, *, finishing: bool) -> None:
         """Make a fresh rate term and a fresh optimizer."""
@@ -235,6 +253,7 @@ class _UnitTrainer:
     def state(self) -> dict[str, Any]:
         return {
             "lambda": self.lambda_,
+            "recent": [[step.step, step.bits, step.task, step.lambda_] for step in self.recent],
             "unit": self.unit.state_dict(),
             "mean": self.mean.module.state_dict(),
             "rate": self.rate.state_dict(),
@@ -245,6 +264,8 @@ class _UnitTrainer:
         # Between the stages the rate term is still that of the first one.
         self._begin_stage(finishing=self.done > self.training.steps or self.training.steps == 0)
         self.lambda_ = state["lambda"]
+        for step, bits, task, lambda_ in state.get("recent", []):
+            self.recent.append(StepReport(int(step), self.steps, bits, task, lambda_))
         self.unit.load_state_dict(state["unit"])
         self.mean.module.load_state_dict(state["mean"])
         self.rate.load_state_dict(state["rate"])

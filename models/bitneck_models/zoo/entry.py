@@ -32,7 +32,7 @@ from bitneck_models.networks.registry import build_backbone
 from bitneck_models.spic.record import RECORD, SpicRecord
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.point import new_unit, save_point
-from bitneck_models.zoo.recipe import PointRecipe, Recipe, load_recipe
+from bitneck_models.zoo.recipe import OWN_SCHEDULE, PointRecipe, Recipe, TrainingRecipe, load_recipe
 from bitneck_models.zoo.records import ConditionalRecord, MeasuredLadder, PointRecord
 
 __all__ = ["ZooEntry", "tables_digests"]
@@ -66,9 +66,37 @@ class ZooEntry:
         """The points of the recipe that have trained weights, in the recipe's order."""
         return [point for point in self.recipe.points if (self.point_folder(point.id) / "unit.safetensors").is_file()]
 
+    def edited(self, point: PointRecipe) -> list[str]:
+        """The keys of a trained point's recipe and schedule that are others now than when it was trained.
+
+        Keys that an older version did not know had their defaults then. Without a record, nothing is known to differ.
+        """
+        try:
+            record = PointRecord.model_validate_json((self.point_folder(point.id) / "record.json").read_bytes())
+            recipe = PointRecipe.model_validate(record.recipe)
+            training = TrainingRecipe.model_validate(record.training)
+        except (OSError, ValidationError):
+            return []
+        own = set(PointRecipe.model_fields) - {"id", "curve", "ship", *OWN_SCHEDULE}
+        now = self.recipe.training_of(point)
+        differ = [key for key in own if getattr(recipe, key) != getattr(point, key)]
+        differ += [key for key in TrainingRecipe.model_fields if getattr(training, key) != getattr(now, key)]
+        return sorted(differ)
+
     def shipped(self) -> list[PointRecipe]:
-        """The trained points that belong into the bundle."""
-        return [point for point in self.trained() if point.ship]
+        """The trained points that belong into the bundle.
+
+        Raises:
+            InvalidConfig: the recipe of one was edited since it was trained.
+        """
+        points = [point for point in self.trained() if point.ship]
+        for point in points:
+            if keys := self.edited(point):
+                raise InvalidConfig(
+                    f"{point.id}: its recipe was edited since it was trained ({', '.join(keys)}); run `bitneck-models "
+                    f"train {self.folder}`, or take the edit back"
+                )
+        return points
 
     def imported(self) -> dict[str, SpicRecord]:
         """The points that `bitneck-models import-spic` wrote here, by id; the recipe does not name them.

@@ -142,7 +142,7 @@ class PointRecipe(UnitRecipe):
         target_bytes: if given, lambda is only the starting value; training moves it until the estimated rate is this
             many bytes per image.
         kernel: K of the depthwise layers; None for the smallest that covers the stride.
-        steps, finish_steps, batch, learning_rate, encoder_learning_rate, ema: replace the values of `TrainingRecipe`.
+        steps, ..., seed: replace the values of `TrainingRecipe`.
         curve: name of the point's curve in a report; empty for the name of its split point.
         ship: put the point into the bundle. If false, it is only there for others to start from.
         init: see `UnitRecipe`; may also be the id of a point listed before this one.
@@ -160,7 +160,13 @@ class PointRecipe(UnitRecipe):
     batch: Batch | None = None
     learning_rate: Positive | None = None
     encoder_learning_rate: Positive | None = None
+    rate_learning_rate: Positive | None = None
+    warmup_steps: Steps | None = None
+    mix: Annotated[float, Field(ge=0, le=1)] | None = None
+    mirror: bool | None = None
     ema: Decay | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+    seed: int | None = None
     curve: str = ""
     ship: bool = True
 
