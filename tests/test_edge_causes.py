@@ -23,6 +23,7 @@ from bitneck_edge.sync import SyncEdgeClient
 from bitneck_testing.authority import Authority
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.processes import BIN, Server, free_port, running_server
+from bitneck_testing.rogue_servers import rogue_server
 
 HANG_S = 60.0
 TOKEN = "a-token-of-the-devices"
@@ -166,6 +167,40 @@ def test_a_lost_server_is_one_error_on_the_command_line(tiny_bundle: Bundle, tmp
     assert "have no answer, because the server was lost" in errors[-1]
     assert "--retries -1" in errors[-1]
     assert child.returncode == 1
+
+
+# What does nothing says so
+
+
+def test_settings_that_would_do_nothing(server: Server, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(photo_bytes(1))
+    out = tmp_path / "a.frame"
+    encoded = edge("encode", tmp_path / "a.png", "--bundle", tiny_bundle.root, "--out", out, "--point", "auto")
+    assert (encoded.returncode, "--point: 'auto' needs a link" in encoded.stderr) == (2, True), encoded.stderr
+    assert not out.exists()
+    options = ("--point", "auto", "--max-edge-ms", "0.000001", "--cache-dir", tmp_path / "c")
+    run = edge("run", "--server", server.grpc, *options, tmp_path / "a.png")
+    assert run.returncode == 0
+    assert "no split point keeps max_edge_ms" in run.stderr
+
+
+async def test_fetching_is_not_counted_as_answering(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(photo_bytes(1))
+
+    async def slowly(_path: str) -> None:
+        await asyncio.sleep(0.5)
+
+    async with rogue_server(tiny_bundle, before_fetch=slowly) as (address, rogue), asyncio.timeout(HANG_S):
+        begin = time.monotonic()
+        process = await asyncio.create_subprocess_exec(
+            str(BIN / "bitneck-edge"), "run", "--server", address, "--cache-dir", str(tmp_path / "c"), "--json",
+            str(tmp_path / "a.png"), stdout=subprocess.PIPE,
+        )  # fmt: skip
+        out, _ = await process.communicate()
+        fetching = 0.5 * len(rogue.fetched)
+    summary = json.loads(out)["summary"]
+    assert fetching >= 1.5
+    assert 1 / summary["frames_per_s"] < time.monotonic() - begin - fetching + 0.1
 
 
 # Forks
