@@ -3,8 +3,9 @@
     python scripts/check_containers.py [--keep DIR]
 
 The RUN lines are taken from the files; their folders are moved to a temporary place. This script does the COPY lines
-itself and leaves out what needs root. Then the cloud's entry point serves the bundle that the builder exported, and the
-edge's entry point sends it a photograph. It takes a few minutes and downloads what the images would download.
+itself and leaves out what needs root. Then the cloud's entry point serves the bundle that was copied in, and the
+edge's entry point sends it a photograph. It takes a few minutes and downloads what the images would download. Run
+`make bundle` before.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from bitneck_testing.photographs import sample_photo
 from bitneck_testing.processes import edge_run, run_json, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS_ROOT = re.compile(r"&& (useradd|mkdir /cache|chown|rm -rf /wheels)[^&]*")
+NEEDS_ROOT = re.compile(r"&& (useradd|mkdir /cache|mkdir /bundles|chown|rm -rf /wheels)[^&]*")
 
 
 def stages(dockerfile: Path) -> list[tuple[str, str]]:
@@ -33,22 +34,25 @@ def stages(dockerfile: Path) -> list[tuple[str, str]]:
 
 def build(name: str, image: Path) -> None:
     """Do what the Dockerfile of a component says, below the folder `image`."""
-    source, environment = image / "src", dict(os.environ)
+    source, environment, given = image / "src", dict(os.environ), dict[str, str]()
     source.mkdir(parents=True)
     for instruction, arguments in stages(ROOT / name / "Dockerfile"):
         if instruction == "ARG" and "=" in arguments:
             environment.setdefault(*arguments.split("=", 1))
+            given.update([arguments.split("=", 1)])
         elif instruction == "COPY" and not arguments.startswith("--from"):
-            *files, target = shlex.split(arguments)
+            *files, target = shlex.split(re.sub(r"\$\{(\w+)\}", lambda match: given[match[1]], arguments))
             for file in files:
                 place = image / "wheels" if target.startswith("/wheels") else source
-                if (ROOT / file).is_dir():
+                if target.startswith("/bundles"):
+                    shutil.copytree(ROOT / file, image / target.removeprefix("/"))
+                elif (ROOT / file).is_dir():
                     shutil.copytree(ROOT / file, place / target, ignore=shutil.ignore_patterns("__pycache__"))
                 else:
                     shutil.copy(ROOT / file, place)
         elif instruction == "RUN":
             command = NEEDS_ROOT.sub("", arguments)
-            command = re.sub(r"(?<![\w./])/(opt|wheels|bundle)\b", rf"{image}/\1", command)
+            command = re.sub(r"(?<![\w./])/(opt|wheels)\b", rf"{image}/\1", command)
             (image / "opt").mkdir(exist_ok=True)
             print(f"{name}: {command}", flush=True)
             subprocess.run(["bash", "-euc", command], cwd=source, env=environment, check=True, stdout=sys.stderr)
@@ -71,8 +75,9 @@ def main() -> None:
             packages = installed(root / name / "opt" / "bitneck")
             assert not packages & {"torch", "torchvision", "timm"}, packages
             assert ("fastapi" in packages) == (name == "cloud"), packages
+        bundle = root / "cloud" / "bundles" / "efficientnet_lite0"
         cloud, edge = (root / name / "opt" / "bitneck" / "bin" / f"bitneck-{name}" for name in ("cloud", "edge"))
-        with running_server(root / "cloud" / "bundle", options=("--log-format", "json"), program=cloud) as server:
+        with running_server(bundle, options=("--log-format", "json"), program=cloud) as server:
             document = run_json(edge_run(server.grpc, root / "cache", "--json", sample_photo(), program=edge))
         answer = document["frames"][0]
         print(f"{answer['point']}: {answer['payload_bytes']} bytes, {answer['labels'][0]['name']}")

@@ -15,16 +15,19 @@ import pytest
 import yaml
 
 from bitneck.bundle import Bundle
+from bitneck_cloud.access.bearers import Role, read_token_file
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.settings import CloudSettings
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
+from bitneck_testing.authority import Authority
 from bitneck_testing.photographs import photo
-from bitneck_testing.processes import free_port, running_server
+from bitneck_testing.processes import BIN, free_port, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
+OVERLAY = DEPLOY / "kubernetes" / "overlays" / "production"
 HADOLINT = Path(sys.executable).parent / "hadolint"
 
 
@@ -43,32 +46,140 @@ def test_dockerfiles_are_lint_free(name: str) -> None:
 @pytest.mark.parametrize("name", ["cloud", "edge"])
 def test_dockerfiles_copy_what_is_there_and_run_as_nobody(name: str) -> None:
     text = (ROOT / name / "Dockerfile").read_text()
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
     for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE):
         for source in line.split():
-            assert (ROOT / source).exists(), source
-    run = text[text.index("AS run") :]
+            path = re.sub(r"\$\{(\w+)\}", lambda match: arguments[match[1]], source)
+            assert (ROOT / path).exists(), path
+            assert path not in (ROOT / ".dockerignore").read_text().split()
+    run = text[text.index("AS run") :] if name == "edge" else text[text.index("AS server") :]
+    assert "torch" not in re.sub("(?m)^#.*", "", text)
     assert "USER 10001" in run
     assert "models" not in run
 
 
-@pytest.mark.parametrize("path", sorted((DEPLOY / "kubernetes").glob("*.yaml")), ids=lambda p: p.name)
+MANIFESTS = sorted((DEPLOY / "kubernetes").rglob("*.yaml"))
+NO_SCHEMA = ("Kustomization", "PodMonitor")
+"""Kinds that Kubernetes itself does not have."""
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)
 def test_kubernetes_manifests_match_their_schemas(path: Path) -> None:
     for document in yaml.safe_load_all(path.read_text()):
-        if isinstance(document, dict):
+        if isinstance(document, dict) and document["kind"] not in NO_SCHEMA:
             kubernetes_validate.validate(document, "1.37", strict=True)
 
 
 def test_environment_variables_are_settings() -> None:
-    containers = yaml.safe_load((DEPLOY / "kubernetes" / "deployment.yaml").read_text())["spec"]["template"]["spec"]
-    names = {entry["name"] for entry in containers["containers"][0]["env"]}
+    names = {entry["name"] for entry in pod()["containers"][0]["env"]}
     for service in compose()["services"].values():
-        names |= set(service.get("environment", {}))
+        names |= {name for name in service.get("environment", {}) if name.startswith("BITNECK_")}
     for name in ("cloud", "edge"):
         names |= set(re.findall(r"BITNECK_[A-Z]+_[A-Z_]+", (ROOT / name / "Dockerfile").read_text()))
     known = {f"BITNECK_CLOUD_{field.upper()}" for field in CloudSettings.model_fields}
     known |= {f"BITNECK_EDGE_{field.upper()}" for field in EdgeSettings.model_fields}
     assert names <= known
-    assert "BITNECK_CLOUD_HTTP_TOKEN" in names
+    assert {"BITNECK_CLOUD_HTTP_TOKEN", "BITNECK_CLOUD_HTTP_TOKENS", "BITNECK_CLOUD_TLS_CERT"} <= names
+
+
+def pod() -> dict[str, Any]:
+    document = yaml.safe_load((DEPLOY / "kubernetes" / "base" / "deployment.yaml").read_text())
+    spec: dict[str, Any] = document["spec"]["template"]["spec"]
+    return spec
+
+
+def test_kustomizations_name_files_and_secrets_that_are_there() -> None:
+    """What `kubectl apply -k` would look for. Secrets are made from files of the same names as the examples."""
+    kubernetes = DEPLOY / "kubernetes"
+    named: set[Path] = set()
+    for path in kubernetes.rglob("kustomization.yaml"):
+        for resource in yaml.safe_load(path.read_text())["resources"]:
+            target = (path.parent / resource).resolve()
+            assert (target / "kustomization.yaml").is_file() if target.is_dir() else target.is_file(), resource
+            named.add(target)
+    loose = {path for path in MANIFESTS if path not in named} - set(kubernetes.rglob("kustomization.yaml"))
+    assert {path.name for path in loose} == {"adapter-rule.yaml"}  # a part of another program's configuration
+    overlay = OVERLAY
+    secrets = {
+        secret["name"]: dict(file.split("=") for file in secret["files"])
+        for secret in yaml.safe_load((overlay / "kustomization.yaml").read_text())["secretGenerator"]
+    }
+    assert set(secrets["bitneck-cloud-tls"]) == {"tls.crt", "tls.key"}
+    for key, file in secrets["bitneck-cloud"].items():
+        assert (overlay / file.replace("secrets/", "secrets.example/")).is_file(), key
+    used = {
+        (volume["secret"]["secretName"], item["key"])
+        for volume in pod()["volumes"]
+        for item in volume.get("secret", {}).get("items", [])
+    }
+    used |= {
+        (entry["valueFrom"]["secretKeyRef"]["name"], entry["valueFrom"]["secretKeyRef"]["key"])
+        for entry in pod()["containers"][0]["env"]
+        if "secretKeyRef" in entry.get("valueFrom", {})
+    }
+    assert used <= {(name, key) for name, files in secrets.items() for key in files}
+    assert "/secrets/" in (overlay / ".gitignore").read_text()
+
+
+def test_example_tokens_are_files_that_a_server_takes() -> None:
+    examples = OVERLAY / "secrets.example"
+    assert len(list(read_token_file(examples / "http-tokens", Role.OPERATE))) == 3
+    assert len(list(read_token_file(examples / "device-tokens", Role.DEVICE))) == 1
+    metrics = [token for role, _, token in read_token_file(examples / "http-tokens", Role.OPERATE) if role == "metrics"]
+    assert metrics == [(examples / "metrics-token").read_text()]
+    assert len((examples / "token-key").read_text()) >= 16
+
+
+def test_containers_have_no_more_rights_than_they_need() -> None:
+    for name, service in compose()["services"].items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["read_only"] is True, name
+        assert service["mem_limit"], name
+        assert "no-new-privileges:true" in service["security_opt"], name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+    assert "PASSWORD" in str(compose()["services"]["grafana"]["environment"])
+    spec = pod()
+    (container,) = spec["containers"]
+    assert spec["enableServiceLinks"] is spec["automountServiceAccountToken"] is False
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert set(container["resources"]["limits"]) == {"cpu", "memory"}
+    (threads,) = [entry for entry in container["env"] if entry["name"] == "BITNECK_CLOUD_THREADS"]
+    assert threads["valueFrom"]["resourceFieldRef"]["resource"] == "limits.cpu"
+    assert {spread["topologyKey"] for spread in spec["topologySpreadConstraints"]} == {
+        "kubernetes.io/hostname", "topology.kubernetes.io/zone",
+    }  # fmt: skip
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in spec["volumes"]}
+
+
+def health(*options: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(part) for part in (BIN / "bitneck-cloud", "health", *options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+
+
+def test_the_health_check_of_the_image(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    cert, key = map(str, authority.issue("cloud.example"))
+    tls = {"BITNECK_CLOUD_TLS_CERT": cert, "BITNECK_CLOUD_TLS_KEY": key}
+    nobody = f"127.0.0.1:{free_port()}"
+    for options, environment in (
+        ((), {}),
+        (("--tls-cert", cert, "--tls-key", key), tls),
+        (("--tls-cert", cert, "--tls-key", key, "--http-tls-client-ca", str(authority.ca)), tls),
+    ):
+        with running_server(tiny_bundle.root, options=options) as server:
+            http = server.http.removeprefix("http://")
+            ready = health(BITNECK_CLOUD_HTTP=http, **environment)
+            assert (ready.returncode, ready.stdout) == (0, "ready\n"), ready.stderr
+            assert health("--live", "--http", http, **environment).stdout == "alive\n"
+            port = http.rsplit(":", 1)[1]
+            everywhere = {"BITNECK_CLOUD_INSECURE": "true", "BITNECK_CLOUD_HTTP_TOKEN": "a-token-of-the-image"}
+            assert health(BITNECK_CLOUD_HTTP=f"0.0.0.0:{port}", **environment, **everywhere).returncode == 0
+        dead = health(BITNECK_CLOUD_HTTP=nobody, **environment)
+        assert dead.returncode == 1
+        assert dead.stderr.count("\n") == 1
+        assert nobody in dead.stderr
 
 
 def test_compose_mounts_what_is_there() -> None:
@@ -90,7 +201,10 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
         metrics.gauge(name, name, lambda: 0.0)
     known = {sample for family in metrics.registry.collect() for sample in _sample_names(family)}
     used: set[str] = set()
-    for path in (DEPLOY / "grafana" / "dashboards" / "bitneck.json", DEPLOY / "kubernetes" / "adapter-rule.yaml"):
+    for path in (
+        DEPLOY / "grafana" / "dashboards" / "bitneck.json",
+        OVERLAY / "adapter-rule.yaml",
+    ):
         used |= set(re.findall(r"\bbitneck_[a-z_]+", path.read_text()))
     assert used - {"bitneck_queue_wait_seconds_mean"} <= known  # the adapter makes that one
     server = (ROOT / "cloud" / "bitneck_cloud" / "server.py").read_text()

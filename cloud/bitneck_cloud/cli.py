@@ -56,6 +56,20 @@ def serve(
 
 
 @app.command()
+@with_settings(CloudSettings, "http", "tls_cert", "tls_key")
+def health(
+    *,
+    settings: CloudSettings,
+    live: Annotated[bool, typer.Option("--live", help="Ask whether it lives, not whether it takes work.")] = False,
+    timeout_s: Annotated[float, typer.Option(help="Seconds for the whole check.", min=0.1, max=60)] = 3.0,
+) -> None:
+    """Ask the server of this machine whether it is ready: a health check for containers. Ends with 1 if it is not."""
+    from bitneck_cloud.health import check_health
+
+    print(check_health(settings, live=live, timeout_s=timeout_s))  # noqa: T201
+
+
+@app.command()
 @with_settings(CloudSettings, "bundle")
 def decode(
     frame: Annotated[Path, typer.Argument(help="A frame that `bitneck-edge encode` wrote.")],

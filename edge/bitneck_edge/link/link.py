@@ -26,9 +26,8 @@ _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.2, 5.0
 _MAX_WINDOW = 1024
 _TOO_MANY_PINGS = "too_many_pings"
-_FAIR_S = 30.0
-"""A server that sends us away after this time did its part; one that does so sooner, and answered nothing, counts as
-failing."""
+_FAIR_S = 1.0
+"""A server that sends us away after this time, with nothing unanswered, did its part; else it counts as failing."""
 _MOST_CONTROL = 200
 """Messages between two answers that are no answers. A server that sends more is broken."""
 
@@ -175,7 +174,8 @@ class Link:
             if _TOO_MANY_PINGS in str(error).lower():
                 self._access = self._access.slower()
                 _LOG.info("the server takes fewer keepalives; one comes every %.0f s now", self._access.keepalive_s)
-            sent_away_fairly = self._leaving is not None and time.perf_counter() - begun > _FAIR_S
+            idle = self._leaving is not None and not self._exchange.unanswered
+            sent_away_fairly = idle and time.perf_counter() - begun > _FAIR_S
             if sent_away_fairly or progress != self._exchange.progress:
                 backoff.succeeded()
             pause_s = backoff.failed(random.random())  # noqa: S311  no secret

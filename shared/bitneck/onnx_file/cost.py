@@ -69,6 +69,8 @@ def _check(data: bytes, x: Shape) -> Cost:
         work += operations
         for name in node.outputs[:1]:
             shapes[name] = y = shape
+            if (values := _integers(node, got, [graph.constants.get(name) for name in node.inputs])) is not None:
+                graph.constants[name] = Tensor.of_integers(values)
             taken += math.prod(shape) * _FLOAT_BYTES
         if taken > MAX_TENSOR_BYTES or work > MAX_MULTIPLY_ADDS:
             raise BundleCorrupt(
@@ -202,6 +204,38 @@ def _axes(node: Node, constants: Sequence[Tensor | None]) -> list[int]:
     return node.ints.get("axes") or _constant(constants, "list of axes")
 
 
+def _shape(node: Node, got: Sequence[Shape], _constants: Sequence[Tensor | None]) -> tuple[Shape, int]:
+    return (len(_cut(node, got[0])),), 0
+
+
+def _cut(node: Node, shape: Shape) -> Shape:
+    start, end = (node.ints.get("start") or [0])[0], (node.ints.get("end") or [len(shape)])[0]
+    return shape[start:end]
+
+
+def _integers(node: Node, got: Sequence[Shape], constants: Sequence[Tensor | None]) -> list[int] | None:
+    """The values of an output that is a shape, or made of shapes; None for all others."""
+    if node.kind == "Shape":
+        return list(_cut(node, got[0]))
+    if node.kind not in ("Cast", "Concat", "Identity") or any(len(shape) != 1 for shape in got):
+        return None
+    known = [tensor.integers() for tensor in constants if tensor is not None and tensor.kind in (6, 7)]
+    return [value for values in known for value in values] if len(known) == len(constants) else None
+
+
+def _resize(_node: Node, got: Sequence[Shape], constants: Sequence[Tensor | None]) -> tuple[Shape, int]:
+    sizes, scales = (constants[k] if len(constants) > k else None for k in (3, 2))
+    if sizes is not None:
+        shape = tuple(sizes.integers())
+    elif scales is not None:
+        shape = tuple(math.floor(length * scale) for length, scale in zip(got[0], scales.floats(), strict=True))
+    else:
+        raise refused("a size that is computed")
+    if len(shape) != len(got[0]):
+        raise ValueError("a size of other axes")
+    return shape, 4 * math.prod(shape)
+
+
 def _squeeze(node: Node, got: Sequence[Shape], constants: Sequence[Tensor | None]) -> tuple[Shape, int]:
     over = {axis % len(got[0]) for axis in _axes(node, constants)}
     if any(got[0][axis] != 1 for axis in over):
@@ -234,6 +268,8 @@ _RULES: Mapping[str, Rule] = {
     "Gemm": _gemm,
     "MatMul": _matmul,
     "Reshape": _reshape,
+    "Resize": _resize,
+    "Shape": _shape,
     "Squeeze": _squeeze,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,

@@ -6,8 +6,9 @@ Pure.
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from bitneck.errors import BundleCorrupt
 
@@ -37,6 +38,17 @@ class Tensor:
     shape: Shape
     kind: int
     data: bytes
+
+    @classmethod
+    def of_integers(cls, values: Sequence[int]) -> Self:
+        """An int64 tensor of one axis."""
+        return cls((len(values),), 7, struct.pack(f"<{len(values)}q", *values))
+
+    def floats(self) -> list[float]:
+        """The values of a float tensor."""
+        if self.kind != 1 or not self.data:
+            raise refused("a scale that is not given in floats")
+        return list(struct.unpack(f"<{math.prod(self.shape)}f", self.data))
 
     def integers(self) -> list[int]:
         """The values of an int64 or int32 tensor."""
