@@ -446,10 +446,14 @@ async def test_a_signal_ends_a_file_that_never_ends(
         process = await asyncio.create_subprocess_exec(
             *parts, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts
         )
-        await asyncio.sleep(4.0)
-        assert process.returncode is None, await process.communicate()
-        begin = time.monotonic()
-        process.send_signal(signum)
-        await process.communicate()
+        try:
+            await asyncio.sleep(4.0)
+            assert process.returncode is None, await process.communicate()
+            begin = time.monotonic()
+            process.send_signal(signum)
+            await process.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
     assert time.monotonic() - begin < 10  # three seconds, on a machine with time
     assert process.returncode in (128 + signum, -signum)
