@@ -6,6 +6,7 @@ For each attack, in one run: the round trip of clean frames, 20 a second, before
 how many of them failed; and the server's memory before and after. The attacker is a process of its own with another
 loopback address, and does without pause what its name says:
 
+- busy: computes and sends nothing, for comparison: so much costs that the machine is shared;
 - http-silent: keeps 1,050 connections to the control API, and says nothing;
 - http-half: the same with half a request;
 - grpc-silent: keeps 1,050 connections to gRPC, and says nothing;
@@ -100,6 +101,12 @@ def hold(address: str, first: bytes) -> None:
             connection.setblocking(False)
             held.append(connection)
         time.sleep(0.02)
+
+
+def busy(_target: Target) -> None:
+    """See the module."""
+    while True:
+        sum(range(10_000))
 
 
 def http_silent(target: Target) -> None:
@@ -225,7 +232,8 @@ def greedy(target: Target) -> None:
 ATTACKS: dict[str, Callable[[Target], None]] = {
     function.__name__.replace("_", "-"): function
     for function in (
-        http_silent, http_half, grpc_silent, opens, unread_opened, no_open, watches, unread_files, empty, reset, greedy,
+        busy, http_silent, http_half, grpc_silent, opens, unread_opened, no_open, watches, unread_files, empty, reset,
+        greedy,
     )
 }  # fmt: skip
 
