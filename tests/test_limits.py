@@ -111,6 +111,16 @@ async def test_silent_and_slow_http_connections_are_closed(
     assert impatient.read_log().count("too many HTTP connections") <= 3  # summed, not one line each
 
 
+def test_bytes_that_are_no_request_are_refused_and_summed(impatient: Server) -> None:
+    before = len(impatient.read_log())
+    for _ in range(50):
+        with many_connections(impatient.http, 1, b"\x16\x03\x01 no request\r\n\r\n") as connections:
+            until(lambda: closed(connections) == 1)
+    log = impatient.read_log()[before:]
+    assert log.count("no HTTP request") <= 2
+    assert len(log.splitlines()) < 10
+
+
 def test_a_silent_tls_handshake_ends(tiny_bundle: Bundle, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     cert, key = authority.issue("server")

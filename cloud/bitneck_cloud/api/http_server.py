@@ -11,7 +11,7 @@ import logging
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import h11
@@ -74,8 +74,16 @@ def listen(address: Address) -> list[socket.socket]:
 class _Protocol(H11Protocol):
     """uvicorn's protocol with a limit for the time in which a request arrives."""
 
-    def __init__(self, *args: Any, patience_s: float, lost: "asyncio.Future[None]", **values: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        patience_s: float,
+        lost: "asyncio.Future[None]",
+        refused: Callable[[str], None],
+        **values: Any,
+    ) -> None:
         super().__init__(*args, **values)
+        self._refused = refused
         self._patience_s = patience_s
         self._lost = lost
         self._deadline: asyncio.TimerHandle | None = None
@@ -96,6 +104,10 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
         if not self._lost.done():
             self._lost.set_result(None)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refused("no HTTP request")
+        super().send_400_response(msg)
 
     @property
     def received(self) -> bool:
@@ -140,6 +152,8 @@ class HttpServer(uvicorn.Server):
             app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=_GRACE_S, **tls
         )
         super().__init__(config)
+        # Its warnings come once for each bad request, and its information says nothing that ours does not.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self.listening = asyncio.Event()
         self._refusals = refusals
         self._most = most
@@ -208,6 +222,7 @@ class HttpServer(uvicorn.Server):
                 app_state=self.lifespan.state,
                 patience_s=self._patience_s,
                 lost=lost,
+                refused=lambda reason: self._refusals.refused(f"address {host}", reason),
             )
 
         limit = self._patience_s if self.config.ssl is not None else None
