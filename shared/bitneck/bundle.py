@@ -24,7 +24,7 @@ _MAX_LABEL = 200
 """Characters of a class's name."""
 
 MANIFEST_NAME = "manifest.json"
-_MAX_MANIFEST_BYTES = 8 << 20
+_MAX_MANIFEST_BYTES = _MAX_SMALL_BYTES = 8 << 20
 
 
 class Bundle:
@@ -98,8 +98,7 @@ class Bundle:
             BundleCorrupt: unreadable, or of another number of channels than the manifest says.
         """
         path = self.path(f"points/{point_id}/tables.npz")
-        with _readable(path):
-            data = path.read_bytes()
+        data = self._read(path)
         try:
             tables = FactorizedModel.from_npz(data)
         except BundleCorrupt as exc:
@@ -128,8 +127,7 @@ class Bundle:
         if name not in self.manifest.files:
             return None
         path = self.path(name)
-        with _readable(path):
-            data = path.read_bytes()
+        data = self._read(path)
         try:
             conditional = ConditionalModel.from_npz(data)
             conditional.check_fits(tables or self.tables(point_id))
@@ -144,12 +142,20 @@ class Bundle:
             BundleCorrupt: not a JSON list of strings.
         """
         try:
-            labels = json.loads(self.path(self.manifest.labels).read_bytes())
+            labels = json.loads(self._read(self.path(self.manifest.labels)))
         except (ValueError, RecursionError) as exc:
             raise BundleCorrupt(f"{self.manifest.labels} is not JSON ({exc}); export the bundle again") from exc
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
             raise BundleCorrupt(f"{self.manifest.labels} is not a list of names; export the bundle again")
         return tuple(clean_text(label, _MAX_LABEL) for label in labels)
+
+    @staticmethod
+    def _read(path: Path) -> bytes:
+        """The bytes of a file of names or tables, which is small."""
+        with _readable(path):
+            if (size := path.stat().st_size) > _MAX_SMALL_BYTES:
+                raise BundleCorrupt(f"{path} has {size} bytes, names and tables have at most {_MAX_SMALL_BYTES}")
+            return path.read_bytes()
 
 
 def verify_file(path: Path, entry: FileEntry) -> None:

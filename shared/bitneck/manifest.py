@@ -18,6 +18,7 @@ from pydantic import (
 from bitneck.errors import BitneckError, BundleCorrupt, UnknownPoint
 from bitneck.ids import ID_PATTERN, check_relative_path
 from bitneck.ladder import Ladder, OperatingPoint
+from bitneck.text import clean_text
 
 __all__ = [
     "FORMAT_VERSION",
@@ -41,6 +42,9 @@ FileRole = Literal["edge", "cloud", "both"]
 
 Task = Literal["classification", "segmentation"]
 """What a chain's output is: (N, K) logits, or (N, K, H, W) logits at the input's height and width."""
+
+_MAX_PLACE = 100
+"""Characters of the key that a message names."""
 
 _MAX_GROWTH = 2
 """A decoded feature is at most this many times as high and as wide as the one that was sent."""
@@ -316,7 +320,8 @@ class Manifest(_Strict):
             first = exc.errors(include_url=False)[0]
             place = ".".join(str(part) for part in first["loc"]) or "top level"
             raise BundleCorrupt(
-                f"{where} is not a valid manifest of format version {FORMAT_VERSION}: {place}: {first['msg']} "
+                f"{where} is not a valid manifest of format version {FORMAT_VERSION}: "
+                f"{clean_text(place, _MAX_PLACE)}: {clean_text(first['msg'])} "
                 f"({exc.error_count()} problems); export the bundle again"
             ) from exc
 

@@ -56,6 +56,8 @@ class OnnxModule:
         # A process has many sessions. Threads that spin while they wait would take the cores from each other.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        # ONNX Runtime has a format of its own, which nothing here checks.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         # A bundle has many small modules. An arena for each takes as much memory as their weights, and is no faster.
         options.enable_cpu_mem_arena = False
         try:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
@@ -23,11 +24,14 @@ import platformdirs
 from bitneck.bundle import MANIFEST_NAME, Bundle, verify_file
 from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig
 from bitneck.manifest import FileEntry, Manifest, bundle_id_of
+from bitneck.text import clean_text
 from bitneck_edge.bundles.cost import check_costs
 
 __all__ = ["cached_bundle", "default_cache_dir", "forget_old", "recall", "remember"]
 
 _KEPT_S = 86_400.0
+_BUNDLE_ID = r"sha256:[0-9a-f]{64}"
+_MAX_NOTE_BYTES = 200
 _UMASK = threading.Lock()
 MAX_BUNDLE_BYTES = 1 << 30
 """What the edge's files of a bundle may have together. The shipped ones have 38 MB."""
@@ -75,9 +79,9 @@ async def cached_bundle(
         BundleCorrupt: the manifest cannot be read, or a file arrived with another size or digest.
         InvalidConfig: the cache cannot be written.
     """
-    if bundle_id_of(manifest_json) != bundle_id:
+    if (real := bundle_id_of(manifest_json)) != bundle_id:
         raise BundleMismatch(
-            f"the server says its bundle is {bundle_id[:80]}, its manifest hashes to {bundle_id_of(manifest_json)}"
+            f"the server says its bundle is {clean_text(bundle_id, 80)}, its manifest hashes to {real}"
         )
     manifest = Manifest.from_json(manifest_json, "the server's manifest")
     root = cache_dir / "bundles" / bundle_id.removeprefix("sha256:")
@@ -98,8 +102,8 @@ async def cached_bundle(
         for path, entry in missing.items():
             async with contextlib.aclosing(fetch(path)) as chunks:
                 await _receive(root / path, entry, chunks, count)
-        if not trusted and (graphs := [path for path in missing if path.endswith(".onnx")]):
-            await asyncio.to_thread(_check_costs, root, manifest, graphs)
+        if not trusted:  # files that are here already too: the attempt that fetched them may have been cut off
+            await asyncio.to_thread(_check_costs, root, manifest, missing)
         if not (root / MANIFEST_NAME).is_file() or (root / MANIFEST_NAME).read_bytes() != manifest_json:
             root.mkdir(parents=True, exist_ok=True)
             with _new_file(root / MANIFEST_NAME) as descriptor:
@@ -117,7 +121,8 @@ def remember(cache_dir: Path, server: str, model: str, bundle_id: str) -> None:
     """
     note = _note(cache_dir, server, model)
     try:
-        if note.is_file() and note.read_text() == bundle_id:
+        _no_links(cache_dir, note)
+        if _noted(note) == bundle_id:
             return
         note.parent.mkdir(parents=True, exist_ok=True)
         with _new_file(note) as descriptor:
@@ -134,20 +139,36 @@ def forget_old(cache_dir: Path, now: float) -> None:
         now: seconds since 1970.
     """
     with contextlib.suppress(OSError):
-        noted = {note.read_text(errors="replace") for note in (cache_dir / "servers").iterdir()}
+        if (cache_dir / "bundles").is_symlink():
+            return
+        noted = {_noted(note) for note in (cache_dir / "servers").iterdir()}
         for folder in (cache_dir / "bundles").iterdir():
-            if f"sha256:{folder.name}" not in noted and now - folder.stat().st_mtime > _KEPT_S:
+            bundle_id = f"sha256:{folder.name}"
+            if not re.fullmatch(_BUNDLE_ID, bundle_id) or bundle_id in noted:
+                continue
+            if now - folder.lstat().st_mtime > _KEPT_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def recall(cache_dir: Path, server: str, model: str) -> Bundle | None:
-    """The bundle that a server had last, verified; None if it is not in the cache, or damaged there."""
+def recall(cache_dir: Path, server: str, model: str, *, pinned: str = "") -> Bundle | None:
+    """The bundle that a server had last, verified; None if it is not in the cache, or damaged there.
+
+    Args:
+        cache_dir: root of the cache.
+        server: HOST:PORT.
+        model: as for `remember`.
+        pinned: id of a bundle whose ONNX files are taken without a check of their cost; empty for none.
+    """
     try:
-        bundle_id = _note(cache_dir, server, model).read_text()
+        note = _note(cache_dir, server, model)
+        _no_links(cache_dir, note)
+        bundle_id = _noted(note)
         root = cache_dir / "bundles" / _digits(bundle_id)
         for path in root.rglob("*"):
             _no_links(cache_dir, path)
         bundle = Bundle.open(root, side="edge")
+        if bundle_id != pinned:
+            check_costs(root, bundle.manifest)
     except (OSError, ValueError, BitneckError):
         return None
     return bundle if bundle.bundle_id == bundle_id else None
@@ -159,13 +180,26 @@ def _digits(bundle_id: str) -> str:
     Raises:
         BundleMismatch: it is not a bundle's id.
     """
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", bundle_id):
+    if not re.fullmatch(_BUNDLE_ID, bundle_id):
         raise BundleMismatch(f"{bundle_id[:80]!r} is no bundle id, expected sha256: and 64 hexadecimal digits")
     return bundle_id.removeprefix("sha256:")
 
 
 def _note(cache_dir: Path, server: str, model: str) -> Path:
     return cache_dir / "servers" / hashlib.sha256(f"{server}\n{model}".encode()).hexdigest()[:32]
+
+
+def _noted(note: Path) -> str:
+    """What a note says; empty if there is none. In a shared cache it may be anything, also a pipe or a huge file."""
+    try:
+        descriptor = os.open(note, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    try:
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        return os.read(descriptor, _MAX_NOTE_BYTES).decode(errors="replace") if regular else ""
+    finally:
+        os.close(descriptor)
 
 
 def _good(path: Path, entry: FileEntry) -> bool:
@@ -211,12 +245,13 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def _check_costs(root: Path, manifest: Manifest, fetched: Iterable[str]) -> None:
-    """Remove the graphs that were fetched again if they would take too much to run."""
+    """Check the graphs; if they would take too much to run, remove those that were fetched now."""
     try:
         check_costs(root, manifest)
     except BundleCorrupt:
         for path in fetched:
-            (root / path).unlink(missing_ok=True)
+            if path.endswith(".onnx"):
+                (root / path).unlink(missing_ok=True)
         raise
 
 
@@ -248,7 +283,7 @@ def _new_file(path: Path) -> Iterator[int]:
     try:
         yield descriptor
         os.fsync(descriptor)
-        Path(temporary).chmod(0o666 & ~_umask())
+        os.fchmod(descriptor, 0o666 & ~_umask())
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -51,7 +51,11 @@ async def fetch_bundle(
             except BitneckError as exc:
                 if isinstance(exc, Unreachable) or exc.grpc_status not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
                     raise
-                kept = await asyncio.to_thread(recall, cache_dir, settings.server, settings.model) if offline else None
+                kept = None
+                if offline:
+                    kept = await asyncio.to_thread(
+                        recall, cache_dir, settings.server, settings.model, pinned=settings.bundle_id
+                    )
                 if kept is not None and settings.bundle_id in ("", kept.bundle_id):
                     _LOG.warning(
                         "%s; starting with the bundle that it had last, %s, and trying again", exc, kept.bundle_id

@@ -29,7 +29,7 @@ _TOO_MANY_PINGS = "too_many_pings"
 _FAIR_S = 1.0
 """A server that sends us away after this time, with nothing unanswered, did its part; else it counts as failing."""
 _MOST_CONTROL = 200
-"""Messages between two answers that are no answers. A server that sends more is broken."""
+"""Messages between two that are about an unanswered frame. A server that sends more is broken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +258,8 @@ class Link:
             control = 0
             while self._leaving is None or self._exchange.waits_for(self._leaving):
                 message = await connection.read()
-                control = 0 if isinstance(message, Result | Fault) else control + 1
+                about_frame = isinstance(message, Result | Fault) and self._exchange.waits_for(frozenset({message.seq}))
+                control = 0 if about_frame else control + 1
                 if control > _MOST_CONTROL:
                     raise Unavailable(f"{self._address}: {control} messages without an answer; the server is broken")
                 await self._take(message)

@@ -48,6 +48,9 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
 
+_MAX_ID = 80
+"""Characters of the names of a model and a bundle; a right one has at most 71."""
+
 MAX_ANSWER_BYTES = 1 << 20
 """The class map of 513x513 pixels takes 270 kB if nothing of it can be compressed."""
 MAX_MANIFEST_BYTES = 16 << 20
@@ -241,7 +244,11 @@ async def fetch_manifest(
         reply = await stub.GetManifest(pb.GetManifestRequest(model=model), timeout=timeout_s, metadata=access.metadata)
     except grpc.aio.AioRpcError as exc:
         raise from_rpc_error(exc, access.address) from exc
-    return Offer(model=reply.model, bundle_id=reply.bundle_id, manifest_json=reply.manifest_json)
+    return Offer(
+        model=clean_text(reply.model, _MAX_ID),
+        bundle_id=clean_text(reply.bundle_id, _MAX_ID),
+        manifest_json=reply.manifest_json,
+    )
 
 
 class _Pace:

@@ -25,6 +25,8 @@ __all__ = ["MAX_LABELS", "client_message", "frame_bytes", "frame_to_wire", "serv
 MAX_LABELS = 1024
 """Labels or classes of an answer; a server has no reason to send more, and a class map cannot name as many."""
 _MAX_ID, _MAX_NAME = 80, 200
+_MAX_TOKEN = 4096
+"""A longer resume token is not kept: the message that resumes with it could not be sent."""
 
 
 def client_message(message: ClientMessage) -> pb.ClientMessage:
@@ -89,7 +91,7 @@ def _open_to_wire(message: Open) -> pb.Open:
 def _opened(message: pb.Opened) -> Opened:
     return Opened(
         session_id=clean_text(message.session_id, _MAX_ID),
-        resume_token=message.resume_token,
+        resume_token=message.resume_token if len(message.resume_token) <= _MAX_TOKEN else "",
         window=message.window,
         point=clean_text(message.point, _MAX_ID),
         references=message.references,

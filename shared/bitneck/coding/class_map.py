@@ -23,7 +23,7 @@ MAX_CLASSES = 256
 """A class is one byte in a map, and one colour in the palette of an indexed PNG."""
 
 MAX_MAP_BYTES = 8 << 20
-"""Largest coded map. gRPC's limit for an answer is twice that."""
+"""Largest coded map. A device also limits the whole answer: `bitneck_edge.link.remote.MAX_ANSWER_BYTES`."""
 
 _FILTERS: list[dict[str, Any]] = [
     {

@@ -27,6 +27,8 @@ TOTAL = 1 << TOTAL_BITS
 
 _MAX_CHANNELS = 4096
 _MAX_SYMBOLS = TOTAL // 4
+_MAX_READ = 1 << 22
+"""Frequencies of a file, if each channel had as many as the widest one: a codec makes such a table. 16 MiB as int32."""
 _MAX_SYMBOL = 1 << 30  # in magnitude; far from where int32 wraps around
 
 
@@ -175,6 +177,8 @@ class FactorizedModel:
             lo, size, counts = read_arrays(data, ("lo", "size", "counts"))
             if lo.ndim != 1 or size.shape != lo.shape or counts.ndim != 1 or lo.shape[0] > _MAX_CHANNELS:
                 raise InvalidConfig("arrays lo, size and counts do not match")
+            if size.size and int(size.max()) * size.size > _MAX_READ:
+                raise InvalidConfig(f"{size.size} channels of up to {size.max()} frequencies, more than {_MAX_READ}")
             if size.min(initial=1) < 1 or int(size.sum()) != counts.shape[0]:
                 raise InvalidConfig("sizes do not add up to the number of frequencies")
             if lo.size and (lo.min() < -_MAX_SYMBOL or lo.max() > _MAX_SYMBOL):  # before int32 wraps around

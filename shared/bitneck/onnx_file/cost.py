@@ -67,6 +67,8 @@ def _check(data: bytes, x: Shape) -> Cost:
         if any(length < 1 for length in shape):
             raise refused(f"an impossible shape at {node.kind}")
         work += operations
+        if any(name and name in shapes for name in node.outputs):
+            raise refused("a tensor that is made twice")
         for name in node.outputs[:1]:
             shapes[name] = y = shape
             if (values := _integers(node, got, [graph.constants.get(name) for name in node.inputs])) is not None:
@@ -77,7 +79,16 @@ def _check(data: bytes, x: Shape) -> Cost:
                 f"the ONNX file would take more than {MAX_TENSOR_BYTES >> 20} MiB or {MAX_MULTIPLY_ADDS / 1e9:.0f} "
                 "billion multiply-adds for one picture; it is not run. If you trust the bundle, pin it (--bundle-id)"
             )
+    for name, declared in graph.declared:
+        real = shapes.get(name)
+        if declared and real is not None and not _true(declared, real):
+            raise refused(f"a tensor of the shape {real} for which it declares another one")
     return Cost(taken, work, y)
+
+
+def _true(declared: Sequence[int | None], real: Shape) -> bool:
+    """Whether a tensor has the shape that the file says, as far as it says one."""
+    return len(declared) == len(real) and all(a is None or a == b for a, b in zip(declared, real, strict=True))
 
 
 Rule = Callable[[Node, Sequence[Shape], Sequence[Tensor | None]], tuple[Shape, int]]
@@ -247,6 +258,8 @@ def _unsqueeze(node: Node, got: Sequence[Shape], constants: Sequence[Tensor | No
     axes = _axes(node, constants)
     rank = len(got[0]) + len(axes)
     new, rest = {axis % rank for axis in axes}, iter(got[0])
+    if len(new) != len(axes):
+        raise ValueError("an axis that is named twice")
     return tuple(1 if k in new else next(rest) for k in range(rank)), 0
 
 

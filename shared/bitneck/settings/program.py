@@ -16,8 +16,8 @@ from bitneck.errors import BitneckError
 
 __all__ = ["END_S", "make_app", "run_app"]
 
-END_S = 3.0
-"""Seconds after a signal at which a device's program ends, whatever it does."""
+END_S = 2.8
+"""Seconds after a signal at which a device's program ends, whatever it does: within three."""
 
 
 def make_app(text: str) -> typer.Typer:

@@ -1,0 +1,286 @@
+"""Files that say one thing to a check and another to what runs them, and what a cut-off download leaves behind."""
+
+import asyncio
+import io
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from bitneck.bundle import Bundle, BundleWriter
+from bitneck.coding.factorized_model import FactorizedModel
+from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig, Unavailable
+from bitneck.manifest import Manifest
+from bitneck.onnx_file.cost import check_onnx
+from bitneck.v1 import inference_pb2 as pb
+from bitneck_edge.bundles.cache import forget_old, recall, remember
+from bitneck_edge.client import EdgeClient
+from bitneck_edge.link.link import Link, LinkSettings
+from bitneck_edge.link.remote import Access
+from bitneck_edge.link.wire import server_message
+from bitneck_testing.rogue_servers import opened, rogue_server
+
+HANG_S = 60.0
+X = (1, 3, 8, 8)
+LARGE = 12_000
+
+
+def part(number: int, content: bytes) -> bytes:
+    """A field of protobuf that has a length."""
+    length, head = len(content), bytes([number << 3 | 2])
+    while length > 127:
+        head, length = head + bytes([length & 127 | 128]), length >> 7
+    return head + bytes([length]) + content
+
+
+def constant(name: str, values: Any, kind: Any = np.int64) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(values, kind), name)
+
+
+def model(nodes: list[Any], weights: list[Any], x: Any = ("n", 3, 8, 8), said: list[Any] | None = None) -> Any:
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], weights, value_info=said or [],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def ambiguous_files() -> dict[str, bytes]:
+    node, one = helper.make_node, constant("c", 1.0, np.float32)
+    weights = constant("w", np.ones((1, 3, 1, 1)), np.float32)
+    mean = [node("ReduceMean", ["e"], ["r"], keepdims=0), node("Add", ["x", "r"], ["y"])]
+    hidden = model([node("ConstantOfShape", ["s"], ["e"]), mean[0]], [constant("s", [LARGE, LARGE])]).graph
+    hidden.ClearField("input")
+    hidden.ClearField("output")
+    relu = model([node("Relu", ["x"], ["y"])], []).SerializeToString()
+    twice = model([node("Conv", ["x", "w"], ["y"], pads=[LARGE] * 4)], [weights])
+    twice.graph.node[0].attribute.append(helper.make_attribute("pads", [0] * 4))
+    mixed = model([node("Conv", ["x", "w"], ["y"], pads=[LARGE] * 4)], [weights])
+    pads = mixed.graph.node[0].attribute[0].SerializeToString()
+    rest = mixed.graph.SerializeToString()
+    mixed_node = mixed.graph.node[0].SerializeToString()
+    mixed_pads = part(5, b"\x18\x00" * 4 + pads)
+    mixed_graph = rest.replace(part(1, mixed_node), part(1, mixed_node.replace(part(5, pads), mixed_pads)))
+    shape = [node("Shape", ["x"], ["s"]), node("Expand", ["c", "s"], ["e"]), *mean]
+    middle = [node("Relu", ["x"], ["m"]), node("Shape", ["m"], ["s"]), *shape[1:]]
+    expand = [node("Expand", ["c", "s"], ["e"]), *mean]
+    small, large = constant("s", [1, 1]), constant("s", [LARGE, LARGE])
+    said = [helper.make_tensor_value_info("m", TensorProto.FLOAT, [1, 3, LARGE, LARGE])]
+    policy = node("Resize", ["x", "", "", "z"], ["y"], mode="nearest", keep_aspect_ratio_policy="not_smaller")
+    scaled = [constant("s", [1, 1, 1e4, 1e4], np.float32), constant("", [1, 1, 1, 1])]
+    again = [node("Relu", ["x"], ["c"]), *expand]
+    return {
+        "two graphs": part(7, hidden.SerializeToString()) + relu,
+        "an attribute twice": twice.SerializeToString(),
+        "a number before the list": part(7, mixed_graph),
+        "a size that the policy makes": model([policy], [constant("z", [1, 1, LARGE, 1])]).SerializeToString(),
+        "a constant without a name": model([node("Resize", ["x", "", "s", ""], ["y"])], scaled).SerializeToString(),
+        "an input that says it is large": model(shape, [one], (1, 3, LARGE, LARGE)).SerializeToString(),
+        "a feature that says it is large": model(middle, [one], "abcd", said).SerializeToString(),
+        "a constant twice": model(expand, [one, large, small]).SerializeToString(),
+        "a tensor twice": model(again, [one, small]).SerializeToString(),
+        "an axis twice": model(
+            [node("Unsqueeze", ["w", "a"], ["e"]), *mean], [constant("w", [1.0] * 3, np.float32), constant("a", [0, 0])]
+        ).SerializeToString(),
+        "ten million operators": part(7, b"\x0a\x00" * 10_000_000),
+        "a million axes": part(7, part(5, (b"\x08" + b"\xff" * 8 + b"\x7f") * 1_000_000 + b"\x10\x01")),
+        "a million inputs of one operator": part(7, part(1, b"\x0a\x00" * 1_000_000 + part(4, b"Relu"))),
+    }
+
+
+@pytest.mark.parametrize("name", ambiguous_files())
+def test_files_that_can_be_read_in_two_ways_are_not_run(name: str) -> None:
+    begin = time.monotonic()
+    with pytest.raises(BundleCorrupt, match="--bundle-id"):
+        check_onnx(ambiguous_files()[name], X)
+    assert time.monotonic() - begin < 20
+
+
+def test_true_declarations_are_taken() -> None:
+    said = [helper.make_tensor_value_info("m", TensorProto.FLOAT, ["n", 3, 8, "w"])]
+    nodes = [helper.make_node("Relu", ["x"], ["m"]), helper.make_node("Abs", ["m"], ["y"])]
+    assert check_onnx(model(nodes, [], said=said).SerializeToString(), X).y == X
+
+
+def with_file(bundle: Bundle, root: Path, path: str, data: bytes) -> Bundle:
+    """The bundle with other content of one file, as a server could offer it; its tables come last."""
+    with BundleWriter(root) as writer:
+        for name, entry in bundle.manifest.files.items():
+            writer.add(name, data if name == path else bundle.path(name).read_bytes(), entry.role)
+        files = dict(sorted(writer.files.items(), key=lambda item: item[0].endswith(".npz")))
+        return writer.finish(bundle.manifest.model_copy(update={"files": files}))
+
+
+async def fetched(address: str, tmp_path: Path, **values: Any) -> None:
+    async with asyncio.timeout(HANG_S):
+        async with EdgeClient(address, cache_dir=tmp_path / "cache", retries=0, threads=1, **values):
+            pass
+
+
+async def test_a_download_that_was_cut_off_does_not_skip_the_check(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    paths = list(tiny_bundle.manifest.files_for("edge"))
+    graph = next(path for path in paths if path.endswith("encoder.onnx"))
+    evil = with_file(tiny_bundle, tmp_path / "evil", graph, ambiguous_files()["two graphs"])
+    last = list(evil.manifest.files_for("edge"))[-1]
+    assert last.endswith("tables.npz")
+    bad = [b"not this time"]
+
+    def spoil(path: str, data: bytes) -> bytes:
+        return bad.pop() if path == last and bad else data
+
+    async with rogue_server(evil, spoil=spoil) as (address, _):
+        with pytest.raises(BundleCorrupt, match=r"tables\.npz"):
+            await fetched(address, tmp_path)
+        with pytest.raises(BundleCorrupt, match="it is not run"):
+            await fetched(address, tmp_path)
+
+
+async def test_a_start_without_the_server_checks_the_cost_too(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    graph = next(path for path in tiny_bundle.manifest.files_for("edge") if path.endswith("encoder.onnx"))
+    cache, data = tmp_path / "cache", ambiguous_files()["two graphs"]
+    digits = with_file(tiny_bundle, tmp_path / "evil", graph, data).bundle_id.removeprefix("sha256:")
+    (cache / "bundles").mkdir(parents=True)
+    (tmp_path / "evil").rename(cache / "bundles" / digits)
+    remember(cache, "here:1", "", f"sha256:{digits}")
+    assert recall(cache, "here:1", "") is None
+    assert recall(cache, "here:1", "", pinned=f"sha256:{digits}") is not None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "huge"])
+def test_notes_of_a_shared_cache_may_be_anything(tmp_path: Path, kind: str) -> None:
+    remember(tmp_path, "here:1", "", "sha256:" + "0" * 64)
+    note = tmp_path / "servers" / "by-another-user"
+    if kind == "pipe":
+        os.mkfifo(note)
+    else:
+        with note.open("wb") as file:
+            file.truncate(8 << 30)
+    (tmp_path / "bundles" / ("ab" * 32)).mkdir(parents=True)
+    forget_old(tmp_path, time.time() + 1e6)
+    assert list((tmp_path / "bundles").iterdir()) == []
+
+
+def test_only_bundles_are_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "servers").mkdir()
+    for name in ("documents", "ab" * 32):
+        (tmp_path / "bundles" / name).mkdir(parents=True)
+    forget_old(tmp_path, time.time() + 1e6)
+    assert [folder.name for folder in (tmp_path / "bundles").iterdir()] == ["documents"]
+    (tmp_path / "bundles").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / ("cd" * 32)).mkdir()
+    (tmp_path / "bundles").symlink_to(tmp_path / "elsewhere")
+    forget_old(tmp_path, time.time() + 1e6)
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 2
+    with pytest.raises(InvalidConfig, match="link"):
+        (tmp_path / "servers").rmdir()
+        (tmp_path / "servers").symlink_to(tmp_path / "elsewhere")
+        remember(tmp_path, "here:1", "", "sha256:" + "0" * 64)
+
+
+@pytest.mark.parametrize("where", ["a file's name", "a key", "thousands of files"])
+def test_what_a_manifest_says_is_clean_and_short_in_messages(tiny_bundle: Bundle, where: str) -> None:
+    evil = "\x1b]0;owned\x07\nERROR: forged"
+    document = json.loads(tiny_bundle.manifest_json)
+    entry = {"role": "edge", "size": 1, "sha256": "0" * 64}
+    if where == "a file's name":
+        document["files"][evil] = {"role": "nobody"}
+    elif where == "a key":
+        document[evil] = 1
+    else:
+        document["files"] |= {f"f{k}": entry for k in range(30_000)}
+    with pytest.raises(BundleCorrupt) as caught:
+        Manifest.from_json(json.dumps(document).encode(), "here")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+async def test_what_a_server_calls_its_bundle_is_clean_and_short(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    async with rogue_server(tiny_bundle) as (address, rogue):
+        rogue.bundle.bundle_id, before = "\x1b[2J\nERROR: forged " * 5000, rogue.bundle.bundle_id
+        try:
+            for pin in ("", "sha256:" + "0" * 64):
+                with pytest.raises(BundleMismatch) as caught:
+                    await fetched(address, tmp_path, bundle_id=pin)
+                assert str(caught.value).isprintable()
+                assert len(str(caught.value)) < 500
+        finally:
+            rogue.bundle.bundle_id = before
+
+
+def tables(size: list[int], counts: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, lo=np.zeros(len(size), np.int32), size=np.array(size, np.int32), counts=counts)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["many wide channels", "one wide channel among many"])
+def test_tables_are_refused_before_they_take_memory(kind: str) -> None:
+    if kind == "many wide channels":
+        data = tables([4096] * 4096, np.full(1 << 24, 16, np.uint8))
+    else:
+        data = tables([16384, *[2] * 4095], np.array([*[4] * 16384, *[32768] * 8190], np.int32))
+    with pytest.raises(BundleCorrupt, match="more than"):
+        FactorizedModel.from_npz(data)
+
+
+def test_a_file_of_tables_or_names_is_not_read_if_it_is_huge(scene_bundle: Bundle, tmp_path: Path) -> None:
+    for name in ("points/s1-r1/tables.npz", scene_bundle.manifest.labels):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(1 << 33)
+    bundle = Bundle(tmp_path, scene_bundle.manifest, scene_bundle.manifest_json)
+    for read in (bundle.labels, lambda: bundle.tables("s1-r1")):
+        with pytest.raises(BundleCorrupt, match="at most"):
+            read()
+
+
+async def test_a_flood_of_faults_about_nothing_ends_the_link(
+    tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def converse(context: Any) -> None:
+        await opened(context)
+        while True:
+            await context.write(pb.ServerMessage(fault=pb.Fault(seq=0, code=13, message="no")))
+
+    caplog.set_level(logging.WARNING)
+    async with rogue_server(tiny_bundle, converse) as (address, _), asyncio.timeout(HANG_S):
+        access = Access(address=address)
+        link = Link(
+            LinkSettings(access=access, model="tiny", bundle_id="", client="test", connect_timeout_s=5.0,
+                         answer_timeout_s=10.0, retries=1),
+            lambda _point, _reason: None,
+        )  # fmt: skip
+        await link.open()
+        with pytest.raises(BitneckError) as caught:
+            await (await link.send("s1-r1", b"x")).answer
+        assert isinstance(caught.value, Unavailable)
+        assert len(caplog.records) < 1000
+        await link.close()
+
+
+def test_a_resume_token_that_could_not_be_sent_is_not_kept() -> None:
+    for length, kept in ((300, 300), (1 << 20, 0)):
+        message = server_message(pb.ServerMessage(opened=pb.Opened(session_id="s", resume_token="t" * length)))
+        assert len(message.resume_token) == kept  # type: ignore[union-attr]
+
+
+def test_a_file_in_onnx_runtimes_own_format_is_not_loaded(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    import onnxruntime
+
+    from bitneck.errors import ModelFailure
+    from bitneck.runtime import OnnxModule
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "own.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(tiny_bundle.path("points/s1-r1/encoder.onnx"), options)
+    assert onnxruntime.InferenceSession(tmp_path / "own.ort") is not None
+    with pytest.raises(ModelFailure):
+        OnnxModule(tmp_path / "own.ort", threads=1)
