@@ -44,14 +44,21 @@ CLIENTS, SECONDS, RELOADS = 4, 6.0, 6
 
 def subset(bundle: Bundle, out: Path, keep: Sequence[str]) -> Bundle:
     """A copy of the bundle with only some of its operating points."""
-    points = [entry for entry in bundle.manifest.points if entry.id in keep]
-    dropped = tuple(f"points/{entry.id}/" for entry in bundle.manifest.points if entry.id not in keep)
+    manifest = bundle.manifest
+    points = [entry for entry in manifest.points if entry.id in keep]
+    units = [unit for unit in manifest.units if any(entry.unit == unit.id for entry in points)]
+    wanted = {path for unit in units for path in (*unit.encoder_files, unit.decoder)}
+    wanted |= {path for entry in points for path in (entry.tables, entry.conditional)}
+    wanted |= {manifest.labels, *(segment.file for segment in manifest.segments)}
     with BundleWriter(out) as writer:
         for name, entry in bundle.manifest.files.items():
-            if not name.startswith(dropped):
+            if name in wanted:
                 writer.add(name, bundle.path(name).read_bytes(), entry.role)
-        fields = bundle.manifest.model_dump() | {"points": [p.model_dump() for p in points], "files": writer.files}
-        return writer.finish(type(bundle.manifest).model_validate(fields))
+        return writer.finish(
+            manifest.model_copy(
+                update={"points": tuple(points), "units": tuple(units), "retired": {}, "files": writer.files}
+            )
+        )
 
 
 class Cameras:

@@ -23,12 +23,14 @@ from bitneck.image import preprocess
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.registry import build_backbone
 from bitneck_models.networks.weights import RANDOM
+from bitneck_models.training.point import point_record
 from bitneck_models.training.tables import prune_and_fit
+from bitneck_models.training.validation import Validation
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_models.zoo.point import new_unit, round_weights
-from bitneck_models.zoo.records import PointRecord
+from bitneck_models.zoo.point import new_unit, round_weights, save_point, save_unit
+from bitneck_models.zoo.records import UnitRecord
 
-POINT = '[[points]]\nid = "{s}-r1"\nsplit = "{s}"\nstride = {stride}\nchannels = 32\nstep = 0.5\nlambda = 1.0\n'
+POINT = '[[units]]\nid = "{s}-r1"\nsplit = "{s}"\nstride = {stride}\nchannels = 32\nstep = 0.5\nlambda = 1.0\n'
 
 
 def make_entry(backbone: Backbone, folder: Path) -> None:
@@ -40,20 +42,19 @@ def make_entry(backbone: Backbone, folder: Path) -> None:
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((640, 480))
     x = torch.from_numpy(preprocess(picture, backbone.input))
-    for point in entry.recipe.points:
+    for point in entry.recipe.units:
         with torch.no_grad():
             f = backbone.head(point.split)(x).numpy().astype(np.float16)
         unit = new_unit(backbone, point)
         round_weights(unit)
         unit, tables = prune_and_fit(unit, point, f)
-        entry.save(
-            point, unit, tables,
-            PointRecord(
-                recipe={}, training={}, code_version="", torch_version="", train_features=1, validation_photos=0,
-                lambda_final=1.0, estimated_bytes=0.0, validation_bytes=0.0, validation_agreement=0.0,
-                trained=date(1970, 1, 1),
-            ),
+        record = UnitRecord(
+            recipe={}, training={}, code_version="", torch_version="", train_features=1, lambda_final=1.0,
+            estimated_bytes=0.0, trained=date(1970, 1, 1),
         )  # fmt: skip
+        save_unit(entry.unit_folder(point.id), unit, record)
+        fitted = point_record(point, point.step, 1, Validation(payload_bytes=1.0, agreement=1.0))
+        save_point(entry.point_folder(point.id), tables, fitted)
 
 
 def make(name: str, folder: Path) -> None:

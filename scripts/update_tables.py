@@ -25,7 +25,8 @@ def table(entry: str) -> str:
         f"| operating point | payload bytes | bpp | {METRICS[entry]} | agreement with uncompressed |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, p in sorted(ladder["points"].items()):
+    points = sorted(ladder["points"].items(), key=lambda item: (item[0].split("-")[0], item[1]["payload_bytes"]))
+    for name, p in points:
         rate = f"{p['payload_bytes']:.1f} | {p['bpp_payload']:.4f}"
         rows.append(f"| `{name}` | {rate} | {p['accuracy']:.2%} | {p['agreement']:.2%} |")
     rows.append(f"| uncompressed | | | {ladder['uncompressed_accuracy']:.2%} | |")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bitneck.bundle import MANIFEST_NAME, Bundle, BundleWriter
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain, segments_of
-from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
+from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure, UnknownPoint
 from bitneck.ids import check_id, check_relative_path
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest, bundle_id_of, sha256_hex
@@ -49,12 +49,6 @@ def test_every_damaged_file_is_named(own_tiny_bundle: Bundle) -> None:
     Bundle.open(own_tiny_bundle.root)
 
 
-STRETCHED = {"height": 32, "width": 32, "resize": None, "fit": "stretch", "interpolation": "bilinear"} | {
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.5, 0.5, 0.5],
-}
-
-
 def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda manifest: manifest.__setitem__(key, value)
 
@@ -68,13 +62,20 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["files"].__setitem__("../evil", m["files"]["labels.json"]), "malformed"),
         (lambda m: m["files"].__setitem__("/etc/passwd", m["files"]["labels.json"]), "malformed"),
         (lambda m: m["points"].append(m["points"][0]), "same id"),
-        (lambda m: m["points"][0].__setitem__("split", "s9"), "not listed"),
-        (lambda m: m["points"][0].__setitem__("channels", 99), "channels"),
+        (lambda m: m["units"][0].__setitem__("split", "s9"), "not listed"),
+        (lambda m: m["points"][0].__setitem__("unit", "s9"), "not listed"),
+        (lambda m: m["units"].append(m["units"][0] | {"id": "idle"}), "no operating point uses"),
+        (lambda m: m["units"].append(m["units"][0]), "two units"),
+        (lambda m: m["units"][0].__setitem__("channels", 99), "channels"),
+        (lambda m: m["units"][0].__setitem__("layer", "s1-0"), "missing .*layers/s1-0.onnx"),
+        (_set("retired", {"s1-r1": "s1-r2"}), "must not be an operating point"),
+        (_set("retired", {"old": "older"}), "its successor older must be one"),
         (lambda m: m["split_points"].reverse(), "order"),
         (lambda m: m["files"].pop("labels.json"), "missing"),
         (lambda m: m["input"].__setitem__("std", [0, 1, 1]), "std"),
         (lambda m: m["points"][0].__setitem__("step", -1), "step"),
-        (_set("format_version", "3"), "format_version"),
+        (_set("format_version", "4"), "format_version"),
+        (_set("format_version", 3), "export the bundle again"),
         (_set("name", "tiny\n"), "name"),
         (_set("points", []), "points"),
         (_set("uncompressed_accuracy", float("nan")), "uncompressed_accuracy"),
@@ -87,7 +88,7 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["files"]["labels.json"].__setitem__("sha256", "0" * 63), "sha256"),
         (lambda m: m["files"]["labels.json"].__setitem__("size", -1), "size"),
         (lambda m: m["files"]["labels.json"].__setitem__("role", "edge"), "the cloud needs it"),
-        (lambda m: m["files"]["points/s1-r1/encoder.onnx"].__setitem__("role", "cloud"), "the edge needs it"),
+        (lambda m: m["files"]["units/s1-r1/encoder.onnx"].__setitem__("role", "cloud"), "the edge needs it"),
         (lambda m: m["files"]["segments/01-seg1.onnx"].__setitem__("role", "edge"), "the cloud needs it"),
         (lambda m: m["input"].__setitem__("resize", 16), "smaller than the crop"),
         (lambda m: m["input"].__setitem__("resize", None), "`crop` needs resize"),
@@ -96,7 +97,7 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["input"].update(height=5000, width=5000, resize=5000), "limit"),
         (_set("task", "detection"), "task"),
         (_set("task", "segmentation"), "needs an input with fit `stretch`"),
-        (lambda m: m.update(task="segmentation", input=STRETCHED), "the edge needs it"),
+        (lambda m: m["files"]["labels.json"].__setitem__("role", "cloud"), "the edge needs it"),
     ],
 )
 def test_manifests_that_are_refused(
@@ -147,7 +148,7 @@ def test_what_a_bundle_does_not_have(tiny_bundle: Bundle) -> None:
     for name in ("nope", "../manifest.json", "manifest.json", "points/s9/tables.npz"):
         with pytest.raises(InvalidConfig, match="has no file"):
             tiny_bundle.path(name)
-    with pytest.raises(InvalidConfig, match="has no file"):
+    with pytest.raises(UnknownPoint, match="has no operating point"):
         tiny_bundle.tables("../../etc")
 
 
@@ -171,12 +172,12 @@ def test_files_that_verify_and_are_wrong_inside(own_tiny_bundle: Bundle) -> None
         bundle = _rewritten(own_tiny_bundle, "labels.json", data)
         with pytest.raises(BundleCorrupt, match=r"labels\.json"):
             bundle.labels()
-    bundle = _rewritten(own_tiny_bundle, "points/s1-r2/encoder.onnx", b"no network")
+    bundle = _rewritten(own_tiny_bundle, "units/s1-r2/encoder.onnx", b"no network")
     with pytest.raises(ModelFailure, match=r"encoder\.onnx: ONNX Runtime cannot load it"):
         PointEncoder(bundle, bundle.manifest.ladder["s1-r2"])
     # The encoder of another point loads, and is found out by its latent's shape.
-    other = (bundle.root / "points/s1-r1/encoder.onnx").read_bytes()
-    bundle = _rewritten(own_tiny_bundle, "points/s1-r2/encoder.onnx", other)
+    other = (bundle.root / "units/s1-r1/encoder.onnx").read_bytes()
+    bundle = _rewritten(own_tiny_bundle, "units/s1-r2/encoder.onnx", other)
     chain = SegmentChain(bundle, threads=1)
     f = chain.run(preprocess(photo(0), INPUT), 0, chain.head_length("s1"))
     with pytest.raises(ModelFailure, match=r"encoder of s1-r2 gave \(1, 4, 1, 1\), expected \(1, 8, 2, 2\)"):

@@ -86,8 +86,8 @@ def test_a_frame_without_finite_logits_fails_alone(tiny_bundle: Bundle) -> None:
 def ladder() -> Ladder:
     return Ladder(
         OperatingPoint(
-            id=name, split="s1", step=1.0, stride=1, latent_shape=(1, 1, 1), payload_bytes=size, bpp_payload=0.1,
-            accuracy=accuracy,
+            id=name, unit="u", split="s1", step=1.0, stride=1, latent_shape=(1, 1, 1), payload_bytes=size,
+            bpp_payload=0.1, accuracy=accuracy,
         )
         for name, size, accuracy in (("low", 10, 0.5), ("mid", 50, 0.7), ("high", 200, 0.9))
     )  # fmt: skip

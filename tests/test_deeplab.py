@@ -361,7 +361,7 @@ mix = 0
 mirror = false
 precision = "float32"
 warmup_steps = 5
-[[points]]
+[[units]]
 id = "s1-r1"
 split = "s1"
 stride = 4
@@ -387,8 +387,8 @@ def test_a_unit_learns_from_class_maps(data: Path) -> None:
     sets = photo_sets(entry.recipe, data, network)
     assert (len(sets.train), len(sets.validation), len(sets.maps)) == (12, 4, 16)
     losses: list[float] = []
-    record = train_point(
-        entry, entry.recipe.points[0], network, sets, data / "runs", on_step=lambda s: losses.append(s.task)
+    _, record = train_point(
+        entry, entry.recipe.units[0], network, sets, data / "runs", on_step=lambda s: losses.append(s.task)
     )
     assert np.mean(losses[-10:]) < np.mean(losses[:3])
     assert record.validation_mean_iou is not None
@@ -398,4 +398,4 @@ def test_a_unit_learns_from_class_maps(data: Path) -> None:
     (data / "zoo" / "recipe.toml").write_text(POINT.replace("mirror = false", "mirror = true"))
     entry = ZooEntry(data / "zoo")
     with pytest.raises(InvalidConfig, match="class maps are not mirrored"):
-        train_point(entry, entry.recipe.points[0], network, sets, data / "runs3")
+        train_point(entry, entry.recipe.units[0], network, sets, data / "runs3")

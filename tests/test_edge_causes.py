@@ -17,7 +17,7 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, Unauthenticated, Unavailable, Unreachable
-from bitneck_edge.bundles.cache import default_cache_dir
+from bitneck_edge.bundles.store import default_cache_dir
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.diagnosis import proxy_variable
 from bitneck_edge.sync import SyncEdgeClient

@@ -18,9 +18,11 @@ from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, DeadlineExceeded, ImageError, Overloaded, ProtocolError, Unavailable
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.answers.results import Answer, Failure
+from bitneck_edge.bundles.fetch import take_bundle
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.link.remote import Access
+from bitneck_edge.settings import EdgeSettings
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.processes import BIN
 from bitneck_testing.rogue_servers import answer_all, opened, result, rogue_server
@@ -241,15 +243,16 @@ main()
 """
     async with rogue_server(tiny_bundle) as (address, _), asyncio.timeout(HANG_S):
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", code, "points", "--server", address, "--cache-dir", str(tmp_path / "cache"),
+            sys.executable, "-c", code, "fetch", "--server", address, "--cache-dir", str(tmp_path / "cache"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         out, err = await process.communicate()
     assert (process.returncode, out) == (2, b"")
     assert b"cannot be written (File too large)" in err
     assert b"Traceback" not in err
-    for path in (tmp_path / "cache").rglob("*"):
-        assert path.is_dir() or (path.stat().st_size < limit and not path.name.startswith(".part-"))
+    for path in (tmp_path / "cache" / "files").iterdir():
+        assert path.stat().st_size < limit
+    assert not list((tmp_path / "cache").rglob(".part-*"))
 
 
 @pytest.mark.parametrize("options", [(), ("--json",), ("--verbose",)])
@@ -269,6 +272,7 @@ async def test_names_that_are_no_text_or_look_like_markup(
             await context.write(pb.ServerMessage(result=pb.Result(seq=message.frame.seq, output=output)))
 
     async with rogue_server(tiny_bundle, converse) as (address, _), asyncio.timeout(HANG_S):
+        take_bundle(tiny_bundle.root, EdgeSettings.load({"server": address} | settings(tmp_path)))
         for locale in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
             process = await run_edge(
                 "run", *options, "--server", address, "--cache-dir", tmp_path / "cache", folder,

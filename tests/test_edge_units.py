@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bitneck.bundle import Bundle
+from bitneck.bundle import Bundle, verify_file
 from bitneck.errors import (
     BitneckError,
     BundleCorrupt,
@@ -19,9 +19,10 @@ from bitneck.errors import (
 )
 from bitneck.v1 import inference_pb2 as pb
 from bitneck_edge.answers.results import Answer, Failure
-from bitneck_edge.bundles.cache import forget_old, remember
+from bitneck_edge.bundles.fetch import take_bundle
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
+from bitneck_edge.settings import EdgeSettings
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.rogue_servers import answer_all, opened, result, rogue_server
 
@@ -43,17 +44,18 @@ def test_switching_the_point_reads_no_segment_again(tiny_bundle: Bundle) -> None
 
 
 async def test_a_bundle_is_fetched_once_and_mended(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    manifest = tiny_bundle.manifest
     async with rogue_server(tiny_bundle) as (address, rogue):
         for _ in range(2):
-            async with EdgeClient(address, **settings(tmp_path)) as client:
+            async with EdgeClient(address, **settings(tmp_path, point="s1-r2")) as client:
                 assert (await client.infer(photo())).labels[0].name == "answer 1"
-        expected = sorted(tiny_bundle.manifest.files_for("edge"))
-        assert sorted(rogue.fetched) == expected
-        damaged = client.bundle.root / "segments" / "00-seg0.onnx"
+        assert rogue.fetched == list(manifest.files_of("s1-r2", "float32"))
+        damaged = client.bundle.path("segments/00-seg0.onnx")
+        assert damaged.name == manifest.files["segments/00-seg0.onnx"].sha256
         damaged.write_bytes(damaged.read_bytes()[:-1])
-        async with EdgeClient(address, **settings(tmp_path)) as client:
+        async with EdgeClient(address, **settings(tmp_path, point="s1-r2")) as client:
             await client.infer(photo())
-        assert rogue.fetched[len(expected) :] == ["segments/00-seg0.onnx"]
+        assert rogue.fetched[len(manifest.files_of("s1-r2", "float32")) :] == ["segments/00-seg0.onnx"]
 
 
 @pytest.mark.parametrize(
@@ -72,10 +74,9 @@ async def test_a_damaged_download_is_refused_and_leaves_nothing(
         with pytest.raises(error, match=text):
             async with EdgeClient(address, **settings(tmp_path)):
                 pass
-    for path in (tmp_path / "cache").rglob("*"):
-        if path.is_file():  # what stays is right and whole
-            entry = tiny_bundle.manifest.files[str(Path(*path.parts[path.parts.index("bundles") + 2 :]))]
-            assert path.stat().st_size == entry.size
+    digests = {entry.sha256: entry for entry in tiny_bundle.manifest.files.values()}
+    for path in (tmp_path / "cache" / "files").glob("*"):  # what stays is right and whole
+        verify_file(path, digests[path.name])
     async with rogue_server(tiny_bundle) as (address, _), EdgeClient(address, **settings(tmp_path)) as client:
         await client.infer(photo())
 
@@ -227,6 +228,7 @@ async def test_wishes_of_the_cloud(tiny_bundle: Bundle, tmp_path: Path) -> None:
         await context.write(result(3))
 
     async with rogue_server(tiny_bundle, converse) as (address, _):
+        take_bundle(tiny_bundle.root, EdgeSettings.load({"server": address} | settings(tmp_path)))
         async with EdgeClient(address, **settings(tmp_path)) as client:
             points = [(await client.infer(photo())).point for _ in range(3)]
             assert points == ["s1-r1", "s1-r1", "s2-r1"]
@@ -282,17 +284,3 @@ async def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("BITNECK_EDGE_RETRYS", "7")
     with pytest.raises(InvalidConfig, match="BITNECK_EDGE_RETRYS"):
         EdgeClient("localhost:1")
-
-
-def test_bundles_that_no_server_has_any_more_are_removed(tmp_path: Path) -> None:
-    digests = ["a" * 64, "b" * 64, "c" * 64]
-    for digest in digests:
-        (tmp_path / "bundles" / digest).mkdir(parents=True)
-        (tmp_path / "bundles" / digest / "manifest.json").write_text("{}")
-    remember(tmp_path, "host:1", "", f"sha256:{digests[0]}")
-    now = (tmp_path / "bundles" / digests[1]).stat().st_mtime
-    os.utime(tmp_path / "bundles" / digests[2], (now - 90_000, now - 90_000))
-    os.utime(tmp_path / "bundles" / digests[0], (now - 90_000, now - 90_000))
-    forget_old(tmp_path, now + 1)
-    assert sorted(p.name for p in (tmp_path / "bundles").iterdir()) == digests[:2]
-    forget_old(tmp_path / "nothing", now)

@@ -20,11 +20,14 @@ from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidC
 from bitneck.manifest import Manifest
 from bitneck.onnx_file.cost import check_onnx
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_edge.bundles.cache import forget_old, recall, remember
+from bitneck_edge.bundles.fetch import open_supply, take_bundle
+from bitneck_edge.bundles.notes import noted_bundles, remember
+from bitneck_edge.bundles.store import FileStore
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.link.remote import Access
 from bitneck_edge.link.wire import server_message
+from bitneck_edge.settings import EdgeSettings
 from bitneck_testing.rogue_servers import opened, rogue_server
 
 HANG_S = 60.0
@@ -110,12 +113,11 @@ def test_true_declarations_are_taken() -> None:
 
 
 def with_file(bundle: Bundle, root: Path, path: str, data: bytes) -> Bundle:
-    """The bundle with other content of one file, as a server could offer it; its tables come last."""
+    """The bundle with other content of one file, as a server could offer it."""
     with BundleWriter(root) as writer:
         for name, entry in bundle.manifest.files.items():
             writer.add(name, data if name == path else bundle.path(name).read_bytes(), entry.role)
-        files = dict(sorted(writer.files.items(), key=lambda item: item[0].endswith(".npz")))
-        return writer.finish(bundle.manifest.model_copy(update={"files": files}))
+        return writer.finish(bundle.manifest.model_copy(update={"files": writer.files}))
 
 
 async def fetched(address: str, tmp_path: Path, **values: Any) -> None:
@@ -125,11 +127,8 @@ async def fetched(address: str, tmp_path: Path, **values: Any) -> None:
 
 
 async def test_a_download_that_was_cut_off_does_not_skip_the_check(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    paths = list(tiny_bundle.manifest.files_for("edge"))
-    graph = next(path for path in paths if path.endswith("encoder.onnx"))
+    graph, last = "units/s1-r1/encoder.onnx", "points/s1-r1/tables.npz"
     evil = with_file(tiny_bundle, tmp_path / "evil", graph, ambiguous_files()["two graphs"])
-    last = list(evil.manifest.files_for("edge"))[-1]
-    assert last.endswith("tables.npz")
     bad = [b"not this time"]
 
     def spoil(path: str, data: bytes) -> bytes:
@@ -137,51 +136,60 @@ async def test_a_download_that_was_cut_off_does_not_skip_the_check(tiny_bundle: 
 
     async with rogue_server(evil, spoil=spoil) as (address, _):
         with pytest.raises(BundleCorrupt, match=r"tables\.npz"):
-            await fetched(address, tmp_path)
-        with pytest.raises(BundleCorrupt, match="it is not run"):
-            await fetched(address, tmp_path)
+            await fetched(address, tmp_path, point="s1-r1")
+        for _ in range(2):
+            with pytest.raises(BundleCorrupt, match="it is not run"):
+                await fetched(address, tmp_path, point="s1-r1")
 
 
 async def test_a_start_without_the_server_checks_the_cost_too(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    graph = next(path for path in tiny_bundle.manifest.files_for("edge") if path.endswith("encoder.onnx"))
-    cache, data = tmp_path / "cache", ambiguous_files()["two graphs"]
-    digits = with_file(tiny_bundle, tmp_path / "evil", graph, data).bundle_id.removeprefix("sha256:")
-    (cache / "bundles").mkdir(parents=True)
-    (tmp_path / "evil").rename(cache / "bundles" / digits)
-    remember(cache, "here:1", "", f"sha256:{digits}")
-    assert recall(cache, "here:1", "") is None
-    assert recall(cache, "here:1", "", pinned=f"sha256:{digits}") is not None
+    evil = with_file(tiny_bundle, tmp_path / "evil", "units/s1-r1/encoder.onnx", ambiguous_files()["two graphs"])
+    nobody = EdgeSettings.load({"server": "127.0.0.1:1", "cache_dir": tmp_path / "cache", "retries": 0})
+    take_bundle(evil.root, nobody)
+    for pinned in ("", evil.bundle_id):
+        supply = await open_supply(nobody.model_copy(update={"bundle_id": pinned}), offline=True)
+        await supply.look(["s1-r1", "s2-r1"])
+        assert (supply.ready("s1-r1"), supply.ready("s2-r1")) == (bool(pinned), True)
+        await supply.close()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "huge"])
 def test_notes_of_a_shared_cache_may_be_anything(tmp_path: Path, kind: str) -> None:
     remember(tmp_path, "here:1", "", "sha256:" + "0" * 64)
-    note = tmp_path / "servers" / "by-another-user"
-    if kind == "pipe":
-        os.mkfifo(note)
-    else:
-        with note.open("wb") as file:
-            file.truncate(8 << 30)
-    (tmp_path / "bundles" / ("ab" * 32)).mkdir(parents=True)
-    forget_old(tmp_path, time.time() + 1e6)
-    assert list((tmp_path / "bundles").iterdir()) == []
+    (tmp_path / "manifests").mkdir()
+    for name in ("servers/by-another-user", "manifests/" + "ab" * 32):
+        if kind == "pipe":
+            os.mkfifo(tmp_path / name)
+        else:
+            with (tmp_path / name).open("wb") as file:
+                file.truncate(8 << 30)
+    store = FileStore(tmp_path)
+    assert store.known("sha256:" + "ab" * 32) is None
+    store.forget_old(noted_bundles(tmp_path), time.time() + 1e6)
+    assert list((tmp_path / "manifests").iterdir()) == []
 
 
-def test_only_bundles_are_forgotten(tmp_path: Path) -> None:
-    (tmp_path / "servers").mkdir()
-    for name in ("documents", "ab" * 32):
-        (tmp_path / "bundles" / name).mkdir(parents=True)
-    forget_old(tmp_path, time.time() + 1e6)
-    assert [folder.name for folder in (tmp_path / "bundles").iterdir()] == ["documents"]
-    (tmp_path / "bundles").rename(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / ("cd" * 32)).mkdir()
-    (tmp_path / "bundles").symlink_to(tmp_path / "elsewhere")
-    forget_old(tmp_path, time.time() + 1e6)
+def test_only_files_of_the_store_are_forgotten(tmp_path: Path) -> None:
+    folders = ("files", "parts", "manifests", "bundles")
+    for folder in folders:
+        for name in ("documents", "ab" * 32):
+            (tmp_path / folder / name).mkdir(parents=True) if folder == "bundles" else write(tmp_path / folder / name)
+    store = FileStore(tmp_path)
+    store.forget_old([], time.time() + 1e6)
+    assert [[path.name for path in (tmp_path / folder).iterdir()] for folder in folders] == [["documents"]] * 4
+    (tmp_path / "files").rename(tmp_path / "elsewhere")
+    write(tmp_path / "elsewhere" / ("cd" * 32))
+    (tmp_path / "files").symlink_to(tmp_path / "elsewhere")
+    store.forget_old([], time.time() + 1e6)
     assert len(list((tmp_path / "elsewhere").iterdir())) == 2
+    (tmp_path / "servers").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InvalidConfig, match="link"):
-        (tmp_path / "servers").rmdir()
-        (tmp_path / "servers").symlink_to(tmp_path / "elsewhere")
         remember(tmp_path, "here:1", "", "sha256:" + "0" * 64)
+
+
+def write(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
 
 
 @pytest.mark.parametrize("where", ["a file's name", "a key", "thousands of files"])
@@ -280,7 +288,7 @@ def test_a_file_in_onnx_runtimes_own_format_is_not_loaded(tiny_bundle: Bundle, t
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "own.ort")
     options.add_session_config_entry("session.save_model_format", "ORT")
-    onnxruntime.InferenceSession(tiny_bundle.path("points/s1-r1/encoder.onnx"), options)
+    onnxruntime.InferenceSession(tiny_bundle.path("units/s1-r1/encoder.onnx"), options)
     assert onnxruntime.InferenceSession(tmp_path / "own.ort") is not None
     with pytest.raises(ModelFailure):
         OnnxModule(tmp_path / "own.ort", threads=1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -22,12 +23,12 @@ from bitneck.coding.arrays import MAX_ARRAY_BYTES
 from bitneck.coding.conditional_model import ConditionalModel
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BitneckError, BundleCorrupt, DeadlineExceeded, InvalidConfig, Unavailable
-from bitneck.manifest import Manifest, bundle_id_of
+from bitneck.manifest import Manifest, Precision, bundle_id_of
 from bitneck.onnx_file.cost import check_onnx
 from bitneck.text import clean_text
 from bitneck.v1 import inference_pb2 as pb
-from bitneck_edge.bundles.cache import MAX_BUNDLE_BYTES
-from bitneck_edge.bundles.cost import check_costs
+from bitneck_edge.bundles.cost import CostCheck
+from bitneck_edge.bundles.fetch import MAX_BUNDLE_BYTES
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.link.remote import Access, _Pace
@@ -354,24 +355,35 @@ def outputs_by_onnx(data: bytes, x: tuple[int, ...]) -> list[int]:
     return [int(np.prod([length.dim_value for length in dims])) for dims in outputs]
 
 
+def read_all(bundle: Bundle, name: str) -> bytes:
+    return bundle.path(name).read_bytes()
+
+
 def test_the_cost_of_files_is_as_onnx_says(tiny_bundle: Bundle, scene_bundle: Bundle) -> None:
     exported = [Bundle.open(path.parent) for path in sorted((ROOT / "build").glob("*/manifest.json"))]
+    precisions: tuple[Precision, ...] = ("float32", "int8")
     for bundle in (tiny_bundle, scene_bundle, *exported):
-        check_costs(bundle.root, bundle.manifest)
-        for point in bundle.manifest.points:
-            data = bundle.path(f"points/{point.id}/encoder.onnx").read_bytes()
-            x = (1, *bundle.manifest.split(point.split).feature_shape)
-            cost = check_onnx(data, x)
-            constants = sum(int(np.prod(t.dims)) for t in onnx.load_from_string(data).graph.initializer)
-            outputs = outputs_by_onnx(data, x)
-            if 0 not in outputs:  # else ONNX's inference gave a length up
-                assert cost.tensor_bytes == 4 * (constants + int(np.prod(x)) + sum(outputs)), point.id
-            assert cost.y == (1, *point.latent_shape)
-            assert cost.multiply_adds > 0
+        manifest = bundle.manifest
+        for precision in precisions:
+            check = CostCheck(manifest, precision, functools.partial(read_all, bundle))
+            for point in manifest.points:
+                check.check(point.id)
+            for unit in manifest.units:
+                x: tuple[int, ...] = (1, *manifest.split(unit.split).feature_shape)
+                for path in unit.encoder_files:
+                    data = bundle.path(manifest.runs(path, precision)).read_bytes()
+                    cost = check_onnx(data, x)
+                    constants = sum(int(np.prod(t.dims)) for t in onnx.load_from_string(data).graph.initializer)
+                    outputs = outputs_by_onnx(data, x)
+                    if 0 not in outputs:  # else ONNX's inference gave a length up
+                        assert cost.tensor_bytes == 4 * (constants + int(np.prod(x)) + sum(outputs)), unit.id
+                    x = cost.y
+                    assert cost.multiply_adds > 0
+                assert x == (1, *unit.latent_shape)
 
 
 async def test_a_fetched_file_that_would_take_too_much_is_not_run(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    path = next(p for p in tiny_bundle.manifest.files_for("edge") if p.endswith("encoder.onnx"))
+    path = "units/s2-r1/encoder.onnx"  # of the point that a new device begins with
     evil = replaced(tiny_bundle, tmp_path / "evil", {path: hostile_files()["constant"]})
     text = await refused_bundle(evil, tmp_path)
     assert "encoder.onnx" in text
@@ -389,21 +401,24 @@ async def test_cached_files_have_the_mode_of_the_umask(tiny_bundle: Bundle, tmp_
                 pass
     finally:
         os.umask(before)
-    modes = {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.parent.name != "parts"]
+    modes = {oct(path.stat().st_mode & 0o777) for path in kept}
     assert modes == {"0o640"}
 
 
 async def test_links_in_a_shared_cache_are_not_followed(tiny_bundle: Bundle, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    folder = tmp_path / "cache" / "bundles"
-    folder.mkdir(parents=True)
-    (folder / tiny_bundle.bundle_id.removeprefix("sha256:")).symlink_to(elsewhere)
-    async with rogue_server(tiny_bundle) as (address, _):
-        with pytest.raises(InvalidConfig, match="is a link"):
-            async with EdgeClient(address, **settings(tmp_path)):
-                pass
-    assert list(elsewhere.iterdir()) == []
+    digest = tiny_bundle.manifest.files["segments/00-seg0.onnx"].sha256
+    for k, link in enumerate(("files", "parts", "manifests", f"files/{digest}", f"parts/{digest}")):
+        path = tmp_path / f"cache{k}" / link
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(elsewhere)
+        async with rogue_server(tiny_bundle) as (address, _):
+            with pytest.raises(InvalidConfig, match="is a link"):
+                async with EdgeClient(address, **settings(tmp_path) | {"cache_dir": tmp_path / f"cache{k}"}):
+                    pass
+        assert list(elsewhere.iterdir()) == []
 
 
 # Signals

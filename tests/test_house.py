@@ -121,10 +121,11 @@ PURE = (
     *(
         f"shared/bitneck/{name}.py"
         for name in (
-            "backoff", "errors", "ids", "ladder", "onnx_file/cost", "onnx_file/parse", "text", "wire/frames",
-            "wire/messages",
+            "backoff", "errors", "ids", "ladder", "manifest/entries", "onnx_file/cost", "onnx_file/parse", "text",
+            "wire/frames", "wire/messages",
         )
     ),
+    "models/bitneck_models/zoo/selection.py",
     *(f"cloud/bitneck_cloud/engine/{name}.py" for name in ("batching", "fair_queue")),
     *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("session", "rates")),
     *(f"cloud/bitneck_cloud/{name}.py" for name in ("faults", "access/tokens", "access/limits")),

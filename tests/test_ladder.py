@@ -12,7 +12,7 @@ from bitneck_edge.cli.report import points_table
 
 def point(name: str, size: float, accuracy: float) -> OperatingPoint:
     return OperatingPoint(
-        id=name, split="s1", step=1.0, stride=4, latent_shape=(8, 2, 2), payload_bytes=size,
+        id=name, unit="u", split="s1", step=1.0, stride=4, latent_shape=(8, 2, 2), payload_bytes=size,
         bpp_payload=size * 8 / 50176, accuracy=accuracy,
     )  # fmt: skip
 
@@ -104,7 +104,7 @@ def test_what_was_not_measured_is_never_weighed() -> None:
 def test_points_that_were_not_measured_say_so() -> None:
     point = {"split": "s1", "step": 1.0, "stride": 2, "latent_shape": (1, 1, 1)}
     ladder = Ladder(
-        OperatingPoint(id=name, payload_bytes=size, bpp_payload=size, accuracy=size / 10, **point)
+        OperatingPoint(id=name, unit="u", payload_bytes=size, bpp_payload=size, accuracy=size / 10, **point)
         for name, size in (("s1-old", 5.0), ("s1-new", 0.0))
     )
     table = points_table(ladder)

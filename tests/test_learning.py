@@ -1,5 +1,6 @@
 """Topologies, starts, task terms, the l1 rate term, labels, complexity, intervals."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from bitneck_models.units.starts import init_linear, init_nested, init_next
 from bitneck_models.units.topologies import Topology
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe, load_recipe
+from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe, load_recipe
 from bitneck_testing.networks import small_backbone
 from bitneck_testing.photographs import photo
 from bitneck_testing.tiny_bundles import INPUT
@@ -237,7 +238,7 @@ finish_steps = 2
 batch = 8
 precision = "float32"
 warmup_steps = 2
-[[points]]
+[[units]]
 id = "s1-r1"
 split = "s1"
 stride = 2
@@ -267,7 +268,7 @@ def test_training_with_labels(home: Path) -> None:
     assert len(sets.labels) == len(sets.weights) == 12 * 2 + 16
     assert sets.labels[:24].min() >= 0
     assert (sets.labels[24:] == -1).all()
-    record = train_point(entry, entry.recipe.points[0], backbone, sets, home / "runs")
+    record, _ = train_point(entry, entry.recipe.units[0], backbone, sets, home / "runs")
     assert record.recipe["task"] == ({"kind": "ce", "layer": None, "weight": 1.0, "rare": None},)
     events = list((home / "runs" / "small" / "scalars" / "s1-r1").glob("events.*"))
     assert len(events) == 1
@@ -278,7 +279,7 @@ def test_labels_that_are_missing(home: Path) -> None:
     path.write_text(RECIPE.replace("labels = true\n", ""))
     entry, backbone = ZooEntry(home / "zoo"), small_backbone()
     with pytest.raises(InvalidConfig, match="set `labels = true`"):
-        train_point(entry, entry.recipe.points[0], backbone, photo_sets(entry.recipe, home, backbone), home / "runs")
+        train_point(entry, entry.recipe.units[0], backbone, photo_sets(entry.recipe, home, backbone), home / "runs")
     path.write_text(RECIPE.replace('folder = "others"', 'folder = "others"\nlabels = true'))
     entry = ZooEntry(home / "zoo")
     with pytest.raises(InvalidConfig, match=r"neither labels\.csv"):
@@ -290,7 +291,7 @@ def test_cross_entropy_alone_draws_only_what_has_a_label() -> None:
     features[20:] = np.nan  # would show
     labels = np.where(np.arange(40) < 20, np.arange(40) % 10, -1)
     features[:20] = np.random.default_rng(0).normal(size=(20, 12, 4, 4))
-    point = PointRecipe.model_validate(
+    point = UnitRecipe.model_validate(
         {"id": "p", "split": "s1", "stride": 2, "channels": 6, "step": 0.3, "lambda": 50.0, "task": [{"kind": "ce"}]}
     )
     training = TrainingRecipe(steps=3, finish_steps=0, batch=8, precision="float32", mix=0.0)
@@ -307,7 +308,7 @@ def test_cross_entropy_alone_draws_only_what_has_a_label() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('kind = "ce"', 'kind = "hinge"', "points.0.task.0.kind"),
+        ('kind = "ce"', 'kind = "hinge"', "units.0.task.0.kind"),
         ('kind = "ce"', 'kind = "ce", layer = "body"', "takes no layer"),
         ('kind = "ce"', 'kind = "ce", weight = 0', "weight"),
         ('[{ kind = "ce" }]', "[]", "task"),
@@ -323,7 +324,7 @@ def test_recipes_that_are_refused(tmp_path: Path, old: str, new: str, message: s
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_training_runs_the_units_own_forward(precision: str) -> None:
     features = np.random.default_rng(0).normal(size=(64, 12, 4, 4)).astype(np.float16)
-    point = PointRecipe.model_validate(
+    point = UnitRecipe.model_validate(
         {"id": "p", "split": "s1", "stride": 2, "channels": 6, "step": 0.25, "lambda": 50.0}
     )
     training = TrainingRecipe.model_validate({"steps": 4, "finish_steps": 3, "batch": 16, "precision": precision})
@@ -353,7 +354,7 @@ def test_training_runs_the_units_own_forward(precision: str) -> None:
 
 def test_frozen_layers_stay_as_they_are() -> None:
     features = np.random.default_rng(0).normal(size=(64, 6, 4, 4)).astype(np.float16)
-    point = PointRecipe.model_validate(
+    point = UnitRecipe.model_validate(
         {
             "id": "p", "split": "s1", "stride": 4, "channels": 8, "step": 0.3, "lambda": 50.0, "topology": "inverted",
             "hidden": 24, "init": "next", "freeze": True,
@@ -416,6 +417,7 @@ def test_scalars_of_a_resumed_run_replace_what_it_repeats(tmp_path: Path) -> Non
         with Scalars(tmp_path) as scalars:
             for k in steps:
                 scalars.add(StepReport(k, 60, bits=8.0 * k, task=0.5, lambda_=7.0))
+        time.sleep(1.1)  # the names of the files have seconds, and order them
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("estimated_bytes")] == [(k, k) for k in (10, 20, 30, 40, 50, 60)]

@@ -161,7 +161,7 @@ backbone = "tiny"
 [[data]]
 folder = "photos"
 [training]
-[[points]]
+[[units]]
 id = "s1-r1"
 split = "s1"
 stride = 1

@@ -31,8 +31,8 @@ from bitneck_models.units.prune import prune_channels
 from bitneck_models.units.starts import init_linear
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry, tables_digests
-from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe, load_recipe
-from bitneck_testing.networks import small_backbone
+from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe, load_recipe
+from bitneck_testing.networks import keep_every_point, small_backbone
 from bitneck_testing.photographs import photo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +136,7 @@ def test_pruned_channels_change_nothing() -> None:
     features = np.random.default_rng(0).normal(size=(50, 6, 8, 8)).astype(np.float16)
     with torch.no_grad():
         unit.encoder.mix_norm.weight[[1, 3]] = 1e-6
-    point = PointRecipe.model_validate(
+    point = UnitRecipe.model_validate(
         {"id": "p", "split": "s", "stride": 4, "channels": 5, "step": 0.05, "lambda": 1.0}
     )
     small, tables = prune_and_fit(unit, point, features)
@@ -208,7 +208,7 @@ steps = 60
 finish_steps = 30
 batch = 16
 precision = "float32"
-[[points]]
+[[units]]
 id = "s1-r2"
 split = "s1"
 stride = {fields["stride"]}
@@ -217,7 +217,7 @@ step = {fields["step"]}
 lambda = {fields["lambda"]}
 init = "principal"
 {fields["extra"]}
-[[points]]
+[[units]]
 id = "s1-r1"
 split = "s1"
 stride = 2
@@ -226,7 +226,7 @@ step = 0.2
 lambda = 30
 init = "s1-r2"
 target_bytes = 3
-[[points]]
+[[units]]
 id = "s1-n1"
 split = "s1"
 stride = 2
@@ -259,9 +259,9 @@ def entry(tmp_path: Path) -> ZooEntry:
         (recipe_text(step="-1"), "step"),
         (recipe_text(**{"lambda": "0"}), "lambda"),
         (recipe_text(extra="rate = 'magic'"), "rate"),
-        (recipe_text().replace('init = "s1-r2"', 'init = "s9"'), "no point listed before it"),
+        (recipe_text().replace('init = "s1-r2"', 'init = "s9"'), "no unit listed before it"),
         (recipe_text(extra="topology = 'nested'").replace('"principal"', '"next"'), "a nested unit starts as"),
-        (recipe_text().replace('id = "s1-r1"', 'id = "s1-r2"'), "two points"),
+        (recipe_text().replace('id = "s1-r1"', 'id = "s1-r2"'), "two units"),
         (recipe_text().replace('id = "s1-r1"', 'id = "S1/.."'), "id"),
         ("name = ", "not TOML"),
         ("", "name"),
@@ -280,7 +280,7 @@ def test_a_recipe_that_does_not_fit_its_backbone(entry: ZooEntry, tmp_path: Path
         with pytest.raises(InvalidConfig, match=message):
             train_point(
                 bad,
-                bad.recipe.points[0],
+                bad.recipe.units[0],
                 small_backbone(),
                 photo_sets(bad.recipe, tmp_path, small_backbone()),
                 tmp_path / "runs",
@@ -293,13 +293,17 @@ def test_from_photographs_to_a_proven_bundle(entry: ZooEntry, tmp_path: Path) ->
     sets = photo_sets(entry.recipe, tmp_path, backbone)
     assert (len(sets.train), len(sets.validation)) == (18, 6)
     losses: list[float] = []
-    for point in entry.recipe.points:
-        record = train_point(
+    for point in entry.recipe.units:
+        trained, fitted = train_point(
             entry, point, backbone, sets, tmp_path / "runs", on_step=lambda step: losses.append(step.task)
         )
-        assert record.train_features == 72
-        assert record.validation_bytes > 0
-    high, low, nested = (entry.unit(backbone, p) for p in entry.recipe.points)
+        assert trained.train_features == 72
+        assert fitted.validation_bytes > 0
+        assert entry.points()[point.id] == fitted.model_copy(
+            update={"tables_sha256": sha256_hex((entry.point_folder(point.id) / "tables.npz").read_bytes())}
+        )
+    keep_every_point(entry)
+    high, low, nested = (entry.unit(backbone, p) for p in entry.recipe.units)
     assert low.latent_shape[0] <= high.latent_shape[0] == nested.hidden <= 6
     assert nested.latent_shape[0] <= 12
     assert nested.latent_shape[1:] == (1, 2)
@@ -322,7 +326,7 @@ def test_from_photographs_to_a_proven_bundle(entry: ZooEntry, tmp_path: Path) ->
     }
     assert again.manifest.points[0].dataset == "generated"
     # trained again, a point is another one than was measured
-    low = entry.recipe.point("s1-r1")
+    low = entry.recipe.unit("s1-r1")
     folder = entry.point_folder(low.id)
     (folder / "tables.npz").write_bytes(
         FactorizedModel.fit(np.zeros((1, *bundle.manifest.ladder[low.id].latent_shape), np.int32)).to_npz()
@@ -335,7 +339,7 @@ def test_from_photographs_to_a_proven_bundle(entry: ZooEntry, tmp_path: Path) ->
 
 def test_an_export_that_is_wrong_is_never_written(entry: ZooEntry, tmp_path: Path) -> None:
     backbone = small_backbone()
-    point = entry.recipe.points[0]
+    point = entry.recipe.units[0]
     train_point(entry, point, backbone, photo_sets(entry.recipe, tmp_path, backbone), tmp_path / "runs")
     images = proof_images(backbone.input, tmp_path / "photos")
     bundle, _ = export_bundle(entry, backbone, tmp_path / "bundle", images)
@@ -349,9 +353,9 @@ def test_an_export_that_is_wrong_is_never_written(entry: ZooEntry, tmp_path: Pat
 def test_a_run_cut_off_after_its_last_step_records_the_same(
     entry: ZooEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backbone, point = small_backbone(), entry.recipe.points[0]
+    backbone, point = small_backbone(), entry.recipe.units[0]
     sets = photo_sets(entry.recipe, tmp_path, backbone)
-    whole = train_point(entry, point, backbone, sets, tmp_path / "runs")
+    whole, _ = train_point(entry, point, backbone, sets, tmp_path / "runs")
 
     def cut_off(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -359,13 +363,13 @@ def test_a_run_cut_off_after_its_last_step_records_the_same(
     with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
         cut.setattr("bitneck_models.training.point.prune_and_fit", cut_off)
         train_point(entry, point, backbone, sets, tmp_path / "other")
-    again = train_point(entry, point, backbone, sets, tmp_path / "other")  # no step is left
+    again, _ = train_point(entry, point, backbone, sets, tmp_path / "other")  # no step is left
     assert (again.lambda_final, again.estimated_bytes) == (whole.lambda_final, whole.estimated_bytes)
     assert again.estimated_bytes > 0
 
 
 def test_an_edited_recipe_is_trained_anew_and_not_shipped(entry: ZooEntry, tmp_path: Path) -> None:
-    backbone, point = small_backbone(), entry.recipe.points[0]
+    backbone, point = small_backbone(), entry.recipe.units[0]
     train_point(entry, point, backbone, photo_sets(entry.recipe, tmp_path, backbone), tmp_path / "runs")
     assert entry.edited(point) == []
     assert entry.shipped() == [point]
@@ -373,18 +377,18 @@ def test_an_edited_recipe_is_trained_anew_and_not_shipped(entry: ZooEntry, tmp_p
     text = path.read_text()
     path.write_text(text.replace(f'id = "{point.id}"', f'id = "{point.id}"\ncurve = "another"\nwarmup_steps = 7', 1))
     edited = ZooEntry(entry.folder)
-    assert edited.edited(edited.recipe.points[0]) == ["warmup_steps"]  # a curve's name trains nothing
+    assert edited.edited(edited.recipe.units[0]) == ["warmup_steps"]  # a curve's name trains nothing
     with pytest.raises(InvalidConfig, match="edited since it was trained"):
         edited.shipped()
     checkpoint = tmp_path / "runs" / entry.recipe.name / f"{point.id}.pt"
     assert belongs_to(checkpoint, point, entry.recipe.training_of(point))
-    assert not belongs_to(checkpoint, point, edited.recipe.training_of(edited.recipe.points[0]))
+    assert not belongs_to(checkpoint, point, edited.recipe.training_of(edited.recipe.units[0]))
 
 
 def test_a_run_cut_off_and_resumed_gives_the_same_weights(tmp_path: Path) -> None:
     backbone = small_backbone()
     features = np.random.default_rng(1).normal(size=(64, 12, 4, 4)).astype(np.float16)
-    point = PointRecipe.model_validate(
+    point = UnitRecipe.model_validate(
         {"id": "p", "split": "s1", "stride": 2, "channels": 6, "step": 0.3, "lambda": 50.0, "target_bytes": 4}
     )
     training = TrainingRecipe(steps=12, finish_steps=8, batch=16, precision="float32", warmup_steps=3)
@@ -412,7 +416,7 @@ def test_a_run_cut_off_and_resumed_gives_the_same_weights(tmp_path: Path) -> Non
 
 def test_checkpoints_that_cannot_be_read_say_what_to_do(tmp_path: Path) -> None:
     features = np.random.default_rng(1).normal(size=(64, 12, 4, 4)).astype(np.float16)
-    point = PointRecipe.model_validate(
+    point = UnitRecipe.model_validate(
         {"id": "p", "split": "s1", "stride": 2, "channels": 6, "step": 0.3, "lambda": 50.0}
     )
     training, path = TrainingRecipe(steps=3, finish_steps=0, batch=16), tmp_path / "p.pt"
@@ -442,12 +446,12 @@ def test_training_that_cannot_work_fails_early(tmp_path: Path) -> None:
     training = TrainingRecipe(steps=150, finish_steps=0, batch=16, precision="float32")
     fields = {"id": "p", "split": "s1", "stride": 2, "channels": 6, "lambda": 50.0}
     features = np.random.default_rng(1).normal(size=(64, 12, 4, 4)).astype(np.float16)
-    point = PointRecipe.model_validate(fields | {"step": 1e6})
+    point = UnitRecipe.model_validate(fields | {"step": 1e6})
     with pytest.raises(ModelFailure, match="every symbol is zero"):
         train_unit(BottleneckUnit((12, 4, 4), 6, 2), tail, features, point, training)
     broken = features.copy()
     broken[:] = np.nan
-    point = PointRecipe.model_validate(fields | {"step": 0.3})
+    point = UnitRecipe.model_validate(fields | {"step": 0.3})
     with pytest.raises(ModelFailure, match="not finite"):
         train_unit(BottleneckUnit((12, 4, 4), 6, 2), tail, broken, point, training)
     with pytest.raises(InvalidConfig, match="fewer than a batch"):
@@ -523,6 +527,6 @@ def test_validation_photographs_are_put_aside(tmp_path: Path) -> None:
 def test_a_bundle_without_the_edges_half_cannot_be_evaluated(own_tiny_bundle: Bundle) -> None:
     from bitneck.errors import BundleCorrupt
 
-    (own_tiny_bundle.root / "points" / "s1-r1" / "encoder.onnx").unlink()
+    (own_tiny_bundle.root / "units" / "s1-r1" / "encoder.onnx").unlink()
     with pytest.raises(BundleCorrupt, match=r"encoder\.onnx is missing"):
         Bundle.open(own_tiny_bundle.root)

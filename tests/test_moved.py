@@ -15,6 +15,7 @@ GOLDEN = Path(__file__).parent / "golden" / "public_names.json"
 NAMES: dict[str, list[str]] = json.loads(GOLDEN.read_text())
 GONE = {
     "bitneck_cloud.security": {"same_secret"},  # tokens are found by their digest
+    "bitneck_edge.cache": {"cached_bundle", "forget_old", "recall"},  # `FileStore` and `open_supply`
     "bitneck_edge.flow": {"Flow"},
     "bitneck_edge.references": {"References"},
     "bitneck_cloud.conversation": {"computed_of"},

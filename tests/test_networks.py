@@ -289,7 +289,7 @@ def test_a_timm_network_by_a_recipe(tmp_path: Path) -> None:
     other = build_backbone(load_network(path).model_copy(update={"splits": {"s1": "blocks.2"}}), RANDOM)
     assert other.weights_sha256 != backbone.weights_sha256
     # the same, beside a zoo recipe and within it
-    points = '[[points]]\nid = "p"\nsplit = "s1"\nstride = 1\nchannels = 4\nstep = 1.0\nlambda = 1.0\n'
+    points = '[[units]]\nid = "p"\nsplit = "s1"\nstride = 1\nchannels = 4\nstep = 1.0\nlambda = 1.0\n'
     (tmp_path / "recipe.toml").write_text(f'name = "x"\nbackbone = "net.toml"\n[[data]]\nfolder = "f"\n{points}')
     assert load_recipe(tmp_path).backbone == load_network(path)
     nested = TIMM.replace("[input]", "[backbone.input]")

@@ -29,10 +29,12 @@ from bitneck_models.networks.weights import RANDOM
 from bitneck_models.spic.checkpoint import load_spic
 from bitneck_models.spic.places import PLACES
 from bitneck_models.spic.point import write_spic_point
+from bitneck_models.training.point import point_record
 from bitneck_models.training.tables import prune_and_fit
+from bitneck_models.training.validation import Validation
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_models.zoo.point import new_unit, round_weights
-from bitneck_models.zoo.records import PointRecord
+from bitneck_models.zoo.point import new_unit, round_weights, save_point, save_unit
+from bitneck_models.zoo.records import UnitRecord
 from bitneck_testing.networks import checkpoint, saved
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server, running_server
@@ -46,7 +48,7 @@ folder = "photos"
 validate_every = 2
 """
 POINT = """
-[[points]]
+[[units]]
 id = "SPLIT-r1"
 split = "SPLIT"
 stride = 2
@@ -75,16 +77,17 @@ def make_entry(backbone: Backbone, folder: Path) -> ZooEntry:
     text = RECIPE.replace("NAME", backbone.name) + "".join(POINT.replace("SPLIT", s) for s in backbone.splits)
     (folder / "recipe.toml").write_text(text)
     entry = ZooEntry(folder)
-    for point in entry.recipe.points:
+    for point in entry.recipe.units:
         unit = new_unit(backbone, point)
         round_weights(unit)
         unit, tables = prune_and_fit(unit, point, features(backbone, point.split))
-        numbers = dict.fromkeys(("lambda_final", "estimated_bytes", "validation_bytes", "validation_agreement"), 1.0)
-        record = PointRecord.model_validate(
-            {"recipe": {}, "training": {}, "code_version": "", "torch_version": "", "train_features": 4}
-            | {"validation_photos": 0, "trained": date(2026, 1, 1)} | numbers
+        record = UnitRecord(
+            recipe={}, training={}, code_version="", torch_version="", train_features=4, lambda_final=1.0,
+            estimated_bytes=1.0, trained=date(2026, 1, 1),
         )  # fmt: skip
-        entry.save(point, unit, tables, record)
+        save_unit(entry.unit_folder(point.id), unit, record)
+        fitted = point_record(point, point.step, 4, Validation(payload_bytes=1.0, agreement=1.0))
+        save_point(entry.point_folder(point.id), tables, fitted)
     return entry
 
 
@@ -170,7 +173,7 @@ def test_decoders_of_three_sizes_share_a_batch(classifier: Bundle) -> None:
     assert [manifest.decoded_shape(p) for p in ("s3-r1", "s3-authors", "s3-coarse")] == [
         (1024, 14, 14), (1024, 15, 15), (1024, 17, 17),
     ]  # fmt: skip
-    assert manifest.to_json().count(b"decoded_shape") == 2
+    assert [unit.id for unit in manifest.units if unit.decoded_shape] == ["s3-authors", "s3-coarse"]
     model, frames = ServedModel(classifier), Frames(classifier)
     points = ["s3-authors", "s1-r1", "s3-coarse", "s3-r1", "s3-authors", "s1-authors"]
     assert_a_batch_equals_frame_by_frame(frames, model, points)
@@ -202,8 +205,8 @@ def test_a_size_that_fails_takes_only_its_own_frames_along(classifier: Bundle, m
 )
 def test_decoded_shapes_that_are_refused(classifier: Bundle, shape: list[int], message: str) -> None:
     document = json.loads(classifier.manifest.to_json())
-    point = next(p for p in document["points"] if p["id"] == "s3-authors")
-    point["decoded_shape"] = shape
+    unit = next(u for u in document["units"] if u["id"] == "s3-authors")
+    unit["decoded_shape"] = shape
     with pytest.raises(BundleCorrupt, match=f"s3-authors.*{message}"):
         Manifest.from_json(json.dumps(document).encode(), "x")
 
@@ -253,5 +256,5 @@ def test_imported_points_that_cannot_run(
     with pytest.raises(InvalidConfig, match=f"imported point x .*{message}"):
         export_bundle(entry, resnet50, tmp_path / "bundle", proof_images(resnet50.input, None, count=2))
     (folder / "points" / "x").rename(folder / "points" / "s1-r1")
-    with pytest.raises(InvalidConfig, match="a point of the recipe too"):
+    with pytest.raises(InvalidConfig, match="a unit of the recipe too"):
         entry.imported()

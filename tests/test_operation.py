@@ -224,7 +224,7 @@ async def test_reload_swaps_while_frames_flow(own_tiny_bundle: Bundle, tmp_path:
                 await cloud.FetchFile(pb.FetchFileRequest(bundle_id=old.bundle_id, path="labels.json")).read()
 
             # a bundle that breaks: the running one goes on
-            victim = new.root / "points" / "s1-r1" / "decoder.onnx"
+            victim = new.root / "units" / "s1-r1" / "decoder.onnx"
             good = victim.read_bytes()
             victim.write_bytes(good[:-1])
             broken = await http.post("/v1/models/tiny/reload", headers={"X-Bitneck-Request": "1"})
@@ -254,7 +254,7 @@ async def test_a_silent_stream_ends_and_its_session_can_be_resumed(tiny_bundle: 
 
 async def test_an_idle_edge_stays_of_use(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with running_server(tiny_bundle.root, options=("--idle-s", "1.1")) as server:
-        async with EdgeClient(server.grpc, cache_dir=tmp_path, retries=1) as client:
+        async with EdgeClient(server.grpc, cache_dir=tmp_path, retries=1, point="s1-r2") as client:
             first = await client.infer(photo(1))
             await asyncio.sleep(5)  # sent away three times or more, one retry allowed
             assert client.reconnects >= 2

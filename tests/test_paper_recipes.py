@@ -30,13 +30,13 @@ NETWORKS = ("resnet50", "deeplabv3_resnet50")
 def test_every_point_and_space_fits(name: str) -> None:
     recipe = load_recipe(ZOO / name)
     assert recipe.backbone == name
-    for point in recipe.points:
+    for point in recipe.units:
         BottleneckUnit(SHAPES[name][point.split], point.channels, point.stride)
         assert point.stride in PLACES[name][point.split].decoders  # a checkpoint of the authors has it
-    kinds = {(p.split, p.task[0].kind) for p in recipe.points}
+    kinds = {(p.split, p.task[0].kind) for p in recipe.units}
     assert kinds == {("s1", "ce"), ("s2", "ce"), ("s3", "ce"), ("s1", "mae"), ("s2", "mae")}
     for split, kind in kinds:
-        rates = [p.target_bytes for p in recipe.points if (p.split, p.task[0].kind) == (split, kind)]
+        rates = [p.target_bytes for p in recipe.units if (p.split, p.task[0].kind) == (split, kind)]
         assert all(rates)
         assert rates == sorted(rates, key=float, reverse=True)  # type: ignore[arg-type]
     spaces = [load_space(path) for path in sorted((ZOO / name).glob("search-*.toml"))]
@@ -53,7 +53,7 @@ def source(folder: str, **options: object) -> dict[str, object]:
 
 def recipe_of(*data: dict[str, object], task: str = "ce") -> Recipe:
     point = {"id": "p", "split": "s1", "stride": 2, "channels": 4, "step": 0.1, "lambda": 10.0, "init": "random"}
-    values = {"name": "x", "backbone": "small", "data": data, "points": [point | {"task": [{"kind": task}]}]}
+    values = {"name": "x", "backbone": "small", "data": data, "units": [point | {"task": [{"kind": task}]}]}
     values["training"] = {"steps": 3, "finish_steps": 2, "batch": 2, "precision": "float32", "mirror": False}
     return Recipe.model_validate(values)
 
@@ -92,10 +92,10 @@ def test_units_learn_from_coco(coco: Path, tmp_path: Path, task: str) -> None:
     assert (len(sets.train), len(sets.validation), len(sets.maps)) == (4, 1, 5)
     entry = ZooEntry.__new__(ZooEntry)
     entry.folder, entry.recipe = tmp_path / "zoo", recipe
-    record = train_point(entry, recipe.points[0], backbone, sets, tmp_path / "runs")
+    trained, record = train_point(entry, recipe.units[0], backbone, sets, tmp_path / "runs")
     assert record.validation_mean_iou is not None
     assert 0 <= record.validation_mean_iou <= 1
-    assert (tmp_path / "zoo" / "points" / "p" / "unit.safetensors").is_file()
+    assert (tmp_path / "zoo" / "units" / "p" / "unit.safetensors").is_file()
     with pytest.raises(InvalidConfig, match="no layer"):
-        TaskLoss([recipe.points[0].task[0].model_copy(update={"layer": "nowhere", "kind": "mae"})], backbone.tail("s1"))
-    assert np.isfinite(record.estimated_bytes)
+        TaskLoss([recipe.units[0].task[0].model_copy(update={"layer": "nowhere", "kind": "mae"})], backbone.tail("s1"))
+    assert np.isfinite(trained.estimated_bytes)

@@ -13,7 +13,7 @@ from bitneck_edge.ratecontrol import RateController
 
 def point(number: int) -> OperatingPoint:
     return OperatingPoint(
-        id=f"p{number}", split="s", step=1.0, stride=1, latent_shape=(1, 1, 1), payload_bytes=100.0 * number,
+        id=f"p{number}", unit="u", split="s", step=1.0, stride=1, latent_shape=(1, 1, 1), payload_bytes=100.0 * number,
         bpp_payload=0.1 * number, accuracy=0.5 + 0.1 * number,
     )  # fmt: skip
 

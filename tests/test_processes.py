@@ -232,7 +232,7 @@ def test_an_interrupted_run_prints_what_it_has(
 
 
 def test_a_corrupted_bundle_on_the_device(own_tiny_bundle: Bundle, photos: Path, tmp_path: Path) -> None:
-    path = own_tiny_bundle.root / "points" / "s1-r2" / "encoder.onnx"
+    path = own_tiny_bundle.root / "units" / "s1-r2" / "encoder.onnx"
     data = path.read_bytes()
     path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     done = edge("encode", photos / "0.png", "--bundle", own_tiny_bundle.root, "--out", tmp_path / "o")
@@ -283,7 +283,7 @@ def test_bundles_of_the_same_name_do_not_mix(tmp_path: Path, photos: Path) -> No
             assert document["bundle_id"] == bundle.bundle_id
             ids.add(document["bundle_id"])
     assert len(ids) == 2
-    assert len(list((tmp_path / "cache" / "bundles").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "manifests").iterdir())) == 2
 
 
 def test_commands_that_only_ask_for_the_bundle_take_a_token(tiny_bundle: Bundle, photos: Path, tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_a_program_ends_quietly_while_photographs_are_encoded(server: Server, tm
 def test_a_reader_that_goes_away_ends_a_run_quietly(server: Server, tmp_path: Path) -> None:
     photo(0, (1500, 1000)).save(tmp_path / "large.jpg")
     command = [BIN / "bitneck-edge", "run", "--server", server.grpc, "--cache-dir", tmp_path / "cache", "--verbose"]
-    command += ["--repeat", "200", tmp_path / "large.jpg"]
+    command += ["--point", "s1-r2", "--repeat", "200", tmp_path / "large.jpg"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout is not None
         assert running.stderr is not None

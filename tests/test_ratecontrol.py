@@ -18,7 +18,7 @@ ZOO = Path(__file__).parent.parent / "models" / "zoo" / "efficientnet_lite0"
 
 def point(name: str, payload_bytes: float, accuracy: float) -> OperatingPoint:
     return OperatingPoint(
-        id=name, split=name.split("-")[0], step=1.0, stride=1, latent_shape=(1, 1, 1),
+        id=name, unit="u", split=name.split("-")[0], step=1.0, stride=1, latent_shape=(1, 1, 1),
         payload_bytes=payload_bytes, bpp_payload=payload_bytes, accuracy=accuracy,
     )  # fmt: skip
 

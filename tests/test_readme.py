@@ -73,7 +73,7 @@ def test_python_blocks(server: Server, folder: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "espresso" in done.stdout
-        assert " s1-r2 " in done.stdout
+        assert " s1-r3 " in done.stdout
 
 
 def test_make_targets_exist() -> None:

@@ -19,7 +19,7 @@ from bitneck_models.search.study import describe, open_study
 from bitneck_models.search.worker import is_hopeless, work
 from bitneck_models.training.photo_sets import photo_sets
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_models.zoo.recipe import UnitRecipe
+from bitneck_models.zoo.recipe import UnitKind
 from bitneck_testing.networks import small_backbone
 from bitneck_testing.photographs import photo
 
@@ -46,7 +46,7 @@ backbone = "small"
 folder = "photos"
 views = 4
 validate_every = 4
-[[points]]
+[[units]]
 id = "s1-r1"
 split = "s1"
 stride = 2
@@ -113,10 +113,10 @@ def test_the_front_becomes_a_zoo_entrys_ladder(home: Path) -> None:
     names = [f"s1-p{k}" for k in range(len(found))]
     adopt(entry, found, names)
     again = ZooEntry(home / "zoo")
-    assert [p.id for p in again.recipe.points] == ["s1-r1", *names]
+    assert [p.id for p in again.recipe.units] == ["s1-r1", *names]
     assert [p.id for p in again.trained()] == names
     for f, name in zip(found, names, strict=True):
-        point = again.recipe.point(name)
+        point = again.recipe.unit(name)
         assert (point.stride, point.step) == (f.recipe["stride"], f.recipe["step"])
         assert again.unit(small_backbone(), point).latent_shape[0] == again.tables(point.id).channels
         assert again.recipe.training_of(point).steps == 12
@@ -198,7 +198,7 @@ init = "random"
     trial = optuna.trial.FixedTrial({"stride": 4, "channels": 3, "lambda": 50.0, "step": 0.1}, number=7)
     point = space.point(trial)  # type: ignore[arg-type]
     assert (point.id, point.stride, point.channels, point.lambda_, point.step) == ("s1-t0007", 4, 3, 50.0, 0.1)
-    fields = UnitRecipe.model_fields
+    fields = UnitKind.model_fields
     assert set(fields) <= set(tomllib.loads(text))
     for name, field in fields.items():
         assert getattr(point, name) == getattr(space, name) != field.default, name

@@ -53,8 +53,8 @@ def server(bundle: Bundle) -> Iterator[Server]:
 
 
 LADDER = Ladder(
-    [OperatingPoint(id="p", split="s", step=1.0, stride=1, latent_shape=(1, 1, 1), payload_bytes=1.0, bpp_payload=0.1,
-                    accuracy=0.5)]
+    [OperatingPoint(id="p", unit="u", split="s", step=1.0, stride=1, latent_shape=(1, 1, 1), payload_bytes=1.0,
+                    bpp_payload=0.1, accuracy=0.5)]
 )  # fmt: skip
 
 

@@ -18,10 +18,12 @@ from bitneck_models.data.photos import labelled_photos
 from bitneck_models.export.proof import proof_images, prove
 from bitneck_models.measure.evaluate import evaluate
 from bitneck_models.networks.registry import build_backbone
+from bitneck_models.training.steps import point_id
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.network_training import NetworkTraining, load_network_training
-from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe
-from bitneck_models.zoo.records import ConditionalRecord, NetworkRecord, PointRecord
+from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe
+from bitneck_models.zoo.records import ConditionalRecord, NetworkRecord, UnitRecord
+from bitneck_models.zoo.selection import successors
 
 ROOT = Path(__file__).resolve().parent.parent
 ZOO = ROOT / "models" / "zoo" / "efficientnet_lite0"
@@ -35,40 +37,45 @@ MAP_EVAL = DATA / "camvid" / "test"
 
 
 @pytest.mark.parametrize(
-    ("zoo", "wanted"), [(ZOO, {"s1": 6, "s2": 4, "s3": 4}), (MAP_ZOO, {"s1": 4, "s2": 3, "s3": 3})]
+    ("zoo", "wanted"), [(ZOO, {"s1": 9, "s2": 7, "s3": 7}), (MAP_ZOO, {"s1": 4, "s2": 3, "s3": 3})]
 )
-def test_every_point_is_trained_measured_and_as_its_record_says(zoo: Path, wanted: dict[str, int]) -> None:
+def test_every_point_is_fitted_measured_and_as_its_record_says(zoo: Path, wanted: dict[str, int]) -> None:
     entry = ZooEntry(zoo)
-    ladder = entry.ladder()
+    ladder, points = entry.ladder(), entry.points()
     assert ladder is not None
-    trained = entry.shipped()
-    assert [p.id for p in trained] == [p.id for p in entry.recipe.points if p.ship]
-    assert set(ladder.points) == {p.id for p in trained}
+    trained = {unit.id: unit for unit in entry.shipped()}
+    assert list(trained) == [unit.id for unit in entry.recipe.units if unit.ship]
     backbone = entry.backbone()
-    for point in trained:
-        folder = entry.point_folder(point.id)
-        record = PointRecord.model_validate_json((folder / "record.json").read_bytes())
-        assert PointRecipe.model_validate(record.recipe) == point
-        assert TrainingRecipe.model_validate(record.training) == entry.recipe.training_of(point)
-        unit, tables = entry.unit(backbone, point), entry.tables(point.id)
-        assert unit.latent_shape[0] == tables.channels <= point.channels
+    channels = {}
+    for unit in trained.values():
+        folder = entry.unit_folder(unit.id)
+        record = UnitRecord.model_validate_json((folder / "record.json").read_bytes())
+        assert UnitRecipe.model_validate(record.recipe) == unit.model_copy(update={"ship": True})
+        assert TrainingRecipe.model_validate(record.training) == entry.recipe.training_of(unit)
         assert record.unit_sha256 == sha256_hex((folder / "unit.safetensors").read_bytes())
-        assert record.tables_sha256 == sha256_hex((folder / "tables.npz").read_bytes())
-        assert ladder.points[point.id].tables_digest == tables.digest
+        channels[unit.id] = entry.unit(backbone, unit).latent_shape[0]
+        assert channels[unit.id] <= unit.channels
+    retired = successors(points, {name: point for name, point in points.items() if point.unit in trained})
+    kept = {name: point for name, point in points.items() if name not in retired}
+    assert set(ladder.points) == set(kept)
+    for name, point in kept.items():
+        folder, tables = entry.point_folder(name), entry.tables(name)
+        assert (trained[point.unit].split, channels[point.unit]) == (point.split, tables.channels)
+        assert name == point_id(point.unit, float(f"{point.step / trained[point.unit].step:.3g}"))
+        assert point.tables_sha256 == sha256_hex((folder / "tables.npz").read_bytes())
+        assert ladder.points[name].tables_digest == tables.digest
         if zoo == ZOO:
-            assert entry.conditional(point) is not None
+            assert entry.conditional(name) is not None
             similar = ConditionalRecord.model_validate_json((folder / "conditional.json").read_bytes())
-            assert similar.tables_sha256 == record.tables_sha256
+            assert similar.tables_sha256 == point.tables_sha256
             assert similar.conditional_sha256 == sha256_hex((folder / "conditional.npz").read_bytes())
             assert similar.bytes_similar["still"] < 0.5 * similar.bytes_alone["still"]
-    assert {p.split for p in trained} == set(wanted)
-    for curve in {p.curve or p.split for p in trained}:
-        members = [p for p in trained if (p.curve or p.split) == curve]
-        points = sorted((ladder.points[p.id] for p in members), key=lambda p: p.payload_bytes)
-        accuracies = [p.accuracy for p in points]
-        assert accuracies == sorted(accuracies), f"{curve} is not monotone"
     for split, count in wanted.items():
-        assert len([p for p in trained if p.split == split]) >= count
+        rungs = sorted((p for p in kept.values() if p.split == split), key=lambda p: p.validation_bytes)
+        agreements = [point.validation_agreement for point in rungs]
+        assert agreements == sorted(agreements), f"{split} is not monotone on the photographs put aside"
+        assert len(rungs) >= count
+    assert set(wanted) == {point.split for point in kept.values()}
 
 
 def test_the_network_trained_here_is_its_record_and_small() -> None:
@@ -116,14 +123,15 @@ def test_documents_show_what_was_measured() -> None:
 def test_the_bundle_is_the_zoos() -> None:
     entry, bundle = ZooEntry(ZOO), Bundle.open(BUNDLE)
     backbone = build_backbone(entry.recipe.backbone)
-    units = {p.id: entry.unit(backbone, p) for p in entry.shipped()}
-    assert set(units) == {p.id for p in bundle.manifest.ladder}
+    used = {unit.id for unit in bundle.manifest.units}
+    units = {unit.id: entry.unit(backbone, unit) for unit in entry.shipped() if unit.id in used}
+    assert set(units) == used
     proof = prove(bundle, backbone, units, proof_images(backbone.input, None, count=2))
     assert proof.worst <= 1e-4
-    for point in entry.shipped():
+    for point in bundle.manifest.points:
         ours, theirs = entry.tables(point.id), bundle.tables(point.id)
         assert all(np.array_equal(a, b) for a, b in zip(ours.counts, theirs.counts, strict=True))
-        conditional, shipped = entry.conditional(point), bundle.conditional(point.id)
+        conditional, shipped = entry.conditional(point.id), bundle.conditional(point.id)
         assert conditional is not None
         assert shipped is not None
         assert conditional.to_npz() == shipped.to_npz()

@@ -22,7 +22,7 @@ from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.runtime import ModulePool
 from bitneck.workers import Workers
 from bitneck_edge.answers.results import Answer, Failure, Switch
-from bitneck_edge.bundles.fetch import fetch_bundle
+from bitneck_edge.bundles.fetch import open_supply
 from bitneck_edge.encoder import EdgeEncoder, Photo
 from bitneck_edge.link.link import Sent
 from bitneck_edge.link.remote import check_process
@@ -58,7 +58,7 @@ class EdgeClient:
         on_switch: called when the operating point changes.
         finish: called in a thread with each photograph and its answer, for example to write it to a file. It returns
             the answer that the client gives.
-        **values: single settings, such as ``point="s1-r2"``, in place of a `settings` object.
+        **values: single settings, such as ``point="s1-r3"``, in place of a `settings` object.
 
     Raises:
         InvalidConfig: a setting is refused.
@@ -91,13 +91,15 @@ class EdgeClient:
         self._closed = False
 
     async def __aenter__(self) -> Self:
-        """Fetch what is missing of the bundle, load the head, open the session.
+        """Fetch what the first frame needs of the bundle, load the head, open the session.
+
+        The rest of the bundle follows in the background; `EdgeSettings.point` names a point to wait for.
 
         If the server cannot be reached and its last bundle is in the cache, the head is loaded from there, and the link
         goes on trying, as often as `EdgeSettings.retries` says.
 
         Raises:
-            BitneckError: see `fetch_bundle` and `EdgeSession.open`.
+            BitneckError: see `open_supply` and `EdgeSession.open`.
         """
         self._threads = Workers(self.workers, "bitneck-edge")
         try:
@@ -221,12 +223,12 @@ class EdgeClient:
         )
 
     async def _open(self, *, offline: bool = False, before: EdgeSession | None = None) -> EdgeSession:
-        """A session with the bundle that the server has now; see `fetch_bundle` and `EdgeSession.open`."""
+        """A session with the bundle that the server has now; see `open_supply` and `EdgeSession.open`."""
         assert self._threads is not None
-        bundle = await fetch_bundle(self.settings, self._on_fetch, offline=offline)
         return await EdgeSession.open(
-            bundle, self.settings, workers=self._threads, pool=self._pool, on_switch=self._switched, before=before
-        )
+            await open_supply(self.settings, offline=offline), self.settings,
+            workers=self._threads, pool=self._pool, on_switch=self._switched, on_fetch=self._on_fetch, before=before,
+        )  # fmt: skip
 
     def _opened(self) -> EdgeSession:
         check_process()

@@ -1,5 +1,6 @@
 """Photograph to symbols and payload: the edge's half of the network, with the time that each stage took."""
 
+import contextlib
 import itertools
 import threading
 import time
@@ -12,8 +13,9 @@ from PIL import Image
 from bitneck.bundle import Bundle
 from bitneck.chain import Encoded, PointEncoder, SegmentChain
 from bitneck.coding.conditional_codec import Reference
-from bitneck.errors import ImageError
+from bitneck.errors import BitneckError, ImageError
 from bitneck.image import opened_photo, preprocess
+from bitneck.ladder import OperatingPoint
 from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck_edge.answers.verify import check_classes
 
@@ -96,8 +98,17 @@ class EdgeEncoder:
                 if encoder is None:
                     self.chain.load(0, self.chain.head_length(point.split))
                     encoder = self._encoders[point_id] = PointEncoder(self.bundle, point, pool=self._pool)
+                    self._load_tables_of(point)
                     return_freed_memory()
         return encoder
+
+    def _load_tables_of(self, loaded: OperatingPoint) -> None:
+        """Load the tables of the other points of a unit, so that a switch among them loads nothing."""
+        for point in self.ladder:
+            tables = self.bundle.path(self.bundle.manifest.point(point.id).tables)
+            if point.unit == loaded.unit and point.id not in self._encoders and tables.is_file():
+                with contextlib.suppress(BitneckError):  # whoever uses the point is told
+                    self._encoders[point.id] = PointEncoder(self.bundle, point, pool=self._pool)
 
     def encode(
         self, photo: Photo, point_id: str, *, similar: bool = False, reference: Reference | None = None

@@ -6,7 +6,7 @@ each frame.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from bitneck.ladder import Ladder
@@ -21,17 +21,44 @@ _WEIGHT = 0.1
 """Of a new interval in the mean."""
 
 
+def nearest_ready(ladder: Ladder, wanted: str, ready: Callable[[str], bool]) -> str | None:
+    """The operating point to use while the files of another one are not here.
+
+    Args:
+        ladder: of the bundle.
+        wanted: the point whose files are not here.
+        ready: whether those of a point are.
+
+    Returns:
+        The most accurate point that sends no more than the wanted one; if there is none, the one that sends least. None
+        if no point is ready.
+    """
+    points = [point for point in ladder if ready(point.id)]
+    cheaper = [point for point in points if 0 < point.payload_bytes <= ladder[wanted].payload_bytes]
+    if cheaper:
+        return max(cheaper, key=lambda point: (point.accuracy, -point.payload_bytes)).id
+    return min(points, key=lambda point: (point.payload_bytes, point.id)).id if points else None
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a session begins with: `auto`, and the operating point so far; empty for none."""
+    """What a session begins with.
+
+    Attributes:
+        auto: whether the points are chosen by what link and device can do.
+        point: the operating point so far; empty for none.
+        named: the user or the program named it, so that no other one may stand in for it.
+    """
 
     auto: bool
     point: str
+    named: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, point: str) -> Self:
         """The wish of a setting: a point, ``auto``, or empty."""
-        return cls(auto=point == AUTO, point="" if point == AUTO else point)
+        named = point not in ("", AUTO)
+        return cls(auto=point == AUTO, point=point if named else "", named=named)
 
 
 class PointChoice:
@@ -39,27 +66,46 @@ class PointChoice:
 
     Attributes:
         auto: whether each frame's point is chosen by what the link and the device can do.
-        point: operating point of the next frame; empty before `begin`.
         last_seq: number of the last frame that was sent.
 
     Args:
         ladder: of the bundle.
         rate: chooses the point while `auto` holds.
         on_switch: called when the point changes.
+        ready: whether a point's files are on the device. Until those of the wanted one are, another one stands in for
+            it, unless the user or the program named it.
+        want: called with a point whose files are not here.
     """
 
-    def __init__(self, ladder: Ladder, rate: RateController, on_switch: Callable[[Switch], None]) -> None:
+    def __init__(
+        self,
+        ladder: Ladder,
+        rate: RateController,
+        on_switch: Callable[[Switch], None],
+        ready: Callable[[str], bool] = lambda _point: True,
+        want: Callable[[str], None] = lambda _point: None,
+    ) -> None:
         self.auto = False
-        self.point = ""
         self.last_seq = 0
+        self._wanted = ""
+        self._named = False
+        self._used = ""
+        self._reason = ""
         self._ladder = ladder
         self._rate = rate
         self._on_switch = on_switch
+        self._ready = ready
+        self._want = want
+
+    @property
+    def point(self) -> str:
+        """Operating point of the next frame; empty before `begin`."""
+        return self._used
 
     @property
     def wish(self) -> Wish:
         """What a session that follows this one begins with."""
-        return Wish(self.auto, self.point)
+        return Wish(self.auto, self._wanted, self._named)
 
     def begin(self, wish: Wish, asked: str, now: float) -> None:
         """The session is open: choose the first point.
@@ -72,7 +118,7 @@ class PointChoice:
             asked: point that the cloud asks of new sessions; empty for none.
             now: when.
         """
-        if self.point:
+        if self._wanted:
             return  # the cloud has asked for it since
         self.auto = self.auto or wish.auto
         if self.auto and asked and not wish.point:
@@ -82,9 +128,11 @@ class PointChoice:
             )
             self.auto = False
         if self.auto:
-            self.point = self._rate.choose(now).point
+            self._wanted = self._rate.choose(now).point
         else:
-            self.point = (wish.point if wish.point in self._ladder else asked) or self._ladder.best.id
+            self._named = wish.named and wish.point in self._ladder
+            self._wanted = (wish.point if wish.point in self._ladder else asked) or self._ladder.best.id
+        self._used = self._at_hand(self._wanted)
 
     def choose(self, now: float, interval_s: float) -> Decision:
         """The point of a frame that is captured now.
@@ -93,11 +141,15 @@ class PointChoice:
             now: when.
             interval_s: between pictures; 0 if unknown.
         """
-        if not self.auto:
-            return Decision(self.point, "")
-        decision = self._rate.choose(now, interval_s)
+        decision = self._rate.choose(now, interval_s) if self.auto else Decision(self._wanted, "")
+        point = self._at_hand(decision.point)
+        if point != decision.point:
+            self._use(point, f"the files of {decision.point} are not on this device yet")
+            return Decision(point, decision.reason)
         if not decision.probe:
-            self._change(decision.point, decision.reason)
+            if self.auto:
+                self._wanted = decision.point
+            self._use(point, decision.reason or self._reason or f"the files of {point} have come")
         return decision
 
     def set(self, point_id: str) -> None:
@@ -107,25 +159,40 @@ class PointChoice:
             UnknownPoint: the bundle has no such point.
         """
         if point_id == AUTO:
-            self.auto = True
+            self.auto, self._named = True, False
             return
         point = self._ladder[point_id]
-        self.auto = False
+        self.auto, self._named = False, True
         self._change(point.id, "set by the program")
 
     def ask(self, point_id: str, reason: str) -> None:
         """The cloud asks for a point; with an empty one it leaves the choice to us."""
         if not point_id:
             _LOG.info("%s: the point is chosen here from now on", reason)
-            self.auto = True
+            self.auto, self._named = True, False
         elif point_id in self._ladder:
-            self.auto = False
+            self.auto, self._named = False, False
             self._change(point_id, reason)
         else:
             _LOG.warning("the cloud asks for %r, which this bundle does not have; staying at %s", point_id, self.point)
 
+    def _at_hand(self, wanted: str) -> str:
+        """The wanted point, or one that stands in for it until its files are here."""
+        if self._named or self._ready(wanted):
+            return wanted
+        self._want(wanted)
+        return nearest_ready(self._ladder, wanted, self._ready) or wanted
+
     def _change(self, point_id: str, reason: str) -> None:
-        before, self.point = self.point, point_id
+        self._wanted, self._reason = point_id, reason
+        point = self._at_hand(point_id)
+        if point == point_id:
+            self._use(point, reason)
+        else:
+            _LOG.info("%s: %s follows when its files are here; staying at %s", reason, point_id, self.point)
+
+    def _use(self, point_id: str, reason: str) -> None:
+        before, self._used = self._used, point_id
         if before in ("", point_id):
             return
         switch = Switch(self.last_seq, before, point_id, reason)

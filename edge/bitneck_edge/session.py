@@ -19,6 +19,8 @@ from bitneck.runtime import ModulePool
 from bitneck.workers import Workers
 from bitneck_edge.answers.assemble import answer_of
 from bitneck_edge.answers.results import Answer, Switch
+from bitneck_edge.bundles.pace import Pacer
+from bitneck_edge.bundles.supply import Progress, Supply, first_point
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto
 from bitneck_edge.link.link import Link, LinkSettings, Received, Sent
 from bitneck_edge.link.records import Candidate, Coded
@@ -62,13 +64,14 @@ class EdgeSession:
         self,
         settings: EdgeSettings,
         workers: Workers,
+        supply: Supply,
         encoder: EdgeEncoder,
         rate: RateController,
         on_switch: Callable[[Switch], None],
         reconnects_before: int,
     ) -> None:
         self.encoder = encoder
-        self.points = PointChoice(encoder.ladder, rate, on_switch)
+        self.points = PointChoice(encoder.ladder, rate, on_switch, supply.ready, supply.want)
         self.link = Link(
             _link_settings(settings, encoder.bundle),
             self.points.ask,
@@ -76,63 +79,76 @@ class EdgeSession:
         )
         self._settings = settings
         self._workers = workers
+        self._supply = supply
         self._rate = rate
         self._reconnects_before = reconnects_before
 
     @classmethod
     async def open(
         cls,
-        bundle: Bundle,
+        supply: Supply,
         settings: EdgeSettings,
         *,
         workers: Workers,
         pool: ModulePool,
         on_switch: Callable[[Switch], None],
+        on_fetch: Progress = lambda _done, _all: None,
         before: "EdgeSession | None" = None,
     ) -> Self:
-        """Load the encoder and open the session; if anything fails nothing stays open.
+        """Fetch what the first frame needs, load the encoder and open the session.
+
+        The other operating points follow in the background, unless the settings name one. If anything fails, nothing
+        stays open.
 
         Args:
-            bundle: the server's.
+            supply: of the server's bundle; the session closes it.
             settings: of the client.
             workers: threads that encode.
             pool: of ONNX modules; those that an earlier bundle has loaded are shared.
             on_switch: called when the operating point changes.
+            on_fetch: progress of the files that the first frame needs.
             before: the session that this one follows: its point and its count of reconnects go on.
 
         Raises:
             UnknownPoint: the settings name a point that the bundle does not have.
-            BitneckError: see `Link.open` and `EdgeEncoder`.
+            BitneckError: see `Supply.need`, `Link.open` and `EdgeEncoder`.
         """
 
         def wish() -> Wish:
             return Wish.of(settings.point) if before is None else before.points.wish
 
-        encoder = EdgeEncoder(bundle, threads=settings.threads, pool=pool)
-        if before is None and wish().point:
-            encoder.ladder[wish().point]
-        edge_s = await workers.run(encoder.time_splits) if wish().auto else {}
-        if edge_s and 0 < settings.max_edge_ms < 1e3 * min(edge_s.values()):
-            fastest = min(edge_s, key=edge_s.__getitem__)
-            _LOG.warning(
-                "no split point keeps max_edge_ms, %.1f: the fastest, %s, takes %.1f ms here and is used",
-                settings.max_edge_ms, fastest, edge_s[fastest] * 1e3,
-            )  # fmt: skip
-        rate = RateController(
-            encoder.ladder,
-            target_s=settings.latency_ms / 1e3,
-            max_edge_s=settings.max_edge_ms / 1e3 or None,
-            edge_s=edge_s,
-        )
-        reconnects = 0 if before is None else before.reconnects + 1
-        session = cls(settings, workers, encoder, rate, on_switch, reconnects)
+        link: Link | None = None
         try:
-            await session.link.open()
-            session.points.begin(wish(), session.link.initial_point, time.perf_counter())
+            await _fetch_first(supply, wish(), known=before is not None, progress=on_fetch)
+            encoder = await asyncio.to_thread(EdgeEncoder, supply.bundle, threads=settings.threads, pool=pool)
+            edge_s = await workers.run(encoder.time_splits) if wish().auto else {}
+            if edge_s and 0 < settings.max_edge_ms < 1e3 * min(edge_s.values()):
+                fastest = min(edge_s, key=edge_s.__getitem__)
+                _LOG.warning(
+                    "no split point keeps max_edge_ms, %.1f: the fastest, %s, takes %.1f ms here and is used",
+                    settings.max_edge_ms, fastest, edge_s[fastest] * 1e3,
+                )  # fmt: skip
+            rate = RateController(
+                encoder.ladder,
+                target_s=settings.latency_ms / 1e3,
+                max_edge_s=settings.max_edge_ms / 1e3 or None,
+                edge_s=edge_s,
+            )
+            reconnects = 0 if before is None else before.reconnects + 1
+            session = cls(settings, workers, supply, encoder, rate, on_switch, reconnects)
+            link = session.link
+            await link.open()
+            session.points.begin(wish(), link.initial_point, time.perf_counter())
+            await session._ready(session.points.point)
             await workers.run(encoder.point_encoder, session.points.point)
         except BaseException:
-            await session.close()
+            if link is not None:
+                await link.close()
+            await supply.close()
             raise
+        best = encoder.ladder.best.id
+        rest = [] if settings.point else [best, *(point.id for point in encoder.ladder if point.id != best)]
+        supply.start(rest, Pacer(settings.fetch_kbps, lambda: bool(session.link.unanswered)))
         return session
 
     @property
@@ -153,6 +169,7 @@ class EdgeSession:
     async def close(self) -> None:
         """End the session; unanswered frames fail with `Unavailable`."""
         await self.link.close()
+        await self._supply.close()
 
     def room(self, interval_s: float) -> int:
         """Frames that may be unanswered if fresh pictures matter; see `RateController.room`.
@@ -186,6 +203,7 @@ class EdgeSession:
         encode = functools.partial(
             self.encoder.encode, similar=similar, reference=candidate.reference if candidate is not None else None
         )
+        await self._ready(decision.point)
         photo = await self._workers.run(encode, capture.photo, decision.point)
         return EncodedCapture(capture=capture, decision=decision, photo=photo, candidate=candidate)
 
@@ -224,6 +242,11 @@ class EdgeSession:
         received = await sent.answer
         return answer_of(encoded.capture, encoded.photo, sent, received, self.bundle.manifest, self.encoder.labels)
 
+    async def _ready(self, point_id: str) -> None:
+        """Wait for the files of an operating point that was asked for by name."""
+        if not self._supply.ready(point_id):
+            await self._supply.need([point_id])
+
     def _learn(self, seq: int, answer: "asyncio.Future[Received]") -> None:
         """Tell the rate controller how a frame ended."""
         if answer.cancelled() or answer.exception() is not None:
@@ -233,6 +256,31 @@ class EdgeSession:
         timings = received.result.timings
         server_s = (timings.queued_us + timings.decode_us + timings.compute_us) / 1e6
         self._rate.answered(seq, received.at, server_s=server_s)
+
+
+async def _fetch_first(supply: Supply, wish: Wish, *, known: bool, progress: Progress) -> None:
+    """Fetch what the first frame needs: a point that is wanted by name, every point to choose from, or a small one.
+
+    Args:
+        supply: of the bundle.
+        wish: what the session begins with.
+        known: the wish is that of a session before, whose bundle may have had other points.
+        progress: see `Supply.need`.
+
+    Raises:
+        UnknownPoint: the bundle has no such point.
+        BitneckError: see `Supply.need`.
+    """
+    ladder = supply.bundle.manifest.ladder
+    wanted = "" if known and wish.point not in ladder else wish.point
+    if wish.auto:
+        await supply.need([point.id for point in ladder], progress)
+    elif wanted:
+        await supply.need([ladder[wanted].id], progress)
+    else:
+        await supply.look(point.id for point in ladder)
+        if not any(supply.ready(point.id) for point in ladder):
+            await supply.need([first_point(supply.bundle.manifest)], progress)
 
 
 def _link_settings(settings: EdgeSettings, bundle: Bundle) -> LinkSettings:

@@ -99,6 +99,14 @@ class EdgeSettings(Settings):
     cache_dir: Annotated[
         Path | None, setting("Folder in which bundles are kept; without it, the user's cache folder.", _DEVICE)
     ] = None
+    precision: Annotated[
+        Literal["auto", "int8", "float32"],
+        setting(
+            "What the head and the encoders compute in. 'auto' takes int8 where the bundle has it and it is faster on "
+            "this device, which is measured once.",
+            _DEVICE,
+        ),
+    ] = "auto"
     threads: Annotated[
         int,
         setting("Threads of ONNX Runtime inside one operator of the head; 0 for every core.", _DEVICE, ge=0, le=1024),
@@ -132,6 +140,15 @@ class EdgeSettings(Settings):
             le=3600,
         ),
     ] = 15.0
+    fetch_kbps: Annotated[
+        float,
+        setting(
+            "Kilobits a second for files that come in the background, while frames are answered; 0 for no limit.",
+            _LINK,
+            ge=0,
+            le=1e7,
+        ),
+    ] = 0.0
     retries: Annotated[
         int, setting("Attempts to connect after the first one; -1 tries for ever.", _LINK, ge=-1, le=1_000_000)
     ] = 3

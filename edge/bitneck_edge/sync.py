@@ -36,7 +36,7 @@ class SyncEdgeClient:
         server: HOST:PORT; None for the settings' own.
         settings: everything else.
         on_switch: called, in the client's own thread, when the operating point changes.
-        **values: single settings, such as ``point="s1-r2"``, in place of a `settings` object.
+        **values: single settings, such as ``point="s1-r3"``, in place of a `settings` object.
 
     Raises:
         InvalidConfig: a setting is refused.

@@ -15,7 +15,7 @@ from bitneck.coding.conditional_model import ConditionalModel
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.ids import check_relative_path
-from bitneck.manifest import FileEntry, FileRole, Manifest, bundle_id_of, sha256_hex
+from bitneck.manifest import FileEntry, FileRole, Manifest, Precision, bundle_id_of, sha256_hex
 from bitneck.text import clean_text
 
 __all__ = ["MANIFEST_NAME", "Bundle", "BundleWriter", "verify_file"]
@@ -30,16 +30,25 @@ _MAX_MANIFEST_BYTES = _MAX_SMALL_BYTES = 8 << 20
 class Bundle:
     """A verified bundle, or the half of one that an edge has.
 
-    `open` builds it, and checks every file against the manifest's size and digest.
+    `open` builds it, and checks every file against the manifest's size and digest. A device keeps the files of all its
+    bundles together, by digest; `bitneck_edge.bundles.store` makes a bundle of these.
 
     Attributes:
         root: its folder.
         manifest: its contents.
         bundle_id: the digest of the manifest.
         manifest_json: the manifest's exact bytes.
+        precision: of what a device runs of it.
+
+    Args:
+        locate: where a file is, if not below `root` by its name.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, manifest_json: bytes) -> None:
+    def __init__(
+        self, root: Path, manifest: Manifest, manifest_json: bytes, locate: Callable[[FileEntry], Path] | None = None
+    ) -> None:
+        self._locate = locate
+        self.precision: Precision = "float32"
         self.root = root
         self.manifest = manifest
         self.manifest_json = manifest_json
@@ -81,15 +90,7 @@ class Bundle:
         """
         if name not in self.manifest.files:
             raise InvalidConfig(f"the bundle {self.manifest.name} has no file {name[:80]!r}")
-        return self.root / name
-
-    def encoder_path(self, point_id: str) -> Path:
-        """The ONNX file of an operating point's bottleneck encoder."""
-        return self.path(f"points/{point_id}/encoder.onnx")
-
-    def decoder_path(self, point_id: str) -> Path:
-        """The ONNX file of an operating point's bottleneck decoder."""
-        return self.path(f"points/{point_id}/decoder.onnx")
+        return self.root / name if self._locate is None else self._locate(self.manifest.files[name])
 
     def tables(self, point_id: str) -> FactorizedModel:
         """An operating point's factorized model.
@@ -97,13 +98,14 @@ class Bundle:
         Raises:
             BundleCorrupt: unreadable, or of another number of channels than the manifest says.
         """
-        path = self.path(f"points/{point_id}/tables.npz")
+        entry = self.manifest.point(point_id)
+        path = self.path(entry.tables)
         data = self._read(path)
         try:
             tables = FactorizedModel.from_npz(data)
         except BundleCorrupt as exc:
             raise BundleCorrupt(f"{path}: {exc}") from exc
-        channels = self.manifest.point(point_id).latent_shape[0]
+        channels = self.manifest.unit(entry.unit).channels
         if tables.channels != channels:
             raise BundleCorrupt(f"{path} has tables of {tables.channels} channels, the manifest says {channels}")
         return tables
@@ -111,7 +113,7 @@ class Bundle:
     @property
     def has_conditional(self) -> bool:
         """Whether any operating point has a conditional model."""
-        return any(f"points/{point.id}/conditional.npz" in self.manifest.files for point in self.manifest.points)
+        return any(point.conditional in self.manifest.files for point in self.manifest.points)
 
     def conditional(self, point_id: str, tables: FactorizedModel | None = None) -> ConditionalModel | None:
         """An operating point's conditional model; None if the bundle has none.
@@ -123,7 +125,7 @@ class Bundle:
         Raises:
             BundleCorrupt: unreadable, or it does not fit the point's tables.
         """
-        name = f"points/{point_id}/conditional.npz"
+        name = self.manifest.point(point_id).conditional
         if name not in self.manifest.files:
             return None
         path = self.path(name)
@@ -251,6 +253,16 @@ class BundleWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         self._files[name] = FileEntry(role=role, size=len(data), sha256=sha256_hex(data))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file that was added.
+
+        Raises:
+            InvalidConfig: it was not.
+        """
+        if self._staging is None or name not in self._files:
+            raise InvalidConfig(f"{name} was not added")
+        return (self._staging / name).read_bytes()
 
     @property
     def files(self) -> dict[str, FileEntry]:

@@ -11,7 +11,6 @@ Dimensions: N batch, C x Hf x Wf feature, Cr x h x w latent.
 
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from bitneck.coding.factorized_codec import FactorizedCodec
 from bitneck.coding.symbols import dequantize, quantize
 from bitneck.errors import MalformedFrame, ModelFailure
 from bitneck.ladder import OperatingPoint
+from bitneck.manifest import Precision
 from bitneck.runtime import ModulePool, OnnxModule
 
 __all__ = ["Encoded", "PointDecoder", "PointEncoder", "SegmentChain", "segments_of"]
@@ -35,10 +35,20 @@ class SegmentChain:
         bundle: has the files.
         threads: see `OnnxModule`.
         pool: of ONNX modules; None for a new one.
+        precision: of the head's segments, where the bundle has them as int8; None for the bundle's own. A tail is
+            always float32.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int = 0,
+        pool: ModulePool | None = None,
+        precision: Precision | None = None,
+    ) -> None:
         self._bundle = bundle
+        self._precision: Precision = precision or bundle.precision
         self._threads = threads
         self._pool = pool or ModulePool()
         self._modules: dict[int, OnnxModule] = {}
@@ -82,9 +92,9 @@ class SegmentChain:
             with self._lock:
                 module = self._modules.get(index)
                 if module is None:
-                    name = self._bundle.manifest.segments[index].file
-                    digest = self._bundle.manifest.files[name].sha256
-                    module = self._pool.load(self._bundle.path(name), digest, threads=self._threads)
+                    manifest = self._bundle.manifest
+                    name = manifest.runs(manifest.segments[index].file, self._precision)
+                    module = _load(self._bundle, name, self._threads, self._pool)
                     self._modules[index] = module
         return module
 
@@ -111,17 +121,27 @@ class PointEncoder:
         bundle: has the files.
         point: the operating point.
         threads: see `OnnxModule`. The unit is tiny, so one thread is fastest.
-        pool: of ONNX modules; None for a new one.
+        pool: of ONNX modules; None for a new one. Points of one unit share its modules.
+        precision: of the encoder, where the bundle has it as int8; None for the bundle's own.
     """
 
     def __init__(
-        self, bundle: Bundle, point: OperatingPoint, *, threads: int = 1, pool: ModulePool | None = None
+        self,
+        bundle: Bundle,
+        point: OperatingPoint,
+        *,
+        threads: int = 1,
+        pool: ModulePool | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self.point = point
         self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
         self.conditional = _conditional(bundle, point, self.codec)
         self._lo, self._hi = self.codec.tables.lo, self.codec.tables.hi
-        self._module = _load(bundle, bundle.encoder_path(point.id), threads, pool)
+        files = bundle.manifest.unit(point.unit).encoder_files
+        self._modules = [
+            _load(bundle, bundle.manifest.runs(path, precision or bundle.precision), threads, pool) for path in files
+        ]
 
     def latent(self, f: NDArray[np.float32]) -> NDArray[np.float32]:
         """Feature to latent, before the quantizer.
@@ -135,7 +155,9 @@ class PointEncoder:
         Raises:
             ModelFailure: the encoder failed, or gave another shape than the operating point's.
         """
-        y = self._module.run(f)
+        y = f
+        for module in self._modules:
+            y = module.run(y)
         if y.shape != (1, *self.point.latent_shape):
             raise ModelFailure(f"encoder of {self.point.id} gave {y.shape}, expected {(1, *self.point.latent_shape)}")
         return y
@@ -177,8 +199,8 @@ class PointDecoder:
         self.point = point
         self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
         self.conditional = _conditional(bundle, point, self.codec)
-        self.decoded_shape = bundle.manifest.decoded_shape(point.id)
-        self._module = _load(bundle, bundle.decoder_path(point.id), threads, pool)
+        self.decoded_shape = bundle.manifest.decoded_shape(point.unit)
+        self._module = _load(bundle, bundle.manifest.unit(point.unit).decoder, threads, pool)
 
     def symbols(self, payload: bytes, reference: Reference | None = None) -> NDArray[np.int32]:
         """Payload to symbols, (Cr, h, w) int32.
@@ -215,7 +237,7 @@ class PointDecoder:
             y_hat: (N, Cr, h, w) float32.
 
         Returns:
-            f_hat, (N, C, Hf, Wf) float32, or what `bitneck.manifest.PointEntry.decoded_shape` says.
+            f_hat, (N, C, Hf, Wf) float32, or what `bitneck.manifest.UnitEntry.decoded_shape` says.
 
         Raises:
             ModelFailure: the decoder failed, or gave another shape.
@@ -231,9 +253,9 @@ def _conditional(bundle: Bundle, point: OperatingPoint, codec: FactorizedCodec) 
     return ConditionalCodec(point.id, codec.tables, model, point.latent_shape) if model is not None else None
 
 
-def _load(bundle: Bundle, path: Path, threads: int, pool: ModulePool | None) -> OnnxModule:
-    digest = bundle.manifest.files[path.relative_to(bundle.root).as_posix()].sha256
-    return (pool or ModulePool()).load(path, digest, threads=threads)
+def _load(bundle: Bundle, name: str, threads: int, pool: ModulePool | None) -> OnnxModule:
+    digest = bundle.manifest.files[name].sha256
+    return (pool or ModulePool()).load(bundle.path(name), digest, threads=threads)
 
 
 def segments_of(bundle: Bundle, side: Literal["edge", "cloud"]) -> range:

@@ -1,7 +1,7 @@
 """Operating points and the ladder. Pure: no clock, no I/O."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from bitneck.errors import InvalidConfig, RateUnreachable, UnknownPoint
@@ -15,10 +15,11 @@ __getattr__ = names_of(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatingPoint:
-    """One trained bottleneck unit with its step, tables, and measured rate and accuracy.
+    """A bottleneck unit at one step, with measured rate and accuracy.
 
     Attributes:
         id: such as ``s1-r3``.
+        unit: id of its unit.
         split: name of its split point.
         step: quantizer step Q, in the latent's unit.
         stride: S, the unit's spatial reduction.
@@ -29,6 +30,7 @@ class OperatingPoint:
     """
 
     id: str
+    unit: str
     split: str
     step: float
     stride: int
@@ -40,6 +42,7 @@ class OperatingPoint:
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         check_id(self.id, "operating point")
+        check_id(self.unit, "unit")
         check_id(self.split, "split point")
         if not 0 < self.step < math.inf or self.stride < 1 or min(self.latent_shape) < 1:
             raise InvalidConfig(f"operating point {self.id}: step, stride and latent shape must be positive")
@@ -52,14 +55,16 @@ class Ladder:
 
     Args:
         points: at least one; ids are unique.
+        retired: ids that earlier bundles had, each with the point that took its place.
 
     Raises:
         InvalidConfig: no points, or an id that occurs twice.
     """
 
-    def __init__(self, points: Iterable[OperatingPoint]) -> None:
+    def __init__(self, points: Iterable[OperatingPoint], retired: Mapping[str, str] | None = None) -> None:
         self._points = tuple(sorted(points, key=lambda p: (p.payload_bytes, p.id)))
         self._by_id = {p.id: p for p in self._points}
+        self._retired = dict(retired or {})
         if not self._points:
             raise InvalidConfig("a ladder needs at least one operating point")
         if len(self._by_id) != len(self._points):
@@ -78,11 +83,15 @@ class Ladder:
         """The operating point of this id.
 
         Raises:
-            UnknownPoint: there is none; the message lists the known ones.
+            UnknownPoint: there is none; the message lists the known ones, or names the successor of a retired one.
         """
         try:
             return self._by_id[point_id]
         except KeyError:
+            if (successor := self._retired.get(point_id)) is not None:
+                raise UnknownPoint(
+                    f"the operating point {point_id} is retired; this bundle has {successor} in its place"
+                ) from None
             known = ", ".join(self._by_id)
             raise UnknownPoint(f"no operating point {point_id[:80]!r}; this bundle has: {known}") from None
 

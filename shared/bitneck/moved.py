@@ -56,7 +56,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "bitneck_cloud.tokens": ("bitneck_cloud.access.tokens",),
     "bitneck_cloud.tracing": ("bitneck_cloud.observe.tracing",),
     "bitneck_edge.bench": ("bitneck_edge.measure.bench",),
-    "bitneck_edge.cache": ("bitneck_edge.bundles.cache",),
+    "bitneck_edge.cache": ("bitneck_edge.bundles.store", "bitneck_edge.bundles.notes"),
     "bitneck_edge.capture": (
         "bitneck_edge.sources.capture",
         "bitneck_edge.pipeline",
@@ -180,6 +180,7 @@ RENAMED = {
         "MapPointResult": "PointResult",
         "evaluate_maps": "evaluate",
     },
+    "bitneck_models.recipe": {"PointRecipe": "UnitRecipe"},
 }
 """Old module: its names that have another name in the new module."""
 

@@ -316,7 +316,7 @@ def ladder_of(zoo: Path) -> Ladder:
     points = json.loads((zoo / "ladder.json").read_text())["points"]
     return Ladder(
         OperatingPoint(
-            id=name, split=name.split("-")[0], step=1.0, stride=1, latent_shape=(1, 1, 1),
+            id=name, unit="u", split=name.split("-")[0], step=1.0, stride=1, latent_shape=(1, 1, 1),
             payload_bytes=p["payload_bytes"], bpp_payload=p["bpp_payload"], accuracy=p["accuracy"],
         )
         for name, p in points.items()

@@ -53,7 +53,7 @@ class Rogue(pb_grpc.SplitInferenceServicer):
 
     Attributes:
         streams: how many streams clients have begun.
-        fetched: paths of the files that clients have asked for, in order.
+        fetched: paths of the files that clients have asked for from the beginning, in order.
     """
 
     def __init__(
@@ -79,10 +79,11 @@ class Rogue(pb_grpc.SplitInferenceServicer):
 
     async def FetchFile(self, request: Any, _context: Any) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
         """A file in chunks, spoiled or not."""
-        self.fetched.append(request.path)
+        if not request.offset:
+            self.fetched.append(request.path)
         await self.before_fetch(request.path)
-        data = self.spoil(request.path, (self.bundle.root / request.path).read_bytes())
-        for chunk in self.chunks(data):
+        data = self.spoil(request.path, (self.bundle.root / request.path).read_bytes())[request.offset :]
+        for chunk in self.chunks(data[: request.length] if request.length else data):
             yield pb.FileChunk(data=chunk)
 
     async def Infer(self, _request: Any, context: Any) -> pb.InferResponse:  # noqa: N802

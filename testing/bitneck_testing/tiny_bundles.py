@@ -24,7 +24,7 @@ from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.coding.conditional_model import KERNEL_TOTAL, ConditionalModel
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.image import preprocess
-from bitneck.manifest import FileRole, InputSpec, Manifest, PointEntry, Segment, SplitPoint, Task
+from bitneck.manifest import FileRole, InputSpec, Manifest, PointEntry, Segment, SplitPoint, Task, UnitEntry
 from bitneck_testing.photographs import photo
 
 __all__ = ["CLASSES", "INPUT", "SCENE_CLASSES", "SCENE_INPUT", "conditional", "make_tiny_bundle"]
@@ -177,12 +177,12 @@ def make_tiny_bundle(
                 writer.add(f"segments/{index:02d}-seg{index}.onnx", data, role)
             for row in rows:
                 encoder, decoder = units[row.id]
-                writer.add(f"points/{row.id}/encoder.onnx", encoder, "edge")
-                writer.add(f"points/{row.id}/decoder.onnx", decoder, "cloud")
+                writer.add(f"units/{row.id}/encoder.onnx", encoder, "edge")
+                writer.add(f"units/{row.id}/decoder.onnx", decoder, "cloud")
                 writer.add(f"points/{row.id}/tables.npz", tables[row.id].to_npz(), "both")
                 if row.id in similar:
                     writer.add(f"points/{row.id}/conditional.npz", conditional(row.channels).to_npz(), "both")
-            writer.add("labels.json", json.dumps(classes).encode(), "both" if scene else "cloud")
+            writer.add("labels.json", json.dumps(classes).encode(), "both")
             return writer.finish(
                 Manifest(
                     name=name,
@@ -195,6 +195,16 @@ def make_tiny_bundle(
                     split_points=(
                         SplitPoint(name="s2", after_segment=0, feature_shape=(8, 2 * h, 2 * w)),
                         SplitPoint(name="s1", after_segment=1, feature_shape=(16, h, w)),
+                    ),
+                    units=tuple(
+                        UnitEntry(
+                            id=row.id,
+                            split=row.split,
+                            stride=row.stride,
+                            channels=row.channels,
+                            latent_shape=row.latent_shape,
+                        )
+                        for row in rows
                     ),
                     points=tuple(_entry(row, spec) for row in rows),
                     files=writer.files,
@@ -215,8 +225,7 @@ def make_tiny_bundle(
 
 def _entry(row: _Row, spec: InputSpec) -> PointEntry:
     return PointEntry(
-        id=row.id, split=row.split, stride=row.stride, channels=row.channels, step=row.step,
-        latent_shape=row.latent_shape, payload_bytes=row.payload_bytes,
+        id=row.id, unit=row.id, step=row.step, payload_bytes=row.payload_bytes,
         bpp_payload=row.payload_bytes * 8 / spec.pixels, accuracy=row.accuracy, agreement=row.accuracy,
         dataset="random", images=10, measured=date(2026, 1, 1),
     )  # fmt: skip

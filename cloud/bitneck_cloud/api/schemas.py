@@ -81,6 +81,7 @@ class PointInfo(BaseModel):
     """An operating point, as measured."""
 
     id: str
+    unit: str = Field(description="points of one unit differ in step only")
     split: str
     stride: int
     channels: int
@@ -183,7 +184,16 @@ def model_info(served: ServedModel) -> ModelInfo:
     """A served model with its ladder."""
     manifest = served.manifest
     entries = {entry.id: entry for entry in manifest.points}
-    points = [PointInfo.model_validate(entries[p.id].model_dump(exclude={"measured"})) for p in manifest.ladder]
+    points = [
+        PointInfo(
+            split=p.split,
+            stride=p.stride,
+            channels=p.latent_shape[0],
+            latent_shape=p.latent_shape,
+            **entries[p.id].model_dump(exclude={"measured"}),
+        )
+        for p in manifest.ladder
+    ]
     return ModelInfo(
         name=manifest.name,
         bundle_id=served.bundle.bundle_id,

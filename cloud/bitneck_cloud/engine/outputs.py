@@ -60,7 +60,7 @@ def frames_of_a_pass(manifest: Manifest, classes: int) -> int:
             f"{manifest.labels} has {classes} classes, a class map can name 1 to {MAX_CLASSES}; export the bundle again"
         )
     sizes = [math.prod(split.feature_shape) for split in manifest.split_points]
-    sizes += [math.prod(point.decoded_shape) for point in manifest.points if point.decoded_shape is not None]
+    sizes += [math.prod(unit.decoded_shape) for unit in manifest.units if unit.decoded_shape is not None]
     sizes += [math.prod(tensor.shape) for tensor in output_tensors(manifest, classes)]
     if manifest.task == "segmentation":
         sizes.append(classes * manifest.input.pixels)

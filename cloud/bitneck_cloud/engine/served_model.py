@@ -1,7 +1,7 @@
 """A served model: tail segments, decoders and labels of one bundle. It computes a batch."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, SegmentChain, segments_of
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
-from bitneck.manifest import Manifest
+from bitneck.manifest import Manifest, UnitEntry
 from bitneck.runtime import ModulePool
 from bitneck.wire.messages import Frame, Output
 from bitneck_cloud.engine.batching import plan_batch
@@ -63,8 +63,7 @@ class ServedModel:
             else:
                 self.decoders[point.id] = PointDecoder(bundle, point, pool=pool)
         self._lanes: dict[str, _Lane] = {
-            point.id: (point.split, point.decoded_shape) if point.decoded_shape is not None else None
-            for point in bundle.manifest.points
+            point.id: _lane(bundle.manifest.unit(point.unit)) for point in bundle.manifest.points
         }
         self._tail_start = {point.id: self._chain.head_length(point.split) for point in self.ladder}
         conditional = [d.conditional for d in self.decoders.values() if d.conditional is not None]
@@ -164,15 +163,25 @@ class ServedModel:
         return order, parts[0]
 
 
+def _lane(unit: UnitEntry) -> _Lane:
+    return (unit.split, unit.decoded_shape) if unit.decoded_shape is not None else None
+
+
 def _identity(manifest: Manifest, point_id: str) -> tuple[str, ...]:
-    """What defines an operating point: its entry and its files."""
-    digests = (f.sha256 for name, f in sorted(manifest.files.items()) if name.startswith(f"points/{point_id}/"))
-    return (manifest.point(point_id).model_dump_json(), *digests)
+    """What defines an operating point: its entry, its unit's, and their files."""
+    entry = manifest.point(point_id)
+    unit = manifest.unit(entry.unit)
+    files = (*unit.encoder_files, unit.decoder, entry.tables, entry.conditional)
+    return (entry.model_dump_json(), unit.model_dump_json(), *_digests(manifest, files))
 
 
 def _decoder_identity(manifest: Manifest, point_id: str) -> tuple[object, ...]:
     """What a point's decoder is made from. Measured values and the encoder do not count."""
     entry = manifest.point(point_id)
-    files = [f"points/{point_id}/{name}" for name in ("decoder.onnx", "tables.npz", "conditional.npz")]
-    digests = (manifest.files[name].sha256 if name in manifest.files else "" for name in files)
-    return (entry.step, entry.latent_shape, manifest.decoded_shape(point_id), *digests)
+    unit = manifest.unit(entry.unit)
+    files = (unit.decoder, entry.tables, entry.conditional)
+    return (entry.step, unit.latent_shape, manifest.decoded_shape(unit.id), *_digests(manifest, files))
+
+
+def _digests(manifest: Manifest, files: Sequence[str]) -> Iterator[str]:
+    return (manifest.files[name].sha256 if name in manifest.files else "" for name in files)

@@ -4,14 +4,14 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
@@ -29,7 +29,7 @@ _MAX_LOAD_PHOTOS = 64
 
 app = make_app("Run the first part of a split network here, send a few hundred bytes, get the answer.")
 
-ACCESS = ("server", "model", "tls", "tls_ca", "tls_cert", "tls_key", "token", "cache_dir")
+ACCESS = ("server", "model", "tls", "tls_ca", "tls_cert", "tls_key", "insecure", "token", "cache_dir")
 """Settings of every command that asks a server for its bundle."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -101,7 +101,7 @@ def run(
 
 
 @app.command()
-@with_settings(EdgeSettings, "bundle", *ACCESS, "point")
+@with_settings(EdgeSettings, "bundle", *ACCESS, "point", "precision")
 def encode(
     photo: Annotated[Path, typer.Argument(help="A photograph.")],
     *,
@@ -147,7 +147,7 @@ def encode(
 
 
 @app.command()
-@with_settings(EdgeSettings, *ACCESS, "deadline_ms", "answer_timeout_s", "retries")
+@with_settings(EdgeSettings, *ACCESS, "deadline_ms", "answer_timeout_s", "retries", "precision")
 def load(
     photos: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="PHOTO|FOLDER ...")],
     *,
@@ -189,7 +189,7 @@ def load(
 
 
 @app.command()
-@with_settings(EdgeSettings, "bundle", *ACCESS, "threads")
+@with_settings(EdgeSettings, "bundle", *ACCESS, "threads", "precision")
 def bench(
     photos: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="PHOTO|FOLDER ...")],
     *,
@@ -221,10 +221,15 @@ def points(
     as_json: Json = False,
 ) -> None:
     """List the operating points of a bundle or a server, lowest rate first."""
+    from bitneck_edge.bundles.fetch import manifest_of
     from bitneck_edge.cli.report import points_table
 
-    opened = _opened(settings, origins)
-    ladder = opened.manifest.ladder
+    if _is_local(settings, origins):
+        opened = _opened(settings, origins)
+        bundle_id, manifest = opened.bundle_id, opened.manifest
+    else:
+        bundle_id, manifest = asyncio.run(manifest_of(settings))
+    ladder = manifest.ladder
     if as_json:
         entries: list[dict[str, Any]] = [
             {
@@ -236,27 +241,89 @@ def points(
             }
             for p in ladder
         ]
-        document = {"model": opened.manifest.name, "bundle_id": opened.bundle_id, "points": entries}
+        document = {"model": manifest.name, "bundle_id": bundle_id, "points": entries}
         print(json.dumps(document))  # noqa: T201
     else:
         Console().print(points_table(ladder))
 
 
-def _opened(settings: EdgeSettings, origins: Mapping[str, str]) -> Bundle:
-    """The bundle of a folder, or of the server."""
-    from bitneck_edge.bundles.fetch import fetch_bundle
+@app.command()
+@with_settings(EdgeSettings, *ACCESS, "point", "precision")
+def fetch(
+    *,
+    settings: EdgeSettings,
+    origins: dict[str, str],
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Folder of a bundle, for example on a stick, to take the files from.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Bring a server's bundle to this device ahead of time: all of it, or with --point what that one needs."""
+    from bitneck_edge.bundles.fetch import take_bundle
 
+    if settings.point == AUTO:
+        raise InvalidConfig(f"{origins.get('point', 'point')}: 'auto' is no operating point; leave it out for all")
+    points = [settings.point] if settings.point else None
+    bundle = take_bundle(source, settings, points) if source is not None else _fetched(settings, points)
+    manifest = bundle.manifest
+    chosen = points or [point.id for point in manifest.ladder]
+    files = {path for point in chosen for path in manifest.files_of(point, bundle.precision)}
+    document = {
+        "model": manifest.name,
+        "bundle_id": bundle.bundle_id,
+        "precision": bundle.precision,
+        "points": chosen,
+        "files": len(files),
+        "bytes": sum(manifest.files[path].size for path in files),
+    }
+    if as_json:
+        print(json.dumps(document))  # noqa: T201
+    else:
+        print(  # noqa: T201
+            f"{manifest.name}: {len(files)} files, {document['bytes']} bytes, {bundle.precision}, are on this device"
+        )
+
+
+def _is_local(settings: EdgeSettings, origins: Mapping[str, str]) -> bool:
+    """Whether the bundle of a folder is meant, and not a server's.
+
+    Raises:
+        InvalidConfig: both are named.
+    """
     from_flag = {name for name, origin in origins.items() if origin == settings.flag(name)}
     if {"bundle", "server"} <= from_flag:
         raise InvalidConfig("give --bundle or --server, not both")
-    if settings.bundle is not None and "server" not in from_flag:
-        return Bundle.open(settings.bundle, side="edge")
+    return settings.bundle is not None and "server" not in from_flag
+
+
+def _opened(settings: EdgeSettings, origins: Mapping[str, str]) -> Bundle:
+    """The bundle of a folder, or of the server; with a point in the settings, what that needs of it."""
+    from bitneck_edge.bundles.precision import choose_precision
+    from bitneck_edge.bundles.store import default_cache_dir
+
+    if not _is_local(settings, origins):
+        return _fetched(settings, [settings.point] if settings.point not in ("", AUTO) else None)
+    assert settings.bundle is not None
+    bundle = Bundle.open(settings.bundle, side="edge")
+    cache_dir = settings.cache_dir or default_cache_dir()
+    bundle.precision = choose_precision(settings.precision, bundle.manifest, cache_dir)
+    return bundle
+
+
+def _fetched(settings: EdgeSettings, points: Sequence[str] | None) -> Bundle:
+    """The server's bundle, with a bar that shows how long it takes."""
+    from bitneck_edge.bundles.fetch import fetch_bundle
+
     with Progress(
-        TextColumn("fetching the bundle"), BarColumn(), DownloadColumn(),
+        TextColumn("fetching the bundle"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=None)
-        return asyncio.run(fetch_bundle(settings, lambda done, size: progress.update(task, completed=done, total=size)))
+
+        def on_bytes(done: int, size: int) -> None:
+            progress.update(task, completed=done, total=size)
+
+        return asyncio.run(fetch_bundle(settings, on_bytes, points=points))
 
 
 def main() -> None:

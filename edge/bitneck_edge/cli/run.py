@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitneck.errors import CallerError, InvalidConfig
 from bitneck.settings.program import END_S
@@ -108,6 +108,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
 
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
         console=errors, transient=True, disable=not errors.is_terminal or plan.output == "verbose",
     ) as progress:  # fmt: skip
         fetching = progress.add_task("fetching the bundle (bytes)", total=None, visible=False)

@@ -105,6 +105,11 @@ class Link:
         """Frames that may be unanswered, as the server granted."""
         return self._exchange.window
 
+    @property
+    def unanswered(self) -> tuple[int, ...]:
+        """Numbers of the frames that wait for their answer."""
+        return self._exchange.unanswered
+
     async def close(self) -> None:
         """End the session; unanswered frames fail with `Unavailable`."""
         self._closing = True  # from here on the end of the stream is what was asked for

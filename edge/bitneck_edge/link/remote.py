@@ -28,7 +28,6 @@ from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_edge.link.diagnosis import why
 
 __all__ = [
-    "MAX_MANIFEST_BYTES",
     "Access",
     "Call",
     "Offer",
@@ -53,8 +52,6 @@ _MAX_ID = 80
 
 MAX_ANSWER_BYTES = 1 << 20
 """The class map of 513x513 pixels takes 270 kB if nothing of it can be compressed."""
-MAX_MANIFEST_BYTES = 16 << 20
-"""A manifest of a thousand points fits."""
 
 _CLIENT = ssl.PROTOCOL_TLS_CLIENT
 
@@ -277,9 +274,17 @@ class _Pace:
 
 
 async def fetch_file(
-    stub: "pb_grpc.SplitInferenceAsyncStub", model: str, bundle_id: str, path: str, access: Access, pause_s: float
+    stub: "pb_grpc.SplitInferenceAsyncStub",
+    model: str,
+    bundle_id: str,
+    path: str,
+    access: Access,
+    pause_s: float,
+    *,
+    offset: int = 0,
+    length: int = 0,
 ) -> AsyncGenerator[bytes]:
-    """One file of a bundle, in chunks.
+    """One file of a bundle, or a part of it, in chunks.
 
     Args:
         stub: of the server.
@@ -288,13 +293,16 @@ async def fetch_file(
         path: as the manifest lists it.
         access: to it.
         pause_s: longest wait for one chunk. The whole file may take any time, because a link may be thin.
+        offset: first byte that is wanted.
+        length: bytes that are wanted; 0 for all up to the end.
 
     Raises:
         DeadlineExceeded: no chunk came in this time, or less than 1 KiB in four times as long.
         BitneckError: the call failed.
     """
     least = _Pace(pause_s)
-    call = stub.FetchFile(pb.FetchFileRequest(model=model, bundle_id=bundle_id, path=path), metadata=access.metadata)
+    request = pb.FetchFileRequest(model=model, bundle_id=bundle_id, path=path, offset=offset, length=length)
+    call = stub.FetchFile(request, metadata=access.metadata)
     try:
         while True:
             try:

@@ -86,7 +86,7 @@ async def run_load(settings: EdgeSettings, photos: Sequence[Photo], plan: LoadPl
     """
     if not photos or plan.clients < 1 or plan.in_flight < 1 or plan.seconds <= 0 or plan.fps < 0 or plan.warm_s < 0:
         raise InvalidConfig("a load needs at least one photograph and one client, and a duration above zero")
-    bundle = await fetch_bundle(settings)
+    bundle = await fetch_bundle(settings, points=plan.points)
     encoder = EdgeEncoder(bundle, threads=settings.threads)
     points = plan.points or tuple(point.id for point in encoder.ladder)
     payloads = {

@@ -16,13 +16,15 @@ from bitneck.errors import ModelFailure
 from bitneck.settings.program import make_app, run_app
 from bitneck_models.cli.measure import baselines, evaluate, report
 from bitneck_models.cli.options import Data, Json, Runs, Weights, Zoo, data_folder, progress_bars
+from bitneck_models.cli.quantize import quantize
 from bitneck_models.cli.spic import import_spic
+from bitneck_models.cli.steps import steps, upgrade
 
 __all__ = ["app", "main"]
 
 app = make_app("Train, evaluate and export bottleneck units.")
 
-for _command in (import_spic, evaluate, baselines, report):
+for _command in (steps, quantize, import_spic, evaluate, baselines, report, upgrade):
     app.command()(_command)
 
 
@@ -30,13 +32,15 @@ for _command in (import_spic, evaluate, baselines, report):
 def train(
     zoo: Zoo,
     data: Data = None,
-    point: Annotated[list[str] | None, typer.Option(help="Train this point only; repeatable.")] = None,
+    unit: Annotated[
+        list[str] | None, typer.Option("--unit", "--point", help="Train this unit only; repeatable.")
+    ] = None,
     runs: Runs = Path("runs"),
     weights: Weights = None,
-    again: Annotated[bool, typer.Option("--again", help="Train points again that are trained already.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Train units again that are trained already.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
-    """Train the recipe's operating points. Interrupted training resumes from its last checkpoint."""
+    """Train the recipe's units. Interrupted training resumes from its last checkpoint."""
     from bitneck_models.training.photo_sets import photo_sets
     from bitneck_models.training.point import train_point
     from bitneck_models.training.run import choose_device
@@ -44,22 +48,22 @@ def train(
     from bitneck_models.zoo.entry import ZooEntry
 
     entry = ZooEntry(zoo)
-    points = [entry.recipe.point(name) for name in point] if point else list(entry.recipe.points)
+    units = [entry.recipe.unit(name) for name in unit] if unit else list(entry.recipe.units)
     edited = {p.id: keys for p in entry.trained() if (keys := entry.edited(p))}
     trained = {p.id for p in entry.trained()} - edited.keys()
     if not again:
-        points = [p for p in points if p.id not in trained]
+        units = [u for u in units if u.id not in trained]
     console = Console(stderr=True)
-    for item in points:
+    for item in units:
         if item.id in edited:
             console.print(f"{item.id}: its recipe was edited ({', '.join(edited[item.id])}), so it is trained anew")
-    if not points:
-        console.print(f"every point of {zoo} is trained; use --again to train anew")
+    if not units:
+        console.print(f"every unit of {zoo} is trained; use --again to train anew")
         return
     backbone = entry.backbone(weights)
     sets = photo_sets(entry.recipe, data_folder(data), backbone)
     place = choose_device(device)
-    for item in points:
+    for item in units:
         checkpoint = runs / entry.recipe.name / f"{item.id}.pt"
         if again or (item.id in edited and not belongs_to(checkpoint, item, entry.recipe.training_of(item))):
             checkpoint.unlink(missing_ok=True)
@@ -76,7 +80,7 @@ def train(
                 if not console.is_terminal and step.step % 250 == 0:
                     console.print(f"{text}, step {step.step} of {step.steps}")
 
-            record = train_point(
+            _unit, record = train_point(
                 entry, item, backbone, sets, runs, device=place, on_features=on_features, on_step=on_step
             )
         console.print(
@@ -222,7 +226,7 @@ def pareto(
     runs: Runs = Path("runs"),
     storage: Storage = None,
     points: Annotated[int, typer.Option(min=1, help="Number of operating points to pick.")] = 6,
-    prefix: Annotated[str, typer.Option(help="Prefix of the new points' ids; PREFIX1 has the lowest rate.")] = "",
+    prefix: Annotated[str, typer.Option(help="Prefix of the new units' ids; PREFIX1 has the lowest rate.")] = "",
     write: Annotated[bool, typer.Option("--write", help="Write the units and the recipe into the zoo entry.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -271,7 +275,7 @@ def export(
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """Export a zoo entry's trained points as a bundle, and prove that it equals the network."""
+    """Export a zoo entry's trained units and their points as a bundle, and prove that it equals the network."""
     from bitneck_models.export.bundle import NOT_MEASURED, export_bundle
     from bitneck_models.export.proof import proof_count, proof_images
     from bitneck_models.zoo.entry import ZooEntry

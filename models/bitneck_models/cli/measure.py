@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitneck.errors import InvalidConfig
+from bitneck.manifest import Precision
 from bitneck_models.cli.options import Data, Json, Runs, Weights, data_folder, dataset_name, progress_bars
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def evaluate(
             help="Segmentation: ignore this index in class maps; repeatable.  \\[default: each that is no class]",
         ),
     ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of heads and encoders: int8 where the bundle has it, or float32.")
+    ] = "float32",
     as_json: Json = False,
 ) -> None:
     """Measure a bundle on labelled photographs, through real bytes.
@@ -49,6 +53,8 @@ def evaluate(
     from bitneck_models.measure.table import evaluation_line, evaluation_table
     from bitneck_models.zoo.entry import ZooEntry, tables_digests
 
+    if precision != "float32" and record is not None:
+        raise InvalidConfig("--record is for the points as float32; leave --precision out")
     opened = Bundle.open(bundle)
     digests = tables_digests(opened)  # before the measurement: another bundle may be written to the folder during it
     folder = data_folder(data)
@@ -56,8 +62,9 @@ def evaluate(
     with progress_bars(console) as progress:
         task = progress.add_task("evaluating", total=None)
         result = _measured(
-            opened, folder, ignore_index or [], lambda done, total: progress.update(task, completed=done, total=total)
-        )
+            opened, folder, ignore_index or [], precision,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
     if record is not None:
         ZooEntry(record).save_ladder(result.ladder(dataset_name(folder), digests))
     if as_json:
@@ -70,14 +77,16 @@ def evaluate(
     print(evaluation_line(result))  # noqa: T201
 
 
-def _measured(bundle: "Bundle", folder: Path, ignore: list[int], progress: Callable[[int, int], None]) -> "Evaluation":
+def _measured(
+    bundle: "Bundle", folder: Path, ignore: list[int], precision: Precision, progress: Callable[[int, int], None]
+) -> "Evaluation":
     from bitneck_models.measure.evaluate import evaluate as measure
     from bitneck_models.measure.meter import metric_for
     from bitneck_models.networks.vision import imagenet_wnids
 
     labels = bundle.labels()
     photos = metric_for(bundle.manifest.task, labels, ignore).photos(folder, imagenet_wnids(labels), labels)
-    return measure(bundle, photos, ignore=ignore, progress=progress)
+    return measure(bundle, photos, ignore=ignore, precision=precision, progress=progress)
 
 
 def baselines(

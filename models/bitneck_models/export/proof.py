@@ -36,8 +36,8 @@ class Proof:
 
     Attributes:
         chain: of heads and tails, by what was compared.
-        encoders: of encoders, by operating point.
-        decoders: of decoders, by operating point.
+        encoders: of encoders, by unit.
+        decoders: of decoders, by unit.
     """
 
     chain: dict[str, float]
@@ -83,7 +83,7 @@ def prove(bundle: Bundle, backbone: Backbone, units: dict[str, BottleneckUnit], 
     Args:
         bundle: the exported bundle.
         backbone: the network that the chain must equal.
-        units: the units by operating point. Imported points have none, so only the tail after them is compared.
+        units: the units by id. Imported ones have none here, so only the tail after them is compared.
         images: (N, 3, H, W) float32, normalized.
 
     Raises:
@@ -107,20 +107,23 @@ def prove(bundle: Bundle, backbone: Backbone, units: dict[str, BottleneckUnit], 
         whole[f"head {split.name}"] = _difference(f, reference.numpy())
         whole[f"head {split.name} + tail"] = _difference(chain.run(f, head, len(chain)), output)
         whole[f"torch head {split.name} + tail"] = _difference(backbone.tail(split.name)(reference).numpy(), output)
+        proven: set[str] = set()
         for point in bundle.manifest.ladder:
-            if point.split == split.name:
-                unit = units.get(point.id)
-                if unit is None:
-                    f_hat = PointDecoder(bundle, point).decode(_onnx_latent(bundle, point.id, f))
-                    answer = chain.run(f_hat, head, len(chain))
-                    expected = backbone.tail(split.name)(torch.from_numpy(f_hat)).numpy()
-                    decoders[f"{point.id} + tail"] = _difference(answer, expected)
-                    continue
-                y = unit.encoder(reference)
-                encoders[point.id] = _difference(_onnx_latent(bundle, point.id, f), y.numpy())
-                y_hat = torch.round(y / point.step) * point.step
-                decoded = PointDecoder(bundle, point).decode(y_hat.numpy())
-                decoders[point.id] = _difference(decoded, unit.decoder(y_hat).numpy())
+            if point.split != split.name or point.unit in proven:
+                continue
+            proven.add(point.unit)
+            unit = units.get(point.unit)
+            if unit is None:
+                f_hat = PointDecoder(bundle, point).decode(_onnx_latent(bundle, point.id, f))
+                answer = chain.run(f_hat, head, len(chain))
+                expected = backbone.tail(split.name)(torch.from_numpy(f_hat)).numpy()
+                decoders[f"{point.unit} + tail"] = _difference(answer, expected)
+                continue
+            y = unit.encoder(reference)
+            encoders[point.unit] = _difference(_onnx_latent(bundle, point.id, f), y.numpy())
+            y_hat = torch.round(y / point.step) * point.step
+            decoded = PointDecoder(bundle, point).decode(y_hat.numpy())
+            decoders[point.unit] = _difference(decoded, unit.decoder(y_hat).numpy())
     proof = Proof(whole, encoders, decoders)
     if not proof.worst <= TOLERANCE:
         raise ModelFailure(f"the exported bundle differs from torch by {proof.worst:.2e} relative: {proof}")

@@ -50,20 +50,26 @@ def point_complexity(root: Path, manifest: Manifest, point: OperatingPoint) -> P
         point: one of its operating points.
     """
     cut = manifest.split(point.split).after_segment + 1
+    unit = manifest.unit(point.unit)
     spec, sent = manifest.input, manifest.split(point.split).feature_shape
     return PointComplexity(
         head=_chain(root, manifest, range(cut), (3, spec.height, spec.width)),
-        encoder=onnx_complexity(root / "points" / point.id / "encoder.onnx", sent),
-        decoder=onnx_complexity(root / "points" / point.id / "decoder.onnx", point.latent_shape),
-        tail=_chain(root, manifest, range(cut, len(manifest.segments)), manifest.decoded_shape(point.id)),
+        encoder=_files(root, unit.encoder_files, sent),
+        decoder=onnx_complexity(root / unit.decoder, point.latent_shape),
+        tail=_chain(root, manifest, range(cut, len(manifest.segments)), manifest.decoded_shape(unit.id)),
     )
 
 
 def _chain(root: Path, manifest: Manifest, segments: range, shape: tuple[int, ...]) -> Complexity:
     """Segments one after the other. `shape` is the first segment's input, without the batch axis."""
+    return _files(root, [manifest.segments[index].file for index in segments], shape)
+
+
+def _files(root: Path, files: Sequence[str], shape: tuple[int, ...]) -> Complexity:
+    """Files one after the other. `shape` is the first one's input, without the batch axis."""
     total = Complexity(0, 0)
-    for index in segments:
-        part, shape = _measured(root / manifest.segments[index].file, shape)
+    for file in files:
+        part, shape = _measured(root / file, shape)
         total += part
     return total
 

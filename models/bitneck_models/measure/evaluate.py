@@ -11,6 +11,7 @@ from typing import Any
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
+from bitneck.manifest import Precision
 from bitneck_models.measure.complexity import PointComplexity, point_complexity
 from bitneck_models.measure.meter import Metric, metric_for
 from bitneck_models.measure.passes import Rate, RateMeter, photo_passes
@@ -108,6 +109,7 @@ def evaluate(
     photos: Sequence[Any],
     *,
     ignore: Collection[int] = (),
+    precision: Precision = "float32",
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Evaluation:
     """Measure a bundle.
@@ -116,6 +118,7 @@ def evaluate(
         bundle: both halves.
         photos: at least one, each with its truth, as the task's `Metric.photos` gives them.
         ignore: segmentation: indices in class maps that are void. By default, all indices that are no class.
+        precision: see `photo_passes`.
         progress: called with (photographs done, all).
 
     Raises:
@@ -132,7 +135,7 @@ def evaluate(
     agreed = dict.fromkeys(meters, 0)
     compared = 0
     uncompressed = metric.meter()
-    passes = photo_passes(bundle, [metric.path(photo) for photo in photos])
+    passes = photo_passes(bundle, [metric.path(photo) for photo in photos], precision)
     for count, (photo, passed) in enumerate(zip(photos, passes, strict=True), start=1):
         truth = metric.truth(photo)
         teacher = metric.answer(passed.output)  # () or (H, W)

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.bundle import Bundle
-from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
+from bitneck.chain import PointDecoder, PointEncoder, SegmentChain, segments_of
 from bitneck.image import load_photo, preprocess
 from bitneck.ladder import OperatingPoint
+from bitneck.manifest import Precision
+from bitneck.runtime import ModulePool
 from bitneck.wire.frames import seal_frame, wire_bytes
 
 __all__ = ["PhotoPass", "PointPass", "Rate", "RateMeter", "photo_passes"]
@@ -42,12 +44,14 @@ class PointPass:
 class _Halves:
     """Both halves of a bundle."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, precision: Precision) -> None:
+        pool = ModulePool()
         self.bundle = bundle
         self.ladder = bundle.manifest.ladder
-        self.chain = SegmentChain(bundle)
-        self.encoders = {p.id: PointEncoder(bundle, p) for p in self.ladder}
-        self.decoders = {p.id: PointDecoder(bundle, p) for p in self.ladder}
+        self.chain = SegmentChain(bundle, pool=pool)
+        self.heads = SegmentChain(bundle, pool=pool, precision=precision)
+        self.encoders = {p.id: PointEncoder(bundle, p, pool=pool, precision=precision) for p in self.ladder}
+        self.decoders = {p.id: PointDecoder(bundle, p, pool=pool) for p in self.ladder}
 
 
 class PhotoPass:
@@ -57,8 +61,10 @@ class PhotoPass:
         output: logits of the uncompressed network, (K,) or (K, H, W) float32.
     """
 
-    def __init__(self, halves: _Halves, seq: int, features: list[NDArray[np.float32]]) -> None:
-        self.output = features[-1][0]
+    def __init__(
+        self, halves: _Halves, seq: int, output: NDArray[np.float32], features: list[NDArray[np.float32]]
+    ) -> None:
+        self.output = output
         self._halves, self._seq, self._features = halves, seq, features
 
     def points(self) -> Iterator[tuple[OperatingPoint, PointPass]]:
@@ -82,19 +88,27 @@ class PhotoPass:
             )
 
 
-def photo_passes(bundle: Bundle, photos: Sequence[Path]) -> Iterator[PhotoPass]:
+def photo_passes(bundle: Bundle, photos: Sequence[Path], precision: Precision = "float32") -> Iterator[PhotoPass]:
     """Take each photograph through the bundle in turn.
+
+    Args:
+        bundle: both halves.
+        photos: files.
+        precision: of the edge's half, where the bundle has it as int8. The uncompressed network is always float32.
 
     Raises:
         ImageError: a photograph cannot be read.
         BundleError, ModelFailure: the bundle cannot be used.
     """
-    halves = _Halves(bundle)
+    halves = _Halves(bundle, precision)
+    edge = segments_of(bundle, "edge")
     for seq, photo in enumerate(photos, start=1):
-        features = [preprocess(load_photo(photo), bundle.manifest.input)]
-        for index in range(len(halves.chain)):
-            features.append(halves.chain.run(features[-1], index, index + 1))
-        yield PhotoPass(halves, seq, features)
+        x = preprocess(load_photo(photo), bundle.manifest.input)
+        features = [x]
+        for index in edge:
+            features.append(halves.heads.run(features[-1], index, index + 1))
+        start, f = (0, x) if precision == "int8" else (len(edge), features[-1])
+        yield PhotoPass(halves, seq, halves.chain.run(f, start, len(halves.chain))[0], features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

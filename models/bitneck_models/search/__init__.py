@@ -1,6 +1,6 @@
 """The search for operating points: Optuna over (S, Cr, lambda, Q), for few bytes and high agreement at once.
 
-    space.toml --sample--> PointRecipe --train a little--> hopeless? end : train on --> (bpp, agreement)
+    space.toml --sample--> UnitRecipe --train a little--> hopeless? end : train on --> (bpp, agreement)
     front of all trials --pick_ladder--> operating points --adopt--> zoo entry
 
 Paper, section 3.4 and Table 1. The trials are in an Optuna storage, so a search continues after an interruption, and

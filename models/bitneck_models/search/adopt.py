@@ -1,4 +1,4 @@
-"""From the front of a search into a zoo entry: trained units, and their points in the recipe."""
+"""From the front of a search into a zoo entry: trained units with their first points, and their recipes."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,23 +10,23 @@ from bitneck.errors import InvalidConfig
 from bitneck_models.search.front import Found
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.recipe import OWN_SCHEDULE
-from bitneck_models.zoo.records import PointRecord
+from bitneck_models.zoo.records import PointRecord, UnitRecord
 
 __all__ = ["adopt"]
 
 
 def adopt(entry: ZooEntry, found: Sequence[Found], names: Sequence[str]) -> None:
-    """Copy trained units into a zoo entry and append their points to its recipe.
+    """Copy trained units and their first points into a zoo entry, and append the units to its recipe.
 
     Args:
         entry: the zoo entry.
         found: trials of the front.
-        names: ids of the new operating points.
+        names: ids of the new units, and of their first operating points.
 
     Raises:
         InvalidConfig: an id is taken, or a unit is on another machine.
     """
-    taken = {point.id for point in entry.recipe.points} & set(names)
+    taken = ({unit.id for unit in entry.recipe.units} | set(entry.points())) & set(names)
     if taken:
         raise InvalidConfig(f"{entry.folder} has {', '.join(sorted(taken))} already: choose another --prefix")
     for f in found:
@@ -39,12 +39,18 @@ def adopt(entry: ZooEntry, found: Sequence[Found], names: Sequence[str]) -> None
     for f, name in zip(found, names, strict=True):
         own = {key: f.training[key] for key in OWN_SCHEDULE} | {"id": name}
         point = {key: _plain(value) for key, value in (f.recipe | own).items() if value is not None}
-        shutil.copytree(f.folder, entry.point_folder(name))
-        path = entry.point_folder(name) / "record.json"
-        record = PointRecord.model_validate_json(path.read_bytes())
+        unit_folder, point_folder = entry.unit_folder(name), entry.point_folder(name)
+        for folder, file in ((unit_folder, "unit.safetensors"), (point_folder, "tables.npz")):
+            folder.mkdir(parents=True)
+            shutil.copyfile(f.folder / file, folder / file)
+        record = UnitRecord.model_validate_json((f.folder / "record.json").read_bytes())
         record = record.model_copy(update={"recipe": record.recipe | own})
-        path.write_text(record.model_dump_json(indent=1) + "\n")
-        blocks.append(tomli_w.dumps({"points": [{"id": name} | point]}))
+        (unit_folder / "record.json").write_text(record.model_dump_json(indent=1) + "\n")
+        fitted = PointRecord.model_validate_json((f.folder / "point.json").read_bytes())
+        (point_folder / "point.json").write_text(
+            fitted.model_copy(update={"unit": name}).model_dump_json(indent=1) + "\n"
+        )
+        blocks.append(tomli_w.dumps({"units": [{"id": name} | point]}))
     path = entry.folder / "recipe.toml"
     text = path.read_text(encoding="utf-8").rstrip() + "\n\n" + "\n".join(blocks)
     path.with_suffix(".part").write_text(text, encoding="utf-8")

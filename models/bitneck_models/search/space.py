@@ -9,15 +9,15 @@ from pydantic import Field, model_validator
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.typed_files import Id, Positive, load_toml, validated
 from bitneck_models.units.unit import BottleneckUnit
-from bitneck_models.zoo.recipe import STARTS, Channels, PointRecipe, Stride, TrainingRecipe, UnitRecipe
+from bitneck_models.zoo.recipe import STARTS, Channels, Stride, TrainingRecipe, UnitKind, UnitRecipe
 
 __all__ = ["SearchSpace", "load_space"]
 
 Range = tuple[Positive, Positive]
 
 
-class SearchSpace(UnitRecipe):
-    """What is sampled, and, from `UnitRecipe`, what all trials have in common.
+class SearchSpace(UnitKind):
+    """What is sampled, and, from `UnitKind`, what all trials have in common.
 
     Attributes:
         name: name of the study.
@@ -25,7 +25,7 @@ class SearchSpace(UnitRecipe):
         channels: values of Cr to choose from.
         lambda_: smallest and largest weight of the task term, key ``lambda``; sampled on a logarithmic scale.
         step: smallest and largest Q; sampled on a logarithmic scale.
-        init: see `UnitRecipe`; not another point.
+        init: see `UnitKind`; not another point.
         training: the schedule of a trial.
         prune_after: share of the first stage's steps after which a hopeless trial ends; 1 for never.
     """
@@ -48,15 +48,15 @@ class SearchSpace(UnitRecipe):
             raise ValueError(f"init: {self.init!r} is no method; use {', '.join(STARTS[:-1])} or {STARTS[-1]}")
         return self
 
-    def point(self, trial: optuna.Trial) -> PointRecipe:
+    def point(self, trial: optuna.Trial) -> UnitRecipe:
         """Sample the operating point of a trial."""
-        return PointRecipe(
+        return UnitRecipe(
             id=f"{self.split}-t{trial.number:04d}",
             stride=trial.suggest_categorical("stride", self.stride),
             channels=trial.suggest_categorical("channels", self.channels),
             lambda_=trial.suggest_float("lambda", *self.lambda_, log=True),
             step=trial.suggest_float("step", *self.step, log=True),
-            **self.model_dump(include=set(UnitRecipe.model_fields)),
+            **self.model_dump(include=set(UnitKind.model_fields)),
         )
 
     def check(self, backbone: Backbone) -> None:

@@ -14,15 +14,15 @@ from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.search.space import SearchSpace
 from bitneck_models.training.photo_sets import PhotoSets, split_features, table_features
-from bitneck_models.training.point import point_record
+from bitneck_models.training.point import point_record, unit_record
 from bitneck_models.training.start import initialized_unit
 from bitneck_models.training.tables import prune_and_fit
 from bitneck_models.training.unit import StepReport, train_unit
 from bitneck_models.training.validation import Validation, validate
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_models.zoo.point import new_unit, round_weights, save_point
-from bitneck_models.zoo.recipe import PointRecipe
+from bitneck_models.zoo.point import new_unit, round_weights, save_point, save_unit
+from bitneck_models.zoo.recipe import UnitRecipe
 
 __all__ = ["is_hopeless", "work"]
 
@@ -61,9 +61,9 @@ def work(
     features, held = split_features(backbone, space.split, sets, space.training.seed, runs)
     tables = table_features(features, sets)
 
-    def measured(unit: BottleneckUnit, point: PointRecipe) -> tuple[BottleneckUnit, FactorizedModel, Validation]:
+    def measured(unit: BottleneckUnit, point: UnitRecipe) -> tuple[BottleneckUnit, FactorizedModel, Validation]:
         small, model = prune_and_fit(unit, point, tables)
-        return small, model, validate(small, backbone.tail(space.split), point, model, held)
+        return small, model, validate(small, backbone.tail(space.split), point.step, model, held)
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         point = space.point(trial)
@@ -103,8 +103,8 @@ def work(
             raise
         finally:
             checkpoint.unlink(missing_ok=True)
-        record = point_record(point, space.training, steps, len(features), len(held), result)
-        save_point(folder, small, model, record)
+        save_unit(folder, small, unit_record(point, space.training, steps, len(features)))
+        save_point(folder, model, point_record(point, point.step, len(held), result))
         trial.set_user_attr("bytes", result.payload_bytes)
         trial.set_user_attr("folder", str(folder.resolve()))
         trial.set_user_attr("machine", platform.node())
@@ -130,7 +130,7 @@ def work(
         )
 
 
-def _copy(unit: BottleneckUnit, backbone: Backbone, point: PointRecipe) -> BottleneckUnit:
+def _copy(unit: BottleneckUnit, backbone: Backbone, point: UnitRecipe) -> BottleneckUnit:
     copy = new_unit(backbone, point)
     copy.load_state_dict(unit.state_dict())
     return copy.eval()

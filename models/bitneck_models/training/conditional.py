@@ -127,7 +127,7 @@ def fit_points(
     for name in points:
         tables = bundle.tables(name)
         check_conditionable(tables)
-        if entry.tables(entry.recipe.point(name).id).digest != tables.digest:
+        if entry.tables(name).digest != tables.digest:
             raise InvalidConfig(f"{name}: the bundle's tables are not the zoo entry's; export the entry again")
     train = pair_symbols(bundle, points, photos.train, seed, lambda done: progress("scenes", done, len(photos.train)))
     held = pair_symbols(

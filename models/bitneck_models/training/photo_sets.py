@@ -20,7 +20,16 @@ from bitneck_models.losses.task_terms import NO_LABEL
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.zoo.recipe import Recipe
 
-__all__ = ["PhotoSets", "affordable", "feature_specs", "photo_sets", "sampled", "split_features", "table_features"]
+__all__ = [
+    "PhotoSets",
+    "affordable",
+    "feature_specs",
+    "photo_sets",
+    "sampled",
+    "sampled_photos",
+    "split_features",
+    "table_features",
+]
 
 _TABLE_FEATURES = 12000
 _TABLE_BYTES = 2 << 30
@@ -131,6 +140,13 @@ def split_features(
 def table_features(features: NDArray[np.float16], sets: PhotoSets) -> NDArray[np.float16]:
     """A sample of the training features to fit tables on; the same one each time."""
     return features[sampled(sets.weights, affordable(features, _TABLE_FEATURES, _TABLE_BYTES), seed=2)]
+
+
+def sampled_photos(sets: PhotoSets, size: int, seed: int) -> NDArray[np.intp]:
+    """Indices of some training photographs, drawn as often as training draws them; see `sampled`."""
+    views = np.array([count for _path, count in sets.train])
+    each = np.add.reduceat(sets.weights, np.cumsum(views) - views)
+    return sampled(each / each.sum(), size, seed)
 
 
 def affordable(features: NDArray[np.float16], count: int, most_bytes: int, bytes_a_value: int = 2) -> int:

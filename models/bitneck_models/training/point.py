@@ -1,4 +1,4 @@
-"""From a recipe to a trained point: features, start, training, tables, validation, record."""
+"""From a recipe to a trained unit and its first operating point: features, start, training, tables, validation."""
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -20,16 +20,16 @@ from bitneck_models.training.tables import prune_and_fit
 from bitneck_models.training.unit import RECENT_STEPS, StepReport, train_unit
 from bitneck_models.training.validation import Validation, validate
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_models.zoo.point import round_weights
-from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe
-from bitneck_models.zoo.records import PointRecord
+from bitneck_models.zoo.point import round_weights, save_point, save_unit
+from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe
+from bitneck_models.zoo.records import PointRecord, UnitRecord
 
-__all__ = ["point_record", "train_point"]
+__all__ = ["point_record", "train_point", "unit_record"]
 
 
 def train_point(
     entry: ZooEntry,
-    point: PointRecipe,
+    point: UnitRecipe,
     backbone: Backbone,
     sets: PhotoSets,
     runs: Path,
@@ -37,11 +37,13 @@ def train_point(
     device: str = "cpu",
     on_features: Callable[[int, int], None] = lambda _done, _all: None,
     on_step: Callable[[StepReport], None] = lambda _report: None,
-) -> PointRecord:
-    """Train one point and save it in the zoo entry. Interrupted training resumes from its last checkpoint.
+) -> tuple[UnitRecord, PointRecord]:
+    """Train one unit, and save it and its first operating point in the zoo entry.
+
+    Interrupted training resumes from its last checkpoint.
 
     Args:
-        entry: gets the result, and has the point to start from.
+        entry: gets the result, and has the unit to start from.
         point: what to train.
         backbone: the frozen network.
         sets: see `bitneck_models.training.photo_sets`.
@@ -49,6 +51,9 @@ def train_point(
         device: where the unit is trained, as torch names it.
         on_features: progress of the features, (done, all).
         on_step: progress of the training.
+
+    Returns:
+        The records of the unit and of the point.
 
     Raises:
         InvalidConfig: the point does not fit the backbone, labels are missing, or the checkpoint belongs to another
@@ -85,42 +90,53 @@ def train_point(
     round_weights(unit)
     unit, tables = prune_and_fit(unit, point, table_features(features, sets))
     truth = view_maps(backbone, held_out, sets.maps) if sets.maps else None
-    result = validate(unit, tail, point, tables, held, truth)
-    record = point_record(point, training, last, len(features), len(held), result)
-    entry.save(point, unit, tables, record)
-    return record
+    result = validate(unit, tail, point.step, tables, held, truth)
+    records = unit_record(point, training, last, len(features)), point_record(point, point.step, len(held), result)
+    save_unit(entry.unit_folder(point.id), unit, records[0])
+    save_point(entry.point_folder(point.id), tables, records[1])
+    return records
 
 
-def point_record(
-    point: PointRecipe,
-    training: TrainingRecipe,
-    steps: Sequence[StepReport],
-    train_features: int,
-    validation_photos: int,
-    result: Validation,
-) -> PointRecord:
-    """The record of a trained point, without digests.
+def unit_record(
+    unit: UnitRecipe, training: TrainingRecipe, steps: Sequence[StepReport], train_features: int
+) -> UnitRecord:
+    """The record of a trained unit, without its digest.
 
     Args:
-        point: its recipe.
+        unit: its recipe.
         training: its schedule.
         steps: what its steps cost; the last ones count.
         train_features: number of training views.
-        validation_photos: number of photographs put aside.
-        result: rate and agreement on them.
     """
     last = steps[-RECENT_STEPS:]
-    return PointRecord(
-        recipe=point.model_dump(by_alias=True),
+    return UnitRecord(
+        recipe=unit.model_dump(by_alias=True),
         training=training.model_dump(),
         code_version=bitneck.__version__,
         torch_version=torch.__version__,
         train_features=train_features,
-        validation_photos=validation_photos,
-        lambda_final=last[-1].lambda_ if last else point.lambda_,
+        lambda_final=last[-1].lambda_ if last else unit.lambda_,
         estimated_bytes=float(np.mean([step.bits for step in last])) / 8 if last else 0.0,
+        trained=datetime.now(tz=UTC).date(),
+    )
+
+
+def point_record(unit: UnitRecipe, step: float, validation_photos: int, result: Validation) -> PointRecord:
+    """The record of an operating point, without its digest.
+
+    Args:
+        unit: the recipe of its unit.
+        step: quantizer step Q.
+        validation_photos: number of photographs put aside.
+        result: rate and agreement on them.
+    """
+    return PointRecord(
+        unit=unit.id,
+        split=unit.split,
+        step=step,
+        validation_photos=validation_photos,
         validation_bytes=result.payload_bytes,
         validation_agreement=result.agreement,
         validation_mean_iou=result.mean_iou,
-        trained=datetime.now(tz=UTC).date(),
+        fitted=datetime.now(tz=UTC).date(),
     )

@@ -14,7 +14,7 @@ from bitneck_models.units.starts import init_linear, init_nested, init_next
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.point import new_unit
-from bitneck_models.zoo.recipe import STARTS, PointRecipe
+from bitneck_models.zoo.recipe import STARTS, UnitRecipe
 
 __all__ = ["initialized_unit"]
 
@@ -25,7 +25,7 @@ _BYTES = 1 << 30
 
 def initialized_unit(
     entry: ZooEntry,
-    point: PointRecipe,
+    point: UnitRecipe,
     backbone: Backbone,
     features: NDArray[np.float16],
     weights: NDArray[np.float64],
@@ -45,7 +45,7 @@ def initialized_unit(
     if point.topology == "nested":
         return _nested_unit(entry, point, backbone, features, weights)
     if point.init not in STARTS:
-        source = entry.recipe.point(point.init)
+        source = entry.recipe.unit(point.init)
         if _geometry(source) != _geometry(point):
             raise InvalidConfig(
                 f"{point.id} cannot start from {source.id}: split, stride, kernel, filters, topology, hidden or group "
@@ -66,7 +66,7 @@ def initialized_unit(
 
 def _nested_unit(
     entry: ZooEntry,
-    point: PointRecipe,
+    point: UnitRecipe,
     backbone: Backbone,
     features: NDArray[np.float16],
     weights: NDArray[np.float64],
@@ -78,7 +78,7 @@ def _nested_unit(
         update={"topology": "separable", "group": (1, 1), "hidden": None, "channels": point.hidden or point.channels}
     )
     if point.init not in STARTS:
-        source = entry.recipe.point(point.init)
+        source = entry.recipe.unit(point.init)
         if source.topology == "nested" and _geometry(source) == _geometry(point):
             return entry.unit(backbone, source).requires_grad_()
         if point.hidden is not None:
@@ -94,5 +94,5 @@ def _nested_unit(
     return unit
 
 
-def _geometry(point: PointRecipe) -> tuple[object, ...]:
+def _geometry(point: UnitRecipe) -> tuple[object, ...]:
     return point.split, point.stride, point.kernel, point.filters, point.topology, point.hidden, point.group

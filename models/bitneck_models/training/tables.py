@@ -15,7 +15,7 @@ from bitneck.coding.symbols import quantize
 from bitneck_models.training.photo_sets import affordable
 from bitneck_models.units.prune import prune_channels
 from bitneck_models.units.unit import BottleneckUnit
-from bitneck_models.zoo.recipe import PointRecipe
+from bitneck_models.zoo.recipe import UnitRecipe
 
 __all__ = ["feature_chunks", "prune_and_fit", "symbols_of"]
 
@@ -65,7 +65,7 @@ def symbols_of(
 
 
 def prune_and_fit(
-    unit: BottleneckUnit, point: PointRecipe, features: NDArray[np.float16]
+    unit: BottleneckUnit, point: UnitRecipe, features: NDArray[np.float16]
 ) -> tuple[BottleneckUnit, FactorizedModel]:
     """Remove the channels whose symbols are nearly always zero, and fit the factorized model to the others.
 

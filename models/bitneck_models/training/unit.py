@@ -28,7 +28,7 @@ from bitneck_models.losses.task_terms import TaskLoss
 from bitneck_models.training.batches import Batches, labelled
 from bitneck_models.training.run import RunningMean, cosine, read_checkpoint, run, seeded, set_learning_rates
 from bitneck_models.units.unit import BottleneckUnit
-from bitneck_models.zoo.recipe import PointRecipe, TrainingRecipe
+from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe
 
 __all__ = ["RECENT_STEPS", "StepReport", "belongs_to", "train_unit"]
 
@@ -67,7 +67,7 @@ def train_unit(
     unit: BottleneckUnit,
     tail: nn.Module,
     features: NDArray[np.float16],
-    point: PointRecipe,
+    point: UnitRecipe,
     training: TrainingRecipe,
     *,
     weights: NDArray[np.float64] | None = None,
@@ -119,7 +119,7 @@ def train_unit(
     return complete
 
 
-def belongs_to(checkpoint: Path, point: PointRecipe, training: TrainingRecipe) -> bool:
+def belongs_to(checkpoint: Path, point: UnitRecipe, training: TrainingRecipe) -> bool:
     """Whether a checkpoint is there, and a run of this recipe would go on from it."""
     try:
         read_checkpoint(checkpoint, {"point": point, "training": training})
@@ -138,7 +138,7 @@ class _UnitTrainer:
         features: NDArray[np.float16],
         weights: NDArray[np.float64] | None,
         labels: NDArray[np.integer] | None,
-        point: PointRecipe,
+        point: UnitRecipe,
         training: TrainingRecipe,
     ) -> None:
         self.unit, self.point, self.training = unit, point, training

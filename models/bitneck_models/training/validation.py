@@ -12,7 +12,6 @@ from bitneck.coding.symbols import dequantize
 from bitneck_models.data.class_maps import confusion, mean_iou
 from bitneck_models.training.tables import symbols_of
 from bitneck_models.units.unit import BottleneckUnit
-from bitneck_models.zoo.recipe import PointRecipe
 
 __all__ = ["Validation", "validate"]
 
@@ -37,7 +36,7 @@ class Validation:
 def validate(
     unit: BottleneckUnit,
     tail: nn.Module,
-    point: PointRecipe,
+    step: float,
     tables: FactorizedModel,
     features: NDArray[np.float16],
     truth: NDArray[np.uint8] | None = None,
@@ -47,19 +46,19 @@ def validate(
     Args:
         unit: the unit, in evaluation mode.
         tail: the network after the split point.
-        point: gives the step.
+        step: quantizer step Q.
         tables: tables of the unit.
         features: (M, C, Hf, Wf) float16.
         truth: segmentation: class maps, (M, H, W) uint8; None without any.
     """
-    symbols = symbols_of(unit, features, point.step, tables)
+    symbols = symbols_of(unit, features, step, tables)
     bits = [tables.ideal_bits(s) for s in symbols]
     agree = 0.0
     matrix: NDArray[np.int64] | None = None
     for start in range(0, len(features), _CHUNK):
         rows = slice(start, start + _CHUNK)
         f = torch.from_numpy(features[rows].astype(np.float32))
-        y_hat = torch.from_numpy(dequantize(symbols[rows], point.step))
+        y_hat = torch.from_numpy(dequantize(symbols[rows], step))
         with torch.no_grad():
             student, teacher = tail(unit.decoder(y_hat)), tail(f)  # (n, L) or (n, K, H, W)
         answer = student.argmax(1)  # (n,) or (n, H, W)

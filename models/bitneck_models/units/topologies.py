@@ -37,10 +37,12 @@ class Encoder(nn.Module):
         body: the layers before the last convolution; may be empty.
         mix: the last convolution.
         outer: activation of the latent.
+        copied: number of layers of the body that can start as a copy of the network's next layer.
     """
 
-    def __init__(self, body: nn.Sequential, mix: nn.Conv2d, outer: Activation) -> None:
+    def __init__(self, body: nn.Sequential, mix: nn.Conv2d, outer: Activation, copied: int = 0) -> None:
         super().__init__()
+        self.copied = copied
         self.body = body
         self.mix = mix
         self.mix_norm = nn.BatchNorm2d(mix.out_channels)
@@ -49,6 +51,11 @@ class Encoder(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         """(N, C, Hf, Wf) to (N, Cr, h, w)."""
         return self.latent(self.body(f))
+
+    def halves(self) -> tuple[nn.Module, nn.Module]:
+        """The copied layers, and the rest: one after the other they are this encoder."""
+        rest = nn.Sequential(self.body[self.copied :], self.mix, self.mix_norm, self.outer)
+        return self.body[: self.copied].train(self.training), rest.train(self.training)
 
     def latent(self, t: Tensor) -> Tensor:
         """Output of the body to the latent (N, Cr, h, w)."""
@@ -199,7 +206,7 @@ def _inverted(p: Plan) -> Halves:
         expand=_conv(p.channels, h, 1), expand_norm=norm(h), expand_inner=nn.ReLU6(),
         pad=Pad(p.geometry), spatial=p.down(h, 1), spatial_norm=norm(h), inner=p.act(h),
     )  # fmt: skip
-    return Encoder(encoder, _conv(h, p.latent_channels, 1), p.outer), _separable_decoder(p)
+    return Encoder(encoder, _conv(h, p.latent_channels, 1), p.outer, copied=3), _separable_decoder(p)
 
 
 def _nested(p: Plan) -> Halves:

@@ -1,22 +1,28 @@
-"""Zoo entries on disk: a recipe, its trained units and tables, and what was measured.
+"""Zoo entries on disk: a recipe, its trained units, their operating points, and what was measured.
 
 recipe.toml                     what to train, and how
 network.safetensors             weights of the network, if it was trained in this repository, and
 network.toml, network.json      how it was trained
-points/<id>/unit.safetensors    weights of the unit
+units/<id>/unit.safetensors     weights of the unit
+units/<id>/record.json          resolved recipe, code version
+points/<id>/point.json          the unit and its step, validation metrics
 points/<id>/tables.npz          the factorized model
-points/<id>/record.json         resolved recipe, code version, validation metrics
 points/<id>/conditional.npz     the conditional model, written by `similar`, and
 points/<id>/conditional.json    how it was fitted
 points/<id>/spic.json           instead of all these: a point of the paper's authors, with its ONNX files and tables,
                                 written by `import-spic`
+int8.json, int8.npz             how the int8 files are made, and their proof, written by `quantize`
 ladder.json                     rate and accuracy of every point on an evaluation set, written by `evaluate --record`
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -31,9 +37,9 @@ from bitneck_models.networks.backbone import NETWORK_FILE, Backbone
 from bitneck_models.networks.registry import build_backbone
 from bitneck_models.spic.record import RECORD, SpicRecord
 from bitneck_models.units.unit import BottleneckUnit
-from bitneck_models.zoo.point import new_unit, save_point
-from bitneck_models.zoo.recipe import OWN_SCHEDULE, PointRecipe, Recipe, TrainingRecipe, load_recipe
-from bitneck_models.zoo.records import ConditionalRecord, MeasuredLadder, PointRecord
+from bitneck_models.zoo.point import new_unit
+from bitneck_models.zoo.recipe import OWN_SCHEDULE, Recipe, TrainingRecipe, UnitRecipe, load_recipe
+from bitneck_models.zoo.records import ConditionalRecord, Int8Record, MeasuredLadder, PointRecord, UnitRecord
 
 __all__ = ["ZooEntry", "tables_digests"]
 
@@ -62,56 +68,72 @@ class ZooEntry:
         own = self.folder / NETWORK_FILE
         return build_backbone(self.recipe.backbone, weights or (own if own.is_file() else None))
 
-    def trained(self) -> list[PointRecipe]:
-        """The points of the recipe that have trained weights, in the recipe's order."""
-        return [point for point in self.recipe.points if (self.point_folder(point.id) / "unit.safetensors").is_file()]
+    def trained(self) -> list[UnitRecipe]:
+        """The units of the recipe that have trained weights, in the recipe's order."""
+        return [unit for unit in self.recipe.units if (self.unit_folder(unit.id) / "unit.safetensors").is_file()]
 
-    def edited(self, point: PointRecipe) -> list[str]:
-        """The keys of a trained point's recipe and schedule that are others now than when it was trained.
+    def edited(self, unit: UnitRecipe) -> list[str]:
+        """The keys of a trained unit's recipe and schedule that are others now than when it was trained.
 
         Keys that an older version did not know had their defaults then. Without a record, nothing is known to differ.
         """
         try:
-            record = PointRecord.model_validate_json((self.point_folder(point.id) / "record.json").read_bytes())
-            recipe = PointRecipe.model_validate(record.recipe)
+            record = UnitRecord.model_validate_json((self.unit_folder(unit.id) / "record.json").read_bytes())
+            recipe = UnitRecipe.model_validate(record.recipe)
             training = TrainingRecipe.model_validate(record.training)
         except (OSError, ValidationError):
             return []
-        own = set(PointRecipe.model_fields) - {"id", "curve", "ship", *OWN_SCHEDULE}
-        now = self.recipe.training_of(point)
-        differ = [key for key in own if getattr(recipe, key) != getattr(point, key)]
+        own = set(UnitRecipe.model_fields) - {"id", "curve", "ship", *OWN_SCHEDULE}
+        now = self.recipe.training_of(unit)
+        differ = [key for key in own if getattr(recipe, key) != getattr(unit, key)]
         differ += [key for key in TrainingRecipe.model_fields if getattr(training, key) != getattr(now, key)]
         return sorted(differ)
 
-    def shipped(self) -> list[PointRecipe]:
-        """The trained points that belong into the bundle.
+    def shipped(self) -> list[UnitRecipe]:
+        """The trained units that belong into the bundle.
 
         Raises:
             InvalidConfig: the recipe of one was edited since it was trained.
         """
-        points = [point for point in self.trained() if point.ship]
-        for point in points:
-            if keys := self.edited(point):
+        units = [unit for unit in self.trained() if unit.ship]
+        for unit in units:
+            if keys := self.edited(unit):
                 raise InvalidConfig(
-                    f"{point.id}: its recipe was edited since it was trained ({', '.join(keys)}); run `bitneck-models "
+                    f"{unit.id}: its recipe was edited since it was trained ({', '.join(keys)}); run `bitneck-models "
                     f"train {self.folder}`, or take the edit back"
                 )
-        return points
+        return units
+
+    def points(self) -> dict[str, PointRecord]:
+        """The operating points that tables were fitted for, by id, also of units that are not shipped any more.
+
+        Raises:
+            BundleCorrupt: a record is unreadable.
+        """
+        found = {}
+        for path in sorted((self.folder / "points").glob("*/point.json")):
+            try:
+                record = PointRecord.model_validate_json(path.read_bytes())
+            except (OSError, ValidationError) as exc:
+                reason = str(exc).splitlines()[0]
+                raise BundleCorrupt(f"{path} is not the record of an operating point ({reason})") from exc
+            found[check_id(path.parent.name, "operating point")] = record
+        return found
 
     def imported(self) -> dict[str, SpicRecord]:
         """The points that `bitneck-models import-spic` wrote here, by id; the recipe does not name them.
 
         Raises:
-            InvalidConfig: the name of a folder is no id, or it is the id of a point of the recipe.
+            InvalidConfig: the name of a folder is no id, or it is the id of a unit of the recipe.
             BundleCorrupt: a record is unreadable, or its files were changed.
         """
         found = {}
-        own = {point.id for point in self.recipe.points}
+        own = {unit.id for unit in self.recipe.units}
         for path in sorted((self.folder / "points").glob(f"*/{RECORD}")):
             name = check_id(path.parent.name, "operating point")
             if name in own:
                 raise InvalidConfig(
-                    f"{path.parent}: {name} is a point of the recipe too; give the imported one another"
+                    f"{path.parent}: {name} is a unit of the recipe too; give the imported one another id"
                 )
             found[name] = SpicRecord.read(path.parent)
         return found
@@ -120,30 +142,34 @@ class ZooEntry:
         """The folder of a point's files."""
         return self.folder / "points" / point_id
 
-    def unit(self, backbone: Backbone, point: PointRecipe) -> BottleneckUnit:
-        """Load a point's trained unit, frozen and in evaluation mode.
+    def unit_folder(self, unit_id: str) -> Path:
+        """The folder of a unit's files."""
+        return self.folder / "units" / unit_id
+
+    def unit(self, backbone: Backbone, recipe: UnitRecipe) -> BottleneckUnit:
+        """Load a trained unit, frozen and in evaluation mode.
 
         Raises:
-            InvalidConfig: the point is not trained yet.
+            InvalidConfig: the unit is not trained yet.
             BundleCorrupt: the file is unreadable, or does not fit the recipe.
         """
-        path = self.point_folder(point.id) / "unit.safetensors"
+        path = self.unit_folder(recipe.id) / "unit.safetensors"
         if not path.is_file():
             raise InvalidConfig(
-                f"{point.id} is not trained yet: {path} is missing; run `bitneck-models train {self.folder}`"
+                f"{recipe.id} is not trained yet: {path} is missing; run `bitneck-models train {self.folder}`"
             )
         try:
             state = load_file(path)
-            inherits = point.topology == "nested" and point.hidden is None
+            inherits = recipe.topology == "nested" and recipe.hidden is None
             hidden = int(state["encoder.body.first_norm.weight"].shape[0]) if inherits else None
-            unit = new_unit(backbone, point, channels=int(state["encoder.mix_norm.weight"].shape[0]), hidden=hidden)
+            unit = new_unit(backbone, recipe, channels=int(state["encoder.mix_norm.weight"].shape[0]), hidden=hidden)
             unit.load_state_dict(state)
         except (RuntimeError, KeyError, SafetensorError, OSError) as exc:
-            raise BundleCorrupt(f"{path} does not fit the recipe ({exc}); train {point.id} again") from exc
+            raise BundleCorrupt(f"{path} does not fit the recipe ({exc}); train {recipe.id} again") from exc
         return unit.eval().requires_grad_(requires_grad=False)
 
     def tables(self, point_id: str) -> FactorizedModel:
-        """Load the tables of a trained or an imported point.
+        """Load the tables of a fitted or an imported point.
 
         Raises:
             InvalidConfig: there are none.
@@ -157,13 +183,13 @@ class ZooEntry:
         except BundleCorrupt as exc:
             raise BundleCorrupt(f"{path}: {exc}") from exc
 
-    def conditional(self, point: PointRecipe) -> ConditionalModel | None:
+    def conditional(self, point_id: str) -> ConditionalModel | None:
         """Load a point's conditional model; None if none is fitted yet.
 
         Raises:
             BundleCorrupt: it is unreadable, or was fitted to other tables than the point's.
         """
-        folder = self.point_folder(point.id)
+        folder = self.point_folder(point_id)
         path = folder / "conditional.npz"
         if not path.is_file():
             return None
@@ -185,10 +211,6 @@ class ZooEntry:
         (folder / "conditional.json").write_text(record.model_dump_json(indent=1) + "\n")
         (folder / "conditional.npz").write_bytes(data)
 
-    def save(self, point: PointRecipe, unit: BottleneckUnit, tables: FactorizedModel, record: PointRecord) -> None:
-        """Write a trained point; see `save_point`."""
-        save_point(self.point_folder(point.id), unit, tables, record)
-
     def annotated(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         """Add this entry's name, and each point's recipe and training record, to the document of an evaluation.
 
@@ -196,16 +218,46 @@ class ZooEntry:
             InvalidConfig: the document has a point that this entry does not have.
         """
         points = []
-        imported = self.imported()
+        imported, own = self.imported(), self.points()
         for point in evaluation["points"]:
             if point["id"] in imported:
                 points.append(point | imported[point["id"]].annotation())
                 continue
-            recipe = self.recipe.point(point["id"])
-            record = json.loads((self.point_folder(recipe.id) / "record.json").read_bytes())
-            kept = {key: record[key] for key in ("lambda_final", "estimated_bytes", "validation_bytes", "trained")}
-            points.append(point | {"recipe": recipe.model_dump(mode="json", by_alias=True), "record": kept})
+            if point["id"] not in own:
+                raise InvalidConfig(f"{self.folder} has no operating point {point['id']}; it has: {', '.join(own)}")
+            fitted = own[point["id"]]
+            recipe = self.recipe.unit(fitted.unit)
+            record = json.loads((self.unit_folder(recipe.id) / "record.json").read_bytes())
+            kept = {key: record[key] for key in ("lambda_final", "estimated_bytes", "trained")}
+            kept["validation_bytes"] = fitted.validation_bytes
+            shown = recipe.model_dump(mode="json", by_alias=True) | {"step": fitted.step}
+            points.append(point | {"unit": recipe.id, "recipe": shown, "record": kept})
         return {"name": self.recipe.name} | evaluation | {"points": points}
+
+    def int8(self) -> tuple[Int8Record, dict[str, NDArray[Any]]] | None:
+        """Load how the int8 files are made: the record and its arrays; None if `quantize` has not been run.
+
+        Raises:
+            InvalidConfig: the files are no such record.
+        """
+        path = self.folder / "int8.json"
+        if not path.is_file():
+            return None
+        try:
+            record = Int8Record.model_validate_json(path.read_bytes())
+            with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+                return record, {name: arrays[name] for name in arrays.files}
+        except (ValueError, OSError, BadZipFile) as exc:
+            reason = str(exc).splitlines()[0]
+            raise InvalidConfig(
+                f"{path} and its .npz do not say how to make int8 files ({reason}); run `bitneck-models quantize` "
+                "again, or remove them"
+            ) from exc
+
+    def save_int8(self, record: Int8Record, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write how the int8 files are made."""
+        np.savez_compressed(self.folder / "int8.npz", allow_pickle=False, **arrays)
+        (self.folder / "int8.json").write_text(record.model_dump_json(indent=1) + "\n")
 
     def ladder(self) -> MeasuredLadder | None:
         """Load what was measured; None before the first measurement.

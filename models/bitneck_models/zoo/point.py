@@ -1,4 +1,4 @@
-"""A trained point: its unit, with weights rounded to float16, and its folder in a zoo entry."""
+"""A trained unit, with weights rounded to float16, and an operating point of it, as files of a zoo entry."""
 
 from pathlib import Path
 
@@ -10,20 +10,20 @@ from bitneck.manifest import sha256_hex
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.units.topologies import TOPOLOGIES
 from bitneck_models.units.unit import BottleneckUnit
-from bitneck_models.zoo.recipe import PointRecipe
-from bitneck_models.zoo.records import PointRecord
+from bitneck_models.zoo.recipe import UnitRecipe
+from bitneck_models.zoo.records import PointRecord, UnitRecord
 
-__all__ = ["new_unit", "round_weights", "save_point"]
+__all__ = ["new_unit", "round_weights", "save_point", "save_unit"]
 
 
 def new_unit(
-    backbone: Backbone, point: PointRecipe, channels: int | None = None, hidden: int | None = None
+    backbone: Backbone, point: UnitRecipe, channels: int | None = None, hidden: int | None = None
 ) -> BottleneckUnit:
-    """Make a fresh unit with a point's geometry; its weights are drawn from seed 0.
+    """Make a fresh unit of a recipe's geometry; its weights are drawn from seed 0.
 
     Args:
         backbone: gives the shape of the feature.
-        point: gives split point, topology and sizes.
+        point: the unit's recipe: split point, topology and sizes.
         channels: Cr; None for the recipe's.
         hidden: H; None for the recipe's.
 
@@ -49,31 +49,46 @@ def new_unit(
 
 @torch.no_grad()
 def round_weights(unit: BottleneckUnit) -> None:
-    """Round a unit's weights to float16, in place: `save_point` keeps float16, and what is kept must be measured."""
+    """Round a unit's weights to float16, in place: `save_unit` keeps float16, and what is kept must be measured."""
     for value in unit.state_dict().values():
         if value.is_floating_point():
             value.copy_(value.half().float())
 
 
-def save_point(folder: Path, unit: BottleneckUnit, tables: FactorizedModel, record: PointRecord) -> None:
-    """Write a trained point. The weights are written last, because they mark the point as trained.
+def save_unit(folder: Path, unit: BottleneckUnit, record: UnitRecord) -> None:
+    """Write a trained unit. The weights are written last, because they mark the unit as trained.
+
+    Args:
+        folder: folder of the unit; created if it does not exist.
+        unit: the trained unit; see `round_weights`.
+        record: its record; this function fills in the digest.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in unit.state_dict().items()}
+    weights = save({k: v.contiguous() for k, v in state.items()})
+    digests = {"unit_sha256": sha256_hex(weights)}
+    (folder / "record.json").write_text(record.model_copy(update=digests).model_dump_json(indent=1) + "\n")
+    temporary = folder / "unit.part"
+    temporary.write_bytes(weights)
+    temporary.rename(folder / "unit.safetensors")
+
+
+def save_point(folder: Path, tables: FactorizedModel, record: PointRecord) -> None:
+    """Write an operating point: its tables, then its record, which marks it as fitted.
 
     A conditional model that was fitted to earlier tables is removed.
 
     Args:
         folder: folder of the point; created if it does not exist.
-        unit: the trained unit; see `round_weights`.
         tables: its tables.
-        record: its record; this function fills in the digests.
+        record: its record; this function fills in the digest.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.half() if v.is_floating_point() else v for k, v in unit.state_dict().items()}
-    weights, arrays = save({k: v.contiguous() for k, v in state.items()}), tables.to_npz()
-    digests = {"unit_sha256": sha256_hex(weights), "tables_sha256": sha256_hex(arrays)}
+    arrays = tables.to_npz()
     for name in ("conditional.npz", "conditional.json"):
         (folder / name).unlink(missing_ok=True)
     (folder / "tables.npz").write_bytes(arrays)
-    (folder / "record.json").write_text(record.model_copy(update=digests).model_dump_json(indent=1) + "\n")
-    temporary = folder / "unit.part"
-    temporary.write_bytes(weights)
-    temporary.rename(folder / "unit.safetensors")
+    temporary = folder / "point.part"
+    filled = record.model_copy(update={"tables_sha256": sha256_hex(arrays)})
+    temporary.write_text(filled.model_dump_json(indent=1) + "\n")
+    temporary.rename(folder / "point.json")

@@ -16,17 +16,17 @@ __all__ = [
     "OWN_SCHEDULE",
     "STARTS",
     "Channels",
-    "PointRecipe",
     "Recipe",
     "Source",
     "Stride",
     "TrainingRecipe",
+    "UnitKind",
     "UnitRecipe",
     "load_recipe",
 ]
 
 STARTS = ("task", "principal", "next", "random")
-"""Starts that need no other point."""
+"""Starts that need no other unit."""
 
 Stride = Annotated[int, Field(ge=1, le=64)]
 Channels = Annotated[int, Field(ge=1, le=4096)]
@@ -92,8 +92,8 @@ class TrainingRecipe(Strict):
     seed: int = 0
 
 
-class UnitRecipe(Strict):
-    """What a point of a recipe and all trials of a search space have in common: the kind of unit, and its loss.
+class UnitKind(Strict):
+    """What a unit of a recipe and all trials of a search space have in common: the kind of unit, and its loss.
 
     Attributes:
         split: split point of the backbone.
@@ -126,26 +126,26 @@ class UnitRecipe(Strict):
         return self
 
 
-class PointRecipe(UnitRecipe):
-    """One operating point.
+class UnitRecipe(UnitKind):
+    """A unit to train. Its training also makes its first operating point, which has the unit's id and step.
 
     The loss is eq. (2) of the paper, ``bits + lambda * task``, with bits per image and the task term a mean. lambda
     multiplies the TASK term.
 
     Attributes:
-        id: id of the operating point.
+        id: id of the unit, and of its first operating point.
         stride: S.
-        channels: Cr at the start of training. Channels whose symbols end as zeros are removed. A point that starts from
+        channels: Cr at the start of training. Channels whose symbols end as zeros are removed. A unit that starts from
             another one takes over its channels; a nested one has at most those of its group of windows.
-        step: quantizer step Q, in the latent's unit.
+        step: quantizer step Q that it is trained at, in the latent's unit. `bitneck-models steps` adds others.
         lambda_: weight of the task term, key ``lambda``.
         target_bytes: if given, lambda is only the starting value; training moves it until the estimated rate is this
             many bytes per image.
         kernel: K of the depthwise layers; None for the smallest that covers the stride.
         steps, ..., seed: replace the values of `TrainingRecipe`.
-        curve: name of the point's curve in a report; empty for the name of its split point.
-        ship: put the point into the bundle. If false, it is only there for others to start from.
-        init: see `UnitRecipe`; may also be the id of a point listed before this one.
+        curve: name of the curve of its points in a report; empty for the name of its split point.
+        ship: put its points into the bundle. If false, it is only there for others to start from.
+        init: see `UnitKind`; may also be the id of a unit listed before this one.
     """
 
     id: Id
@@ -171,12 +171,12 @@ class PointRecipe(UnitRecipe):
     ship: bool = True
 
 
-OWN_SCHEDULE = tuple(key for key in PointRecipe.model_fields if key in TrainingRecipe.model_fields)
-"""Keys of the schedule that a point may set for itself."""
+OWN_SCHEDULE = tuple(key for key in UnitRecipe.model_fields if key in TrainingRecipe.model_fields)
+"""Keys of the schedule that a unit may set for itself."""
 
 
 class Recipe(Strict):
-    """A zoo entry: the backbone, the photographs, and the operating points to train.
+    """A zoo entry: the backbone, the photographs, and the units to train.
 
     Attributes:
         name: name of the bundle.
@@ -184,41 +184,41 @@ class Recipe(Strict):
             ending in ``.toml``.
         data: folders of photographs.
         training: the schedule.
-        points: the operating points, in the order of training.
+        units: the units, in the order of training.
     """
 
     name: Id
     backbone: Id | NetworkRecipe
     data: Annotated[tuple[Source, ...], Field(min_length=1)]
     training: TrainingRecipe = TrainingRecipe()
-    points: Annotated[tuple[PointRecipe, ...], Field(min_length=1)]
+    units: Annotated[tuple[UnitRecipe, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         ids: set[str] = set()
-        for point in self.points:
-            if point.id in ids:
-                raise ValueError(f"two points have the id {point.id}")
-            if point.init not in {*STARTS, *ids}:
-                raise ValueError(f"point {point.id}: init {point.init!r} is no method and no point listed before it")
-            ids.add(point.id)
+        for unit in self.units:
+            if unit.id in ids:
+                raise ValueError(f"two units have the id {unit.id}")
+            if unit.init not in {*STARTS, *ids}:
+                raise ValueError(f"unit {unit.id}: init {unit.init!r} is no method and no unit listed before it")
+            ids.add(unit.id)
         return self
 
-    def training_of(self, point: PointRecipe) -> TrainingRecipe:
-        """The schedule of one point: the recipe's, with the values that the point sets for itself."""
-        own = {key: getattr(point, key) for key in OWN_SCHEDULE}
+    def training_of(self, unit: UnitRecipe) -> TrainingRecipe:
+        """The schedule of one unit: the recipe's, with the values that the unit sets for itself."""
+        own = {key: getattr(unit, key) for key in OWN_SCHEDULE}
         return self.training.model_copy(update={key: value for key, value in own.items() if value is not None})
 
-    def point(self, point_id: str) -> PointRecipe:
-        """The recipe of one point.
+    def unit(self, unit_id: str) -> UnitRecipe:
+        """The recipe of one unit.
 
         Raises:
-            InvalidConfig: there is no such point; the message lists them.
+            InvalidConfig: there is no such unit; the message lists them.
         """
-        for point in self.points:
-            if point.id == point_id:
-                return point
-        raise InvalidConfig(f"the recipe has no point {point_id!r}; it has: {', '.join(p.id for p in self.points)}")
+        for unit in self.units:
+            if unit.id == unit_id:
+                return unit
+        raise InvalidConfig(f"the recipe has no unit {unit_id!r}; it has: {', '.join(u.id for u in self.units)}")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -228,11 +228,16 @@ def load_recipe(path: Path) -> Recipe:
         path: a TOML file, or a folder with ``recipe.toml``.
 
     Raises:
-        InvalidConfig: there is no such file, it is not TOML, or it has an unknown key or a value out of range, which
-            the message names.
+        InvalidConfig: there is no such file, it is not TOML, it is of an older format, or it has an unknown key or a
+            value out of range, which the message names.
     """
     path = path / "recipe.toml" if path.is_dir() else path
     values = load_toml(path, "recipe")
+    if "points" in values and "units" not in values:
+        raise InvalidConfig(
+            f"{path} lists points, as recipes did before units and points were two things; run `bitneck-models upgrade "
+            f"{path.parent}`"
+        )
     if isinstance(network := values.get("backbone"), str) and network.endswith(".toml"):
         values["backbone"] = load_network(path.parent / network)
     return validated(Recipe, values, path, "recipe")

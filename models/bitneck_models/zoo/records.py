@@ -7,29 +7,34 @@ from typing import Annotated, Any, Self
 from pydantic import Field
 
 from bitneck.coding.factorized_model import FactorizedModel
-from bitneck_models.typed_files import Strict
+from bitneck_models.typed_files import Id, Positive, Strict
 
-__all__ = ["ConditionalRecord", "MeasuredLadder", "MeasuredPoint", "NetworkRecord", "PointRecord"]
+__all__ = [
+    "ConditionalRecord",
+    "GraphRanges",
+    "Int8Proof",
+    "Int8Record",
+    "MeasuredLadder",
+    "MeasuredPoint",
+    "NetworkRecord",
+    "PointRecord",
+    "UnitRecord",
+]
 
 
-class PointRecord(Strict):
-    """How a point was trained, and its validation metrics: ``points/<id>/record.json``.
+class UnitRecord(Strict):
+    """How a unit was trained: ``units/<id>/record.json``.
 
     Attributes:
-        recipe: the point's recipe.
+        recipe: the unit's recipe.
         training: its schedule.
         code_version: version of this package.
         torch_version: version of torch.
         train_features: number of training views.
-        validation_photos: number of photographs put aside.
         lambda_final: lambda at the end of training.
         estimated_bytes: mean estimate of the rate term over the last 200 steps.
-        validation_bytes: ideal code length on the photographs put aside, mean.
-        validation_agreement: agreement with the teacher on the photographs put aside.
-        validation_mean_iou: segmentation: mean IoU with their class maps; None if they have none.
         trained: date.
         unit_sha256: digest of ``unit.safetensors``.
-        tables_sha256: digest of ``tables.npz``.
     """
 
     recipe: dict[str, Any]
@@ -37,14 +42,35 @@ class PointRecord(Strict):
     code_version: str
     torch_version: str
     train_features: int
-    validation_photos: int
     lambda_final: float
     estimated_bytes: float
+    trained: date
+    unit_sha256: str = ""
+
+
+class PointRecord(Strict):
+    """A unit at one step, and its metrics on the photographs that its recipe puts aside: ``points/<id>/point.json``.
+
+    Attributes:
+        unit: id of the unit.
+        split: its split point.
+        step: quantizer step Q.
+        validation_photos: number of photographs put aside.
+        validation_bytes: ideal code length on these photographs, mean.
+        validation_agreement: agreement with the teacher on them.
+        validation_mean_iou: segmentation: mean IoU with their class maps; None if they have none.
+        fitted: date when the tables were fitted.
+        tables_sha256: digest of ``tables.npz``.
+    """
+
+    unit: Id
+    split: Id
+    step: Positive
+    validation_photos: int
     validation_bytes: float
     validation_agreement: float
     validation_mean_iou: float | None = None
-    trained: date
-    unit_sha256: str = ""
+    fitted: date
     tables_sha256: str = ""
 
 
@@ -73,6 +99,65 @@ class ConditionalRecord(Strict):
     fitted: date
     tables_sha256: str
     conditional_sha256: str
+
+
+class GraphRanges(Strict):
+    """What an int8 file is made with.
+
+    Attributes:
+        structure: digest of the float32 file's operators, tensor names and sizes.
+        weights: sum of the absolute weights of the float32 file.
+        tensors: least and largest value of each of its tensors on the calibration photographs.
+    """
+
+    structure: str
+    weights: float
+    tensors: dict[str, tuple[float, float]]
+
+
+class Int8Proof(Strict):
+    """One operating point as float32 and as int8, on the photographs that the recipe puts aside.
+
+    Attributes:
+        bytes_float32: mean bytes of a payload.
+        bytes_int8: likewise.
+        agreement_float32: agreement with the uncompressed network.
+        agreement_int8: likewise.
+        loss_low, loss_high: paired interval of the agreement that is lost; 95 % for all points together.
+        same_symbols: share of the symbols that are the same.
+    """
+
+    bytes_float32: float
+    bytes_int8: float
+    agreement_float32: float
+    agreement_int8: float
+    loss_low: float
+    loss_high: float
+    same_symbols: float
+
+
+class Int8Record(Strict):
+    """How the int8 files of an entry are made, and what they cost: ``int8.json``, written by `quantize`.
+
+    Attributes:
+        photos: number of calibration photographs.
+        validation_photos: number of photographs that the proof was made on.
+        code_version: version of this package.
+        onnxruntime_version: version of ONNX Runtime.
+        made: date.
+        graphs: by the float32 file's name in the bundle.
+        points: the proof, by operating point.
+        left_out: files that stay float32 alone, and why.
+    """
+
+    photos: int
+    validation_photos: int
+    code_version: str
+    onnxruntime_version: str
+    made: date
+    graphs: dict[str, GraphRanges]
+    points: dict[str, Int8Proof]
+    left_out: dict[str, str]
 
 
 class NetworkRecord(Strict):

@@ -264,9 +264,9 @@ def _unsqueeze(node: Node, got: Sequence[Shape], constants: Sequence[Tensor | No
 
 
 _SAME = (
-    "Abs BatchNormalization Cast Clip Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity "
-    "InstanceNormalization LayerNormalization LeakyRelu Log Mish Neg Reciprocal Relu Round Selu Sigmoid Softmax "
-    "Softplus Sqrt Tanh"
+    "Abs BatchNormalization Cast Clip DequantizeLinear Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity "
+    "InstanceNormalization LayerNormalization LeakyRelu Log Mish Neg QuantizeLinear Reciprocal Relu Round Selu "
+    "Sigmoid Softmax Softplus Sqrt Tanh"
 )
 _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_SAME.split(), _same),
