@@ -12,7 +12,7 @@ import bitneck_edge
 PUBLIC = {
     "bitneck_edge": [
         "Answer", "Capture", "ClassShare", "EdgeClient", "EdgeEncoder", "EdgeSettings", "EncodedPhoto", "Failure",
-        "Label", "Photo", "Segmentation", "StageTimes", "Switch", "SyncEdgeClient", "Written", "fetch_bundle",
+        "Label", "Photo", "Pixels", "Segmentation", "StageTimes", "Switch", "SyncEdgeClient", "Written", "fetch_bundle",
     ],
     "bitneck_edge.answers": ["check_classes", "labels_of", "segmentation_of"],
     "bitneck_edge.link": ["Link", "LinkSettings", "Received", "Sent"],

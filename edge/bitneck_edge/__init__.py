@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     )
     from bitneck_edge.bundles.fetch import fetch_bundle
     from bitneck_edge.client import EdgeClient
-    from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto, Photo
+    from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto
     from bitneck_edge.settings import EdgeSettings
     from bitneck_edge.sources.capture import Capture
+    from bitneck_edge.sources.photo import Photo, Pixels
     from bitneck_edge.sync import SyncEdgeClient
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Failure",
     "Label",
     "Photo",
+    "Pixels",
     "Segmentation",
     "StageTimes",
     "Switch",
@@ -53,9 +55,10 @@ _HOMES = {
     ),
     "bundles.fetch": ("fetch_bundle",),
     "client": ("EdgeClient",),
-    "encoder": ("EdgeEncoder", "EncodedPhoto", "Photo"),
+    "encoder": ("EdgeEncoder", "EncodedPhoto"),
     "settings": ("EdgeSettings",),
     "sources.capture": ("Capture",),
+    "sources.photo": ("Photo", "Pixels"),
     "sync": ("SyncEdgeClient",),
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from bitneck.runtime import ModulePool
 from bitneck.workers import Workers
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import open_supply
-from bitneck_edge.encoder import EdgeEncoder, Photo
+from bitneck_edge.encoder import EdgeEncoder
 from bitneck_edge.link.link import Sent
 from bitneck_edge.link.remote import check_process
 from bitneck_edge.pipeline import Slots, pipeline
@@ -31,6 +31,7 @@ from bitneck_edge.points import MeanInterval
 from bitneck_edge.session import EdgeSession, EncodedCapture
 from bitneck_edge.settings import AUTO, EdgeSettings
 from bitneck_edge.sources.capture import Capture, captures, newest
+from bitneck_edge.sources.photo import Photo, PhotoLike
 
 __all__ = ["EdgeClient"]
 
@@ -177,7 +178,7 @@ class EdgeClient:
         """Frames that may be unanswered, as the server granted."""
         return self._opened().link.window
 
-    async def infer(self, photo: Photo | Capture) -> Answer:
+    async def infer(self, photo: PhotoLike | Capture) -> Answer:
         """One photograph, one answer. If the link had been given up, this first tries to open it again.
 
         Raises:
@@ -192,7 +193,7 @@ class EdgeClient:
 
     def stream(
         self,
-        photos: Iterable[Photo | Capture] | AsyncIterable[Photo | Capture],
+        photos: Iterable[PhotoLike | Capture] | AsyncIterable[PhotoLike | Capture],
         *,
         stop: asyncio.Event | None = None,
         ordered: bool = True,

@@ -4,25 +4,20 @@ import contextlib
 import itertools
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
 from bitneck.bundle import Bundle
 from bitneck.chain import Encoded, PointEncoder, SegmentChain
 from bitneck.coding.conditional_codec import Reference
-from bitneck.errors import BitneckError, ImageError
-from bitneck.image import opened_photo, preprocess
+from bitneck.errors import BitneckError
 from bitneck.ladder import OperatingPoint
 from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck_edge.answers.verify import check_classes
+from bitneck_edge.sources.photo import Photo, PhotoLike, input_of, photo_of
 
 __all__ = ["EdgeEncoder", "EncodedPhoto", "Photo"]
-
-Photo = Path | bytes | Image.Image
-"""A file, a file's bytes, or a picture that is loaded already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +61,17 @@ class EdgeEncoder:
         bundle: the edge's half.
         threads: of ONNX Runtime inside one operator of the head; 0 for every core.
         pool: loads the ONNX modules; encoders with one pool share equal modules.
+        exact: decode and resize photographs as in training, with more work; see
+            `bitneck_edge.sources.photo.input_of`.
 
     Raises:
         BundleCorrupt: the names of the classes are unreadable.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None, exact: bool = False
+    ) -> None:
+        self.exact = exact
         self.bundle = bundle
         self.ladder = bundle.manifest.ladder
         self._pool = pool or ModulePool()
@@ -111,7 +111,7 @@ class EdgeEncoder:
                     self._encoders[point.id] = PointEncoder(self.bundle, point, pool=self._pool)
 
     def encode(
-        self, photo: Photo, point_id: str, *, similar: bool = False, reference: Reference | None = None
+        self, photo: PhotoLike, point_id: str, *, similar: bool = False, reference: Reference | None = None
     ) -> EncodedPhoto:
         """Run one photograph through the edge's half.
 
@@ -128,9 +128,8 @@ class EdgeEncoder:
         """
         encoder = self.point_encoder(point_id)
         times = [time.perf_counter()]
-        with _opened(photo) as image:
-            times.append(time.perf_counter())
-            x = preprocess(image, self.bundle.manifest.input)  # (1, 3, H, W)
+        with input_of(photo_of(photo), self.bundle.manifest.input, exact=self.exact) as (x, decoded):  # (1, 3, H, W)
+            times.append(decoded)
         times.append(time.perf_counter())
         f = self.chain.run(x, 0, self.chain.head_length(encoder.point.split))  # (1, C, Hf, Wf)
         times.append(time.perf_counter())
@@ -160,18 +159,3 @@ class EdgeEncoder:
             times = [self.encode(blank, point.id) for _ in range(runs)]
             best[split] = min(t.head_ms + t.encode_ms for t in times) / 1e3
         return best
-
-
-def _opened(photo: Photo) -> AbstractContextManager[Image.Image]:
-    """The picture as RGB. The memory of one that is read here counts until the block ends."""
-    return nullcontext(_as_rgb(photo)) if isinstance(photo, Image.Image) else opened_photo(photo)
-
-
-def _as_rgb(picture: Image.Image) -> Image.Image:
-    """An RGB copy of a picture that the program opened; Pillow may read its pixels only now."""
-    if 0 in picture.size:
-        raise ImageError(f"a picture of {picture.width}x{picture.height} pixels; expected at least one")
-    try:
-        return picture.convert("RGB")
-    except Exception as exc:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise ImageError(f"a picture that cannot be read: damaged or cut short ({exc})") from exc

@@ -120,7 +120,9 @@ class EdgeSession:
         link: Link | None = None
         try:
             await _fetch_first(supply, wish(), known=before is not None, progress=on_fetch)
-            encoder = await asyncio.to_thread(EdgeEncoder, supply.bundle, threads=settings.threads, pool=pool)
+            encoder = await asyncio.to_thread(
+                EdgeEncoder, supply.bundle, threads=settings.threads, pool=pool, exact=settings.exact
+            )
             edge_s = await workers.run(encoder.time_splits) if wish().auto else {}
             if edge_s and 0 < settings.max_edge_ms < 1e3 * min(edge_s.values()):
                 fastest = min(edge_s, key=edge_s.__getitem__)

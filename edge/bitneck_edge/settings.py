@@ -99,6 +99,14 @@ class EdgeSettings(Settings):
     cache_dir: Annotated[
         Path | None, setting("Folder in which bundles are kept; without it, the user's cache folder.", _DEVICE)
     ] = None
+    exact: Annotated[
+        bool,
+        setting(
+            "Decode and resize pictures as in training. Without it a JPEG is decoded no finer than the network needs, "
+            "and only what the network sees is resized, which takes a fraction of the time.",
+            _DEVICE,
+        ),
+    ] = False
     precision: Annotated[
         Literal["auto", "int8", "float32"],
         setting(

@@ -18,10 +18,10 @@ from typing import Any, Self, TypeVar
 from bitneck.errors import BitneckError, Unavailable
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.client import EdgeClient
-from bitneck_edge.encoder import Photo
 from bitneck_edge.link.remote import check_process
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
+from bitneck_edge.sources.photo import PhotoLike
 from bitneck_edge.sources.threads import in_thread
 
 __all__ = ["SyncEdgeClient"]
@@ -78,12 +78,12 @@ class SyncEdgeClient:
             self._run(self.client.close())
             self._end()
 
-    def infer(self, photo: Photo | Capture) -> Answer:
+    def infer(self, photo: PhotoLike | Capture) -> Answer:
         """One photograph, one answer; see `EdgeClient.infer`."""
         return self._run(self.client.infer(photo))
 
     def stream(
-        self, photos: Iterable[Photo | Capture], *, ordered: bool = True, newest_first: bool = False
+        self, photos: Iterable[PhotoLike | Capture], *, ordered: bool = True, newest_first: bool = False
     ) -> Iterator[Answer | Failure]:
         """Many photographs; see `EdgeClient.stream`. `photos` is read in a thread of its own."""
 

@@ -1,6 +1,7 @@
 """gRPC made of bare HTTP/2 frames, for what no library does: leave messages unread, or count pings."""
 
 import asyncio
+import gzip
 import socket
 import struct
 from typing import Any, Self
@@ -11,7 +12,7 @@ import h2.errors
 import h2.events
 import h2.settings
 
-__all__ = ["BareClient", "CalmServer", "grpc_message"]
+__all__ = ["BareClient", "CalmServer", "InflatingServer", "grpc_message"]
 
 _SERVICE = "/bitneck.v1.SplitInference/"
 
@@ -163,6 +164,36 @@ class CalmServer:
                     http.close_connection(h2.errors.ErrorCodes.ENHANCE_YOUR_CALM, b"too_many_pings")
                     writer.write(http.data_to_send())
                     return
+                writer.write(http.data_to_send())
+        finally:
+            writer.close()
+
+
+class InflatingServer:
+    """A server that answers each call with one message in gRPC's own compression, asked for or not.
+
+    Args:
+        message: what it becomes when it is inflated.
+    """
+
+    def __init__(self, message: Any) -> None:
+        data = gzip.compress(message.SerializeToString())
+        self._answer = struct.pack(">BI", 1, len(data)) + data
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, for `asyncio.start_server`."""
+        http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+        http.initiate_connection()
+        writer.write(http.data_to_send())
+        headers = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-encoding", "gzip")]
+        try:
+            while data := await reader.read(1 << 16):
+                for event in http.receive_data(data):
+                    if isinstance(event, h2.events.StreamEnded):
+                        assert event.stream_id is not None
+                        http.send_headers(event.stream_id, headers)
+                        http.send_data(event.stream_id, self._answer)
+                        http.send_headers(event.stream_id, [("grpc-status", "0")], end_stream=True)
                 writer.write(http.data_to_send())
         finally:
             writer.close()

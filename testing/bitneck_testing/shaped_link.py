@@ -1,4 +1,4 @@
-"""A real link with a rate: a network namespace for the device, and a token bucket on its interface.
+"""A real link with a rate each way: a network namespace for the device, and token buckets on the interfaces.
 
 Needs Linux, root, and the commands `ip` and `tc`.
 """
@@ -23,30 +23,46 @@ def _sh(*command: object) -> None:
 
 
 class ShapedLink:
-    """A network namespace that plays the device. Its way out has a rate.
+    """A network namespace that plays the device. Both ways may have a rate.
 
     Attributes:
         inside: put these words before a command to run it on the device.
         host: the cloud's IP address.
+        device: name of the device's interface, inside.
     """
 
     def __init__(self, name: str, host: str) -> None:
         self.name, self.host = name, host
         self.inside = ("ip", "netns", "exec", name)
-        self._device = f"{name[:12]}-d"
-        self._shaped = False
+        self.device = f"{name[:12]}-d"
+        self._near = f"{name[:12]}-c"
+        self._shaped: set[str] = set()
 
     def bytes_out(self) -> int:
         """Bytes that have left the device, counted by its interface: headers of Ethernet, IP and TCP included."""
-        command = [*self.inside, "cat", f"/sys/class/net/{self._device}/statistics/tx_bytes"]
-        return int(subprocess.run(command, capture_output=True, check=True).stdout)
+        return self._count("tx_bytes")
+
+    def bytes_in(self) -> int:
+        """Bytes that have come to the device, counted likewise."""
+        return self._count("rx_bytes")
 
     def set_rate(self, bits_per_s: int) -> None:
         """Set the rate out of the device. A packet that would wait for more than two seconds is dropped."""
-        verb = "change" if self._shaped else "add"
+        self._shape(self.inside, self.device, bits_per_s)
+
+    def set_rate_in(self, bits_per_s: int) -> None:
+        """Set the rate to the device, likewise."""
+        self._shape((), self._near, bits_per_s)
+
+    def _count(self, what: str) -> int:
+        command = [*self.inside, "cat", f"/sys/class/net/{self.device}/statistics/{what}"]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    def _shape(self, inside: tuple[str, ...], device: str, bits_per_s: int) -> None:
+        verb = "change" if device in self._shaped else "add"
         rate = ("rate", f"{bits_per_s}bit", "burst", "1600", "latency", "2s")
-        _sh(*self.inside, "tc", "qdisc", verb, "dev", self._device, "root", "tbf", *rate)
-        self._shaped = True
+        _sh(*inside, "tc", "qdisc", verb, "dev", device, "root", "tbf", *rate)
+        self._shaped.add(device)
 
 
 @contextlib.contextmanager

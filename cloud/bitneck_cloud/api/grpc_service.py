@@ -12,6 +12,7 @@ import grpc
 from bitneck.errors import BitneckError, BundleMismatch, DeadlineExceeded, Unauthenticated, Unavailable, UnknownFile
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.wire.compression import deflated
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import ClientMessage, GoAway, Open, Opened, ServerMessage, SetPoint
 from bitneck_cloud.aborting import abort
@@ -112,15 +113,15 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._draining = False
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
-        """The manifest of a served model. It is compressed, because it is text and the link may be thin."""
-        context.set_compression(grpc.Compression.Gzip)
+        """The manifest of a served model, compressed for a client that takes it so."""
         await _identify(context)
         try:
             bundle = self._registry.model(request.model).bundle
         except BitneckError as exc:
             await abort(context, exc)
+        sent, size = deflated(bundle.manifest_json) if request.deflate else (bundle.manifest_json, 0)
         return pb.GetManifestResponse(
-            model=bundle.manifest.name, bundle_id=bundle.bundle_id, manifest_json=bundle.manifest_json
+            model=bundle.manifest.name, bundle_id=bundle.bundle_id, manifest_json=sent, size=size
         )
 
     async def FetchFile(  # type: ignore[override]  # noqa: N802  grpc.aio also takes a coroutine that writes
@@ -137,9 +138,10 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
                 data = await asyncio.to_thread(_read, path, position, min(_CHUNK_BYTES, end - position))
                 if not data:
                     break
-                async with self._in_time():
-                    await context.write(pb.FileChunk(data=data))
                 position += len(data)
+                sent, packed = await asyncio.to_thread(deflated, data) if request.deflate else (data, 0)
+                async with self._in_time():
+                    await context.write(pb.FileChunk(data=sent, size=packed))
         except TimeoutError:
             await abort(context, DeadlineExceeded(f"{request.path}: a chunk was not read for {self._stall_s:.0f} s"))
         except BitneckError as exc:

@@ -12,9 +12,8 @@ from PIL import Image
 
 from bitneck.coding.class_map import MAX_CLASSES
 from bitneck.errors import InvalidConfig, ProtocolError
-from bitneck.image import load_photo
 from bitneck_edge.answers.results import Answer, Segmentation, Written
-from bitneck_edge.encoder import Photo
+from bitneck_edge.sources.photo import Photo, picture_of
 
 __all__ = ["MapWriter", "colours", "indexed", "overlay"]
 
@@ -107,7 +106,7 @@ class MapWriter:
         """
         if answer.segmentation is None:
             raise ProtocolError(f"the answer to frame {answer.seq} has no class map to write")
-        image = photo.convert("RGB") if isinstance(photo, Image.Image) else load_photo(photo)
+        image = picture_of(photo)
         classes = indexed(answer.segmentation, image.size)
         name = self._name(answer.file)
         map_file, overlay_file = self.folder / f"{name}.map.png", self.folder / f"{name}.overlay.jpg"

@@ -16,9 +16,9 @@ from bitneck.manifest import Manifest, Precision, bundle_id_of
 from bitneck.text import clean_text
 from bitneck_edge.bundles.notes import noted_bundle, noted_bundles, remember
 from bitneck_edge.bundles.precision import choose_precision
-from bitneck_edge.bundles.store import MAX_MANIFEST_BYTES, FileStore, default_cache_dir
+from bitneck_edge.bundles.store import FileStore, default_cache_dir
 from bitneck_edge.bundles.supply import Progress, Supply
-from bitneck_edge.link.remote import Access, Offer, fetch_file, fetch_manifest, stub_of
+from bitneck_edge.link.remote import MAX_MANIFEST_BYTES, Access, Offer, fetch_file, fetch_manifest, stub_of
 from bitneck_edge.settings import EdgeSettings
 
 if TYPE_CHECKING:

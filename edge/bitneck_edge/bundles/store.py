@@ -26,15 +26,14 @@ import platformdirs
 from bitneck.bundle import Bundle, verify_file
 from bitneck.errors import BundleCorrupt, BundleMismatch, InvalidConfig
 from bitneck.manifest import FileEntry, Manifest, bundle_id_of
+from bitneck_edge.link.remote import MAX_MANIFEST_BYTES
 
-__all__ = ["MAX_MANIFEST_BYTES", "FileStore", "default_cache_dir", "digits_of", "read_regular", "write_new"]
+__all__ = ["FileStore", "default_cache_dir", "digits_of", "read_regular", "write_new"]
 
 _KEPT_S = 86_400.0
 _BUNDLE_ID = r"sha256:[0-9a-f]{64}"
 _DIGITS = re.compile(r"[0-9a-f]{64}")
 _UMASK = threading.Lock()
-MAX_MANIFEST_BYTES = 16 << 20
-"""A manifest of a thousand points fits."""
 
 Fetch = Callable[[str, int], AsyncGenerator[bytes]]
 """Yields a file of the bundle in chunks, given its path in the manifest and the first byte that is wanted."""

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitneck.errors import CallerError, InvalidConfig
+from bitneck.manifest import InputSpec
 from bitneck.settings.program import END_S
 from bitneck_edge.answers.maps import MapWriter
 from bitneck_edge.answers.results import Answer, Failure, Switch
@@ -132,7 +133,8 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
             sending = progress.add_task("photographs", total=plan.total, visible=(plan.total or 0) > 20)
             # Pictures that are overtaken are never written, so they get no name beforehand.
             reserve = writer.reserve if writer is not None and not plan.newest else None
-            pictures = _pictures(client, plan, settings.retries, stop, reserve)
+            spec = client.bundle.manifest.input if writer is None and not settings.exact else None
+            pictures = _pictures(client, plan, settings.retries, stop, reserve, spec)
             try:
                 async for result in client.stream(pictures, stop=stop, ordered=plan.ordered, newest_first=plan.newest):
                     take(result)
@@ -218,16 +220,22 @@ def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
 
 
 async def _pictures(
-    client: EdgeClient, plan: RunPlan, retries: int, stop: asyncio.Event, announce: Callable[[str], None] | None
+    client: EdgeClient,
+    plan: RunPlan,
+    retries: int,
+    stop: asyncio.Event,
+    announce: Callable[[str], None] | None,
+    spec: InputSpec | None,
 ) -> AsyncGenerator[Capture]:
     """The pictures of the plan until `stop` is set; at their pace, unless the client has failed.
 
-    `announce` learns the name of each picture, in order.
+    `announce` learns the name of each picture, in order. Pictures of videos are no finer than `spec` needs.
     """
     stopping = asyncio.create_task(stop.wait())
     pictures = read_sources(
-        plan.sources, repeat=plan.repeat, fps=plan.fps, retries=retries, hurry=lambda: client.failure is not None
-    )
+        plan.sources, repeat=plan.repeat, fps=plan.fps, retries=retries, hurry=lambda: client.failure is not None,
+        spec=spec,
+    )  # fmt: skip
     try:
         while True:
             following = asyncio.ensure_future(anext(pictures, None))

@@ -16,6 +16,7 @@ from bitneck.errors import (
     BitneckError,
     DeadlineExceeded,
     InvalidConfig,
+    ProtocolError,
     Unavailable,
     Unreachable,
     error_from_status,
@@ -24,10 +25,12 @@ from bitneck.settings.model import Address
 from bitneck.text import clean_text
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.wire.compression import inflated
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_edge.link.diagnosis import why
 
 __all__ = [
+    "MAX_MANIFEST_BYTES",
     "Access",
     "Call",
     "Offer",
@@ -42,6 +45,7 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.bdp_probe", 0),  # no pings that a thin link has to carry
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.per_message_decompression", 0),  # a small message must not become a large one in gRPC
     ("grpc.enable_retries", 0),  # a stream gets none; the link reconnects by itself
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
@@ -56,6 +60,8 @@ MAX_ANSWER_BYTES = 1 << 20
 _CLIENT = ssl.PROTOCOL_TLS_CLIENT
 
 _LEAST_BYTES = 1024
+_MOST_CHUNK_BYTES = MAX_MANIFEST_BYTES = 16 << 20
+"""A manifest of a thousand points fits."""
 _MOST_EMPTY = 16
 
 KEEPALIVE_S = 30.0
@@ -235,16 +241,20 @@ async def fetch_manifest(
 
     Raises:
         UnknownModel: the server does not have the model.
+        ProtocolError: the answer cannot be read.
         BitneckError: the call failed.
     """
     try:
-        reply = await stub.GetManifest(pb.GetManifestRequest(model=model), timeout=timeout_s, metadata=access.metadata)
+        request = pb.GetManifestRequest(model=model, deflate=True)
+        reply = await stub.GetManifest(request, timeout=timeout_s, metadata=access.metadata)
     except grpc.aio.AioRpcError as exc:
         raise from_rpc_error(exc, access.address) from exc
+    if reply is None:  # gRPC's way to say that it could not be read
+        raise ProtocolError(f"{access.address}: the answer to GetManifest cannot be read")
     return Offer(
         model=clean_text(reply.model, _MAX_ID),
         bundle_id=clean_text(reply.bundle_id, _MAX_ID),
-        manifest_json=reply.manifest_json,
+        manifest_json=inflated(reply.manifest_json, reply.size, MAX_MANIFEST_BYTES),
     )
 
 
@@ -301,7 +311,9 @@ async def fetch_file(
         BitneckError: the call failed.
     """
     least = _Pace(pause_s)
-    request = pb.FetchFileRequest(model=model, bundle_id=bundle_id, path=path, offset=offset, length=length)
+    request = pb.FetchFileRequest(
+        model=model, bundle_id=bundle_id, path=path, offset=offset, length=length, deflate=True
+    )
     call = stub.FetchFile(request, metadata=access.metadata)
     try:
         while True:
@@ -321,6 +333,6 @@ async def fetch_file(
                     f"{access.address}: {path} comes too slowly, with less than {_LEAST_BYTES} bytes in "
                     f"{least.window_s:.0f} s"
                 )
-            yield chunk.data
+            yield inflated(chunk.data, chunk.size, _MOST_CHUNK_BYTES)
     finally:
         call.cancel()

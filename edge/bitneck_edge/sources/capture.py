@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from bitneck.errors import ImageError
-from bitneck_edge.encoder import Photo
+from bitneck_edge.sources.photo import Photo, PhotoLike, Pixels, photo_of
 
 __all__ = ["Capture", "captures", "newest"]
 
@@ -36,21 +36,29 @@ class Capture:
     broken: ImageError | None = None
 
     @classmethod
-    def of(cls, photo: "Photo | Capture") -> "Capture":
-        """The capture itself, or a photograph as a capture of this moment."""
+    def of(cls, photo: "PhotoLike | Capture") -> "Capture":
+        """The capture itself, or a photograph as a capture of this moment. What is no photograph fails alone."""
         if isinstance(photo, Capture):
             return photo
-        match photo:
+        try:
+            picture = photo_of(photo)
+        except ImageError as exc:
+            return cls(b"", f"<{type(photo).__name__}>", broken=exc)
+        match picture:
             case Path():
-                name = str(photo)
+                name = str(picture)
             case Image.Image():
-                name = str(getattr(photo, "filename", "") or "<image>")
+                name = str(getattr(picture, "filename", "") or "<image>")
+            case Pixels():
+                name = f"<{picture.order} array>"
             case _:
-                name = f"<{len(photo)} bytes>"
-        return cls(photo, name)
+                name = str(getattr(photo, "name", "") or f"<{len(picture)} bytes>")
+        return cls(picture, name)
 
 
-async def captures(photos: Iterable[Photo | Capture] | AsyncIterable[Photo | Capture]) -> AsyncGenerator[Capture]:
+async def captures(
+    photos: Iterable[PhotoLike | Capture] | AsyncIterable[PhotoLike | Capture],
+) -> AsyncGenerator[Capture]:
     """Any source as an asynchronous one."""
     if isinstance(photos, AsyncIterable):
         async for photo in photos:

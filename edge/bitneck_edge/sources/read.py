@@ -19,6 +19,7 @@ from typing import IO
 from bitneck.backoff import Backoff
 from bitneck.errors import ImageError
 from bitneck.image import find_photos
+from bitneck.manifest import InputSpec
 from bitneck_edge.sources.capture import Capture
 from bitneck_edge.sources.parse import Source
 from bitneck_edge.sources.threads import in_thread
@@ -37,6 +38,7 @@ async def read_sources(
     fps: float | None = None,
     retries: int = 3,
     hurry: Callable[[], bool] = lambda: False,
+    spec: InputSpec | None = None,
 ) -> AsyncGenerator[Capture]:
     """The pictures of some sources, one source after another.
 
@@ -47,6 +49,7 @@ async def read_sources(
             out.
         retries: attempts in a row to open a live source again without getting a picture; -1 for no limit.
         hurry: called before each picture that is not live; if it returns True, `fps` is ignored.
+        spec: see `read_video`.
 
     Raises:
         ImageError: a source cannot be read.
@@ -57,10 +60,10 @@ async def read_sources(
             if source.stdin or source.live:
                 if turn:
                     continue
-                pictures = _standard_input() if source.stdin else _live(source.name, retries)
+                pictures = _standard_input() if source.stdin else _live(source.name, retries, spec)
             elif source.video:
                 name = source.name
-                pictures = in_thread(lambda name=name: read_video(name, fps))  # type: ignore[misc]
+                pictures = in_thread(lambda name=name: read_video(name, fps, spec=spec))  # type: ignore[misc]
             else:
                 pictures = _files(source.photos)
             async with contextlib.aclosing(pictures):
@@ -129,13 +132,13 @@ def _lines(stream: IO[str]) -> Iterator[str]:
             yield path
 
 
-async def _live(name: str, retries: int) -> AsyncGenerator[Capture]:
+async def _live(name: str, retries: int, spec: InputSpec | None) -> AsyncGenerator[Capture]:
     """A camera or network stream, opened again when it breaks off; a video behind a URL ends with its last picture."""
     backoff, number = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=retries), 0
     complete = threading.Event()
     while True:
         try:
-            async with contextlib.aclosing(in_thread(lambda: read_video(name, None, complete))) as pictures:
+            async with contextlib.aclosing(in_thread(lambda: read_video(name, None, complete, spec))) as pictures:
                 async for capture in pictures:
                     backoff.succeeded()
                     yield replace(capture, name=f"{name}#{number}")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from bitneck.errors import ImageError, InvalidConfig
+from bitneck.image import resized_size
+from bitneck.manifest import InputSpec
 from bitneck_edge.sources.capture import Capture
 
 if TYPE_CHECKING:
@@ -52,13 +54,16 @@ def require_av() -> Any:
     return av
 
 
-def read_video(name: str, fps: float | None, complete: threading.Event | None = None) -> Iterator[Capture]:
+def read_video(
+    name: str, fps: float | None, complete: threading.Event | None = None, spec: InputSpec | None = None
+) -> Iterator[Capture]:
     """The pictures of a video or camera, decoded and upright.
 
     Args:
         name: a file, a URL, or ``camera:`` and a number or name.
         fps: leave out pictures of a video file, down to this many a second; None for all.
         complete: set after the last picture, if the source has a known duration and was shown to its end.
+        spec: an input; pictures that are finer than it needs are scaled before they become RGB. None for whole ones.
 
     Raises:
         ImageError: it cannot be opened, has no pictures or too large ones, breaks off, or too many pictures in a row
@@ -84,8 +89,9 @@ def read_video(name: str, fps: float | None, complete: threading.Event | None = 
                 pictures += 1
                 if clock.wants(frame.time):
                     yield Capture(
-                        _upright(frame), f"{name}#{number}", unix_us=time.time_ns() // 1000 if live else 0, similar=True
-                    )
+                        _upright(frame, spec), f"{name}#{number}", unix_us=time.time_ns() // 1000 if live else 0,
+                        similar=True,
+                    )  # fmt: skip
             if not pictures:
                 raise ImageError(f"{name}: no picture in it")
             if complete is not None and _shown_to_its_end(container, stream, clock.shown_s):
@@ -193,15 +199,32 @@ def _check_size(name: str, codec: Any) -> None:
     codec.thread_type = "AUTO" if codec.width * codec.height <= _PIXELS_AT_ONCE else "SLICE"
 
 
-def _upright(frame: "VideoFrame") -> Image.Image:
-    """A picture as a player shows it: turned and mirrored as its display matrix says."""
-    image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
+def _upright(frame: "VideoFrame", spec: InputSpec | None) -> Image.Image:
+    """A picture as a player shows it: turned and mirrored as its display matrix says.
+
+    Args:
+        frame: as decoded.
+        spec: the input that it is for, if it need not be finer.
+    """
+    turn = None
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return image
-    a, b, _, c, d, *_ = struct.unpack("<9i", bytes(matrix)[:36])
-    turn = _TURNS.get(tuple(round(value / 65536) for value in (a, b, c, d)))
+    if matrix is not None:
+        a, b, _, c, d, *_ = struct.unpack("<9i", bytes(matrix)[:36])
+        turn = _TURNS.get(tuple(round(value / 65536) for value in (a, b, c, d)))
+    if spec is not None:
+        turned = turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270, *_MIRRORED_TURNS)
+        width, height = resized_size((frame.width, frame.height), spec, turned=turned)
+        if width <= frame.width and height <= frame.height:
+            # FFmpeg scales the planes as they were decoded, mostly with half the colours: less than half of RGB.
+            kind = _SCALERS[spec.interpolation]
+            frame = frame.reformat(width=width, height=height, format="rgb24", interpolation=kind)
+    image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
     return image.transpose(turn) if turn is not None else image
+
+
+_MIRRORED_TURNS = (Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE)
+_SCALERS = {"nearest": "POINT", "bilinear": "BILINEAR", "bicubic": "BICUBIC", "lanczos": "LANCZOS"}
+"""FFmpeg's scaler, by the input's interpolation."""
 
 
 _TURNS = {

@@ -7,40 +7,48 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GetManifestRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "deflate")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    DEFLATE_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    deflate: bool
+    def __init__(self, model: _Optional[str] = ..., deflate: _Optional[bool] = ...) -> None: ...
 
 class GetManifestResponse(_message.Message):
-    __slots__ = ("model", "bundle_id", "manifest_json")
+    __slots__ = ("model", "bundle_id", "manifest_json", "size")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
     model: str
     bundle_id: str
     manifest_json: bytes
-    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_json: _Optional[bytes] = ...) -> None: ...
+    size: int
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_json: _Optional[bytes] = ..., size: _Optional[int] = ...) -> None: ...
 
 class FetchFileRequest(_message.Message):
-    __slots__ = ("model", "bundle_id", "path", "offset", "length")
+    __slots__ = ("model", "bundle_id", "path", "offset", "length", "deflate")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    DEFLATE_FIELD_NUMBER: _ClassVar[int]
     model: str
     bundle_id: str
     path: str
     offset: int
     length: int
-    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    deflate: bool
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., path: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., deflate: _Optional[bool] = ...) -> None: ...
 
 class FileChunk(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "size")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    size: int
+    def __init__(self, data: _Optional[bytes] = ..., size: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
     __slots__ = ("open", "frame")

@@ -1,50 +1,39 @@
-"""Photographs to the backbone's input, without torch.
+"""Photographs from files and bytes, as RGB, within limits.
 
-The result equals that of torchvision on PIL images, within 1e-6 (a test holds that): ``Resize(resize, interpolation)``
-and ``CenterCrop((height, width))``, or ``Resize((height, width), interpolation)`` for an input that is stretched; then
-``ToTensor`` and ``Normalize``. So a network sees at the edge what it saw in training.
+Whatever Pillow raises becomes an `ImageError` that names the photograph.
 """
 
 import contextlib
 import io
 import logging
+import re
 import stat
-import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bitneck.errors import ImageError
+from bitneck.image.exact import MAX_PIXELS, resized_size
+from bitneck.image.sharing import MAX_DECODED_BYTES, MEMORY, QUIET
 from bitneck.manifest import InputSpec
 
 __all__ = [
     "MAX_ASPECT",
-    "MAX_DECODED_BYTES",
-    "MAX_PIXELS",
+    "MAX_SCANS",
     "PHOTO_FORMATS",
     "PHOTO_SUFFIXES",
-    "crop",
+    "TURNED",
     "find_photos",
     "load_photo",
-    "normalize",
     "opened_photo",
-    "preprocess",
+    "opened_reduced",
 ]
 
 _LOG = logging.getLogger(__name__)
-
-MAX_PIXELS = 100_000_000
-"""Larger photographs are refused before they are decoded: a few kilobytes can claim gigapixels."""
-
-MAX_DECODED_BYTES = 512 << 20
-"""Memory that decoding may take, for all threads of the process together. A photograph of 100 megapixels takes 400 MB
-as RGB; 16-bit, progressive and rotated ones take more for each pixel."""
 
 MAX_ASPECT = 1000
 """Longer and narrower pictures are refused: scaled until the short side fills the input, they would be gigantic."""
@@ -65,12 +54,10 @@ _STRIP_BYTES = 16 << 20
 _RGB_BYTES = 4
 """Bytes of a pixel in Pillow's RGB."""
 
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_ORIENTATION = 0x0112
+"""EXIF's tag."""
+TURNED = (5, 6, 7, 8)
+"""EXIF orientations in which width and height change places."""
 
 
 def find_photos(source: Path) -> list[Path]:
@@ -131,13 +118,46 @@ def opened_photo(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Itera
     where = str(source) if isinstance(source, Path) else f"<{len(source)} bytes>"
     with contextlib.ExitStack() as memory:
         # Pillow warns of bombs and metadata; the limits below are ours.
-        with _image_errors(where), _QUIET(), _opened(source) as image:
+        with _image_errors(where), QUIET(), _opened(source) as image:
             _check_size(image, where, max_pixels)
-            memory.enter_context(_MEMORY.taken(_decoded_bytes(image, where)))
+            memory.enter_context(MEMORY.taken(_decoded_bytes(image, where, image.size)))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             upright = _to_rgb(image)
         yield upright
+
+
+@contextlib.contextmanager
+def opened_reduced(
+    source: Path | bytes, spec: InputSpec, *, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[Image.Image, int]]:
+    """`opened_photo` for one input alone: a JPEG is decoded no finer than the input needs, and nothing is turned yet.
+
+    libjpeg then computes a half, a quarter or an eighth of the pixels of each side.
+
+    Args:
+        source: see `load_photo`.
+        spec: the backbone's input.
+        max_pixels: see `load_photo`; of the whole photograph.
+
+    Returns:
+        The picture as RGB, as it is stored, and its EXIF orientation, 1 to 8; see `bitneck.view.view`.
+
+    Raises:
+        ImageError: see `load_photo`.
+    """
+    where = str(source) if isinstance(source, Path) else f"<{len(source)} bytes>"
+    with contextlib.ExitStack() as memory:
+        with _image_errors(where), QUIET(), _opened(source) as image:
+            _check_size(image, where, max_pixels)
+            whole, orientation = image.size, image.getexif().get(_ORIENTATION, 1)
+            if image.format in ("JPEG", "MPO"):
+                width, height = resized_size(whole, spec, turned=orientation in TURNED)
+                image.draft(image.mode, (width, height))
+            memory.enter_context(MEMORY.taken(_decoded_bytes(image, where, whole)))
+            image.load()
+            rgb = _to_rgb(image)
+        yield rgb, orientation if orientation in range(1, 9) else 1
 
 
 @contextlib.contextmanager
@@ -179,15 +199,21 @@ def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
         raise ImageError(f"{where}: {width}x{height} pixels, too long and narrow; crop it first")
 
 
-def _decoded_bytes(image: Image.Image, where: str) -> int:
-    """Memory that decoding, turning upright and conversion to RGB take at most."""
+def _decoded_bytes(image: Image.Image, where: str, whole: tuple[int, int]) -> int:
+    """Memory that decoding, turning upright and conversion to RGB take at most.
+
+    Args:
+        image: not decoded yet; perhaps to be decoded at a reduced size.
+        where: for the message.
+        whole: the photograph's own width and height.
+    """
     own = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "LA": 4, "PA": 4}.get(image.mode, 4)
     bytes_a_pixel = own if image.mode == "RGB" else own + _RGB_BYTES
-    if image.getexif().get(0x0112, 1) not in (0, 1):  # Orientation: a turned copy
+    if image.getexif().get(_ORIENTATION, 1) not in (0, 1):  # a turned copy
         bytes_a_pixel += own
-    if image.info.get("progressive"):  # libjpeg keeps the coefficients of three components, 2 bytes each
-        bytes_a_pixel += 6
     needed = image.width * image.height * bytes_a_pixel
+    if image.info.get("progressive"):  # libjpeg keeps the coefficients of three components, 2 bytes each
+        needed += whole[0] * whole[1] * 6
     if needed > MAX_DECODED_BYTES:
         raise ImageError(
             f"{where}: {image.width}x{image.height} pixels of {image.mode} take {needed >> 20} MiB to decode, "
@@ -210,18 +236,19 @@ def _jpeg_scans(data: bytes) -> int:
     """Scans of a JPEG's first image; counting ends behind `MAX_SCANS`."""
     at, scans = 2, 0
     while scans <= MAX_SCANS:
-        at = data.find(b"\xff", at)
-        if at < 0 or at + 4 > len(data):
+        marker = _MARKER.search(data, at)
+        if marker is None or marker.start() + 4 > len(data):
             break
-        kind = data[at + 1]
-        if kind == 0xD9:  # end of image
+        at = marker.start()
+        if data[at + 1] == 0xD9:  # end of image
             break
-        if kind in (0x00, 0x01, 0xFF) or 0xD0 <= kind <= 0xD8:  # stuffed byte, fill byte, or a marker without length
-            at += 1 if kind == 0xFF else 2
-            continue
-        scans += kind == 0xDA
+        scans += data[at + 1] == 0xDA
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return scans
+
+
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""A marker with a length: no stuffed byte, no fill byte, no restart."""
 
 
 @contextlib.contextmanager
@@ -247,59 +274,6 @@ def _image_errors(where: str) -> Iterator[None]:
 
 
 _KNOWN = f"known are {', '.join(PHOTO_FORMATS)} and HEIF"
-
-
-class _Memory:
-    """Bytes that threads share. One that asks for more than are left waits; the first one always gets its share."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._taken = 0
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def taken(self, size: int) -> Iterator[None]:
-        """Take bytes until the block ends."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._taken or self._taken + size <= self._total)
-            self._taken += size
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._taken -= size
-                self._changed.notify_all()
-
-
-_MEMORY = _Memory(MAX_DECODED_BYTES)
-
-
-class _Quiet:
-    """`warnings.catch_warnings` for threads: the first one in silences them, the last one out restores the filters."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._caught = warnings.catch_warnings()
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if not self._inside:
-                self._caught = warnings.catch_warnings()
-                self._caught.__enter__()
-                warnings.simplefilter("ignore")
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if not self._inside:
-                    self._caught.__exit__(None, None, None)
-
-
-_QUIET = _Quiet()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -329,60 +303,3 @@ def _scaled_grey(image: Image.Image) -> Image.Image:
         strip = Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
         scaled.paste(strip, (0, top))
     return scaled
-
-
-def crop(image: Image.Image, spec: InputSpec) -> Image.Image:
-    """The part of a photograph that the network sees, at the input's height and width.
-
-    With ``crop`` the short side is resized to ``spec.resize`` and the centre is cut out; with ``stretch`` the whole
-    photograph is resized, whatever its shape.
-
-    Args:
-        image: RGB, any size.
-        spec: the backbone's input.
-
-    Returns:
-        RGB, ``spec.height`` x ``spec.width``.
-
-    Raises:
-        ImageError: the picture is so long and narrow that resizing it would exceed the pixel limit.
-    """
-    width, height = image.size
-    if spec.resize is None:
-        if spec.width * height > MAX_PIXELS:  # Pillow resizes along x first
-            raise ImageError(f"a picture of {width}x{height} pixels is too long and narrow; crop it first")
-        if (width, height) == (spec.width, spec.height):
-            return image
-        return image.resize((spec.width, spec.height), _RESAMPLING[spec.interpolation])
-    short, long = min(width, height), max(width, height)
-    resized_long = int(spec.resize * long / short)
-    if resized_long * spec.resize > MAX_PIXELS:
-        raise ImageError(f"a picture of {width}x{height} pixels is too long and narrow; crop it first")
-    if short != spec.resize:
-        new = (spec.resize, resized_long) if width <= height else (resized_long, spec.resize)
-        image = image.resize(new, _RESAMPLING[spec.interpolation])
-    left = round((image.width - spec.width) / 2.0)
-    top = round((image.height - spec.height) / 2.0)
-    return image.crop((left, top, left + spec.width, top + spec.height))
-
-
-def normalize(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
-    """Scale to 0..1, subtract the mean, divide by the standard deviation.
-
-    Args:
-        image: RGB, H x W.
-        spec: the backbone's input.
-
-    Returns:
-        (1, 3, H, W) float32.
-    """
-    x = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # (3, H, W); planes first: 12 times faster
-    x /= np.float32(255.0)
-    x -= np.array(spec.mean, dtype=np.float32)[:, None, None]
-    x /= np.array(spec.std, dtype=np.float32)[:, None, None]
-    return x[None]
-
-
-def preprocess(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
-    """`crop`, then `normalize`: (1, 3, H, W) float32."""
-    return normalize(crop(image, spec), spec)

@@ -1,0 +1,186 @@
+"""What crosses a device's link, counted by its interface: headers of Ethernet, IP and TCP included.
+
+    sudo python benchmarks/wire.py --bundle build/efficientnet_lite0 [--kbps 256] [--precision int8] [--json]
+
+Two network namespaces, real processes. Measured are
+
+    first start   an empty cache, no --point, at --kbps each way: bytes down and seconds to the first answer, and until
+                  the most accurate point answers
+    update        the server comes back with a bundle in which the tables of one point changed: bytes down until the
+                  client, which has the old bundle, answers at that point again
+    frames        bytes a frame each way at the cheapest point, five frames a second: the difference between a long and
+                  a short run, without what a session costs to open; and the bytes of an open session
+
+It needs root, `ip` and `tc`.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bitneck.bundle import Bundle, BundleWriter
+from bitneck.coding.factorized_model import FactorizedModel
+from bitneck_edge.client import EdgeClient
+from bitneck_testing.photographs import sample_photo
+from bitneck_testing.processes import running_server
+from bitneck_testing.shaped_link import ShapedLink, ShapingUnavailable, shaped_link
+
+SHORT, LONG, FPS = 20, 120, 5.0
+
+
+def counted(device: str) -> dict[str, int]:
+    """Bytes of the device's interface since it was made."""
+    folder = Path(f"/sys/class/net/{device}/statistics")
+    return {"down": int((folder / "rx_bytes").read_text()), "up": int((folder / "tx_bytes").read_text())}
+
+
+async def start(server: str, device: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The device's part of a first start, inside its namespace."""
+    begun, before = time.perf_counter(), counted(device)
+
+    def passed() -> dict[str, float]:
+        now = counted(device)
+        return {"s": time.perf_counter() - begun} | {way: now[way] - before[way] for way in now}
+
+    found: dict[str, Any] = {}
+    async with EdgeClient(server, insecure=True, **values) as client:
+        best = values.get("point") or client.bundle.manifest.ladder.best.id
+        photo = sample_photo()
+        while "wanted" not in found:
+            answer = await client.infer(photo)
+            if not found:
+                found["first"] = passed() | {"point": answer.point}
+            if answer.point == best:
+                found["wanted"] = passed() | {"point": best}
+            await asyncio.sleep(0.2)
+    return found
+
+
+async def frames(server: str, device: str, values: dict[str, Any], count: int) -> dict[str, Any]:
+    """The device's part of a run of frames."""
+    before = counted(device)
+    payload = 0
+    async with EdgeClient(server, insecure=True, **values) as client:
+        photo = sample_photo()
+        for number in range(count):
+            due = time.perf_counter() + 1 / FPS
+            answer = await client.infer(photo)
+            payload += answer.payload_bytes
+            if number + 1 < count:
+                await asyncio.sleep(due - time.perf_counter())
+    now = counted(device)
+    return {way: now[way] - before[way] for way in now} | {"payload": payload / count}
+
+
+def inside(link: ShapedLink, part: str, server: str, values: dict[str, Any], count: int = 0) -> dict[str, Any]:
+    """Run the device's part in its namespace."""
+    child = json.dumps([part, server, link.device, values, count])
+    done = subprocess.run(
+        [*link.inside, sys.executable, __file__, "--child", child], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def child(text: str) -> None:
+    """Do the device's part and print what was counted."""
+    part, server, device, values, count = json.loads(text)
+    work = start(server, device, values) if part == "start" else frames(server, device, values, count)
+    print(json.dumps(asyncio.run(work)))
+
+
+def with_other_tables(bundle: Bundle, point: str, out: Path) -> Bundle:
+    """The bundle with other tables of one operating point: those of one photograph more."""
+    manifest = bundle.manifest
+    tables = bundle.tables(point)
+    changed = [row.copy() for row in tables.counts]
+    largest = changed[0].argmax()
+    changed[0][largest] -= 1
+    changed[0][(largest + 1) % len(changed[0])] += 1
+    path = manifest.point(point).tables
+    with BundleWriter(out) as writer:
+        for name, entry in manifest.files.items():
+            data = bundle.path(name).read_bytes()
+            if name == path:
+                data = FactorizedModel(tables.lo, changed).to_npz()
+            if name != manifest.point(point).conditional:
+                writer.add(name, data, entry.role)
+        return writer.finish(manifest.model_copy(update={"files": writer.files}))
+
+
+def measured(bundle: Bundle, link: ShapedLink, kbps: int, precision: str, folder: Path) -> dict[str, Any]:
+    """All measurements."""
+    values: dict[str, Any] = {"cache_dir": str(folder / "cache"), "precision": precision, "threads": 1}
+    ladder = bundle.manifest.ladder
+    best = ladder.best.id
+    low = ladder.measured[0].id
+    address = f"{link.host}:0"
+    options = ("--insecure",)
+    found: dict[str, Any] = {"precision": precision, "kbps": kbps}
+    link.set_rate(kbps * 1000)
+    link.set_rate_in(kbps * 1000)
+    with running_server(bundle.root, options=options, grpc=address) as server:
+        found["first_start"] = inside(link, "start", server.grpc, values)
+    changed = with_other_tables(bundle, best, folder / "changed")
+    with running_server(changed.root, options=options, grpc=address) as server:
+        found["update"] = inside(link, "start", server.grpc, values | {"point": best})["wanted"]
+    link.set_rate(10_000_000)
+    link.set_rate_in(10_000_000)
+    with running_server(bundle.root, options=options, grpc=address) as server:
+        at = values | {"point": low}
+        inside(link, "frames", server.grpc, at, 2)
+        short, long = (inside(link, "frames", server.grpc, at, count) for count in (SHORT, LONG))
+    per_frame = {way: (long[way] - short[way]) / (LONG - SHORT) for way in ("up", "down")}
+    found["frames"] = per_frame | {
+        "point": low, "payload": long["payload"],
+        "session": {way: short[way] - SHORT * per_frame[way] for way in ("up", "down")},
+    }  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--kbps", type=int, default=256)
+    parser.add_argument("--precision", choices=("int8", "float32"), default="int8")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child)
+        return
+    bundle = Bundle.open(arguments.bundle)
+    try:
+        with shaped_link() as link, tempfile.TemporaryDirectory() as folder:
+            found = measured(bundle, link, arguments.kbps, arguments.precision, Path(folder))
+    except ShapingUnavailable as exc:
+        sys.exit(f"links cannot be shaped here: {exc}")
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table("what", "point", "bytes down", "bytes up", "seconds", title=f"{found['kbps']} kbit/s each way")
+    rows = {"first answer": found["first_start"]["first"], "best point": found["first_start"]["wanted"]}
+    for name, row in (rows | {"after one point's tables changed": found["update"]}).items():
+        table.add_row(name, row["point"], f"{row['down']:,}", f"{row['up']:,}", f"{row['s']:.1f}")
+    Console().print(table)
+    f = found["frames"]
+    print(
+        f"a frame at {f['point']} ({f['payload']:.0f} bytes of payload), {FPS:g} a second: {f['up']:.0f} bytes up, "
+        f"{f['down']:.0f} down; a session beside its frames: {f['session']['up']:,.0f} up, {f['session']['down']:,.0f} "
+        "down"
+    )
+
+
+if __name__ == "__main__":
+    main()
