@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bitneck.bundle import Bundle, BundleWriter
 from bitneck.coding.arrays import MAX_ARRAY_BYTES
+from bitneck.coding.class_map import MAX_MAP_BYTES
 from bitneck.coding.conditional_model import ConditionalModel
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BitneckError, BundleCorrupt, DeadlineExceeded, InvalidConfig, Unavailable
@@ -31,11 +32,12 @@ from bitneck_edge.bundles.cost import CostCheck
 from bitneck_edge.bundles.fetch import MAX_BUNDLE_BYTES
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.link import Link, LinkSettings
-from bitneck_edge.link.remote import Access, _Pace
+from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access, _Pace
 from bitneck_edge.link.wire import MAX_LABELS, server_message
-from bitneck_testing.photographs import photo_bytes
+from bitneck_edge.session import _most_answer_bytes
+from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.processes import BIN
-from bitneck_testing.rogue_servers import opened, rogue_server
+from bitneck_testing.rogue_servers import opened, result, rogue_server
 
 ROOT = Path(__file__).parents[1]
 HANG_S = 60.0
@@ -157,6 +159,59 @@ async def test_a_server_that_sends_away_for_ever_is_given_up(tiny_bundle: Bundle
             await (await link.send("s1-r1", b"x")).answer
         assert rogue.streams == 3
         await link.close()
+
+
+async def test_an_idle_client_that_is_sent_away_comes_back_less_and_less_often(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And at once if there is a frame to send."""
+    monkeypatch.setattr("bitneck_edge.link.link._FAIR_S", 0.02)
+    answering = False
+
+    async def converse(context: Any) -> None:
+        await opened(context)
+        if answering:
+            message = await context.read()
+            await context.write(result(message.frame.seq))
+        await asyncio.sleep(0.1)
+        await context.write(pb.ServerMessage(go_away=pb.GoAway(reason="nothing came")))
+
+    async with rogue_server(tiny_bundle, converse) as (address, rogue), asyncio.timeout(HANG_S):
+        link = link_to(address, retries=0)
+        await link.open()
+        await asyncio.sleep(5)
+        assert 3 <= rogue.streams <= 8  # pauses of about 0.2, 0.4, 0.8, 1.6 and 3.2 s; equal ones would be twenty
+        answering = True
+        await (await link.send("s1-r1", b"x")).answer
+        await link.close()
+
+
+async def test_a_servers_own_times_cannot_lead_the_rate_astray(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """A frame that was away for milliseconds did not spend a century in the cloud."""
+
+    async def converse(context: Any) -> None:
+        await opened(context)
+        while isinstance(message := await context.read(), pb.ClientMessage):
+            answer = result(message.frame.seq)
+            answer.result.timings.compute_us = (1 << 63) - 1
+            await context.write(answer)
+
+    async with rogue_server(tiny_bundle, converse) as (address, _), asyncio.timeout(HANG_S):
+        async with EdgeClient(address, **settings(tmp_path, point="auto")) as client:
+            for _ in range(5):
+                await client.infer(photo())
+            assert client._session is not None
+            assert 0 <= client._session._rate._server < 60
+
+
+def test_the_largest_class_map_of_a_bundle_may_come(tiny_bundle: Bundle, scene_bundle: Bundle) -> None:
+    assert _most_answer_bytes(tiny_bundle.manifest) == MAX_ANSWER_BYTES
+    assert _most_answer_bytes(scene_bundle.manifest) == MAX_ANSWER_BYTES
+    wide = scene_bundle.manifest.input.model_copy(update={"height": 1500, "width": 1500})
+    large = scene_bundle.manifest.model_copy(update={"input": wide})
+    assert 2 * 1500 * 1500 < _most_answer_bytes(large) <= MAX_MAP_BYTES + (1 << 16)
+    huge = large.model_copy(update={"input": wide.model_copy(update={"height": 4000, "width": 4000})})
+    assert _most_answer_bytes(huge) == MAX_MAP_BYTES + (1 << 16)
 
 
 # Downloads

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from bitneck.bundle import Bundle
+from bitneck.coding.class_map import MAX_MAP_BYTES
 from bitneck.errors import BitneckError
+from bitneck.manifest import Manifest
 from bitneck.runtime import ModulePool
 from bitneck.workers import Workers
 from bitneck_edge.answers.assemble import answer_of
@@ -24,6 +26,7 @@ from bitneck_edge.bundles.supply import Progress, Supply, first_point
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto
 from bitneck_edge.link.link import Link, LinkSettings, Received, Sent
 from bitneck_edge.link.records import Candidate, Coded
+from bitneck_edge.link.remote import MAX_ANSWER_BYTES
 from bitneck_edge.points import PointChoice, Wish
 from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.settings import EdgeSettings
@@ -32,6 +35,7 @@ from bitneck_edge.sources.capture import Capture
 __all__ = ["EdgeSession", "EncodedCapture"]
 
 _LOG = logging.getLogger(__name__)
+_BESIDE_A_MAP = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +235,7 @@ class EdgeSession:
         edge_s = (photo.head_ms + photo.encode_ms) / 1e3
         other_s = max(0.0, sent.at - encoded.capture.at - edge_s)
         self._rate.sent(sent.seq, encoded.decision, len(sent.payload), sent.at, edge_s=edge_s, other_s=other_s)
-        sent.answer.add_done_callback(functools.partial(self._learn, sent.seq))
+        sent.answer.add_done_callback(functools.partial(self._learn, sent.seq, sent.at))
         return sent
 
     async def answer(self, encoded: EncodedCapture, sent: Sent) -> Answer:
@@ -249,15 +253,15 @@ class EdgeSession:
         if not self._supply.ready(point_id):
             await self._supply.need([point_id])
 
-    def _learn(self, seq: int, answer: "asyncio.Future[Received]") -> None:
-        """Tell the rate controller how a frame ended."""
+    def _learn(self, seq: int, sent_at: float, answer: "asyncio.Future[Received]") -> None:
+        """Tell the rate controller how a frame ended. A server cannot have taken longer than the frame was away."""
         if answer.cancelled() or answer.exception() is not None:
             self._rate.lost(seq, time.perf_counter())
             return
         received = answer.result()
         timings = received.result.timings
         server_s = (timings.queued_us + timings.decode_us + timings.compute_us) / 1e6
-        self._rate.answered(seq, received.at, server_s=server_s)
+        self._rate.answered(seq, received.at, server_s=min(server_s, received.at - sent_at))
 
 
 async def _fetch_first(supply: Supply, wish: Wish, *, known: bool, progress: Progress) -> None:
@@ -296,4 +300,12 @@ def _link_settings(settings: EdgeSettings, bundle: Bundle) -> LinkSettings:
         retries=settings.retries,
         references=settings.similar != "off" and bundle.has_conditional,
         key_every=settings.key_every,
+        most_bytes=_most_answer_bytes(bundle.manifest),
     )
+
+
+def _most_answer_bytes(manifest: Manifest) -> int:
+    """Bytes of the largest answer that a server of this bundle has reason to send."""
+    if manifest.task != "segmentation":
+        return MAX_ANSWER_BYTES
+    return max(MAX_ANSWER_BYTES, min(MAX_MAP_BYTES, 2 * manifest.input.pixels) + _BESIDE_A_MAP)

@@ -12,7 +12,7 @@ import grpc
 
 from bitneck.errors import BitneckError, Unavailable
 from bitneck.wire.messages import ClientMessage, ServerMessage
-from bitneck_edge.link.remote import Access, Call, from_rpc_error, stub_of
+from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access, Call, from_rpc_error, stub_of
 from bitneck_edge.link.wire import client_message, server_message
 
 __all__ = ["Connection", "connect"]
@@ -22,18 +22,19 @@ _LAST_WRITE_S = 1.0
 
 
 @contextlib.asynccontextmanager
-async def connect(access: Access, timeout_s: float) -> AsyncGenerator["Connection"]:
+async def connect(access: Access, timeout_s: float, most_bytes: int = MAX_ANSWER_BYTES) -> AsyncGenerator["Connection"]:
     """A connection to the server, closed at the end of the block.
 
     Args:
         access: to the server.
         timeout_s: for connecting.
+        most_bytes: of a message of the server.
 
     Raises:
         Unavailable: no server in time.
         InvalidConfig: a certificate or key cannot be used.
     """
-    async with access.channel() as channel:
+    async with access.channel(most_bytes) as channel:
         await access.connected(channel, timeout_s)
         call = stub_of(channel).Stream(metadata=access.metadata)
         try:

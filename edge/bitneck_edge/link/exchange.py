@@ -7,6 +7,7 @@ Frames that are sent while no connection is up wait in the records; `attach` sen
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -73,6 +74,7 @@ class Exchange:
         self._failure: BitneckError | None = None
         self._connections = 0  # how often unanswered frames have been sent over a new one
         self._later: set[asyncio.Task[None]] = set()
+        self._added = asyncio.Event()
 
     @property
     def failure(self) -> BitneckError | None:
@@ -146,9 +148,17 @@ class Exchange:
                 similar=similar,
             )
             connections = self._connections
+        self._added.set()
         frame = record.frame
         await self._write(frame, connections)
         return Sent(frame.seq, frame.payload, frame.reference, wire_bytes(frame), record.sent_s, answer)
+
+    async def frame_comes(self, timeout_s: float) -> None:
+        """Wait until a frame is sent, or the time is over."""
+        self._added.clear()
+        if not self.unanswered:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._added.wait(), timeout_s)
 
     def granted(self, *, window: int, reach: int, same_session: bool) -> None:
         """The server has opened the session.

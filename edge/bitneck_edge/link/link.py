@@ -18,7 +18,7 @@ from bitneck.wire.messages import Fault, GoAway, Open, Opened, Result, ServerMes
 from bitneck_edge.link.connection import Connection, connect
 from bitneck_edge.link.exchange import Exchange, Received, Sent
 from bitneck_edge.link.records import Candidate, Coded
-from bitneck_edge.link.remote import Access
+from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access
 
 __all__ = ["Link", "LinkSettings", "Received", "Sent"]
 
@@ -28,6 +28,8 @@ _MAX_WINDOW = 1024
 _TOO_MANY_PINGS = "too_many_pings"
 _FAIR_S = 1.0
 """A server that sends us away after this time, with nothing unanswered, did its part; else it counts as failing."""
+_IDLE_PAUSE_S = 60.0
+"""Longest pause of a client that is sent away again and again without having anything to send."""
 _MOST_CONTROL = 200
 """Messages between two that are about an unanswered frame. A server that sends more is broken."""
 
@@ -45,6 +47,7 @@ class LinkSettings:
     retries: int
     references: bool = False
     key_every: int = 1
+    most_bytes: int = MAX_ANSWER_BYTES
 
 
 class Link:
@@ -165,6 +168,7 @@ class Link:
             BitneckError: another connection would not help, or no retry is left.
         """
         backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=self._settings.retries)
+        idle_pause = Backoff(first_s=_FIRST_PAUSE_S, most_s=_IDLE_PAUSE_S)
         while True:
             begun, progress = time.perf_counter(), self._exchange.progress
             try:
@@ -183,11 +187,18 @@ class Link:
             sent_away_fairly = idle and time.perf_counter() - begun > _FAIR_S
             if sent_away_fairly or progress != self._exchange.progress:
                 backoff.succeeded()
+            if progress != self._exchange.progress:
+                idle_pause.succeeded()
             pause_s = backoff.failed(random.random())  # noqa: S311  no secret
+            if sent_away_fairly:  # nobody wants anything, so there is no hurry; a frame ends the pause
+                pause_s = idle_pause.failed(random.random())  # noqa: S311  likewise
             if pause_s is None:
                 raise Unavailable(f"{error}; gave up after {backoff.failures} attempts") from error
             _LOG.warning("%s; connecting again in %.1f s", error, pause_s)
-            await asyncio.sleep(pause_s)
+            if sent_away_fairly:
+                await self._exchange.frame_comes(pause_s)
+            else:
+                await asyncio.sleep(pause_s)
             self.reconnects += 1
 
     async def _use_connection(self, opened: asyncio.Future[None]) -> None:
@@ -197,7 +208,8 @@ class Link:
             BitneckError: see `connect`, `Connection.read`; or the server does not do its part.
         """
         self._leaving = None
-        async with connect(self._access, self._settings.connect_timeout_s) as connection:
+        s = self._settings
+        async with connect(self._access, s.connect_timeout_s, s.most_bytes) as connection:
             try:
                 resumed = opened.done()
                 self._grant(await self._handshake(connection), resumed=resumed)
