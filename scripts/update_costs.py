@@ -1,8 +1,8 @@
-"""Measure what a device pays, and write docs/costs.md's table and docs/results/costs.png.
+"""Measure what a device pays, and write docs/costs.md's table and docs/costs/link.png.
 
     python scripts/update_costs.py --bundle build/efficientnet_lite0 --wire wire.json [--draw-only]
 
-`wire.json` comes from `python benchmarks/wire.py ... --json`. Results are kept in docs/results/costs.json; --draw-only
+`wire.json` comes from `python benchmarks/wire.py ... --json`. Results are kept in docs/costs/costs.json; --draw-only
 makes table and chart from that file. Image codecs at equal top-1 come from docs/results/baselines.json.
 """
 
@@ -26,9 +26,9 @@ from bitneck_edge.encoder import EdgeEncoder
 from bitneck_testing.photographs import sample_photo
 
 ROOT = Path(__file__).resolve().parent.parent
-COSTS = ROOT / "docs" / "results" / "costs.json"
+COSTS = ROOT / "docs" / "costs" / "costs.json"
 PAGE = ROOT / "docs" / "costs.md"
-CHART = ROOT / "docs" / "results" / "costs.png"
+CHART = ROOT / "docs" / "costs" / "link.png"
 RTT_S = 0.05
 """Round trip of the link, beside the time that bytes take."""
 MARKED = re.compile(r"(<!-- costs: begin -->\n).*?(<!-- costs: end -->)", re.DOTALL)

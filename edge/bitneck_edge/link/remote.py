@@ -46,6 +46,7 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.bdp_probe", 0),  # no pings that a thin link has to carry
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.per_message_decompression", 0),  # a small message must not become a large one in gRPC
+    ("grpc.use_local_subchannel_pool", 1),  # an attempt in the background must not make others wait
     ("grpc.enable_retries", 0),  # a stream gets none; the link reconnects by itself
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
