@@ -137,7 +137,7 @@ async def test_closing_while_the_session_is_replaced_leaves_nothing_open(
         rogue_server(tiny_bundle, server.converse, before_fetch=slowly) as (address, server.rogue),
         asyncio.timeout(HANG_S),
     ):
-        async with EdgeClient(address, **settings(tmp_path)) as client:
+        async with EdgeClient(address, **settings(tmp_path, point="s1-r1")) as client:  # nothing in the background
             await client.infer(photo())
             second = asyncio.create_task(client.infer(photo()))
             await fetching.wait()

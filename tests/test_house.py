@@ -122,7 +122,7 @@ PURE = (
         f"shared/bitneck/{name}.py"
         for name in (
             "backoff", "errors", "ids", "ladder", "manifest/entries", "onnx_file/cost", "onnx_file/parse", "text",
-            "wire/compression", "wire/frames", "wire/messages",
+            "wire/compression", "wire/frames", "wire/messages", "wire/scores",
         )
     ),
     "models/bitneck_models/zoo/selection.py",

@@ -54,8 +54,7 @@ class EdgeEncoder:
         bundle: the edge's half.
         ladder: its operating points.
         chain: the head's segments.
-        labels: names of the classes of a segmentation network. A classification network has none here: the cloud sends
-            them with its answers.
+        labels: names of the classes.
 
     Args:
         bundle: the edge's half.
@@ -76,9 +75,8 @@ class EdgeEncoder:
         self.ladder = bundle.manifest.ladder
         self._pool = pool or ModulePool()
         self.chain = SegmentChain(bundle, threads=threads, pool=self._pool)
-        self.labels: tuple[str, ...] = ()
+        self.labels = bundle.labels()
         if bundle.manifest.task == "segmentation":
-            self.labels = bundle.labels()
             check_classes(bundle.manifest, self.labels)
         self._encoders: dict[str, PointEncoder] = {}
         self._loading = threading.Lock()

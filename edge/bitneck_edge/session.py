@@ -301,6 +301,7 @@ def _link_settings(settings: EdgeSettings, bundle: Bundle) -> LinkSettings:
         references=settings.similar != "off" and bundle.has_conditional,
         key_every=settings.key_every,
         most_bytes=_most_answer_bytes(bundle.manifest),
+        positions={point.id: place for place, point in enumerate(bundle.manifest.points, start=1)},
     )
 
 

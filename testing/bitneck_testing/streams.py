@@ -109,10 +109,12 @@ async def stub(address: str) -> AsyncIterator[Any]:
         yield pb_grpc.SplitInferenceStub(channel)
 
 
-async def open_stream(stub: Any, bundle_id: str, token: str = "", client: str = "test", model: str = "") -> Stream:
+async def open_stream(
+    stub: Any, bundle_id: str, token: str = "", client: str = "test", model: str = "", *, brief: bool = False
+) -> Stream:
     """Open a stream, or resume a session with its token. It fails if the server does not answer with Opened."""
     call = stub.Stream()
-    opening = pb.Open(model=model, bundle_id=bundle_id, client=client, resume_token=token)
+    opening = pb.Open(model=model, bundle_id=bundle_id, client=client, resume_token=token, brief=brief)
     await call.write(pb.ClientMessage(open=opening))
     first = await call.read()
     assert isinstance(first, pb.ServerMessage)

@@ -173,6 +173,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             self._limits.single(caller, len(frame.payload), time.monotonic())
             model = self._registry.generation(request.model, request.bundle_id)
             name = model.name
+            frame = model.named(frame)
             check_frame(frame)
             model.check(frame)
             computing = self._engine.compute(job_of(model, frame, (caller, "")))
@@ -223,7 +224,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         conversation = Conversation(
             self._engine, model, session, state, self._streams, self._metrics, self._tracer,
             idle_s=self._idle_s, stall_s=self._stall_s, caller=caller, token_number=admission.number,
-            limits=self._limits,
+            limits=self._limits, brief=opening.brief,
         )  # fmt: skip
         opened = Opened(
             session_id=session.session_id,

@@ -19,6 +19,7 @@ from bitneck.wire.messages import (
     ServerMessage,
     SetPoint,
 )
+from bitneck.wire.scores import packed_scores
 
 __all__ = ["frame_from_wire", "from_wire", "parse_frame", "result_to_wire", "to_wire"]
 
@@ -36,6 +37,7 @@ def from_wire(message: pb.ClientMessage) -> ClientMessage | None:
                 client=opening.client,
                 resume_token=opening.resume_token,
                 references=opening.references,
+                brief=opening.brief,
             )
         case _:
             return None
@@ -51,6 +53,7 @@ def frame_from_wire(frame: pb.Frame) -> Frame:
         deadline_ms=frame.deadline_ms,
         captured_unix_us=frame.captured_unix_us,
         reference=frame.reference,
+        position=frame.position if not frame.point else 0,
     )
 
 
@@ -117,6 +120,10 @@ def result_to_wire(result: Result) -> pb.Result:
 
 def _output(output: Output) -> pb.Output:
     match output:
+        case Classification(labels) if labels and not any(label.name for label in labels):
+            scores = packed_scores([label.score for label in labels])
+            indices = [label.index for label in labels]
+            return pb.Output(classification=pb.Classification(index=indices, scores=scores))
         case Classification(labels):
             found = [pb.Label(index=label.index, name=label.name, score=label.score) for label in labels]
             return pb.Output(classification=pb.Classification(labels=found))

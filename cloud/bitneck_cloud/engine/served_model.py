@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, SegmentChain, segments_of
 from bitneck.coding.conditional_codec import Reference
-from bitneck.errors import BitneckError, MalformedFrame, ModelFailure
+from bitneck.errors import BitneckError, MalformedFrame, ModelFailure, UnknownPoint
 from bitneck.manifest import Manifest, UnitEntry
 from bitneck.runtime import ModulePool
 from bitneck.wire.messages import Frame, Output
@@ -75,6 +76,21 @@ class ServedModel:
     def name(self) -> str:
         """The model's id."""
         return self.manifest.name
+
+    def named(self, frame: Frame) -> Frame:
+        """The frame with its operating point's id, if it gives the point's position in the manifest.
+
+        Raises:
+            UnknownPoint: the manifest has fewer points.
+        """
+        if not frame.position:
+            return frame
+        if frame.position > len(self.manifest.points):
+            raise UnknownPoint(
+                f"frame {frame.seq} is at the operating point {frame.position} of the manifest, which has "
+                f"{len(self.manifest.points)}"
+            )
+        return replace(frame, point=self.manifest.points[frame.position - 1].id)
 
     def check(self, frame: Frame) -> None:
         """Check a frame's point and length, before it may queue.

@@ -6,12 +6,26 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, MutableMapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ProtocolError, Unavailable
 from bitneck.wire.frames import check_frame
-from bitneck.wire.messages import ClientMessage, Fault, Frame, GoAway, Result, ServerMessage, SetPoint, Timings
+from bitneck.wire.messages import (
+    Classification,
+    ClassShare,
+    ClientMessage,
+    CodedMap,
+    Fault,
+    Frame,
+    GoAway,
+    Label,
+    Result,
+    ServerMessage,
+    SetPoint,
+    Timings,
+)
 from bitneck_cloud.access.callers import ANONYMOUS, Caller
 from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.engine.engine import Engine
@@ -23,7 +37,7 @@ from bitneck_cloud.observe.tracing import FrameTracer
 from bitneck_cloud.sessions.outbox import Outbox
 from bitneck_cloud.sessions.session import Event, Session, StreamState, Verdict
 
-__all__ = ["Conversation", "Peer", "job_of", "result_of"]
+__all__ = ["Conversation", "Peer", "brief_result", "job_of", "result_of"]
 
 _LOG = logging.getLogger(__name__)
 _SUPERSEDED_GRACE_S = 2.0
@@ -81,8 +95,10 @@ class Conversation:
         limits: CallerLimits | None = None,
         caller: Caller = ANONYMOUS,
         token_number: int = 0,
+        brief: bool = False,
     ) -> None:
         self.caller = caller
+        self._brief = brief
         self._token_number = token_number
         self._expelled: BitneckError | None = None
         self._engine = engine
@@ -218,6 +234,7 @@ class Conversation:
         try:
             self._limits.frame(self.caller.name, time.monotonic())
             self._state.on(Event.FRAME)
+            frame = self._model.named(frame)
             self._session.oldest_token = max(self._session.oldest_token, self._token_number)
             reference = self._session.reference(frame.seq, frame.reference, frame.point)
             check_frame(frame, reference.crc32c if reference is not None else None)
@@ -229,7 +246,7 @@ class Conversation:
             return
         if verdict is Verdict.ANSWERED:
             self._metrics.frame(self._model.name, "RESENT")
-            self._outbox.put(self._session.kept_answer(frame.seq))
+            self._put(self._session.kept_answer(frame.seq))
         elif verdict is Verdict.NEW:
             turn = self.caller.name, self._session.session_id
             job = job_of(self._model, frame, turn, reference=reference, keep=self._session.reach > 0)
@@ -264,10 +281,14 @@ class Conversation:
             outcome = "OK"
         newest = self._streams.get(self._session.session_id)
         if newest is not None:
-            newest._outbox.put(message)
+            newest._put(message)
         asyncio.get_running_loop().call_soon(self._done, job.point, seq, received, computed, outcome)
         if self._none_left is not None and not self._jobs and not self._none_left.done():
             self._none_left.set_result(None)
+
+    def _put(self, message: Fault | Result) -> None:
+        """Send an answer, without what this stream's client knows."""
+        self._outbox.put(brief_result(message) if self._brief and isinstance(message, Result) else message)
 
     def _done(self, point: str, seq: int, received: float, computed: Computed | BitneckError, outcome: str) -> None:
         """Work that can wait until the answer is written."""
@@ -287,6 +308,16 @@ def job_of(
     """A frame as the engine takes it; its deadline begins now. For the other arguments see `Job`."""
     deadline = time.monotonic() + frame.deadline_ms / 1e3 if frame.deadline_ms else None
     return Job(model, frame.point, frame.payload, deadline, reference=reference, keep=keep, turn=turn)
+
+
+def brief_result(result: Result) -> Result:
+    """An answer without the names of classes, and without the time of receipt."""
+    output = result.output
+    if isinstance(output, Classification):
+        output = Classification(tuple(Label(label.index, "", label.score) for label in output.labels))
+    elif isinstance(output, CodedMap):
+        output = replace(output, classes=tuple(ClassShare(c.index, "", c.share) for c in output.classes))
+    return Result(result.seq, output, replace(result.timings, received_unix_us=0))
 
 
 def result_of(computed: Computed, seq: int, received: float) -> Result:

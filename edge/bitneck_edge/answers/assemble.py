@@ -24,7 +24,7 @@ def answer_of(
         sent: the frame.
         received: the cloud's result, and when it came.
         manifest: of the bundle in use.
-        names: of the classes, by index; for segmentation only.
+        names: of the classes, by index.
 
     Raises:
         ProtocolError: see `labels_of` and `segmentation_of`.
@@ -49,7 +49,7 @@ def answer_of(
         bpp_wire=sent.wire_bytes * 8 / pixels,
         payload_crc32c=crc32c_hex(payload),
         symbols_crc32c=crc32c_hex(encoded.encoded.symbols.astype("<i4").tobytes()),
-        labels=() if segmented else labels_of(received.result),
+        labels=() if segmented else labels_of(received.result, names),
         segmentation=segmentation_of(received.result, manifest, names) if segmented else None,
         ms=StageTimes(
             wait=wait,

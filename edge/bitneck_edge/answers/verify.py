@@ -25,18 +25,24 @@ def check_classes(manifest: Manifest, labels: Sequence[str]) -> None:
         raise BundleCorrupt(f"{manifest.labels} has {len(labels)} classes, a class map can name 1 to {MAX_CLASSES}")
 
 
-def labels_of(result: Result) -> tuple[Label, ...]:
+def labels_of(result: Result, names: Sequence[str]) -> tuple[Label, ...]:
     """The labels of an answer.
 
+    Args:
+        result: from the cloud.
+        names: the bundle's names of the classes, by index, for labels that came without.
+
     Raises:
-        ProtocolError: there are none, or a score is not a finite number.
+        ProtocolError: there are none, a score is not a finite number, or a label has neither a name nor a known index.
     """
     labels = result.output.labels if isinstance(result.output, Classification) else ()
     if not labels or not all(math.isfinite(label.score) for label in labels):
         raise ProtocolError(
             f"the answer to frame {result.seq} has {len(labels)} labels, expected one or more, each with a finite score"
         )
-    return labels
+    if any(not label.name and label.index >= len(names) for label in labels):
+        raise ProtocolError(f"the answer to frame {result.seq} has a class that none of the {len(names)} labels is for")
+    return tuple(label if label.name else Label(label.index, names[label.index], label.score) for label in labels)
 
 
 def segmentation_of(result: Result, manifest: Manifest, names: Sequence[str]) -> Segmentation:

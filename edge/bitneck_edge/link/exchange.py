@@ -11,6 +11,7 @@ import contextlib
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bitneck.errors import GRPC_CODES, BitneckError, error_from_status
@@ -64,10 +65,11 @@ class Exchange:
 
     Args:
         key_every: see `Records`.
+        positions: likewise.
     """
 
-    def __init__(self, key_every: int) -> None:
-        self._records = Records[asyncio.Future[Received]](key_every=key_every)
+    def __init__(self, key_every: int, positions: Mapping[str, int] | None = None) -> None:
+        self._records = Records[asyncio.Future[Received]](key_every=key_every, positions=positions)
         self._room = asyncio.Condition()
         self._write_lock = asyncio.Lock()
         self._connection: Connection | None = None

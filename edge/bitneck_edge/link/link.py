@@ -9,8 +9,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from bitneck.backoff import Backoff
 from bitneck.errors import BitneckError, DeadlineExceeded, Overloaded, ProtocolError, Unavailable, Unreachable
@@ -48,6 +48,8 @@ class LinkSettings:
     references: bool = False
     key_every: int = 1
     most_bytes: int = MAX_ANSWER_BYTES
+    positions: Mapping[str, int] = field(default_factory=dict)
+    """Of the operating points in the bundle's manifest. With them the session is brief: the client has the labels."""
 
 
 class Link:
@@ -78,7 +80,7 @@ class Link:
         self._address = settings.access.address
         self._on_point = on_point
         self._on_reconnect = on_reconnect
-        self._exchange = Exchange(settings.key_every)
+        self._exchange = Exchange(settings.key_every, settings.positions)
         self._task: asyncio.Task[None] | None = None
         self._opened: asyncio.Future[None] | None = None
         self._leaving: frozenset[int] | None = None  # the server goes away: frames that it may still answer
@@ -231,6 +233,7 @@ class Link:
             client=s.client,
             resume_token=self._token,
             references=s.references,
+            brief=bool(s.positions),
         )
         try:
             async with asyncio.timeout(s.answer_timeout_s):

@@ -10,6 +10,7 @@ lost frame harms no other one. Each operating point has its own reference; a fra
 that is sent again is sent as a key frame: the cloud may have lost the reference.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -92,9 +93,11 @@ class Records(Generic[A]):
     Args:
         window: frames that may be unanswered; `opened` sets the server's.
         key_every: at each point, at least one of this many frames of similar pictures is a key frame.
+        positions: what stands for an operating point's id on the wire; see `bitneck.wire.messages.Frame`.
     """
 
-    def __init__(self, *, window: int = 1, key_every: int = 1) -> None:
+    def __init__(self, *, window: int = 1, key_every: int = 1, positions: Mapping[str, int] | None = None) -> None:
+        self._positions = dict(positions or {})
         self.window = window
         self.next_seq = 1
         self.duplicates = 0
@@ -192,6 +195,7 @@ class Records(Generic[A]):
             payload=payload,
             deadline_ms=deadline_ms,
             captured_unix_us=captured_unix_us,
+            position=self._positions.get(point, 0),
         )
         if similar is not None:
             frame = self._smaller(alone, similar)
@@ -291,5 +295,6 @@ class Records(Generic[A]):
             captured_unix_us=alone.captured_unix_us,
             reference=distance,
             reference_crc32c=similar.candidate.reference.crc32c,
+            position=alone.position,
         )
         return frame if wire_bytes(frame) < wire_bytes(alone) else alone

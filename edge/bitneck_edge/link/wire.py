@@ -19,6 +19,7 @@ from bitneck.wire.messages import (
     SetPoint,
     Timings,
 )
+from bitneck.wire.scores import unpacked_scores
 
 __all__ = ["MAX_LABELS", "client_message", "frame_bytes", "frame_to_wire", "server_message"]
 
@@ -40,12 +41,13 @@ def frame_to_wire(frame: Frame) -> pb.Frame:
     """The protobuf message of a frame."""
     return pb.Frame(
         seq=frame.seq,
-        point=frame.point,
+        point="" if frame.position else frame.point,
         payload=frame.payload,
         crc32c=frame.crc32c,
         deadline_ms=frame.deadline_ms,
         captured_unix_us=frame.captured_unix_us,
         reference=frame.reference,
+        position=frame.position,
     )
 
 
@@ -85,6 +87,7 @@ def _open_to_wire(message: Open) -> pb.Open:
         client=message.client,
         resume_token=message.resume_token,
         references=message.references,
+        brief=message.brief,
     )
 
 
@@ -112,6 +115,8 @@ def _result(message: pb.Result) -> Result:
 def _output(message: pb.Output) -> Output | None:
     match message.WhichOneof("output"):
         case "classification":
+            if message.classification.index:
+                return _brief(message.classification)
             labels = message.classification.labels[:MAX_LABELS]
             return Classification(tuple(Label(x.index, clean_text(x.name, _MAX_NAME), x.score) for x in labels))
         case "segmentation":
@@ -125,3 +130,11 @@ def _output(message: pb.Output) -> Output | None:
                 ),
             )
     return None
+
+
+def _brief(message: pb.Classification) -> Classification:
+    """Labels without names; none if there are not as many scores as indices."""
+    indices, scores = message.index[:MAX_LABELS], unpacked_scores(message.scores[: 2 * MAX_LABELS])
+    if len(indices) != len(scores):
+        return Classification(())
+    return Classification(tuple(Label(index, "", score) for index, score in zip(indices, scores, strict=True)))

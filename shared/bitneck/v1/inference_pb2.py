@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62itneck/v1/inference.proto\x12\nbitneck.v1\"4\n\x12GetManifestRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65\x66late\x18\x02 \x01(\x08\"\\\n\x13GetManifestResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tbundle_id\x18\x02 \x01(\t\x12\x15\n\rmanifest_json\x18\x03 \x01(\x0c\x12\x0c\n\x04size\x18\x04 \x01(\r\"s\n\x10\x46\x65tchFileRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tbundle_id\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\x0f\n\x07\x64\x65\x66late\x18\x06 \x01(\x08\"\'\n\tFileChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\r\"`\n\rClientMessage\x12 \n\x04open\x18\x01 \x01(\x0b\x32\x10.bitneck.v1.OpenH\x00\x12\"\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x11.bitneck.v1.FrameH\x00\x42\t\n\x07message\"\xdc\x01\n\rServerMessage\x12$\n\x06opened\x18\x01 \x01(\x0b\x32\x12.bitneck.v1.OpenedH\x00\x12$\n\x06result\x18\x02 \x01(\x0b\x32\x12.bitneck.v1.ResultH\x00\x12)\n\tset_point\x18\x03 \x01(\x0b\x32\x14.bitneck.v1.SetPointH\x00\x12\"\n\x05\x66\x61ult\x18\x04 \x01(\x0b\x32\x11.bitneck.v1.FaultH\x00\x12%\n\x07go_away\x18\x05 \x01(\x0b\x32\x12.bitneck.v1.GoAwayH\x00\x42\t\n\x07message\"b\n\x04Open\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tbundle_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x14\n\x0cresume_token\x18\x04 \x01(\t\x12\x12\n\nreferences\x18\x05 \x01(\x08\"e\n\x06Opened\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\x12\x0e\n\x06window\x18\x03 \x01(\r\x12\r\n\x05point\x18\x04 \x01(\t\x12\x12\n\nreferences\x18\x05 \x01(\r\"\x86\x01\n\x05\x46rame\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\r\n\x05point\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x18\n\x10\x63\x61ptured_unix_us\x18\x06 \x01(\x04\x12\x11\n\treference\x18\x07 \x01(\r\"_\n\x06Result\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\"\n\x06output\x18\x02 \x01(\x0b\x32\x12.bitneck.v1.Output\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.bitneck.v1.Timings\"z\n\x06Output\x12\x34\n\x0e\x63lassification\x18\x01 \x01(\x0b\x32\x1a.bitneck.v1.ClassificationH\x00\x12\x30\n\x0csegmentation\x18\x02 \x01(\x0b\x32\x18.bitneck.v1.SegmentationH\x00\x42\x08\n\x06output\"3\n\x0e\x43lassification\x12!\n\x06labels\x18\x01 \x03(\x0b\x32\x11.bitneck.v1.Label\"3\n\x05Label\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x02\"c\n\x0cSegmentation\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0b\n\x03map\x18\x03 \x01(\x0c\x12\'\n\x07\x63lasses\x18\x04 \x03(\x0b\x32\x16.bitneck.v1.ClassShare\"8\n\nClassShare\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x02\"l\n\x07Timings\x12\x18\n\x10received_unix_us\x18\x01 \x01(\x04\x12\x11\n\tqueued_us\x18\x02 \x01(\x04\x12\x11\n\tdecode_us\x18\x03 \x01(\x04\x12\x12\n\ncompute_us\x18\x04 \x01(\x04\x12\r\n\x05\x62\x61tch\x18\x05 \x01(\r\")\n\x08SetPoint\x12\r\n\x05point\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"3\n\x05\x46\x61ult\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x18\n\x06GoAway\x12\x0e\n\x06reason\x18\x01 \x01(\t\"R\n\x0cInferRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tbundle_id\x18\x02 \x01(\t\x12 \n\x05\x66rame\x18\x03 \x01(\x0b\x32\x11.bitneck.v1.Frame\"F\n\rInferResponse\x12\x11\n\tbundle_id\x18\x01 \x01(\t\x12\"\n\x06result\x18\x02 \x01(\x0b\x32\x12.bitneck.v1.Result2\xa6\x02\n\x0eSplitInference\x12N\n\x0bGetManifest\x12\x1e.bitneck.v1.GetManifestRequest\x1a\x1f.bitneck.v1.GetManifestResponse\x12\x42\n\tFetchFile\x12\x1c.bitneck.v1.FetchFileRequest\x1a\x15.bitneck.v1.FileChunk0\x01\x12<\n\x05Infer\x12\x18.bitneck.v1.InferRequest\x1a\x19.bitneck.v1.InferResponse\x12\x42\n\x06Stream\x12\x19.bitneck.v1.ClientMessage\x1a\x19.bitneck.v1.ServerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62itneck/v1/inference.proto\x12\nbitneck.v1\"4\n\x12GetManifestRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65\x66late\x18\x02 \x01(\x08\"\\\n\x13GetManifestResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tbundle_id\x18\x02 \x01(\t\x12\x15\n\rmanifest_json\x18\x03 \x01(\x0c\x12\x0c\n\x04size\x18\x04 \x01(\r\"s\n\x10\x46\x65tchFileRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tbundle_id\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\x0f\n\x07\x64\x65\x66late\x18\x06 \x01(\x08\"\'\n\tFileChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\r\"`\n\rClientMessage\x12 \n\x04open\x18\x01 \x01(\x0b\x32\x10.bitneck.v1.OpenH\x00\x12\"\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x11.bitneck.v1.FrameH\x00\x42\t\n\x07message\"\xdc\x01\n\rServerMessage\x12$\n\x06opened\x18\x01 \x01(\x0b\x32\x12.bitneck.v1.OpenedH\x00\x12$\n\x06result\x18\x02 \x01(\x0b\x32\x12.bitneck.v1.ResultH\x00\x12)\n\tset_point\x18\x03 \x01(\x0b\x32\x14.bitneck.v1.SetPointH\x00\x12\"\n\x05\x66\x61ult\x18\x04 \x01(\x0b\x32\x11.bitneck.v1.FaultH\x00\x12%\n\x07go_away\x18\x05 \x01(\x0b\x32\x12.bitneck.v1.GoAwayH\x00\x42\t\n\x07message\"q\n\x04Open\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tbundle_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\t\x12\x14\n\x0cresume_token\x18\x04 \x01(\t\x12\x12\n\nreferences\x18\x05 \x01(\x08\x12\r\n\x05\x62rief\x18\x06 \x01(\x08\"e\n\x06Opened\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\x12\x0e\n\x06window\x18\x03 \x01(\r\x12\r\n\x05point\x18\x04 \x01(\t\x12\x12\n\nreferences\x18\x05 \x01(\r\"\x98\x01\n\x05\x46rame\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\r\n\x05point\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x04 \x01(\x07\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x05 \x01(\r\x12\x18\n\x10\x63\x61ptured_unix_us\x18\x06 \x01(\x04\x12\x11\n\treference\x18\x07 \x01(\r\x12\x10\n\x08position\x18\x08 \x01(\r\"_\n\x06Result\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\"\n\x06output\x18\x02 \x01(\x0b\x32\x12.bitneck.v1.Output\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.bitneck.v1.Timings\"z\n\x06Output\x12\x34\n\x0e\x63lassification\x18\x01 \x01(\x0b\x32\x1a.bitneck.v1.ClassificationH\x00\x12\x30\n\x0csegmentation\x18\x02 \x01(\x0b\x32\x18.bitneck.v1.SegmentationH\x00\x42\x08\n\x06output\"R\n\x0e\x43lassification\x12!\n\x06labels\x18\x01 \x03(\x0b\x32\x11.bitneck.v1.Label\x12\r\n\x05index\x18\x02 \x03(\r\x12\x0e\n\x06scores\x18\x03 \x01(\x0c\"3\n\x05Label\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x02\"c\n\x0cSegmentation\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0b\n\x03map\x18\x03 \x01(\x0c\x12\'\n\x07\x63lasses\x18\x04 \x03(\x0b\x32\x16.bitneck.v1.ClassShare\"8\n\nClassShare\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x02\"l\n\x07Timings\x12\x18\n\x10received_unix_us\x18\x01 \x01(\x04\x12\x11\n\tqueued_us\x18\x02 \x01(\x04\x12\x11\n\tdecode_us\x18\x03 \x01(\x04\x12\x12\n\ncompute_us\x18\x04 \x01(\x04\x12\r\n\x05\x62\x61tch\x18\x05 \x01(\r\")\n\x08SetPoint\x12\r\n\x05point\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"3\n\x05\x46\x61ult\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x18\n\x06GoAway\x12\x0e\n\x06reason\x18\x01 \x01(\t\"R\n\x0cInferRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tbundle_id\x18\x02 \x01(\t\x12 \n\x05\x66rame\x18\x03 \x01(\x0b\x32\x11.bitneck.v1.Frame\"F\n\rInferResponse\x12\x11\n\tbundle_id\x18\x01 \x01(\t\x12\"\n\x06result\x18\x02 \x01(\x0b\x32\x12.bitneck.v1.Result2\xa6\x02\n\x0eSplitInference\x12N\n\x0bGetManifest\x12\x1e.bitneck.v1.GetManifestRequest\x1a\x1f.bitneck.v1.GetManifestResponse\x12\x42\n\tFetchFile\x12\x1c.bitneck.v1.FetchFileRequest\x1a\x15.bitneck.v1.FileChunk0\x01\x12<\n\x05Infer\x12\x18.bitneck.v1.InferRequest\x1a\x19.bitneck.v1.InferResponse\x12\x42\n\x06Stream\x12\x19.bitneck.v1.ClientMessage\x1a\x19.bitneck.v1.ServerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,35 +44,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVERMESSAGE']._serialized_start=447
   _globals['_SERVERMESSAGE']._serialized_end=667
   _globals['_OPEN']._serialized_start=669
-  _globals['_OPEN']._serialized_end=767
-  _globals['_OPENED']._serialized_start=769
-  _globals['_OPENED']._serialized_end=870
-  _globals['_FRAME']._serialized_start=873
-  _globals['_FRAME']._serialized_end=1007
-  _globals['_RESULT']._serialized_start=1009
-  _globals['_RESULT']._serialized_end=1104
-  _globals['_OUTPUT']._serialized_start=1106
-  _globals['_OUTPUT']._serialized_end=1228
-  _globals['_CLASSIFICATION']._serialized_start=1230
-  _globals['_CLASSIFICATION']._serialized_end=1281
-  _globals['_LABEL']._serialized_start=1283
-  _globals['_LABEL']._serialized_end=1334
-  _globals['_SEGMENTATION']._serialized_start=1336
-  _globals['_SEGMENTATION']._serialized_end=1435
-  _globals['_CLASSSHARE']._serialized_start=1437
-  _globals['_CLASSSHARE']._serialized_end=1493
-  _globals['_TIMINGS']._serialized_start=1495
-  _globals['_TIMINGS']._serialized_end=1603
-  _globals['_SETPOINT']._serialized_start=1605
-  _globals['_SETPOINT']._serialized_end=1646
-  _globals['_FAULT']._serialized_start=1648
-  _globals['_FAULT']._serialized_end=1699
-  _globals['_GOAWAY']._serialized_start=1701
-  _globals['_GOAWAY']._serialized_end=1725
-  _globals['_INFERREQUEST']._serialized_start=1727
-  _globals['_INFERREQUEST']._serialized_end=1809
-  _globals['_INFERRESPONSE']._serialized_start=1811
-  _globals['_INFERRESPONSE']._serialized_end=1881
-  _globals['_SPLITINFERENCE']._serialized_start=1884
-  _globals['_SPLITINFERENCE']._serialized_end=2178
+  _globals['_OPEN']._serialized_end=782
+  _globals['_OPENED']._serialized_start=784
+  _globals['_OPENED']._serialized_end=885
+  _globals['_FRAME']._serialized_start=888
+  _globals['_FRAME']._serialized_end=1040
+  _globals['_RESULT']._serialized_start=1042
+  _globals['_RESULT']._serialized_end=1137
+  _globals['_OUTPUT']._serialized_start=1139
+  _globals['_OUTPUT']._serialized_end=1261
+  _globals['_CLASSIFICATION']._serialized_start=1263
+  _globals['_CLASSIFICATION']._serialized_end=1345
+  _globals['_LABEL']._serialized_start=1347
+  _globals['_LABEL']._serialized_end=1398
+  _globals['_SEGMENTATION']._serialized_start=1400
+  _globals['_SEGMENTATION']._serialized_end=1499
+  _globals['_CLASSSHARE']._serialized_start=1501
+  _globals['_CLASSSHARE']._serialized_end=1557
+  _globals['_TIMINGS']._serialized_start=1559
+  _globals['_TIMINGS']._serialized_end=1667
+  _globals['_SETPOINT']._serialized_start=1669
+  _globals['_SETPOINT']._serialized_end=1710
+  _globals['_FAULT']._serialized_start=1712
+  _globals['_FAULT']._serialized_end=1763
+  _globals['_GOAWAY']._serialized_start=1765
+  _globals['_GOAWAY']._serialized_end=1789
+  _globals['_INFERREQUEST']._serialized_start=1791
+  _globals['_INFERREQUEST']._serialized_end=1873
+  _globals['_INFERRESPONSE']._serialized_start=1875
+  _globals['_INFERRESPONSE']._serialized_end=1945
+  _globals['_SPLITINFERENCE']._serialized_start=1948
+  _globals['_SPLITINFERENCE']._serialized_end=2242
 # @@protoc_insertion_point(module_scope)

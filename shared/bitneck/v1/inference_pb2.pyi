@@ -73,18 +73,20 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., set_point: _Optional[_Union[SetPoint, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("model", "bundle_id", "client", "resume_token", "references")
+    __slots__ = ("model", "bundle_id", "client", "resume_token", "references", "brief")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    BRIEF_FIELD_NUMBER: _ClassVar[int]
     model: str
     bundle_id: str
     client: str
     resume_token: str
     references: bool
-    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ..., references: _Optional[bool] = ...) -> None: ...
+    brief: bool
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ..., references: _Optional[bool] = ..., brief: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("session_id", "resume_token", "window", "point", "references")
@@ -101,7 +103,7 @@ class Opened(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., resume_token: _Optional[str] = ..., window: _Optional[int] = ..., point: _Optional[str] = ..., references: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("seq", "point", "payload", "crc32c", "deadline_ms", "captured_unix_us", "reference")
+    __slots__ = ("seq", "point", "payload", "crc32c", "deadline_ms", "captured_unix_us", "reference", "position")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +111,7 @@ class Frame(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     CAPTURED_UNIX_US_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     seq: int
     point: str
     payload: bytes
@@ -116,7 +119,8 @@ class Frame(_message.Message):
     deadline_ms: int
     captured_unix_us: int
     reference: int
-    def __init__(self, seq: _Optional[int] = ..., point: _Optional[str] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., captured_unix_us: _Optional[int] = ..., reference: _Optional[int] = ...) -> None: ...
+    position: int
+    def __init__(self, seq: _Optional[int] = ..., point: _Optional[str] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., captured_unix_us: _Optional[int] = ..., reference: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("seq", "output", "timings")
@@ -137,10 +141,14 @@ class Output(_message.Message):
     def __init__(self, classification: _Optional[_Union[Classification, _Mapping]] = ..., segmentation: _Optional[_Union[Segmentation, _Mapping]] = ...) -> None: ...
 
 class Classification(_message.Message):
-    __slots__ = ("labels",)
+    __slots__ = ("labels", "index", "scores")
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
     labels: _containers.RepeatedCompositeFieldContainer[Label]
-    def __init__(self, labels: _Optional[_Iterable[_Union[Label, _Mapping]]] = ...) -> None: ...
+    index: _containers.RepeatedScalarFieldContainer[int]
+    scores: bytes
+    def __init__(self, labels: _Optional[_Iterable[_Union[Label, _Mapping]]] = ..., index: _Optional[_Iterable[int]] = ..., scores: _Optional[bytes] = ...) -> None: ...
 
 class Label(_message.Message):
     __slots__ = ("index", "name", "score")

@@ -36,6 +36,7 @@ def seal_frame(
     captured_unix_us: int = 0,
     reference: int = 0,
     reference_crc32c: int | None = None,
+    position: int = 0,
 ) -> Frame:
     """A frame with its CRC.
 
@@ -47,6 +48,7 @@ def seal_frame(
         captured_unix_us: when the picture was taken; 0 if unknown.
         reference: how far back in seq the reference is; 0 for none.
         reference_crc32c: of that frame's symbols.
+        position: see `Frame`.
     """
     return Frame(
         seq=seq,
@@ -56,6 +58,7 @@ def seal_frame(
         deadline_ms=deadline_ms,
         captured_unix_us=captured_unix_us,
         reference=reference,
+        position=position,
     )
 
 
@@ -64,8 +67,8 @@ def wire_bytes(frame: Frame) -> int:
 
     A field that has its default takes no bytes; every field number fits into a tag of one byte.
     """
-    point_bytes = len(frame.point.encode())
-    varints = (frame.seq, frame.deadline_ms, frame.captured_unix_us, frame.reference)
+    point_bytes = 0 if frame.position else len(frame.point.encode())
+    varints = (frame.seq, frame.deadline_ms, frame.captured_unix_us, frame.reference, frame.position)
     size = sum(1 + _varint_bytes(value) for value in varints if value)
     size += sum(1 + _varint_bytes(length) + length for length in (point_bytes, len(frame.payload)) if length)
     size += 5 if frame.crc32c else 0

@@ -35,6 +35,7 @@ class Open:
         client: the client's name, for logs.
         resume_token: of the session to resume; empty for a new one.
         references: whether frames may be coded against earlier ones.
+        brief: the client has the labels; answers come without names.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Open:
     client: str = ""
     resume_token: str = ""
     references: bool = False
+    brief: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,8 @@ class Frame:
         deadline_ms: from receipt in the cloud; 0 for none.
         captured_unix_us: when the photograph was taken, microseconds since 1970; 0 if unknown.
         reference: how far back in seq the frame is that the payload is coded against; 0 for none.
+        position: of the point in the manifest's list, counting from 1, which stands for its id on the wire; 0 if the id
+            itself does.
     """
 
     seq: int
@@ -65,6 +69,7 @@ class Frame:
     deadline_ms: int = 0
     captured_unix_us: int = 0
     reference: int = 0
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
