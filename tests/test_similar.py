@@ -212,6 +212,7 @@ async def test_every_reference_refused_by_the_server(bundle: Bundle, tmp_path: P
                 code = CODE["ABORTED"] if frame.seq % 2 else CODE["DATA_LOSS"]
                 await context.write(pb.ServerMessage(fault=pb.Fault(seq=frame.seq, code=code, message="what frame?")))
             else:
+                frame.point = bundle.manifest.points[frame.position - 1].id
                 check_frame(frame)
                 await context.write(result(frame.seq))
 

@@ -52,6 +52,7 @@ class _Halves:
         self.heads = SegmentChain(bundle, pool=pool, precision=precision)
         self.encoders = {p.id: PointEncoder(bundle, p, pool=pool, precision=precision) for p in self.ladder}
         self.decoders = {p.id: PointDecoder(bundle, p, pool=pool) for p in self.ladder}
+        self.positions = {p.id: place for place, p in enumerate(bundle.manifest.points, start=1)}
 
 
 class PhotoPass:
@@ -75,7 +76,8 @@ class PhotoPass:
             encoder, decoder = halves.encoders[point.id], halves.decoders[point.id]
             encoded = encoder.encode(self._features[head])
             f_hat = decoder.decode(decoder.dequantize(encoded.payload)[None])
-            frame = seal_frame(seq=self._seq, point=point.id, payload=encoded.payload)
+            position = halves.positions[point.id]
+            frame = seal_frame(seq=self._seq, point=point.id, payload=encoded.payload, position=position)
             yield (
                 point,
                 PointPass(
