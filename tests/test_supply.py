@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from bitneck.bundle import Bundle
-from bitneck.errors import BundleCorrupt, InvalidConfig, Unavailable, UnknownPoint
+from bitneck.errors import (
+    BitneckError,
+    BundleCorrupt,
+    DeadlineExceeded,
+    InvalidConfig,
+    Overloaded,
+    Unavailable,
+    UnknownPoint,
+)
 from bitneck.ladder import Ladder
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.bundles.fetch import fetch_bundle, open_supply, take_bundle
@@ -198,6 +206,55 @@ async def test_a_changed_bundle_costs_the_changed_files(tiny_bundle: Bundle, tmp
         async with rogue_server(bundle, answer_all) as (address, rogue), asyncio.timeout(HANG_S):
             await fetch_bundle(settings(address, tmp_path))
         assert set(rogue.fetched) == (expected or set(bundle.manifest.files_for("edge")))
+
+
+async def test_the_background_goes_on_after_something_urgent(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """A point is needed while a piece of another one comes; the other one follows."""
+    async with rogue_server(tiny_bundle, answer_all) as (address, rogue), asyncio.timeout(HANG_S):
+        begun, held = asyncio.Event(), asyncio.Event()
+
+        async def hold(_path: str) -> None:
+            begun.set()
+            await held.wait()
+
+        rogue.before_fetch = hold
+        supply = await open_supply(settings(address, tmp_path))
+        supply.start(["s1-r2", "s1-r1"], Pacer())
+        await begun.wait()
+        needed = asyncio.create_task(supply.need(["s2-r1"]))
+        await asyncio.sleep(0)  # it has said that it is urgent, and waits for the piece
+        held.set()
+        await needed
+        await until(lambda: supply.ready("s1-r2") and supply.ready("s1-r1"))
+        await supply.close()
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("error", [DeadlineExceeded, Overloaded, Unavailable])
+async def test_downloads_outlive_what_passes(
+    tiny_bundle: Bundle, tmp_path: Path, error: type[BitneckError], background: bool
+) -> None:
+    """The server ends the first call with an error."""
+    asked = 0
+
+    async def refuse_once(_path: str) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise error("later")
+
+    async with (
+        rogue_server(tiny_bundle, answer_all, before_fetch=refuse_once) as (address, _),
+        asyncio.timeout(HANG_S),
+    ):
+        supply = await open_supply(settings(address, tmp_path))
+        if background:
+            supply.start(["s1-r2"], Pacer())
+            await until(lambda: supply.ready("s1-r2"))
+        else:
+            await supply.need(["s1-r2"])
+        await supply.close()
+    assert asked > 1
 
 
 # Ahead of time

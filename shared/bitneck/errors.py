@@ -86,6 +86,8 @@ class BitneckError(Exception):
     grpc_status: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
     exit_code: ClassVar[int] = 1
+    transient: ClassVar[bool] = False
+    """Whether the same call may succeed a little later, without a change on either side."""
 
     @property
     def grpc_code(self) -> int:
@@ -204,6 +206,7 @@ class Overloaded(BitneckError):
 
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 429
+    transient = True
 
 
 class DeadlineExceeded(BitneckError):
@@ -211,6 +214,7 @@ class DeadlineExceeded(BitneckError):
 
     grpc_status = "DEADLINE_EXCEEDED"
     http_status = 504
+    transient = True
 
 
 class Unavailable(BitneckError):
@@ -218,12 +222,14 @@ class Unavailable(BitneckError):
 
     grpc_status = "UNAVAILABLE"
     http_status = 503
+    transient = True
 
 
 class Unreachable(Unavailable):
     """There is no connection, and another attempt gives none: one side wants TLS, or refuses a certificate."""
 
     exit_code = 2
+    transient = False
 
 
 class ModelFailure(BitneckError):

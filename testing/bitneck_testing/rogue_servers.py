@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from bitneck.bundle import Bundle
+from bitneck.errors import BitneckError
 from bitneck.v1 import inference_pb2 as pb
 from bitneck.v1 import inference_pb2_grpc as pb_grpc
 
@@ -77,11 +78,14 @@ class Rogue(pb_grpc.SplitInferenceServicer):
         data = self.spoil("manifest.json", self.bundle.manifest_json)
         return pb.GetManifestResponse(model="tiny", bundle_id=self.bundle.bundle_id, manifest_json=data)
 
-    async def FetchFile(self, request: Any, _context: Any) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
+    async def FetchFile(self, request: Any, context: Any) -> AsyncIterator[pb.FileChunk]:  # noqa: N802
         """A file in chunks, spoiled or not."""
         if not request.offset:
             self.fetched.append(request.path)
-        await self.before_fetch(request.path)
+        try:
+            await self.before_fetch(request.path)
+        except BitneckError as exc:
+            await context.abort(grpc.StatusCode[exc.grpc_status], str(exc))
         data = self.spoil(request.path, (self.bundle.root / request.path).read_bytes())[request.offset :]
         for chunk in self.chunks(data[: request.length] if request.length else data):
             yield pb.FileChunk(data=chunk)
@@ -111,7 +115,7 @@ async def rogue_server(
         bundle: what clients fetch.
         converse: serves a stream.
         spoil: called with the path and the content of each file, the manifest too; returns what is sent instead.
-        before_fetch: awaited with the path before a file is sent.
+        before_fetch: awaited with the path before a file is sent; an error of bitneck's ends the call with its status.
         chunks: cuts a file into messages.
 
     Yields:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from bitneck.backoff import Backoff
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig, Unavailable, Unreachable
+from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig, Unavailable
 from bitneck.manifest import Manifest, Precision, bundle_id_of
 from bitneck.text import clean_text
 from bitneck_edge.bundles.notes import noted_bundle, noted_bundles, remember
@@ -173,7 +173,7 @@ async def _offer(settings: EdgeSettings, store: FileStore, *, offline: bool) -> 
                 offer = await fetch_manifest(stub, settings.model, access, settings.answer_timeout_s)
                 break
             except BitneckError as exc:
-                if isinstance(exc, Unreachable) or exc.grpc_status not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+                if not exc.transient:
                     raise
                 kept = _last(settings, store) if offline else None
                 if kept is not None:

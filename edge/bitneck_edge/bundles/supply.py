@@ -14,7 +14,7 @@ from typing import Protocol
 
 from bitneck.backoff import Backoff
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, BundleCorrupt, Unavailable, Unreachable
+from bitneck.errors import BitneckError, BundleCorrupt, Unreachable
 from bitneck.manifest import FileEntry, Manifest
 from bitneck_edge.bundles.cost import CostCheck
 from bitneck_edge.bundles.pace import Pacer
@@ -63,7 +63,7 @@ class Supply:
     Args:
         store: of this device.
         bundle: of `store`, with the precision of what the device runs.
-        source: the server; None if there is none, so that only what is here can be used.
+        source: the server.
         trusted: take ONNX files whose cost cannot be bounded, because the bundle was pinned.
         retries: attempts after a download that broke off; -1 for ever.
     """
@@ -72,7 +72,7 @@ class Supply:
         self,
         store: FileStore,
         bundle: Bundle,
-        source: FileSource | None,
+        source: FileSource,
         *,
         trusted: bool = False,
         retries: int = 3,
@@ -123,6 +123,7 @@ class Supply:
                 await self._fetch_now(points, progress)
         finally:
             self._urgent -= 1
+            self._changed.set()  # the background goes on
         for point_id in points:
             await self._admit(point_id)
 
@@ -139,7 +140,7 @@ class Supply:
             points: their ids.
             pacer: bounds the rate, and keeps out of the way of frames.
         """
-        if self._source is not None and self._background is None:
+        if self._background is None:
             self._everything = list(points)
             self._background = asyncio.create_task(self._run(pacer))
 
@@ -148,8 +149,7 @@ class Supply:
         if self._background is not None:
             self._background.cancel()
             await asyncio.gather(self._background, return_exceptions=True)
-        if self._source is not None:
-            await self._source.close()
+        await self._source.close()
 
     def _read(self, path: str) -> bytes:
         return self.bundle.path(path).read_bytes()
@@ -175,11 +175,6 @@ class Supply:
     async def _fetch_now(self, points: Sequence[str], progress: Progress) -> None:
         backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=self._retries)
         while missing := await asyncio.to_thread(self._missing, points):
-            if self._source is None:
-                raise Unavailable(
-                    f"{', '.join(points)}: {len(missing)} files are not on this device, and no server can be reached; "
-                    "connect once, or bring them with `bitneck-edge fetch --from DIR`"
-                )
             counted = _Counted(
                 sum(self._store.received(entry) for entry in missing.values()),
                 sum(entry.size for entry in missing.values()),
@@ -191,7 +186,7 @@ class Supply:
             except BitneckError as exc:
                 if counted.came:
                     backoff.succeeded()
-                if isinstance(exc, Unreachable) or exc.grpc_status not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+                if not exc.transient:
                     raise
                 pause_s = backoff.failed(random.random())  # noqa: S311  no secret
                 if pause_s is None:
@@ -206,36 +201,33 @@ class Supply:
             self._changed.clear()
             point_id = next((p for p in (*self._wanted, *self._everything) if p not in self._ready), None)
             if point_id is None or self._urgent:
-                if not self._urgent and self._source is not None:
+                if not self._urgent:
                     await self._source.close()  # an idle connection costs pings
                 await self._changed.wait()
                 continue
             try:
                 await self._fetch_paced(point_id, pacer)
                 pause_s = _FIRST_PAUSE_S
-            except (BundleCorrupt, Unavailable) as exc:
-                if point_id in self._refused or not isinstance(exc, Unavailable):
-                    self._forget(point_id)
-                    _LOG.error("operating point %s is left out: %s", point_id, exc)
-                else:
-                    _LOG.info("%s; fetching the other operating points goes on in %.0f s", exc, pause_s)
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _BACKGROUND_PAUSE_S)
+            except BundleCorrupt as exc:
+                self._forget(point_id)
+                _LOG.error("operating point %s is left out: %s", point_id, exc)
             except BitneckError as exc:
-                _LOG.warning("fetching the other operating points ends: %s", exc)
-                return
+                if not exc.transient and not isinstance(exc, Unreachable):
+                    _LOG.warning("fetching the other operating points ends: %s", exc)
+                    return
+                _LOG.info("%s; fetching the other operating points goes on in %.0f s", exc, pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _BACKGROUND_PAUSE_S)
 
     async def _fetch_paced(self, point_id: str, pacer: Pacer) -> None:
         """Fetch what one operating point needs, piece by piece; ends early if something urgent comes."""
-        assert self._source is not None
-        source = self._source
         for path, entry in (await asyncio.to_thread(self._missing, [point_id])).items():
 
             async def pieces(name: str, offset: int, size: int = entry.size) -> AsyncGenerator[bytes]:
                 while offset < size:
                     length = await pacer.next_piece(size - offset)
                     begun, before = time.perf_counter(), offset
-                    async with contextlib.aclosing(source.fetch(name, offset, length)) as chunks:
+                    async with contextlib.aclosing(self._source.fetch(name, offset, length)) as chunks:
                         async for data in chunks:
                             offset += len(data)
                             yield data
