@@ -133,7 +133,7 @@ def processor_ms(run: Callable[[], object], frames: int = 10) -> float:
 def rows_of(bundle: Bundle, files: dict[str, Path], points: list[str], rounds: int) -> Iterator[dict[str, Any]]:
     """One row for each file, point and precision."""
     exact = Device(bundle, "float32", exact=True)
-    precisions: list[Precision] = ["float32", *(["int8"] if bundle.manifest.has_int8 else [])]  # type: ignore[list-item]
+    precisions: tuple[Precision, ...] = ("float32", "int8") if bundle.manifest.has_int8 else ("float32",)
     for precision in precisions:
         device = Device(bundle, precision, exact=False)
         for point in points:

@@ -39,3 +39,16 @@ def one_thread() -> Iterator[None]:
 
     with torch_threads(1):
         yield
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for `bitneck-models`, made the current one: see `bitneck_testing.networks.run`."""
+    from bitneck_models.networks import registry
+    from bitneck_testing.networks import SMALL, make_home, torch_threads
+
+    monkeypatch.setitem(registry.BACKBONES, "small", SMALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    with torch_threads(1):
+        yield make_home(tmp_path)

@@ -8,9 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-import torch
 from onnx import numpy_helper
-from typer.testing import CliRunner
 
 from bitneck.bundle import Bundle
 from bitneck.chain import PointEncoder, SegmentChain
@@ -19,24 +17,13 @@ from bitneck.image import preprocess
 from bitneck.manifest import Precision, int8_name
 from bitneck_edge.bundles.precision import choose_precision, measured_speedup, probe_graph
 from bitneck_edge.encoder import EdgeEncoder
-from bitneck_models.cli.main import app
 from bitneck_models.export.int8 import MEAN_LOSS, packed, problems, unpacked
 from bitneck_models.export.quantize import quantized, tensor_ranges
 from bitneck_models.export.rounding import Rounding, nearest, rounded, weight_scale
-from bitneck_models.networks import registry
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.records import Int8Proof
-from bitneck_testing.networks import RECIPE, SMALL, keep_every_point
-from bitneck_testing.photographs import photo
-
-
-def run(*arguments: str) -> str:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    torch.set_num_threads(threads)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+from bitneck_testing.networks import keep_every_point, run
+from bitneck_testing.photographs import add_photos, photo
 
 
 def session(data: bytes) -> ort.InferenceSession:
@@ -126,18 +113,13 @@ def test_what_costs_too_much_is_found() -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(registry.BACKBONES, "small", SMALL)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "zoo").mkdir()
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "zoo" / "recipe.toml").write_text(RECIPE)
-    for k in range(40):
-        photo(k, (60, 50)).save(tmp_path / "photos" / f"{k:02d}.png")
+def home(home: Path) -> Path:
+    """With a bundle without int8 files."""
+    add_photos(home / "photos", range(20, 40))
     run("train", "zoo", "--data", ".")
-    keep_every_point(ZooEntry(tmp_path / "zoo"))
+    keep_every_point(ZooEntry(home / "zoo"))
     run("export", "zoo", "--out", "bundle")
-    return tmp_path
+    return home
 
 
 def test_from_a_trained_entry_to_a_device_that_runs_int8(home: Path) -> None:

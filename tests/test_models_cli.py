@@ -3,19 +3,16 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from bitneck.errors import InvalidConfig
 from bitneck_models.cli.main import app
-from bitneck_models.networks import registry
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_testing.networks import RECIPE, SMALL, keep_every_point
-from bitneck_testing.photographs import photo
+from bitneck_testing.networks import keep_every_point, run
+from bitneck_testing.photographs import add_photos
 
 SPACE = """
 name = "small"
@@ -33,27 +30,12 @@ warmup_steps = 3
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setitem(registry.BACKBONES, "small", SMALL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    (tmp_path / "zoo").mkdir()
-    (tmp_path / "zoo" / "recipe.toml").write_text(RECIPE)
-    (tmp_path / "space.toml").write_text(SPACE)
+def home(home: Path) -> Path:
+    """With a search space, and with photographs in folders named by class."""
+    (home / "space.toml").write_text(SPACE)
     for k in range(20):
-        for folder in ("photos", f"labelled/{k % 10}"):
-            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-            photo(k, (60, 50)).save(tmp_path / folder / f"{k:02d}.png")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(before)
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+        add_photos(home / f"labelled/{k % 10}", range(k, k + 1))
+    return home
 
 
 def test_from_photographs_to_the_report(home: Path) -> None:

@@ -5,23 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from bitneck.bundle import Bundle
 from bitneck.coding.conditional_codec import ConditionalCodec
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.manifest import InputSpec, sha256_hex
-from bitneck_models.cli.main import app
 from bitneck_models.data.scenes import Camera, Path2D, moving, still
-from bitneck_models.networks import registry
 from bitneck_models.training.conditional import fit_conditional
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.point import save_point
 from bitneck_models.zoo.records import ConditionalRecord
-from bitneck_testing.networks import RECIPE, SMALL, keep_every_point
+from bitneck_testing.networks import keep_every_point, run
 from bitneck_testing.photographs import photo
 from bitneck_testing.tiny_bundles import INPUT
 
@@ -78,28 +74,6 @@ def test_tables_are_fitted_to_how_much_changes() -> None:
     alone, similar = bits(nothing_in_common)
     assert similar < 1.03 * alone  # a bit for the motion, and little else
     assert model.keep[0].min() > model.keep[1].max()
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(registry.BACKBONES, "small", SMALL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    (tmp_path / "zoo").mkdir()
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "zoo" / "recipe.toml").write_text(RECIPE)
-    for k in range(20):
-        photo(k, (60, 50)).save(tmp_path / "photos" / f"{k:02d}.png")
-    return tmp_path
-
-
-def run(*arguments: str) -> str:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    torch.set_num_threads(threads)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_from_a_trained_entry_to_a_bundle_with_conditional_tables(home: Path) -> None:

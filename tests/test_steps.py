@@ -19,37 +19,13 @@ from bitneck_edge.encoder import EdgeEncoder
 from bitneck_models.cli.main import app
 from bitneck_models.export.bundle import export_bundle
 from bitneck_models.export.proof import proof_images
-from bitneck_models.networks import registry
 from bitneck_models.training.steps import point_id
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.selection import successors
 from bitneck_models.zoo.upgrade import upgrade_entry
-from bitneck_testing.networks import RECIPE, SMALL, keep_every_point, small_backbone
+from bitneck_testing.networks import RECIPE, keep_every_point, run, small_backbone
 from bitneck_testing.photographs import photo
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(registry.BACKBONES, "small", SMALL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    (tmp_path / "zoo").mkdir()
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "zoo" / "recipe.toml").write_text(RECIPE)
-    for k in range(20):
-        photo(k, (60, 50)).save(tmp_path / "photos" / f"{k:02d}.png")
-    return tmp_path
-
-
-def run(*arguments: str) -> str:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    torch.set_num_threads(threads)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
 
 # Steps
 

@@ -1,4 +1,4 @@
-"""Networks for tests: a small one that runs in milliseconds, and facts about the paper's networks. It needs torch."""
+"""Networks for tests: a small one that runs in milliseconds, a home to train it in, and the paper's. Needs torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from bitneck.manifest import InputSpec
+from bitneck_models.cli.main import app
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.zoo.entry import ZooEntry
+from bitneck_testing.photographs import add_photos
 
 __all__ = [
     "RECIPE",
@@ -18,6 +21,8 @@ __all__ = [
     "SMALL",
     "checkpoint",
     "keep_every_point",
+    "make_home",
+    "run",
     "saved",
     "small_backbone",
     "torch_threads",
@@ -159,3 +164,22 @@ def torch_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def make_home(folder: Path) -> Path:
+    """Put a zoo entry that is not trained yet (`zoo`) and 20 photographs (`photos`) into a folder."""
+    (folder / "zoo").mkdir()
+    (folder / "zoo" / "recipe.toml").write_text(RECIPE)
+    add_photos(folder / "photos", range(20))
+    return folder
+
+
+def run(*arguments: str) -> str:
+    """Run a command of `bitneck-models` in this process. It must succeed.
+
+    Returns:
+        What it wrote on standard output.
+    """
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["photo", "photo_bytes", "sample_photo"]
+__all__ = ["add_photos", "photo", "photo_bytes", "sample_photo"]
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -21,6 +21,13 @@ def photo_bytes(seed: int = 0, fmt: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     photo(seed).save(buffer, fmt)
     return buffer.getvalue()
+
+
+def add_photos(folder: Path, numbers: range) -> None:
+    """Write photographs of 60x50 pixels, made from these seeds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in numbers:
+        photo(k, (60, 50)).save(folder / f"{k:02d}.png")
 
 
 def sample_photo(name: str = "coffee.png") -> Path:

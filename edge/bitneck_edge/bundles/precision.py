@@ -83,7 +83,7 @@ def _processor() -> str:
 
 
 def measured_speedup() -> float:
-    """How many times as fast int8 runs here as float32, on one thread. Takes about 50 ms."""
+    """How many times as fast int8 runs here as float32, on one thread. Takes a fraction of a second."""
     x = np.random.default_rng(0).standard_normal((1, _CHANNELS, _SIDE, _SIDE), dtype=np.float32)
     sessions = []
     for precision in ("float32", "int8"):

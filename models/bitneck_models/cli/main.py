@@ -342,7 +342,7 @@ def similar(
     for name, record in records.items():
         cells = [f"{record.bytes_alone[m]:.1f}  {record.bytes_similar[m]:.1f}" for m in MOTIONS]
         table.add_row(name, *cells)
-    console.print(table)
+    Console().print(table)
 
 
 def main() -> None:

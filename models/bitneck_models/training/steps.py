@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import InvalidConfig
-from bitneck_models.data.class_maps import VOID
 from bitneck_models.data.features import FeatureSpec, cached_features, view_maps
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.training.photo_sets import PhotoSets, feature_specs, sampled_photos
@@ -78,8 +77,6 @@ def fit_steps(
     held_out = feature_specs(recipe.split, sets, seed)[1]
     held = cached_features(backbone, held_out, runs / "cache", lambda done, of: progress("validation", done, of))
     truth = view_maps(backbone, held_out, sets.maps) if sets.maps else None
-    if truth is not None and (truth == VOID).all():
-        truth = None
     latents = _latents(unit, features)
     records = {}
     wanted = [multiple for multiple in dict.fromkeys(multiples) if multiple != 1]
