@@ -43,7 +43,7 @@ format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-stubs: $(INSTALLED)  ## generate shared/bitneck/v1 from proto/
+stubs: $(INSTALLED)  ## generate shared/bitneck/v2 from proto/
 	$(BIN)/python scripts/generate_stubs.py
 
 bench: $(BUNDLE)/manifest.json  ## overhead, throughput, switches, reloads, memory, the edge client, automatic rate

@@ -40,7 +40,7 @@ from h2.exceptions import ProtocolError
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.frames import seal_frame
 from bitneck_edge.bundles.fetch import fetch_bundle
 from bitneck_edge.encoder import EdgeEncoder

@@ -33,7 +33,7 @@ from bitneck.errors import BitneckError
 from bitneck.image import load_photo
 from bitneck.manifest import Manifest
 from bitneck.onnx_file.cost import check_onnx
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.frames import check_frame, seal_frame
 from bitneck_cloud.access.tokens import TokenSigner
 from bitneck_cloud.api.wire import frame_from_wire

@@ -1,4 +1,4 @@
-"""Generate shared/bitneck/v1 from proto/bitneck/v1. `--check` writes nothing and fails if the stubs are stale."""
+"""Generate shared/bitneck/v2 from proto/bitneck/v2. `--check` writes nothing and fails if the stubs are stale."""
 
 import argparse
 import subprocess
@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PROTO = "bitneck/v1/inference.proto"
+PROTO = "bitneck/v2/inference.proto"
 NAMES = ("inference_pb2.py", "inference_pb2.pyi", "inference_pb2_grpc.py", "inference_pb2_grpc.pyi")
 
 
@@ -25,7 +25,7 @@ def generate(out: Path) -> None:
 def stale() -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder))
-        fresh, kept = Path(folder) / "bitneck" / "v1", ROOT / "shared" / "bitneck" / "v1"
+        fresh, kept = Path(folder) / "bitneck" / "v2", ROOT / "shared" / "bitneck" / "v2"
         return [n for n in NAMES if not (kept / n).is_file() or (kept / n).read_bytes() != (fresh / n).read_bytes()]
 
 
@@ -37,8 +37,8 @@ def main() -> None:
             sys.exit(f"stale stubs: {', '.join(names)}; run `make stubs`")
         return
     generate(ROOT / "shared")
-    (ROOT / "shared" / "bitneck" / "v1" / "__init__.py").write_text(
-        '"""Generated from proto/bitneck/v1; see `make stubs`."""\n'
+    (ROOT / "shared" / "bitneck" / "v2" / "__init__.py").write_text(
+        '"""Generated from proto/bitneck/v2; see `make stubs`."""\n'
     )
 
 

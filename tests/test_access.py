@@ -16,8 +16,8 @@ import pytest
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, Unauthenticated
 from bitneck.settings.model import Address
-from bitneck.v1 import inference_pb2 as pb
-from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.v2 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.access.callers import host_of
 from bitneck_cloud.api.http_guard import KnownHosts

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bitneck.bundle import Bundle
 from bitneck.errors import GRPC_CODES, ProtocolError
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.frames import seal_frame, wire_bytes
 from bitneck.wire.scores import packed_scores, unpacked_scores
 from bitneck_edge.answers.results import Answer

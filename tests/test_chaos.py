@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from bitneck.bundle import Bundle
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.measure.load_generator import LoadPlan, run_load, summarize
 from bitneck_edge.settings import EdgeSettings
@@ -161,11 +161,11 @@ async def test_messages_that_are_no_protobuf(tiny_bundle: Bundle, frames: Frames
 
     with running_server(tiny_bundle.root) as server:
         async with grpc.aio.insecure_channel(server.grpc) as channel:
-            stream: Any = channel.stream_stream("/bitneck.v1.SplitInference/Stream")
+            stream: Any = channel.stream_stream("/bitneck.v2.SplitInference/Stream")
             calls: list[Any] = [
-                channel.unary_unary("/bitneck.v1.SplitInference/Infer")(garbage[0]),
-                channel.unary_unary("/bitneck.v1.SplitInference/GetManifest")(garbage[1]),
-                channel.unary_stream("/bitneck.v1.SplitInference/FetchFile")(garbage[2]).read(),
+                channel.unary_unary("/bitneck.v2.SplitInference/Infer")(garbage[0]),
+                channel.unary_unary("/bitneck.v2.SplitInference/GetManifest")(garbage[1]),
+                channel.unary_stream("/bitneck.v2.SplitInference/FetchFile")(garbage[2]).read(),
                 stream(one_by_one(garbage[:1])).read(),
             ]
             for call in calls:

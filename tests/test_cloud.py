@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from bitneck.bundle import Bundle
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.frames import frame_crc32c
 from bitneck_testing.processes import BIN, Server, running_server, start_server
 from bitneck_testing.streams import Frames, Stream, open_stream, sealed, stub
@@ -239,12 +239,12 @@ async def test_a_frame_with_time_to_spare_is_answered(stream: Stream, frames: Fr
 async def test_health_and_reflection(server: Server) -> None:
     async with grpc.aio.insecure_channel(server.grpc) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "bitneck.v1.SplitInference"):
+        for name in ("", "bitneck.v2.SplitInference"):
             reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
     with grpc.insecure_channel(server.grpc) as sync_channel:
         services = ProtoReflectionDescriptorDatabase(sync_channel).get_services()
-    assert "bitneck.v1.SplitInference" in services
+    assert "bitneck.v2.SplitInference" in services
 
 
 async def test_rates_reach_a_running_client(server: Server, stream: Stream, frames: Frames) -> None:

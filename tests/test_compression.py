@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, ProtocolError
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.compression import deflated, inflated
 from bitneck_edge.bundles.fetch import fetch_bundle
 from bitneck_edge.link.remote import Access, fetch_file, fetch_manifest, stub_of

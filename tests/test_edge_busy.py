@@ -10,7 +10,7 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck.errors import GRPC_CODES, Overloaded
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.link.remote import Access
 from bitneck_testing.http2 import CalmServer

@@ -16,7 +16,7 @@ from PIL import Image
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, DeadlineExceeded, ImageError, Overloaded, ProtocolError, Unavailable
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.bundles.fetch import take_bundle
 from bitneck_edge.client import EdgeClient

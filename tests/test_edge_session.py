@@ -9,7 +9,7 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BundleCorrupt, BundleMismatch, Unavailable, UnknownPoint
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_testing.photographs import photo

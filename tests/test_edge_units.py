@@ -17,7 +17,7 @@ from bitneck.errors import (
     Unavailable,
     UnknownPoint,
 )
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.bundles.fetch import take_bundle
 from bitneck_edge.client import EdgeClient

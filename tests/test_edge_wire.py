@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.messages import (
     Classification,
     ClassShare,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitneck.errors import CorruptPayload, MalformedFrame, PeerError
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.frames import (
     MAX_MESSAGE_BYTES,
     check_frame,

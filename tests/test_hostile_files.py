@@ -19,7 +19,7 @@ from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig, Unavailable
 from bitneck.manifest import Manifest
 from bitneck.onnx_file.cost import check_onnx
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_edge.bundles.fetch import open_supply, take_bundle
 from bitneck_edge.bundles.notes import noted_bundles, remember
 from bitneck_edge.bundles.store import FileStore

@@ -27,7 +27,7 @@ from bitneck.errors import BitneckError, BundleCorrupt, DeadlineExceeded, Invali
 from bitneck.manifest import Manifest, Precision, bundle_id_of
 from bitneck.onnx_file.cost import check_onnx
 from bitneck.text import clean_text
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_edge.bundles.cost import CostCheck
 from bitneck_edge.bundles.fetch import MAX_BUNDLE_BYTES
 from bitneck_edge.client import EdgeClient

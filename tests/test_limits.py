@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, Overloaded
 from bitneck.settings.model import Address
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.api.http_server import MOST_OF_ADDRESS, PATIENCE_S, listen
 from bitneck_cloud.engine.fair_queue import FairQueue

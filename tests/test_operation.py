@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, Unauthenticated, Unavailable
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_edge.client import EdgeClient
 from bitneck_testing.authority import Authority
 from bitneck_testing.photographs import photo
@@ -101,7 +101,7 @@ async def test_devices_and_control_have_tokens_of_their_own(tiny_bundle: Bundle,
                 assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         async with grpc.aio.insecure_channel(server.grpc) as channel:  # nothing is parsed for a stranger
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await channel.unary_unary("/bitneck.v1.SplitInference/Infer")(b"\xff\xff")
+                await channel.unary_unary("/bitneck.v2.SplitInference/Infer")(b"\xff\xff")
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         async with edge(server, tmp_path / "cache", token="for-devices-only") as client:
             assert (await client.infer(photo(1))).labels

@@ -17,7 +17,7 @@ from bitneck.coding.class_map import count_classes, encode_map
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure, ProtocolError
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.messages import CodedMap
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of

@@ -21,7 +21,7 @@ from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import CorruptPayload, ReferenceUnknown
 from bitneck.image import preprocess
 from bitneck.ladder import Ladder, OperatingPoint
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.frames import check_frame, seal_frame
 from bitneck_cloud.sessions.session import Session
 from bitneck_edge.answers.results import Answer, Failure

@@ -20,7 +20,7 @@ from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
 from bitneck.runtime import ModulePool, check_providers, return_freed_memory
 from bitneck.settings.model import Address
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.access.security import tls_files_usable

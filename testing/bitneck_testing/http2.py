@@ -14,7 +14,7 @@ import h2.settings
 
 __all__ = ["BareClient", "CalmServer", "InflatingServer", "grpc_message"]
 
-_SERVICE = "/bitneck.v1.SplitInference/"
+_SERVICE = "/bitneck.v2.SplitInference/"
 
 
 def grpc_message(message: Any) -> bytes:

@@ -9,8 +9,8 @@ import grpc
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError
-from bitneck.v1 import inference_pb2 as pb
-from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.v2 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2_grpc as pb_grpc
 
 __all__ = ["Converse", "Rogue", "answer_all", "opened", "result", "rogue_server"]
 

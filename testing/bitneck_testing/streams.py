@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
 from bitneck.image import preprocess
-from bitneck.v1 import inference_pb2 as pb
-from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.v2 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import seal_frame
 from bitneck.wire.messages import Classification, Result, Timings
 from bitneck_cloud.engine.served_model import ServedModel

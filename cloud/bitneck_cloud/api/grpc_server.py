@@ -8,14 +8,15 @@ from grpc_reflection.v1alpha import reflection
 
 from bitneck.errors import InvalidConfig
 from bitneck.settings.model import Address
-from bitneck.v1 import inference_pb2 as pb
-from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.v2 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_cloud.access.bearers import BearerTokens
 from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.access.security import DeviceTokens, grpc_credentials
 from bitneck_cloud.api.call_limits import CallLimits
 from bitneck_cloud.api.grpc_service import InferenceService
+from bitneck_cloud.api.old_protocol import OldProtocol
 from bitneck_cloud.api.parsing import TolerantParsing
 from bitneck_cloud.observe.audit import RefusalLog
 from bitneck_cloud.observe.metrics import Metrics
@@ -89,6 +90,7 @@ def make_grpc_server(
     most = settings.max_sessions + _SINGLE_CALLS
     server = grpc.aio.server(options=options, interceptors=interceptors, maximum_concurrent_rpcs=most)
     pb_grpc.add_SplitInferenceServicer_to_server(service, server)
+    server.add_generic_rpc_handlers((OldProtocol(),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -10,8 +10,8 @@ from typing import Any, Self
 import grpc
 
 from bitneck.errors import BitneckError, BundleMismatch, DeadlineExceeded, Unauthenticated, Unavailable, UnknownFile
-from bitneck.v1 import inference_pb2 as pb
-from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.v2 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.compression import deflated
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import ClientMessage, GoAway, Open, Opened, ServerMessage, SetPoint
@@ -73,7 +73,7 @@ class _GrpcPeer:
 
 
 class InferenceService(pb_grpc.SplitInferenceServicer):
-    """`bitneck.v1.SplitInference` on one event loop.
+    """`bitneck.v2.SplitInference` on one event loop.
 
     Args:
         registry: models and sessions.

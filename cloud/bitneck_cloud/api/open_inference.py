@@ -28,7 +28,7 @@ def add_open_inference(app: FastAPI, registry: Registry, readiness: Readiness, g
     @app.get("/v2", dependencies=guarded, tags=tags)
     async def server_metadata() -> dict[str, str | list[str]]:
         """The server's name, version and extensions."""
-        return {"name": "bitneck", "version": bitneck.__version__, "extensions": ["bitneck.v1.SplitInference"]}
+        return {"name": "bitneck", "version": bitneck.__version__, "extensions": ["bitneck.v2.SplitInference"]}
 
     @app.get("/v2/health/live", tags=tags)
     def live() -> dict[str, bool]:

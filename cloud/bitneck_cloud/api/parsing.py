@@ -20,7 +20,7 @@ _OURS = "/bitneck."
 
 
 def _malformed() -> MalformedFrame:
-    return MalformedFrame("the message is no protobuf of this call; see proto/bitneck/v1")
+    return MalformedFrame("the message is no protobuf of this call; see proto/bitneck/v2")
 
 
 class _Messages(AsyncIterator[Any]):

@@ -3,7 +3,7 @@
 from google.protobuf.message import DecodeError
 
 from bitneck.errors import MalformedFrame
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import (
     Classification,

@@ -22,7 +22,7 @@ from bitneck_edge.link.remote import MAX_MANIFEST_BYTES, Access, Offer, fetch_fi
 from bitneck_edge.settings import EdgeSettings
 
 if TYPE_CHECKING:
-    from bitneck.v1 import inference_pb2_grpc as pb_grpc
+    from bitneck.v2 import inference_pb2_grpc as pb_grpc
 
 __all__ = ["fetch_bundle", "manifest_of", "open_supply", "take_bundle"]
 

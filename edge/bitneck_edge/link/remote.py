@@ -23,8 +23,8 @@ from bitneck.errors import (
 )
 from bitneck.settings.model import Address
 from bitneck.text import clean_text
-from bitneck.v1 import inference_pb2 as pb
-from bitneck.v1 import inference_pb2_grpc as pb_grpc
+from bitneck.v2 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.compression import inflated
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_edge.link.diagnosis import why
@@ -226,6 +226,11 @@ def from_rpc_error(exc: grpc.aio.AioRpcError, address: str) -> BitneckError:
     code, text = exc.code(), clean_text(exc.details() or "no details")
     if code in _LOST:
         return Unavailable(f"{address}: {text}")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolError(
+            f"{address}: no bitneck server, or one that does not speak {pb.DESCRIPTOR.package} ({text}): "
+            "install the same version of bitneck on the server and on the device"
+        )
     return error_from_status(GRPC_CODES[code.name], text)
 
 

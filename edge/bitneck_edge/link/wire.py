@@ -1,7 +1,7 @@
 """Messages of a stream to protobuf and back: the one module of the edge that knows how they look on the wire."""
 
 from bitneck.text import clean_text
-from bitneck.v1 import inference_pb2 as pb
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.messages import (
     Classification,
     ClassShare,

@@ -1,7 +1,7 @@
 """What edge and cloud tell each other, as plain values.
 
 Engine, sessions and flow work on these. One module on each side turns them into protobuf and back:
-`bitneck_edge.link.wire` and `bitneck_cloud.api.wire`. ``proto/bitneck/v1/inference.proto`` explains every field.
+`bitneck_edge.link.wire` and `bitneck_cloud.api.wire`. ``proto/bitneck/v2/inference.proto`` explains every field.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ Rules that both sides hold:
   which gRPC refuses before anyone has read it, ends its call, with RESOURCE_EXHAUSTED; the session can be resumed.
 """
 
-from bitneck.v1 import inference_pb2 as _inference_pb2
+from bitneck.v2 import inference_pb2 as _inference_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1

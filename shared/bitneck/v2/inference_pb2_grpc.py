@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from bitneck.v1 import inference_pb2 as bitneck_dot_v1_dot_inference__pb2
+from bitneck.v2 import inference_pb2 as bitneck_dot_v2_dot_inference__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in bitneck/v1/inference_pb2_grpc.py depends on'
+        + ' but the generated code in bitneck/v2/inference_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -35,24 +35,24 @@ class SplitInferenceStub:
             channel: A grpc.Channel.
         """
         self.GetManifest = channel.unary_unary(
-                '/bitneck.v1.SplitInference/GetManifest',
-                request_serializer=bitneck_dot_v1_dot_inference__pb2.GetManifestRequest.SerializeToString,
-                response_deserializer=bitneck_dot_v1_dot_inference__pb2.GetManifestResponse.FromString,
+                '/bitneck.v2.SplitInference/GetManifest',
+                request_serializer=bitneck_dot_v2_dot_inference__pb2.GetManifestRequest.SerializeToString,
+                response_deserializer=bitneck_dot_v2_dot_inference__pb2.GetManifestResponse.FromString,
                 _registered_method=True)
         self.FetchFile = channel.unary_stream(
-                '/bitneck.v1.SplitInference/FetchFile',
-                request_serializer=bitneck_dot_v1_dot_inference__pb2.FetchFileRequest.SerializeToString,
-                response_deserializer=bitneck_dot_v1_dot_inference__pb2.FileChunk.FromString,
+                '/bitneck.v2.SplitInference/FetchFile',
+                request_serializer=bitneck_dot_v2_dot_inference__pb2.FetchFileRequest.SerializeToString,
+                response_deserializer=bitneck_dot_v2_dot_inference__pb2.FileChunk.FromString,
                 _registered_method=True)
         self.Infer = channel.unary_unary(
-                '/bitneck.v1.SplitInference/Infer',
-                request_serializer=bitneck_dot_v1_dot_inference__pb2.InferRequest.SerializeToString,
-                response_deserializer=bitneck_dot_v1_dot_inference__pb2.InferResponse.FromString,
+                '/bitneck.v2.SplitInference/Infer',
+                request_serializer=bitneck_dot_v2_dot_inference__pb2.InferRequest.SerializeToString,
+                response_deserializer=bitneck_dot_v2_dot_inference__pb2.InferResponse.FromString,
                 _registered_method=True)
         self.Stream = channel.stream_stream(
-                '/bitneck.v1.SplitInference/Stream',
-                request_serializer=bitneck_dot_v1_dot_inference__pb2.ClientMessage.SerializeToString,
-                response_deserializer=bitneck_dot_v1_dot_inference__pb2.ServerMessage.FromString,
+                '/bitneck.v2.SplitInference/Stream',
+                request_serializer=bitneck_dot_v2_dot_inference__pb2.ClientMessage.SerializeToString,
+                response_deserializer=bitneck_dot_v2_dot_inference__pb2.ServerMessage.FromString,
                 _registered_method=True)
 
 
@@ -93,29 +93,29 @@ def add_SplitInferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'GetManifest': grpc.unary_unary_rpc_method_handler(
                     servicer.GetManifest,
-                    request_deserializer=bitneck_dot_v1_dot_inference__pb2.GetManifestRequest.FromString,
-                    response_serializer=bitneck_dot_v1_dot_inference__pb2.GetManifestResponse.SerializeToString,
+                    request_deserializer=bitneck_dot_v2_dot_inference__pb2.GetManifestRequest.FromString,
+                    response_serializer=bitneck_dot_v2_dot_inference__pb2.GetManifestResponse.SerializeToString,
             ),
             'FetchFile': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchFile,
-                    request_deserializer=bitneck_dot_v1_dot_inference__pb2.FetchFileRequest.FromString,
-                    response_serializer=bitneck_dot_v1_dot_inference__pb2.FileChunk.SerializeToString,
+                    request_deserializer=bitneck_dot_v2_dot_inference__pb2.FetchFileRequest.FromString,
+                    response_serializer=bitneck_dot_v2_dot_inference__pb2.FileChunk.SerializeToString,
             ),
             'Infer': grpc.unary_unary_rpc_method_handler(
                     servicer.Infer,
-                    request_deserializer=bitneck_dot_v1_dot_inference__pb2.InferRequest.FromString,
-                    response_serializer=bitneck_dot_v1_dot_inference__pb2.InferResponse.SerializeToString,
+                    request_deserializer=bitneck_dot_v2_dot_inference__pb2.InferRequest.FromString,
+                    response_serializer=bitneck_dot_v2_dot_inference__pb2.InferResponse.SerializeToString,
             ),
             'Stream': grpc.stream_stream_rpc_method_handler(
                     servicer.Stream,
-                    request_deserializer=bitneck_dot_v1_dot_inference__pb2.ClientMessage.FromString,
-                    response_serializer=bitneck_dot_v1_dot_inference__pb2.ServerMessage.SerializeToString,
+                    request_deserializer=bitneck_dot_v2_dot_inference__pb2.ClientMessage.FromString,
+                    response_serializer=bitneck_dot_v2_dot_inference__pb2.ServerMessage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'bitneck.v1.SplitInference', rpc_method_handlers)
+            'bitneck.v2.SplitInference', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('bitneck.v1.SplitInference', rpc_method_handlers)
+    server.add_registered_method_handlers('bitneck.v2.SplitInference', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -136,9 +136,9 @@ class SplitInference:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/bitneck.v1.SplitInference/GetManifest',
-            bitneck_dot_v1_dot_inference__pb2.GetManifestRequest.SerializeToString,
-            bitneck_dot_v1_dot_inference__pb2.GetManifestResponse.FromString,
+            '/bitneck.v2.SplitInference/GetManifest',
+            bitneck_dot_v2_dot_inference__pb2.GetManifestRequest.SerializeToString,
+            bitneck_dot_v2_dot_inference__pb2.GetManifestResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -163,9 +163,9 @@ class SplitInference:
         return grpc.experimental.unary_stream(
             request,
             target,
-            '/bitneck.v1.SplitInference/FetchFile',
-            bitneck_dot_v1_dot_inference__pb2.FetchFileRequest.SerializeToString,
-            bitneck_dot_v1_dot_inference__pb2.FileChunk.FromString,
+            '/bitneck.v2.SplitInference/FetchFile',
+            bitneck_dot_v2_dot_inference__pb2.FetchFileRequest.SerializeToString,
+            bitneck_dot_v2_dot_inference__pb2.FileChunk.FromString,
             options,
             channel_credentials,
             insecure,
@@ -190,9 +190,9 @@ class SplitInference:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/bitneck.v1.SplitInference/Infer',
-            bitneck_dot_v1_dot_inference__pb2.InferRequest.SerializeToString,
-            bitneck_dot_v1_dot_inference__pb2.InferResponse.FromString,
+            '/bitneck.v2.SplitInference/Infer',
+            bitneck_dot_v2_dot_inference__pb2.InferRequest.SerializeToString,
+            bitneck_dot_v2_dot_inference__pb2.InferResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -217,9 +217,9 @@ class SplitInference:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/bitneck.v1.SplitInference/Stream',
-            bitneck_dot_v1_dot_inference__pb2.ClientMessage.SerializeToString,
-            bitneck_dot_v1_dot_inference__pb2.ServerMessage.FromString,
+            '/bitneck.v2.SplitInference/Stream',
+            bitneck_dot_v2_dot_inference__pb2.ClientMessage.SerializeToString,
+            bitneck_dot_v2_dot_inference__pb2.ServerMessage.FromString,
             options,
             channel_credentials,
             insecure,

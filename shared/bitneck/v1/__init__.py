@@ -1,1 +1,0 @@
-"""Generated from proto/bitneck/v1; see `make stubs`."""

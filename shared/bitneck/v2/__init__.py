@@ -1,0 +1,1 @@
+"""Generated from proto/bitneck/v2; see `make stubs`."""
