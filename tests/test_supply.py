@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -29,6 +30,7 @@ from bitneck_edge.bundles.notes import noted_bundles
 from bitneck_edge.bundles.pace import Pacer
 from bitneck_edge.bundles.store import FileStore
 from bitneck_edge.bundles.supply import first_point
+from bitneck_edge.cli.fetch_lines import FetchLines
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.points import nearest_ready
 from bitneck_edge.settings import EdgeSettings
@@ -294,6 +296,41 @@ async def test_fetch_from_a_server(tiny_bundle: Bundle, tmp_path: Path) -> None:
         done = await asyncio.to_thread(edge, "points", "--server", address, "--cache-dir", tmp_path / "new", "--json")
         assert [p["id"] for p in json.loads(done.stdout)["points"]] == [p.id for p in tiny_bundle.manifest.ladder]
         assert rogue.fetched == []  # the manifest tells
+
+
+@pytest.mark.parametrize("command", ["fetch", "run"])
+async def test_without_a_terminal_lines_say_how_long_fetching_takes(
+    command: str, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    photo().save(tmp_path / "a.png")
+    pictures = [tmp_path / "a.png", "--point", "s1-r1"] if command == "run" else []
+
+    async def slowly(_path: str) -> None:
+        await asyncio.sleep(1.2 if len(rogue.fetched) == 2 else 0)
+
+    async with rogue_server(tiny_bundle, answer_all, before_fetch=slowly) as (address, rogue):
+        cache = ("--cache-dir", tmp_path / "cache")
+        done = await asyncio.to_thread(edge, command, *pictures, "--server", address, *cache)
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if "fetching" in line]
+        assert re.fullmatch(r"fetching the bundle: 0\.\d\d of 0\.\d\d MB(, \d+ s left)?", line)
+        again = await asyncio.to_thread(edge, command, *pictures, "--server", address, *cache)
+        assert "fetching" not in again.stderr
+
+
+def test_lines_of_a_download() -> None:
+    lines: list[str] = []
+    times = iter([0, 0.9, 2, 11.9, 12, 30, 40, 41, 52])
+    tell = FetchLines(lines.append, lambda: next(times))
+    for done in (100_000, 200_000, 300_000, 310_000, 1_300_000, 2_100_000):
+        tell(done, 2_100_000)
+    assert lines == [
+        "fetching the bundle: 0.30 of 2.10 MB, 18 s left",  # what a cut download left is not counted as fast
+        "fetching the bundle: 1.30 of 2.10 MB, 8 s left",
+    ]
+    for done in (0, 0, 500_000):  # another download
+        tell(done, 1_000_000)
+    assert lines[2:] == ["fetching the bundle: 0.00 of 1.00 MB", "fetching the bundle: 0.50 of 1.00 MB, 12 s left"]
 
 
 def test_a_stick_with_a_damaged_file(tmp_path: Path) -> None:

@@ -311,12 +311,17 @@ def _opened(settings: EdgeSettings, origins: Mapping[str, str]) -> Bundle:
 
 
 def _fetched(settings: EdgeSettings, points: Sequence[str] | None) -> Bundle:
-    """The server's bundle, with a bar that shows how long it takes."""
+    """The server's bundle, with a bar that shows how long it takes; lines where there is no terminal."""
     from bitneck_edge.bundles.fetch import fetch_bundle
+    from bitneck_edge.cli.fetch_lines import FetchLines
+
+    if not sys.stderr.isatty():
+        lines = FetchLines(lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
+        return asyncio.run(fetch_bundle(settings, lines, points=points))
 
     with Progress(
         TextColumn("fetching the bundle"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
+        console=Console(stderr=True), transient=True,
     ) as progress:  # fmt: skip
         task = progress.add_task("", total=None)
 

@@ -20,6 +20,7 @@ from bitneck.manifest import InputSpec
 from bitneck.settings.program import END_S
 from bitneck_edge.answers.maps import MapWriter
 from bitneck_edge.answers.results import Answer, Failure, Switch
+from bitneck_edge.cli.fetch_lines import FetchLines
 from bitneck_edge.cli.report import RunSummary, line, run_document, run_table
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
@@ -114,7 +115,11 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
     ) as progress:  # fmt: skip
         fetching = progress.add_task("fetching the bundle (bytes)", total=None, visible=False)
 
+        lines = FetchLines(lambda text: errors.print(text, markup=False, highlight=False, soft_wrap=True))
+
         def on_fetch(done: int, size: int) -> None:
+            if progress.disable:
+                lines(done, size)
             progress.update(fetching, completed=done, total=size, visible=done < size)
 
         writer = MapWriter(plan.out) if plan.out is not None else None
