@@ -27,11 +27,10 @@ from PIL import Image
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
 from bitneck.image import load_photo, preprocess
-from bitneck.runtime import OnnxModule
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
 from bitneck_testing.bare_exchange import BareWork, bare_server, open_exchange
-from bitneck_testing.measuring import TimeInside, p50_and_p99
+from bitneck_testing.measuring import COMPUTING, TimeInside, p50_and_p99
 from bitneck_testing.photographs import sample_photo
 from bitneck_testing.processes import QUIET, running_server
 
@@ -42,7 +41,7 @@ async def overhead(server: str, cache: Path, image: Image.Image, point: str) -> 
     """Milliseconds outside ONNX Runtime per frame, on both sides, with the batcher, without decoding the image."""
     outside = []
     async with EdgeClient(server, cache_dir=cache, point=point) as client:
-        with TimeInside((OnnxModule, "run")) as edge:
+        with TimeInside(COMPUTING) as edge:
             for _ in range(FRAMES + WARM):
                 before, begin = edge.seconds[0], time.perf_counter()
                 answer = await client.infer(image)

@@ -19,6 +19,7 @@ from bitneck_edge.encoder import EdgeEncoder
 from bitneck_edge.sources.capture import Capture
 from bitneck_edge.sources.photo import Photo, input_of, photo_of, picture_of
 from bitneck_edge.sources.video import read_video
+from bitneck_testing.measuring import COMPUTING, PREPARING, TimeInside
 from bitneck_testing.photographs import photo
 from bitneck_testing.rogue_servers import answer_all, rogue_server
 
@@ -99,6 +100,13 @@ def test_memory_counts_at_the_size_that_is_decoded() -> None:
 
 
 # What counts as a photograph
+
+
+def test_what_benchmarks_time_is_what_an_encoder_calls(tiny_bundle: Bundle) -> None:
+    encoder = EdgeEncoder(tiny_bundle, threads=1)
+    with TimeInside(COMPUTING, *PREPARING) as inside:
+        encoder.encode(photo(), "s1-r1")
+    assert min(inside.seconds) > 0
 
 
 def test_arrays_say_their_order(tiny_bundle: Bundle) -> None:

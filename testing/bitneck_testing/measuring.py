@@ -8,7 +8,16 @@ from typing import Any, Self
 
 import numpy as np
 
-__all__ = ["TimeInside", "p50_and_p99", "resident_mib"]
+import bitneck_edge.sources.photo
+from bitneck.runtime import OnnxModule
+
+__all__ = ["COMPUTING", "PREPARING", "TimeInside", "p50_and_p99", "resident_mib"]
+
+COMPUTING = (OnnxModule, "run")
+"""A place for `TimeInside`: ONNX Runtime."""
+
+PREPARING = (bitneck_edge.sources.photo, "view"), (bitneck_edge.sources.photo, "to_input")
+"""Places for `TimeInside`: a decoded picture becomes the network's input."""
 
 
 def resident_mib(pid: int) -> float:
