@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bitneck.bundle import Bundle
+from bitneck.coding.arrays import written_arrays
 from bitneck.coding.conditional_model import ConditionalModel
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
@@ -256,7 +257,7 @@ class ZooEntry:
 
     def save_int8(self, record: Int8Record, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write how the int8 files are made."""
-        np.savez_compressed(self.folder / "int8.npz", allow_pickle=False, **arrays)
+        (self.folder / "int8.npz").write_bytes(written_arrays(**arrays))
         (self.folder / "int8.json").write_text(record.model_dump_json(indent=1) + "\n")
 
     def ladder(self) -> MeasuredLadder | None:

@@ -1,9 +1,10 @@
-"""Arrays of an ``.npz`` file from a stranger: every size is checked before memory is taken for it. Pure."""
+"""Arrays to an ``.npz`` file, and back from a stranger's: every size is checked before memory is taken for it. Pure."""
 
 import io
 import math
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -11,12 +12,30 @@ from numpy.typing import NDArray
 
 from bitneck.errors import BundleCorrupt
 
-__all__ = ["MAX_ARRAY_BYTES", "read_arrays"]
+__all__ = ["MAX_ARRAY_BYTES", "read_arrays", "written_arrays"]
 
 MAX_ARRAY_BYTES = 64 << 20
 """What the arrays of one file may take together. The tables of 320 channels with 4,000 symbols each are 5 MB."""
 
 _MAX_HEADER = 4096
+_UNIX = 3
+
+
+def written_arrays(**arrays: NDArray[Any]) -> bytes:
+    """Arrays as a compressed ``.npz`` file, by name.
+
+    `numpy.savez_compressed` writes a member before its size is known, with headers that differ between versions of
+    Python. A bundle's id must not.
+    """
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            npy.write_array(content, np.asanyarray(array), allow_pickle=False)
+            member = zipfile.ZipInfo(f"{name}.npy")  # dated 1980
+            member.create_system = _UNIX
+            archive.writestr(member, content.getvalue(), zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
 
 
 def read_arrays(data: bytes, names: Sequence[str]) -> list[NDArray[np.generic]]:

@@ -15,14 +15,13 @@ that codes it best.
 Dimensions: M motions, B kernels of D distances, Cr channels, K_c symbols of channel c, W the largest K_c.
 """
 
-import io
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitneck.coding.arrays import read_arrays
+from bitneck.coding.arrays import read_arrays, written_arrays
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 
@@ -130,11 +129,7 @@ class ConditionalModel:
 
     def to_npz(self) -> bytes:
         """The model as an ``.npz`` file: ``kernels`` int32; ``near``, ``like`` and ``keep`` uint8."""
-        buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer, kernels=self.kernels.astype(np.int32), near=self.near, like=self.like, keep=self.keep
-        )
-        return buffer.getvalue()
+        return written_arrays(kernels=self.kernels.astype(np.int32), near=self.near, like=self.like, keep=self.keep)
 
     @classmethod
     def from_npz(cls, data: bytes) -> Self:

@@ -7,7 +7,6 @@ Dimensions: N photographs, Cr latent channels, h x w latent positions, K_c symbo
 """
 
 import hashlib
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitneck.coding.arrays import read_arrays
+from bitneck.coding.arrays import read_arrays, written_arrays
 from bitneck.errors import BundleCorrupt, InvalidConfig
 
 __all__ = ["TOTAL", "TOTAL_BITS", "FactorizedModel"]
@@ -159,12 +158,9 @@ class FactorizedModel:
 
     def to_npz(self) -> bytes:
         """The tables as an ``.npz`` file: ``lo`` (Cr,), ``size`` (Cr,), ``counts`` (sum K_c,), all int32."""
-        buffer = io.BytesIO()
         size = np.array([len(row) for row in self.counts], dtype=np.int32)
-        np.savez_compressed(
-            buffer, lo=self.lo.astype(np.int32), size=size, counts=np.concatenate(self.counts).astype(np.int32)
-        )
-        return buffer.getvalue()
+        counts = np.concatenate(self.counts).astype(np.int32)
+        return written_arrays(lo=self.lo.astype(np.int32), size=size, counts=counts)
 
     @classmethod
     def from_npz(cls, data: bytes) -> Self:
