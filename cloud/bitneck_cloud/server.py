@@ -20,7 +20,6 @@ from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
 from bitneck.runtime import ModulePool, check_providers, return_freed_memory
 from bitneck.settings.model import Address
-from bitneck.v2 import inference_pb2 as pb
 from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.access.security import tls_files_usable
@@ -44,9 +43,7 @@ from bitneck_cloud.settings import CloudSettings
 __all__ = ["Ready", "load_models", "serve"]
 
 _LOG = logging.getLogger(__name__)
-_SERVICE = pb.DESCRIPTOR.services_by_name["SplitInference"].full_name
 _HOUSEKEEPING_S = 1.0
-_HEALTH_NAMES = ("", _SERVICE)
 
 _SPARE_DESCRIPTORS = 128
 """For files, and for what the process has open at its start."""

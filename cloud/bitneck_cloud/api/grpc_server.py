@@ -8,7 +8,6 @@ from grpc_reflection.v1alpha import reflection
 
 from bitneck.errors import InvalidConfig
 from bitneck.settings.model import Address
-from bitneck.v2 import inference_pb2 as pb
 from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_cloud.access.bearers import BearerTokens
@@ -18,15 +17,14 @@ from bitneck_cloud.api.call_limits import CallLimits
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.old_protocol import OldProtocol
 from bitneck_cloud.api.parsing import TolerantParsing
+from bitneck_cloud.api.wire import SERVICE
 from bitneck_cloud.observe.audit import RefusalLog
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.settings import CloudSettings
 
 __all__ = ["HEALTH_NAMES", "make_grpc_server"]
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["SplitInference"].full_name
-
-HEALTH_NAMES = ("", _SERVICE)
+HEALTH_NAMES = ("", SERVICE)
 """What health checks may ask about."""
 
 _SINGLE_CALLS = 1024
@@ -93,7 +91,7 @@ def make_grpc_server(
     server.add_generic_rpc_handlers((OldProtocol(),))
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
         if settings.tls_cert is not None and settings.tls_key is not None:
             credentials = grpc_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)

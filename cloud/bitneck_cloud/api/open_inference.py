@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 import bitneck
 from bitneck_cloud.api import schemas
 from bitneck_cloud.api.readiness import Readiness
+from bitneck_cloud.api.wire import SERVICE
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.registry import Registry
 
@@ -28,7 +29,7 @@ def add_open_inference(app: FastAPI, registry: Registry, readiness: Readiness, g
     @app.get("/v2", dependencies=guarded, tags=tags)
     async def server_metadata() -> dict[str, str | list[str]]:
         """The server's name, version and extensions."""
-        return {"name": "bitneck", "version": bitneck.__version__, "extensions": ["bitneck.v2.SplitInference"]}
+        return {"name": "bitneck", "version": bitneck.__version__, "extensions": [SERVICE]}
 
     @app.get("/v2/health/live", tags=tags)
     def live() -> dict[str, bool]:

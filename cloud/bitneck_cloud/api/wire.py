@@ -21,7 +21,10 @@ from bitneck.wire.messages import (
 )
 from bitneck.wire.scores import packed_scores
 
-__all__ = ["frame_from_wire", "from_wire", "parse_frame", "result_to_wire", "to_wire"]
+__all__ = ["SERVICE", "frame_from_wire", "from_wire", "parse_frame", "result_to_wire", "to_wire"]
+
+SERVICE = pb.DESCRIPTOR.services_by_name["SplitInference"].full_name
+"""The service's name, with its package."""
 
 
 def from_wire(message: pb.ClientMessage) -> ClientMessage | None:

@@ -83,7 +83,7 @@ class Supply:
         self._retries = retries
         self._check = None if trusted else CostCheck(bundle.manifest, bundle.precision, self._read)
         self._ready: set[str] = set()
-        self._refused: dict[str, BitneckError] = {}
+        self._refused: set[str] = set()
         self._wanted: list[str] = []
         self._everything: list[str] = []
         self._changed = asyncio.Event()
@@ -167,8 +167,8 @@ class Supply:
         if self._check is not None:
             try:
                 await asyncio.to_thread(self._check.check, point_id)
-            except BundleCorrupt as exc:
-                self._refused[point_id] = exc
+            except BundleCorrupt:
+                self._refused.add(point_id)
                 raise
         self._ready.add(point_id)
 
