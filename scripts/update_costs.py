@@ -159,10 +159,32 @@ def table(costs: dict[str, Any]) -> str:
         f"| empty cache, the most accurate point answers (`{best['point']}`) | {best['down']:,} | {best['s']:.1f} |",
         f"| the tables of one point changed | {update['down']:,} | {update['s']:.1f} |",
         "",
-        f"A frame of {w['frames']['payload']:.0f} bytes of payload, five a second: {w['frames']['up']:.0f} bytes up "
-        f"and {w['frames']['down']:.0f} down.",
+        *frames(w["frames"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def frames(rows: list[dict[str, Any]]) -> list[str]:
+    """The bytes of a frame, Markdown."""
+    first = rows[0]
+    lines = [
+        f"| a frame at `{first['point']}`, {first['payload']:.0f} bytes of payload | a second | up | down | model up | "
+        "model down | TLS: up | TLS: down |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    secured = {row["way"]: row for row in rows if row["tls"]}
+    for row in rows:
+        if row["tls"]:
+            continue
+        other = secured.get(row["way"])
+        model = (f"{row[f'model_{way}'] / row[way] - 1:+.1%}".replace("%", " %") for way in ("up", "down"))
+        cells = [f"{row['fps']:g}", f"{row['up']:.0f}", f"{row['down']:.0f}", *model]
+        cells += [f"{other['up']:.0f}", f"{other['down']:.0f}"] if other else ["", ""]
+        way = row["way"] if row["way"].startswith("--") else "--answers all"
+        lines.append(f"| `{way}` | {' | '.join(cells)} |")
+    opening = (f"{first['session'][way]:,.0f} bytes {way}" for way in ("up", "down"))
+    lines += ["", f"To open a session with a manifest costs {' and '.join(opening)} in plaintext."]
+    return lines
 
 
 def main() -> None:

@@ -254,7 +254,7 @@ async def test_rates_reach_a_running_client(server: Server, stream: Stream, fram
             ({"point": "s1-r2"}, "s1-r2"),
             ({"max_bytes_per_frame": 13}, "s2-r1"),
             ({"min_accuracy": 0.5}, "s1-r1"),
-            ({"max_kbps": 1.0}, "s2-r1"),  # 12.5 bytes a frame at the assumed 10 frames a second
+            ({"max_kbps": 16.0}, "s2-r1"),  # 200 bytes of the link a frame at the assumed 10 frames a second
         ):
             reply = await http.put(f"/v1/sessions/{session}/rate", json=body)
             assert reply.status_code == 200, reply.text
@@ -262,14 +262,14 @@ async def test_rates_reach_a_running_client(server: Server, stream: Stream, fram
             assert reply.json()["pushed"]
             assert (await stream.read()).set_point.point == point
         shown = (await http.get(f"/v1/sessions/{session}")).json()
-        assert (shown["point_asked"], shown["policy"]) == ("s2-r1", {"max_kbps": 1.0})
+        assert (shown["point_asked"], shown["policy"]) == ("s2-r1", {"max_kbps": 16.0})
         assert (await stream.ask(frames.frame(1, "s2-r1"))).HasField("result")
 
 
 async def test_max_kbps_follows_the_frame_rate(server: Server, stream: Stream, frames: Frames) -> None:
     async with httpx.AsyncClient(base_url=server.http) as http:
         url = f"/v1/sessions/{stream.opened.session_id}/rate"
-        assert (await http.put(url, json={"max_kbps": 1.0})).json()["point"] == "s2-r1"
+        assert (await http.put(url, json={"max_kbps": 16.0})).json()["point"] == "s2-r1"
     assert (await stream.read()).set_point.point == "s2-r1"
     asked = []
     for seq in range(1, 20):  # hundreds of frames a second: only the lowest point is left

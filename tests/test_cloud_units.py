@@ -147,13 +147,13 @@ def test_a_seq_is_computed_once_and_the_window_holds(steps: list[tuple[int, str]
 
 def test_max_kbps_moves_with_the_frame_rate_and_not_at_every_frame() -> None:
     it = session(window=1000)
-    assert it.set_policy(MaxKbps(8.0)) == "mid"  # 100 bytes a frame at 10 frames a second
+    assert it.set_policy(MaxKbps(20.0)) == "mid"  # 250 bytes of the link for a frame at 10 frames a second
     chosen = []
     for k in range(200):
         it.accept(k + 1, "mid", 50, k * 0.1)
         chosen.append(it.weigh_again())
     assert set(chosen) == {None}
-    for k in range(200):  # now 50 frames a second: 20 bytes each
+    for k in range(200):  # now 50 frames a second: 50 bytes each
         it.accept(1000 + k, "mid", 50, 20 + k * 0.02)
         chosen.append(it.weigh_again())
     assert [c for c in chosen if c] == ["low"]
@@ -178,10 +178,10 @@ class Slow:
         self.decoded_by.append(threading.current_thread().name)
         return self.model.decode(point, payload)
 
-    def compute(self, points: Any, latents: Any) -> Any:
+    def compute(self, points: Any, latents: Any, map_steps: Any) -> Any:
         time.sleep(self.seconds)
         self.batches.append(len(points))
-        return self.model.compute(points, latents)
+        return self.model.compute(points, latents, map_steps)
 
 
 @pytest.fixture

@@ -316,6 +316,10 @@ def test_bench_measures_every_split_point(tiny_bundle: Bundle, tmp_path: Path) -
         assert set(split["ms"]) == {"load", "preprocess", "head", "encode", "total", "total_p95"}
         assert split["payload_bytes_mean"] > 0
         assert split["cpu_ms"] > 0
+        each, none, packed = (split["link"][way] for way in ("--answers all", "--answers none", "--pack 10"))
+        payload = split["payload_bytes_mean"]
+        assert packed["up"] + 120 < none["up"] + 60 < each["up"] < payload + 220
+        assert payload < packed["up"]
     assert document["peak_mb"] > 10
     table = edge("bench", tmp_path, "--bundle", tiny_bundle.root, "--frames", 2)
     assert table.returncode == 0

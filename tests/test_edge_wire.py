@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.messages import (
+    Answers,
     Classification,
     ClassShare,
     CodedMap,
@@ -26,16 +27,20 @@ from bitneck_edge.link.wire import client_message, server_message
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 F32 = st.floats(width=32, allow_nan=False)
 TEXT = st.text(max_size=20).filter(lambda text: text.isprintable())
-OPEN = st.builds(Open, model=TEXT, bundle_id=TEXT, client=TEXT, resume_token=TEXT, references=st.booleans())
+OPEN = st.builds(
+    Open, model=TEXT, bundle_id=TEXT, client=TEXT, resume_token=TEXT, references=st.booleans(),
+    answers=st.sampled_from(Answers),
+)  # fmt: skip
 FRAME = st.builds(
     Frame, seq=U64, point=TEXT, payload=st.binary(max_size=50), crc32c=U32, deadline_ms=U32, captured_unix_us=U64,
-    reference=U32,
+    reference=U32, acknowledge=st.booleans(),
 )  # fmt: skip
 LABELS = st.lists(st.builds(Label, U32, TEXT, F32), max_size=4).map(tuple)
 SHARES = st.lists(st.builds(ClassShare, U32, TEXT, F32), max_size=4).map(tuple)
 OUTPUT = st.builds(Classification, LABELS) | st.builds(
-    CodedMap, height=U32, width=U32, map=st.binary(max_size=50), classes=SHARES
-)
+    CodedMap, height=st.integers(1, 2**32 - 1), width=U32, map=st.binary(max_size=50), classes=SHARES,
+    step=st.integers(1, 2**32 - 1),
+)  # fmt: skip
 TIMINGS = st.builds(Timings, received_unix_us=U64, queued_us=U64, decode_us=U64, compute_us=U64, batch=U32)
 
 
@@ -45,7 +50,8 @@ def test_what_a_client_sends(message: Open | Frame) -> None:
     wire = pb.ClientMessage.FromString(client_message(message).SerializeToString())
     assert wire.WhichOneof("message") == kind
     arrived = getattr(wire, kind)
-    assert {name: getattr(arrived, name) for name in asdict(message)} == asdict(message)
+    sent = asdict(message) | ({"answers": list(Answers).index(message.answers)} if isinstance(message, Open) else {})
+    assert {name: getattr(arrived, name) for name in sent} == sent
     assert {field.name for field in arrived.DESCRIPTOR.fields} == set(asdict(message))
 
 
@@ -56,7 +62,8 @@ def test_a_result(seq: int, output: Classification | CodedMap, timings: Timings)
         found.classification.labels.extend([pb.Label(**asdict(label)) for label in output.labels])
         found.classification.SetInParent()
     else:
-        found.segmentation.MergeFrom(pb.Segmentation(height=output.height, width=output.width, map=output.map))
+        found.segmentation.MergeFrom(pb.Segmentation(height=output.height, width=output.width))
+        found.segmentation.map, found.segmentation.step = output.map, output.step
         found.segmentation.classes.extend([pb.ClassShare(**asdict(share)) for share in output.classes])
         found.segmentation.SetInParent()
     wire = pb.ServerMessage(result=pb.Result(seq=seq, output=found, timings=pb.Timings(**asdict(timings))))
@@ -82,6 +89,5 @@ def test_short_messages(wire: pb.ServerMessage, message: object) -> None:
 
 
 def test_a_result_without_output_or_timings() -> None:
-    timings = Timings(received_unix_us=0, queued_us=0, decode_us=0, compute_us=0, batch=0)
-    for result in (pb.Result(seq=1), pb.Result(seq=1, output=pb.Output())):
-        assert server_message(pb.ServerMessage(result=result)) == Result(1, None, timings)
+    for result in (pb.Result(seq=1, cloud_us=7), pb.Result(seq=1, output=pb.Output(), cloud_us=7)):
+        assert server_message(pb.ServerMessage(result=result)) == Result(1, None, None, 7)

@@ -114,24 +114,26 @@ PURE = (
     *(
         f"shared/bitneck/coding/{name}.py"
         for name in (
-            "arrays", "class_map", "conditional_model", "factorized_codec", "factorized_model", "range_coder",
-            "symbols",
+            "arrays", "class_map", "coarse_map", "conditional_model", "factorized_codec", "factorized_model",
+            "range_coder", "symbols",
         )
     ),
     *(
         f"shared/bitneck/{name}.py"
         for name in (
             "backoff", "errors", "ids", "ladder", "manifest/entries", "onnx_file/cost", "onnx_file/parse", "text",
-            "wire/compression", "wire/frames", "wire/messages", "wire/scores",
+            "wire/compression", "wire/frames", "wire/link_bytes", "wire/messages", "wire/scores",
         )
     ),
     "models/bitneck_models/zoo/selection.py",
     *(f"cloud/bitneck_cloud/engine/{name}.py" for name in ("batching", "fair_queue")),
-    *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("session", "rates")),
+    *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("acknowledging", "answering", "session", "rates")),
     *(f"cloud/bitneck_cloud/{name}.py" for name in ("faults", "access/tokens", "access/limits")),
     *(
         f"edge/bitneck_edge/{name}.py"
-        for name in ("ratecontrol", "points", "answers/verify", "link/records", "link/wire")
+        for name in (
+            "ratecontrol", "points", "answers/verify", "link/cost", "link/packing", "link/records", "link/wire",
+        )
     ),
 )  # fmt: skip
 """Modules that take values and return values."""

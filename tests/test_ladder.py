@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from bitneck.errors import InvalidConfig, RateUnreachable, UnknownPoint
 from bitneck.ladder import Ladder, OperatingPoint
-from bitneck_cloud.sessions.rates import FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, choose
+from bitneck_cloud.sessions.rates import FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, choose, usual_link
 from bitneck_edge.cli.report import points_table
 
 
@@ -26,8 +26,10 @@ def test_order_and_choice() -> None:
     assert choose(LADDER, FixedPoint("mid")).id == "mid"
     assert choose(LADDER, MaxBytesPerFrame(249)).id == "mid"  # not "odd", which costs more and knows less
     assert choose(LADDER, MinAccuracy(0.8)).id == "mid"
-    assert choose(LADDER, MaxKbps(10), frames_per_s=10).id == "mid"  # 125 bytes a frame
-    assert choose(LADDER, MaxKbps(10), frames_per_s=20).id == "low"
+    assert choose(LADDER, MaxKbps(25), frames_per_s=10).id == "mid"  # 312 bytes of the link a frame
+    assert choose(LADDER, MaxKbps(40), frames_per_s=20).id == "low"  # 250
+    with pytest.raises(RateUnreachable, match=r"low, takes 246 up, of which 60 are its payload, and 151 down"):
+        choose(LADDER, MaxKbps(10), frames_per_s=10)
 
 
 def test_what_cannot_be_had() -> None:
@@ -76,7 +78,8 @@ def test_choices_keep_their_promise(points: list[tuple[float, float]], limit: fl
     assert sizes == sorted(sizes)
     assert ladder.best == ladder.at_most(max(sizes))
     assert ladder.best.accuracy == max(acc for _, acc in points)
-    assert choose(ladder, MaxKbps(8), frames_per_s=999 / max(sizes)) == ladder.best
+    most = usual_link(max(sizes), 0.2).busier * 5 * 8e-3
+    assert choose(ladder, MaxKbps(1.001 * most), frames_per_s=5) == ladder.best
     fitting = [acc for size, acc in points if size <= limit]
     if fitting:
         chosen = ladder.at_most(limit)

@@ -57,7 +57,7 @@ def test_a_folder_goes_there_and_back(server: Server, cache: Path, photos: Path,
     for frame in document["frames"]:
         assert frame["point"] == "s1-r2"
         assert frame["bpp_payload"] == pytest.approx(frame["payload_bytes"] * 8 / 1024)
-        assert frame["wire_bytes"] > frame["payload_bytes"]
+        assert frame["message_bytes"] > frame["payload_bytes"]
         assert len(frame["labels"]) == 5
         stages = [ms for name, ms in frame["ms"].items() if name != "total"]
         assert all(ms >= 0 for ms in stages)

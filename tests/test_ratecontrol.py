@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bitneck.errors import InvalidConfig
 from bitneck.ladder import Ladder, OperatingPoint
-from bitneck_edge.ratecontrol import OVERHEAD_BYTES, Decision, RateController, rungs
+from bitneck_edge.link.cost import OVERHEAD_BYTES
+from bitneck_edge.ratecontrol import Decision, RateController, rungs
 from bitneck_testing.rate_simulation import SCENES, frames_to_react, ladder_of, run
 
 ZOO = Path(__file__).parent.parent / "models" / "zoo" / "efficientnet_lite0"
@@ -147,7 +148,8 @@ def test_split_points_within_a_budget() -> None:
     def frames(begin: int, count: int, edge_s: dict[str, float]) -> None:
         for seq in range(begin, begin + count):
             point = rate.points[0]
-            rate.sent(seq, Decision(point.id, ""), 200, seq * 0.2, edge_s=edge_s[point.split])
+            rate.encoded(Decision(point.id, ""), edge_s=edge_s[point.split])
+            rate.sent(seq, Decision(point.id, ""), 200, seq * 0.2)
             rate.answered(seq, seq * 0.2 + 0.05, server_s=0.0)
 
     frames(1, 60, {"s1": 0.15, "s2": 0.05})  # everything is slow: the fastest is used
@@ -204,7 +206,8 @@ def test_anything_may_happen_in_any_order(events: list[tuple[str, float]]) -> No
                 assert decision.point in {p.id for p in rate.points}
             case "sent":
                 seq += 1
-                rate.sent(seq, decision, int(value * 1000), now, edge_s=value, other_s=value)
+                rate.encoded(decision, edge_s=value, other_s=value)
+                rate.sent(seq, decision, int(value * 1000), now)
             case "answered":
                 rate.answered(seq - int(value * 3), now, server_s=value / 10)
             case "lost":

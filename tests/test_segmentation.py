@@ -14,6 +14,7 @@ from PIL import Image
 
 from bitneck.bundle import Bundle
 from bitneck.coding.class_map import count_classes, encode_map
+from bitneck.coding.coarse_map import coarse
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure, ProtocolError
 from bitneck.image import preprocess
 from bitneck.manifest import Manifest
@@ -236,7 +237,7 @@ LIES = {
     "cut": (altered(map=honest(GOOD).map[:-3]), "cut short"),
     "too large": (altered(map=encode_map(np.vstack([GOOD] * 9))), "class map"),
     "unknown class": (pb.Output(segmentation=honest(GOOD + np.uint8(1))), "names class 5, there are 5"),
-    "no shares": (pb.Output(segmentation=pb.Segmentation(height=H, width=W, map=encode_map(GOOD))), "shares"),
+    "every fourth pixel": (altered(step=4, map=encode_map(coarse(GOOD, 4))), "each 4. pixel"),
     "other shares": (
         pb.Output(
             segmentation=pb.Segmentation(
@@ -327,8 +328,9 @@ def test_colours_differ() -> None:
 def answer(file: str, classes: NDArray[np.uint8]) -> Answer:
     times = dict.fromkeys(StageTimes.__dataclass_fields__, 0.0)
     return Answer(
-        file=file, seq=1, point="s1-r1", split="s1", payload_bytes=1, reference=0, wire_bytes=1, bpp_payload=1,
-        bpp_wire=1, payload_crc32c="", symbols_crc32c="", ms=StageTimes(**times),
+        file=file, seq=1, point="s1-r1", split="s1", payload_bytes=1, reference=0, message_bytes=1,
+        link_bytes_up=1, link_bytes_down=1, bpp_payload=1, bpp_wire=1, payload_crc32c="", symbols_crc32c="",
+        ms=StageTimes(**times),
         segmentation=Segmentation(map=classes, classes=(ClassShare(0, "x", 1.0),), map_bytes=1),
     )  # fmt: skip
 

@@ -36,7 +36,8 @@ def sample(model: type[Settings], name: str) -> Any:
         "server": "localhost:443", "grpc": "127.0.0.1:1", "http": "127.0.0.1:2", "bundle_id": "sha256:" + "a" * 64,
         "traces": "http://collector:4317", "token_key": "0123456789abcdef", "http_token": "0123456789abcdef",
         "device_token": "0123456789abcdef", "providers": ["One", "Two"],
-        "similar": "off", "precision": "int8", "log_level": "debug", "log_format": "json", "trace_ratio": 0.5,
+        "similar": "off", "answers": "map/4", "precision": "int8", "log_level": "debug", "log_format": "json",
+        "trace_ratio": 0.5,
     }  # fmt: skip
     if name in known:
         return known[name]

@@ -100,8 +100,8 @@ async def test_the_same_answers_in_fewer_bytes(server: Server, bundle: Bundle, t
     referring = [a for a in similar if a.reference]
     assert len(referring) > 40
     assert max(a.reference for a in referring) <= REACH
-    assert all(b.wire_bytes < a.wire_bytes for a, b in zip(alone, similar, strict=True) if b.reference)
-    assert all(b.wire_bytes == a.wire_bytes for a, b in zip(alone, similar, strict=True) if not b.reference)
+    assert all(b.message_bytes < a.message_bytes for a, b in zip(alone, similar, strict=True) if b.reference)
+    assert all(b.message_bytes == a.message_bytes for a, b in zip(alone, similar, strict=True) if not b.reference)
     assert sum(a.payload_bytes for a in similar) < 0.6 * sum(a.payload_bytes for a in alone)
     assert {a.reference for a in plain} == {0}
     assert count(server, "bitneck_similar_frames_total") == before + len(referring)
@@ -112,7 +112,7 @@ async def test_a_scene_that_changes_altogether_costs_nothing_more(server: Server
         alone = await answers(it, scene(30, change=1.0))
     async with client(server.grpc, tmp_path, similar="on") as it:
         similar = await answers(it, scene(30, change=1.0))
-    assert all(b.wire_bytes <= a.wire_bytes for a, b in zip(alone, similar, strict=True))
+    assert all(b.message_bytes <= a.message_bytes for a, b in zip(alone, similar, strict=True))
 
 
 async def test_key_frames_come_as_often_as_they_are_asked_for(server: Server, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.settings.flags import with_settings
 from bitneck.settings.program import make_app, run_app
 from bitneck.wire.frames import crc32c_hex
-from bitneck.wire.messages import CodedMap
+from bitneck.wire.messages import Classification, CodedMap
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_cloud.observe.logs import configure_logging
 from bitneck_cloud.settings import CloudSettings
@@ -103,6 +103,7 @@ def decode(
         answer = {"classes": shares, "map_bytes": len(output.map)}
         lines = [f"  {x['share']:.3f}  {x['name']}" for x in shares]
     else:
+        assert isinstance(output, Classification)
         labels = [{"index": x.index, "name": x.name, "score": x.score} for x in output.labels]
         answer = {"labels": labels}
         lines = [f"  {x['score']:.3f}  {x['name']}" for x in labels]

@@ -132,6 +132,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     service = InferenceService(
         registry, engine, metrics, tracer, devices, limits,
         idle_s=settings.idle_s, stall_s=settings.stall_s, similar_bytes=settings.similar_bytes,
+        tls=settings.tls_cert is not None,
     )  # fmt: skip
     folders = {model.name: model.bundle.root for model in models.values()}
     reloader = Reloader(registry, folders, pool, settings.threads, metrics)

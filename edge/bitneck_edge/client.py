@@ -20,12 +20,13 @@ from typing import Any, Self, TypeVar
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.runtime import ModulePool
+from bitneck.wire.link_bytes import LinkBytes
 from bitneck.workers import Workers
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import open_supply
 from bitneck_edge.encoder import EdgeEncoder
-from bitneck_edge.link.link import Sent
 from bitneck_edge.link.remote import check_process
+from bitneck_edge.link.sent import Sent
 from bitneck_edge.pipeline import Slots, pipeline
 from bitneck_edge.points import MeanInterval
 from bitneck_edge.session import EdgeSession, EncodedCapture
@@ -154,6 +155,11 @@ class EdgeClient:
         return self._opened().reconnects
 
     @property
+    def link_bytes(self) -> LinkBytes:
+        """What crossed this device's interface for all frames so far; see `bitneck.wire.link_bytes`."""
+        return self._opened().link_bytes
+
+    @property
     def failure(self) -> BitneckError | None:
         """Why no further photograph can be answered; None while the link can be used."""
         failure = self._renewal_failure or self._opened().failure
@@ -188,7 +194,7 @@ class EdgeClient:
         await self._revive()
         passage = _Passage(self, Capture.of(photo))
         await passage.encode()
-        await passage.send()
+        await passage.send(prompt=True)
         return await passage.answer()
 
     def stream(
@@ -221,6 +227,7 @@ class EdgeClient:
             slots=Slots(self._live_limit if newest_first else self._limit),
             ordered=ordered,
             stop=stop,
+            all_sent=self._flush,
         )
 
     async def _open(self, *, offline: bool = False, before: EdgeSession | None = None) -> EdgeSession:
@@ -312,6 +319,11 @@ class EdgeClient:
         """The same where one frame more would only wait: as many as the link holds at once, and one."""
         return self.settings.in_flight or self._opened().room(self._interval.seconds)
 
+    async def _flush(self) -> None:
+        """Nothing more follows for a while."""
+        if self._session is not None:
+            await self._session.link.flush()
+
     def _drop(self, _capture: Capture) -> None:
         self.dropped += 1
 
@@ -336,6 +348,7 @@ class _Passage:
         self._client = client
         self._capture = capture
         self._bundle_changes = 0
+        self._prompt = False
         self._session: EdgeSession
         self._encoded: EncodedCapture
         self._sent: Sent
@@ -344,8 +357,9 @@ class _Passage:
         """Load and encode it."""
         await self._through(self._encode)
 
-    async def send(self) -> None:
-        """Send it."""
+    async def send(self, *, prompt: bool = False) -> None:
+        """Send it; see `EdgeSession.send`."""
+        self._prompt = prompt
         await self._through(self._send, self._encode)
 
     async def answer(self) -> Answer:
@@ -361,7 +375,7 @@ class _Passage:
         self._encoded = await self._session.encode(self._capture, self._client._interval.seconds)
 
     async def _send(self) -> None:
-        self._sent = await self._session.send(self._encoded)
+        self._sent = await self._session.send(self._encoded, prompt=self._prompt)
 
     async def _answer(self) -> Answer:
         answer = await self._session.answer(self._encoded, self._sent)

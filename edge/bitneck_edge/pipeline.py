@@ -9,7 +9,7 @@ them. Nothing here knows what a job encodes or where it sends it.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from bitneck.errors import BitneckError
@@ -69,6 +69,7 @@ async def pipeline(
     slots: Slots,
     ordered: bool,
     stop: asyncio.Event | None = None,
+    all_sent: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncGenerator[R]:
     """The results of some jobs.
 
@@ -78,6 +79,7 @@ async def pipeline(
         slots: jobs that may be under way.
         ordered: results in the order of the jobs; else as they come.
         stop: set it to end after the jobs that are under way.
+        all_sent: called when the last job has been sent.
 
     Raises:
         Exception: what `jobs` raises, after the results of the jobs before; or what a job raises that is no
@@ -122,6 +124,8 @@ async def pipeline(
                 results.put_nowait(answer)
             else:
                 answer.add_done_callback(results.put_nowait)
+        if all_sent is not None:
+            await all_sent()
         if tasks and not ordered:
             await asyncio.wait(tasks)
 

@@ -16,7 +16,7 @@ follow:
   point whose frames take longer than the time between pictures fills queues; it is left before a frame is late. At the
   lowest rate, pictures are left out instead of queued (`RateController.room`).
 
-Dimensions: bytes on the wire, seconds.
+Dimensions: link bytes of a message in its busier direction, seconds.
 """
 
 import math
@@ -26,12 +26,12 @@ from dataclasses import dataclass
 
 from bitneck.errors import InvalidConfig
 from bitneck.ladder import Ladder, OperatingPoint
+from bitneck.moved import names_of
+from bitneck_edge.link.cost import LinkCost
 
-__all__ = ["OVERHEAD_BYTES", "Decision", "RateController", "rungs"]
+__all__ = ["Decision", "RateController", "rungs"]
 
-OVERHEAD_BYTES = 180
-"""Bytes of a frame beside its payload: protobuf, gRPC and HTTP/2 framing, TCP and IP headers, the acknowledgement of
-its answer, window updates. `benchmarks/shaped.py` counts them on the device's interface."""
+__getattr__ = names_of(__name__)
 
 _LARGE = 1.2
 """A photograph may take this many times the mean bytes of its point."""
@@ -91,7 +91,10 @@ class RateController:
         ladder: of the bundle.
         target_s: from a frame's capture to its answer, at most.
         max_edge_s: limit for head and encoder; None for no limit. If no split point keeps it, the fastest is used.
-        edge_s: seconds of head and encoder in a trial, by split point; `sent` corrects them.
+        edge_s: seconds of head and encoder in a trial, by split point; `encoded` corrects them.
+
+    Attributes:
+        cost: what a message costs on the link.
 
     Raises:
         InvalidConfig: an empty ladder, or a time that is not positive.
@@ -107,6 +110,7 @@ class RateController:
     ) -> None:
         if not len(ladder) or target_s <= 0 or (max_edge_s is not None and max_edge_s <= 0):
             raise InvalidConfig("automatic rate needs operating points and times above zero")
+        self.cost = LinkCost()
         self._ladder = ladder
         self._target = target_s
         self._budget = max_edge_s
@@ -204,30 +208,28 @@ class RateController:
             return Decision(self._points[above].id, "does the link carry more?", probe=True)
         return self._decision("the link carries it")
 
-    def sent(
-        self,
-        seq: int,
-        decision: Decision,
-        payload_bytes: int,
-        now: float,
-        *,
-        edge_s: float | None = None,
-        other_s: float = 0.0,
-    ) -> None:
-        """A frame was sent.
+    def sent(self, seq: int, decision: Decision, payload_bytes: float, now: float) -> None:
+        """A message was sent whose answer, or acknowledgement, follows at once.
 
         Args:
-            seq: its number.
-            decision: what `choose` said for it.
-            payload_bytes: its coded size.
+            seq: number of its last frame.
+            decision: what `choose` said for that.
+            payload_bytes: coded size of each of its frames.
             now: when.
-            edge_s: seconds of head and encoder; None if unknown.
-            other_s: the rest of the time between capture and sending.
         """
         rung = next((k for k, point in enumerate(self._points) if point.id == decision.point), self._rung)
-        self._flights[seq] = _Flight(float(payload_bytes + OVERHEAD_BYTES), now, rung, decision.probe)
+        self._flights[seq] = _Flight(self.cost.bytes(payload_bytes), now, rung, decision.probe)
+
+    def encoded(self, decision: Decision, *, edge_s: float, other_s: float = 0.0) -> None:
+        """A frame was encoded.
+
+        Args:
+            decision: what `choose` said for it.
+            edge_s: seconds of head and encoder.
+            other_s: the rest of the time between capture and sending.
+        """
         self._other += (other_s - self._other) * _EDGE_WEIGHT
-        if edge_s is not None and decision.point in self._ladder:
+        if decision.point in self._ladder:
             split = self._ladder[decision.point].split
             before = self._edge.get(split, edge_s)
             after = before + (edge_s - before) * _EDGE_WEIGHT
@@ -332,10 +334,10 @@ class RateController:
         return waited if waited > usual * _LATE + _NOISE_S else None
 
     def _mean_bytes(self, rung: int) -> float:
-        return self._points[rung].payload_bytes + OVERHEAD_BYTES
+        return self.cost.bytes(self._points[rung].payload_bytes)
 
     def _bytes(self, rung: int) -> float:
-        return self._points[rung].payload_bytes * _LARGE + OVERHEAD_BYTES
+        return self.cost.bytes(self._points[rung].payload_bytes * _LARGE)
 
     def _edge_of(self, rung: int) -> float:
         return self._edge.get(self._points[rung].split, 0.0) + self._other

@@ -15,19 +15,23 @@ from typing import Self
 
 from bitneck.bundle import Bundle
 from bitneck.coding.class_map import MAX_MAP_BYTES
-from bitneck.errors import BitneckError
+from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.manifest import Manifest
 from bitneck.runtime import ModulePool
+from bitneck.wire.link_bytes import FRAME_BESIDE_PAYLOAD, LinkBytes
+from bitneck.wire.messages import Answers
 from bitneck.workers import Workers
 from bitneck_edge.answers.assemble import answer_of
 from bitneck_edge.answers.results import Answer, Switch
 from bitneck_edge.bundles.pace import Pacer
 from bitneck_edge.bundles.supply import Progress, Supply, first_point
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto
-from bitneck_edge.link.link import Link, LinkSettings, Received, Sent
+from bitneck_edge.link.cost import OVERHEAD_BYTES, LinkCost
+from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.link.records import Candidate, Coded
 from bitneck_edge.link.remote import MAX_ANSWER_BYTES
-from bitneck_edge.points import PointChoice, Wish
+from bitneck_edge.link.sent import Received, Sent, Written
+from bitneck_edge.points import MeanInterval, PointChoice, Wish
 from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
@@ -36,6 +40,10 @@ __all__ = ["EdgeSession", "EncodedCapture"]
 
 _LOG = logging.getLogger(__name__)
 _BESIDE_A_MAP = 1 << 16
+_SAMPLE_EVERY = 4
+"""Without answers, automatic rate asks for the acknowledgement of one message in so many."""
+_COST_FRESH = 8
+"""Messages after which it weighs anew what a message costs on the link."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +70,7 @@ class EdgeSession:
         encoder: the edge's half of the network, with the bundle.
         link: to the cloud.
         points: the operating point of the next frame.
+        answers: what comes back for each frame.
     """
 
     def __init__(
@@ -72,9 +81,10 @@ class EdgeSession:
         encoder: EdgeEncoder,
         rate: RateController,
         on_switch: Callable[[Switch], None],
-        reconnects_before: int,
+        before: "EdgeSession | None" = None,
     ) -> None:
         self.encoder = encoder
+        self.answers = Answers(settings.answers)
         self.points = PointChoice(encoder.ladder, rate, on_switch, supply.ready, supply.want)
         self.link = Link(
             _link_settings(settings, encoder.bundle),
@@ -85,7 +95,12 @@ class EdgeSession:
         self._workers = workers
         self._supply = supply
         self._rate = rate
-        self._reconnects_before = reconnects_before
+        rate.cost = LinkCost(OVERHEAD_BYTES / settings.pack, frames=settings.pack)
+        self._reconnects_before = before.reconnects + 1 if before is not None else 0
+        self._link_bytes_before = before.link_bytes if before is not None else LinkBytes()
+        self._interval = MeanInterval()  # between messages
+        self._messages = 0
+        self._unawaited = 0
 
     @classmethod
     async def open(
@@ -115,6 +130,7 @@ class EdgeSession:
 
         Raises:
             UnknownPoint: the settings name a point that the bundle does not have.
+            InvalidConfig: they ask for answers that its task does not have.
             BitneckError: see `Supply.need`, `Link.open` and `EdgeEncoder`.
         """
 
@@ -124,6 +140,7 @@ class EdgeSession:
         link: Link | None = None
         try:
             await _fetch_first(supply, wish(), known=before is not None, progress=on_fetch)
+            _check_answers(Answers(settings.answers), supply.bundle.manifest)
             encoder = await asyncio.to_thread(
                 EdgeEncoder, supply.bundle, threads=settings.threads, pool=pool, exact=settings.exact
             )
@@ -140,8 +157,7 @@ class EdgeSession:
                 max_edge_s=settings.max_edge_ms / 1e3 or None,
                 edge_s=edge_s,
             )
-            reconnects = 0 if before is None else before.reconnects + 1
-            session = cls(settings, workers, supply, encoder, rate, on_switch, reconnects)
+            session = cls(settings, workers, supply, encoder, rate, on_switch, before)
             link = session.link
             await link.open()
             session.points.begin(wish(), link.initial_point, time.perf_counter())
@@ -168,6 +184,11 @@ class EdgeSession:
         return self._reconnects_before + self.link.reconnects
 
     @property
+    def link_bytes(self) -> LinkBytes:
+        """What has crossed the link for this session's frames and those before it; see `bitneck.wire.link_bytes`."""
+        return self._link_bytes_before + self.link.link_bytes
+
+    @property
     def failure(self) -> BitneckError | None:
         """Why the session cannot be used any more; None while it can."""
         return self.link.failure
@@ -183,8 +204,9 @@ class EdgeSession:
         Args:
             interval_s: between pictures; 0 if unknown.
         """
-        room = self._rate.room(time.perf_counter(), interval_s, fixed=not self.points.auto)
-        return min(room, self.link.window)
+        pack = self._settings.pack
+        room = self._rate.room(time.perf_counter(), interval_s * pack, fixed=not self.points.auto)
+        return min(room * pack, self.link.window)
 
     async def encode(self, capture: Capture, interval_s: float) -> EncodedCapture:
         """Encode a picture in a thread, at the operating point of this moment.
@@ -201,7 +223,7 @@ class EdgeSession:
             raise self.failure
         if capture.broken is not None:
             raise capture.broken
-        decision = self.points.choose(time.perf_counter(), interval_s)
+        decision = self.points.choose(time.perf_counter(), interval_s * self._settings.pack)
         mode = self._settings.similar
         similar = mode == "on" or (mode == "auto" and capture.similar)
         # A probe asks how the link takes a frame of its point's usual size.
@@ -213,8 +235,12 @@ class EdgeSession:
         photo = await self._workers.run(encode, capture.photo, decision.point)
         return EncodedCapture(capture=capture, decision=decision, photo=photo, candidate=candidate)
 
-    async def send(self, encoded: EncodedCapture) -> Sent:
+    async def send(self, encoded: EncodedCapture, *, prompt: bool = False) -> Sent:
         """Send an encoded picture; waits while the window is full.
+
+        Args:
+            encoded: the picture.
+            prompt: it waits for no others, and its acknowledgement comes at once.
 
         Raises:
             BitneckError: see `Link.send`.
@@ -223,6 +249,8 @@ class EdgeSession:
         similar = None
         if photo.symbols is not None:
             similar = Coded(symbols=photo.symbols, candidate=encoded.candidate, payload=photo.encoded.similar)
+        edge_s = (photo.head_ms + photo.encode_ms) / 1e3
+        written = functools.partial(self._written, encoded.decision)
         sent = await self.link.send(
             photo.point,
             photo.encoded.payload,
@@ -230,13 +258,31 @@ class EdgeSession:
             captured_unix_us=encoded.capture.unix_us,
             in_flight=self._settings.in_flight,
             similar=similar,
+            prompt=prompt,
+            ask=self.points.auto and (encoded.decision.probe or self._unawaited + 1 >= _SAMPLE_EVERY),
+            on_written=written,
         )
         self.points.last_seq = sent.seq
-        edge_s = (photo.head_ms + photo.encode_ms) / 1e3
         other_s = max(0.0, sent.at - encoded.capture.at - edge_s)
-        self._rate.sent(sent.seq, encoded.decision, len(sent.payload), sent.at, edge_s=edge_s, other_s=other_s)
-        sent.answer.add_done_callback(functools.partial(self._learn, sent.seq, sent.at))
+        self._rate.encoded(encoded.decision, edge_s=edge_s, other_s=other_s)
+        sent.answer.add_done_callback(functools.partial(self._learn, sent.seq))
         return sent
+
+    def _written(self, decision: Decision, written: Written) -> None:
+        """A message was sent: its last frame shows how long the link takes, if its answer comes at once."""
+        self._interval.add(written.at)
+        self._unawaited = 0 if written.awaited else self._unawaited + 1
+        if written.awaited:
+            self._rate.sent(written.seq, decision, written.payload_bytes, written.at)
+        self._messages += 1
+        if self._messages % _COST_FRESH == 0:
+            self._rate.cost = self._cost()
+
+    def _cost(self) -> LinkCost:
+        """What a message costs on the link, as it has been used lately."""
+        frames = self._settings.pack
+        each = self.link.expected_link_bytes(FRAME_BESIDE_PAYLOAD, self._interval.seconds / frames)
+        return LinkCost(each.up, each.down, frames)
 
     async def answer(self, encoded: EncodedCapture, sent: Sent) -> Answer:
         """The answer to a frame that was sent.
@@ -246,22 +292,23 @@ class EdgeSession:
             BitneckError: the cloud could not answer, or the session has failed.
         """
         received = await sent.answer
-        return answer_of(encoded.capture, encoded.photo, sent, received, self.bundle.manifest, self.encoder.labels)
+        return answer_of(
+            encoded.capture, encoded.photo, sent, received, self.bundle.manifest, self.encoder.labels, self.answers
+        )
 
     async def _ready(self, point_id: str) -> None:
         """Wait for the files of an operating point that was asked for by name."""
         if not self._supply.ready(point_id):
             await self._supply.need([point_id])
 
-    def _learn(self, seq: int, sent_at: float, answer: "asyncio.Future[Received]") -> None:
+    def _learn(self, seq: int, answer: "asyncio.Future[Received]") -> None:
         """Tell the rate controller how a frame ended. A server cannot have taken longer than the frame was away."""
         if answer.cancelled() or answer.exception() is not None:
             self._rate.lost(seq, time.perf_counter())
             return
         received = answer.result()
-        timings = received.result.timings
-        server_s = (timings.queued_us + timings.decode_us + timings.compute_us) / 1e6
-        self._rate.answered(seq, received.at, server_s=min(server_s, received.at - sent_at))
+        server_s = sum(received.result.stages_ms) / 1e3
+        self._rate.answered(seq, received.at, server_s=min(server_s, received.at - received.sent_at))
 
 
 async def _fetch_first(supply: Supply, wish: Wish, *, known: bool, progress: Progress) -> None:
@@ -289,6 +336,16 @@ async def _fetch_first(supply: Supply, wish: Wish, *, known: bool, progress: Pro
             await supply.need([first_point(supply.bundle.manifest)], progress)
 
 
+def _check_answers(answers: Answers, manifest: Manifest) -> None:
+    """Refuse answers that a model's task does not have.
+
+    Raises:
+        InvalidConfig: it does not have these.
+    """
+    if answers not in (known := Answers.of_task(manifest.task)):
+        raise InvalidConfig(f"answers {answers}: {manifest.name} is for {manifest.task}, which has {', '.join(known)}")
+
+
 def _link_settings(settings: EdgeSettings, bundle: Bundle) -> LinkSettings:
     return LinkSettings(
         access=settings.access,
@@ -301,6 +358,9 @@ def _link_settings(settings: EdgeSettings, bundle: Bundle) -> LinkSettings:
         references=settings.similar != "off" and bundle.has_conditional,
         key_every=settings.key_every,
         most_bytes=_most_answer_bytes(bundle.manifest),
+        answers=Answers(settings.answers),
+        pack=settings.pack,
+        pack_ms=settings.pack_ms,
         positions={point.id: place for place, point in enumerate(bundle.manifest.points, start=1)},
     )
 

@@ -124,6 +124,28 @@ class EdgeSettings(Settings):
         setting("Pictures that are encoded at once; 0 for two, or one on a single core.", _DEVICE, ge=0, le=64),
     ] = 0
 
+    answers: Annotated[
+        Literal["all", "none", "labels", "shares", "map", "map/4"],
+        setting(
+            "What comes back to the device: 'all', 'none', 'labels' without timings, and for segmentation the 'shares' "
+            "of the classes, the class 'map' or 'map/4', of which the device gets every fourth pixel.",
+            _LINK,
+        ),
+    ] = "all"
+    pack: Annotated[
+        int,
+        setting(
+            "Frames in one message. More of them save bytes, and wait for each other; with point 'auto', latency_ms "
+            "then counts from the last one.",
+            _LINK,
+            ge=1,
+            le=256,
+        ),
+    ] = 1
+    pack_ms: Annotated[
+        int,
+        setting("With pack: milliseconds that a frame waits for others, at most.", _LINK, ge=1, le=3_600_000),
+    ] = 5000
     in_flight: Annotated[
         int,
         setting(
@@ -166,6 +188,11 @@ class EdgeSettings(Settings):
         Address.parse(self.server)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together: give both, or none")
+        if self.pack > 1 and self.pack_ms >= self.answer_timeout_s * 1e3:
+            raise ValueError(
+                f"a frame would wait {self.pack_ms} ms for its pack, and the link count as dead after "
+                f"{self.answer_timeout_s:g} s: lower pack_ms (--pack-ms), or raise answer_timeout_s"
+            )
         if not self.access.tls and not self.insecure and not Address.parse(self.server).loopback:
             raise ValueError(
                 f"the link to {self.server} would be plaintext: give tls (--tls, --tls-ca FILE), or allow it with "

@@ -66,6 +66,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "bitneck_edge.load": ("bitneck_edge.measure.load_generator",),
     "bitneck_edge.maps": ("bitneck_edge.answers.maps",),
     "bitneck_edge.memory": ("bitneck_edge.measure.memory",),
+    "bitneck_edge.ratecontrol": ("bitneck_edge.link.cost",),
     "bitneck_edge.references": ("bitneck_edge.link.records",),
     "bitneck_edge.remote": ("bitneck_edge.link.remote",),
     "bitneck_edge.report": ("bitneck_edge.cli.report",),

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitneck.ladder import Ladder, OperatingPoint
-from bitneck_edge.ratecontrol import OVERHEAD_BYTES, Decision, RateController, rungs
+from bitneck_edge.link.cost import OVERHEAD_BYTES
+from bitneck_edge.ratecontrol import Decision, RateController, rungs
 
 __all__ = [
     "SCENES",
@@ -220,7 +221,8 @@ class Camera:
         payload = self._by_id[decision.point].payload_bytes * luck.size
         sent = now + EDGE_S
         if controller is not None:
-            controller.sent(number, decision, round(payload), sent, edge_s=EDGE_S)
+            controller.encoded(decision, edge_s=EDGE_S)
+            controller.sent(number, decision, payload, sent)
         answered_at = self._link.carry(payload + OVERHEAD_BYTES, sent) + scene.delay_s + luck.jitter_s + SERVER_S
         if self._pending:
             answered_at = max(answered_at, self._pending[-1][0])  # one stream: answers do not overtake

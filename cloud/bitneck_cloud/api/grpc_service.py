@@ -5,26 +5,33 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Self
 
-import grpc
-
-from bitneck.errors import BitneckError, BundleMismatch, DeadlineExceeded, Unauthenticated, Unavailable, UnknownFile
+from bitneck.errors import (
+    BitneckError,
+    BundleMismatch,
+    DeadlineExceeded,
+    InvalidConfig,
+    Unauthenticated,
+    Unavailable,
+    UnknownFile,
+)
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.compression import deflated
 from bitneck.wire.frames import check_frame
-from bitneck.wire.messages import ClientMessage, GoAway, Open, Opened, ServerMessage, SetPoint
+from bitneck.wire.messages import Answers, GoAway, Open, Opened, SetPoint
 from bitneck_cloud.aborting import abort
 from bitneck_cloud.access.bearers import BearerTokens
 from bitneck_cloud.access.callers import caller_of
 from bitneck_cloud.access.limits import CallerLimits
-from bitneck_cloud.api.wire import frame_from_wire, from_wire, result_to_wire, to_wire
+from bitneck_cloud.api.grpc_peer import Context, GrpcPeer
+from bitneck_cloud.api.wire import frame_from_wire, result_to_wire, to_wire
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.observe.audit import record
 from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import FrameTracer
+from bitneck_cloud.sessions.answering import Answering
 from bitneck_cloud.sessions.conversation import Conversation, job_of, result_of
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_cloud.sessions.session import Event, Session, StreamState
@@ -33,43 +40,6 @@ __all__ = ["Context", "InferenceService"]
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_BYTES = 64 * 1024
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-class _Messages(AsyncIterator[ClientMessage | None]):
-    """A stream's messages as values. An error of one message does not end the iterator."""
-
-    def __init__(self, source: AsyncIterator[pb.ClientMessage]) -> None:
-        self._source = aiter(source)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> ClientMessage | None:
-        try:
-            return from_wire(await anext(self._source))
-        except grpc.aio.UsageError as exc:
-            raise ConnectionResetError("the stream is over") from exc
-
-
-class _GrpcPeer:
-    """The client at the other end of a gRPC stream."""
-
-    def __init__(self, requests: AsyncIterator[pb.ClientMessage], context: Context) -> None:
-        self._messages = _Messages(requests)
-        self._context = context
-
-    def messages(self) -> AsyncIterator[ClientMessage | None]:
-        """See `bitneck_cloud.sessions.conversation.Peer`."""
-        return self._messages
-
-    async def write(self, message: ServerMessage) -> None:
-        """See `bitneck_cloud.sessions.conversation.Peer`."""
-        try:
-            await self._context.write(to_wire(message))
-        except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError) as exc:
-            raise ConnectionResetError("the stream is over") from exc
 
 
 class InferenceService(pb_grpc.SplitInferenceServicer):
@@ -85,6 +55,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         idle_s: see `CloudSettings`.
         stall_s: likewise.
         similar_bytes: likewise.
+        tls: whether connections are encrypted.
     """
 
     def __init__(
@@ -99,6 +70,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         idle_s: float,
         stall_s: float,
         similar_bytes: int,
+        tls: bool = False,
     ) -> None:
         self._registry = registry
         self._engine = engine
@@ -109,6 +81,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._idle_s = idle_s
         self._stall_s = stall_s
         self._similar_bytes = similar_bytes
+        self._tls = tls
         self._streams: dict[str, Conversation] = {}
         self._draining = False
 
@@ -196,7 +169,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         state = StreamState()
         await _identify(context)
         caller = caller_of(context, self._tokens)
-        peer = _GrpcPeer(request_iterator, context)
+        peer = GrpcPeer(request_iterator, context)
         try:
             try:
                 async with self._in_time():
@@ -210,6 +183,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             if self._draining:
                 raise Unavailable("the server is stopping; connect elsewhere")
             model = self._registry.generation(opening.model, opening.bundle_id)
+            _check_answers(opening.answers, model.manifest.task)
             admission = self._registry.open(
                 model, opening.client, opening.resume_token, time.monotonic(), time.time(), caller
             )
@@ -224,7 +198,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         conversation = Conversation(
             self._engine, model, session, state, self._streams, self._metrics, self._tracer,
             idle_s=self._idle_s, stall_s=self._stall_s, caller=caller, token_number=admission.number,
-            limits=self._limits, brief=opening.brief,
+            limits=self._limits, answering=Answering(opening.answers, brief=opening.brief),
         )  # fmt: skip
         opened = Opened(
             session_id=session.session_id,
@@ -241,6 +215,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             if not session.told and session.asked_point is None:  # `Opened` cannot say that the client chooses again
                 conversation.push(SetPoint("", "asked for while the link was down"))
             session.told = True
+            session.attach(peer.serve(session.window, tls=self._tls), time.monotonic())
             await conversation.run(peer, self._tracer.parent(context.invocation_metadata()))
         except TimeoutError:
             failure = DeadlineExceeded(f"Opened was not read for {self._stall_s:.0f} s")
@@ -297,6 +272,16 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
     def streams(self) -> int:
         """Open streams."""
         return len(self._streams)
+
+
+def _check_answers(answers: Answers, task: str) -> None:
+    """Refuse what a model's task does not have.
+
+    Raises:
+        InvalidConfig: it has not these answers.
+    """
+    if answers not in (known := Answers.of_task(task)):
+        raise InvalidConfig(f"a model for {task} has no answers {answers}; ask for {', '.join(known)}")
 
 
 def _read(path: Path, offset: int, most: int) -> bytes:

@@ -134,7 +134,7 @@ def build_app(
         refused: BitneckError | None = None
         for name, served in registry.models.items():
             try:
-                chosen = choose(served.ladder, policy)
+                chosen = choose(served.ladder, policy, frames_per_s=registry.assumed_fps)
                 points[name] = chosen.id if chosen is not None else None
             except BitneckError as exc:
                 refused = exc

@@ -34,7 +34,9 @@ class RateRequest(BaseModel):
 
     point: str | None = Field(None, description="id of an operating point")
     max_bytes_per_frame: float | None = Field(None, gt=0, description="mean payload bytes of a frame, at most")
-    max_kbps: float | None = Field(None, gt=0, description="mean payload rate at the session's frame rate, kbit/s")
+    max_kbps: float | None = Field(
+        None, gt=0, description="mean rate on the link at the session's frame rate, of the busier direction, kbit/s"
+    )
     min_accuracy: float | None = Field(None, ge=0, le=1, description="measured accuracy, at least, a fraction")
     auto: Literal[True] | None = Field(None, description="the client chooses")
 
@@ -157,6 +159,10 @@ class SessionInfo(BaseModel):
     frames_in_flight: int
     faults: dict[str, int] = Field(description="by gRPC status number")
     payload_bytes_mean: float | None
+    message_bytes_up: int = Field(description="of the client's messages")
+    message_bytes_down: int
+    link_bytes_up: int = Field(description="the same with the headers of packets, as they cross the client's interface")
+    link_bytes_down: int
     frames_per_s: float
 
 
@@ -210,6 +216,7 @@ def model_info(served: ServedModel) -> ModelInfo:
 
 def session_info(session: Session, *, connected: bool, now: float) -> SessionInfo:
     """A session; `now` is on the monotonic clock of its times."""
+    link, messages = session.link_bytes(now), session.message_bytes
     return SessionInfo(
         id=session.session_id,
         client=session.client,
@@ -226,6 +233,10 @@ def session_info(session: Session, *, connected: bool, now: float) -> SessionInf
         frames_in_flight=session.in_flight,
         faults={str(code): count for code, count in session.faults.items()},
         payload_bytes_mean=session.payload_bytes / session.accepted if session.accepted else None,
+        message_bytes_up=round(messages.up),
+        message_bytes_down=round(messages.down),
+        link_bytes_up=round(link.up),
+        link_bytes_down=round(link.down),
         frames_per_s=session.frames_per_s,
     )
 

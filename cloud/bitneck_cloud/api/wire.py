@@ -1,12 +1,18 @@
 """Messages to protobuf and back, on the cloud's side: the only module that knows both."""
 
+import itertools
+
 from google.protobuf.message import DecodeError
 
 from bitneck.errors import MalformedFrame
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import (
+    Ack,
+    Acknowledge,
+    Answers,
     Classification,
+    ClassShare,
     ClientMessage,
     CodedMap,
     Fault,
@@ -15,9 +21,12 @@ from bitneck.wire.messages import (
     Open,
     Opened,
     Output,
+    Pack,
     Result,
+    Results,
     ServerMessage,
     SetPoint,
+    Shares,
 )
 from bitneck.wire.scores import packed_scores
 
@@ -26,14 +35,33 @@ __all__ = ["SERVICE", "frame_from_wire", "from_wire", "parse_frame", "result_to_
 SERVICE = pb.DESCRIPTOR.services_by_name["SplitInference"].full_name
 """The service's name, with its package."""
 
+_ANSWERS = {
+    pb.ANSWERS_ALL: Answers.ALL,
+    pb.ANSWERS_NONE: Answers.NONE,
+    pb.ANSWERS_LABELS: Answers.LABELS,
+    pb.ANSWERS_SHARES: Answers.SHARES,
+    pb.ANSWERS_MAP: Answers.MAP,
+    pb.ANSWERS_MAP_4: Answers.MAP_4,
+}
 
-def from_wire(message: pb.ClientMessage) -> ClientMessage | None:
-    """A message of a client; None if it is empty. Nothing of it is checked yet."""
+
+def from_wire(message: pb.ClientMessage, most_frames: int = 1 << 10) -> ClientMessage | None:
+    """A message of a client; None if it is empty. Nothing of it is checked yet, but for what a pack consists of.
+
+    Args:
+        message: as it came.
+        most_frames: that a pack may have.
+
+    Raises:
+        MalformedFrame: a pack whose parts do not fit together.
+    """
     match message.WhichOneof("message"):
         case "frame":
             return frame_from_wire(message.frame)
         case "open":
             opening = message.open
+            if opening.answers not in _ANSWERS:
+                raise MalformedFrame(f"answers {opening.answers} are unknown to this server; ask for all or none")
             return Open(
                 model=opening.model,
                 bundle_id=opening.bundle_id,
@@ -41,7 +69,12 @@ def from_wire(message: pb.ClientMessage) -> ClientMessage | None:
                 resume_token=opening.resume_token,
                 references=opening.references,
                 brief=opening.brief,
+                answers=_ANSWERS[opening.answers],
             )
+        case "pack":
+            return _pack(message.pack, most_frames)
+        case "acknowledge":
+            return Acknowledge()
         case _:
             return None
 
@@ -57,7 +90,40 @@ def frame_from_wire(frame: pb.Frame) -> Frame:
         captured_unix_us=frame.captured_unix_us,
         reference=frame.reference,
         position=frame.position if not frame.point else 0,
+        acknowledge=frame.acknowledge,
     )
+
+
+def _pack(pack: pb.Pack, most_frames: int) -> Pack:
+    """The frames of a pack."""
+    count = len(pack.payload)
+    if not 1 <= count <= most_frames or pack.seq == 0:
+        raise MalformedFrame(
+            f"a pack of {count} frames from seq {pack.seq}: a pack has 1 to {most_frames} frames, counting from 1"
+        )
+    positions = list(pack.position) * count if len(pack.position) == 1 else list(pack.position)
+    references = list(pack.reference) or [0] * count
+    times = [max(0, time) for time in itertools.accumulate(pack.captured_unix_us)] or [0] * count
+    if not len(pack.crc32c) == len(positions) == len(references) == len(times) == count:
+        raise MalformedFrame(
+            f"a pack of {count} payloads has {len(pack.crc32c)} CRCs, {len(positions)} positions, {len(references)} "
+            f"references and {len(times)} times"
+        )
+    frames = (
+        Frame(
+            seq=pack.seq + place,
+            point="",
+            payload=payload,
+            crc32c=pack.crc32c[place],
+            deadline_ms=pack.deadline_ms,
+            captured_unix_us=times[place],
+            reference=references[place],
+            position=positions[place],
+            acknowledge=pack.acknowledge and place == count - 1,
+        )
+        for place, payload in enumerate(pack.payload)
+    )
+    return Pack(tuple(frames))
 
 
 def parse_frame(data: bytes, where: str) -> Frame:
@@ -87,6 +153,10 @@ def to_wire(message: ServerMessage) -> pb.ServerMessage:
     match message:
         case Result():
             return pb.ServerMessage(result=result_to_wire(message))
+        case Results(results):
+            return pb.ServerMessage(results=pb.Results(result=[result_to_wire(result) for result in results]))
+        case Ack(seq, before, cloud_us):
+            return pb.ServerMessage(ack=pb.Ack(seq=seq, before=before, cloud_us=cloud_us))
         case Fault(seq, code, text):
             return pb.ServerMessage(fault=pb.Fault(seq=seq, code=code, message=text))
         case SetPoint(point, reason):
@@ -107,10 +177,13 @@ def to_wire(message: ServerMessage) -> pb.ServerMessage:
 
 def result_to_wire(result: Result) -> pb.Result:
     """The protobuf message of an answer."""
+    output = _output(result.output) if result.output is not None else None
     timings = result.timings
+    if timings is None:
+        return pb.Result(seq=result.seq, output=output, cloud_us=result.cloud_us)
     return pb.Result(
         seq=result.seq,
-        output=_output(result.output) if result.output is not None else None,
+        output=output,
         timings=pb.Timings(
             received_unix_us=timings.received_unix_us,
             queued_us=timings.queued_us,
@@ -128,10 +201,25 @@ def _output(output: Output) -> pb.Output:
             indices = [label.index for label in labels]
             return pb.Output(classification=pb.Classification(index=indices, scores=scores))
         case Classification(labels):
-            found = [pb.Label(index=label.index, name=label.name, score=label.score) for label in labels]
-            return pb.Output(classification=pb.Classification(labels=found))
+            named = [pb.Label(index=label.index, name=label.name, score=label.score) for label in labels]
+            return pb.Output(classification=pb.Classification(labels=named))
         case CodedMap():
-            shares = [pb.ClassShare(index=c.index, name=c.name, share=c.share) for c in output.classes]
-            return pb.Output(
-                segmentation=pb.Segmentation(height=output.height, width=output.width, map=output.map, classes=shares)
+            coded = pb.Segmentation(
+                height=output.height,
+                width=output.width,
+                map=output.map,
+                classes=_shares(output.classes),
+                step=output.step if output.step > 1 else 0,
             )
+            return pb.Output(segmentation=coded)
+        case Shares(classes) if classes and not any(share.name for share in classes):
+            found = pb.Segmentation(
+                index=[share.index for share in classes], shares=packed_scores([share.share for share in classes])
+            )
+            return pb.Output(segmentation=found)
+        case Shares(classes):
+            return pb.Output(segmentation=pb.Segmentation(classes=_shares(classes)))
+
+
+def _shares(classes: tuple[ClassShare, ...]) -> list[pb.ClassShare]:
+    return [pb.ClassShare(index=share.index, name=share.name, share=share.share) for share in classes]

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.errors import BitneckError, ModelFailure, Overloaded, Unavailable
+from bitneck.wire.messages import Output
 from bitneck.workers import Workers
 from bitneck_cloud.engine.fair_queue import FairQueue
 from bitneck_cloud.engine.job import INTERNAL_ERROR, Computed, Job
@@ -199,7 +200,12 @@ def _pass(batch: list[Job]) -> list[Computed | BitneckError]:
             else:
                 latents[row] = latent
     begin = time.perf_counter()
-    outputs = batch[0].model.compute([batch[row].point for row in latents], list(latents.values())) if latents else []
+    outputs: list[Output | BitneckError] = []
+    if latents:
+        taken = [batch[row] for row in latents]
+        outputs = taken[0].model.compute(
+            [job.point for job in taken], list(latents.values()), [job.map_step for job in taken]
+        )
     compute_us = round((time.perf_counter() - begin) * 1e6)
     for row, output in zip(latents, outputs, strict=True):
         job = batch[row]

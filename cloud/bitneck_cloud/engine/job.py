@@ -66,6 +66,7 @@ class Job:
         reference: what the payload is coded against; None if it is coded by itself.
         keep: whether later frames may refer to this one.
         turn: the caller and its session, which take turns with others.
+        map_step: pixels of the input from one pixel of a class map to the next.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class Job:
         reference: Reference | None = None,
         keep: bool = False,
         turn: tuple[str, str] = ("", ""),
+        map_step: int = 1,
     ) -> None:
         self.model = model
+        self.map_step = map_step
         self.point = point
         self.deadline = deadline
         self.turn = turn

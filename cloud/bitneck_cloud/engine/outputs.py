@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.coding.class_map import MAX_CLASSES, MAX_MAP_BYTES, best_classes, count_classes, encode_map
+from bitneck.coding.coarse_map import coarse
 from bitneck.errors import BitneckError, BundleCorrupt, ModelFailure
 from bitneck.manifest import Manifest
 from bitneck.wire.messages import Classification, ClassShare, CodedMap, Label, Output
@@ -67,13 +68,16 @@ def frames_of_a_pass(manifest: Manifest, classes: int) -> int:
     return max(1, PASS_BYTES // (4 * max(sizes)))
 
 
-def output_of(manifest: Manifest, labels: Sequence[str], logits: NDArray[np.float32]) -> Output | BitneckError:
+def output_of(
+    manifest: Manifest, labels: Sequence[str], logits: NDArray[np.float32], map_step: int = 1
+) -> Output | BitneckError:
     """One frame's answer from its logits, or an error if they are no logits.
 
     Args:
         manifest: of the model.
         labels: names of the classes.
         logits: (K,) float32, or (K, H, W) for segmentation.
+        map_step: pixels of the input from one pixel of a class map to the next.
     """
     spec = manifest.input
     expected = (len(labels), spec.height, spec.width) if manifest.task == "segmentation" else (len(labels),)
@@ -81,7 +85,7 @@ def output_of(manifest: Manifest, labels: Sequence[str], logits: NDArray[np.floa
         if logits.shape != expected:
             raise ModelFailure(f"logits of shape {logits.shape}, expected {expected}")
         if manifest.task == "segmentation":
-            return _segmentation(labels, logits)
+            return _segmentation(labels, logits, map_step)
         return _classification(labels, logits)
     except ModelFailure as exc:
         _LOG.error("the tail of %s: %s", manifest.name, exc)
@@ -98,10 +102,10 @@ def _classification(labels: Sequence[str], logits: NDArray[np.float32]) -> Class
     return Classification(tuple(Label(int(i), labels[i], float(scores[i])) for i in best))
 
 
-def _segmentation(labels: Sequence[str], logits: NDArray[np.float32]) -> CodedMap:
+def _segmentation(labels: Sequence[str], logits: NDArray[np.float32], map_step: int) -> CodedMap:
     """The class map, and the shares of the classes that occur, from logits (K, H, W)."""
     classes = best_classes(logits)  # (H, W)
-    coded = encode_map(classes)
+    coded = encode_map(classes if map_step == 1 else coarse(classes, map_step))
     if len(coded) > MAX_MAP_BYTES:
         raise ModelFailure(f"the class map has {len(coded)} bytes, the limit is {MAX_MAP_BYTES}")
     counts = count_classes(classes, len(labels))  # (K,)
@@ -111,4 +115,5 @@ def _segmentation(labels: Sequence[str], logits: NDArray[np.float32]) -> CodedMa
         width=classes.shape[1],
         map=coded,
         classes=tuple(ClassShare(k, labels[k], float(counts[k] / classes.size)) for k in order),
+        step=map_step,
     )

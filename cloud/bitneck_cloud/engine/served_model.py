@@ -135,7 +135,9 @@ class ServedModel:
         s = decoder.symbols(payload, reference)
         return decoder.latent(s), decoder.conditional.keep(s) if decoder.conditional is not None else None
 
-    def compute(self, points: Sequence[str], latents: Sequence[NDArray[np.float32]]) -> list[Output | BitneckError]:
+    def compute(
+        self, points: Sequence[str], latents: Sequence[NDArray[np.float32]], map_steps: Sequence[int] = ()
+    ) -> list[Output | BitneckError]:
         """Run a batch through the bottleneck decoders and the tail; see `bitneck_cloud.engine.batching`.
 
         A frame whose logits are not finite fails alone. If ONNX Runtime fails, all frames fail whose decoded features
@@ -144,6 +146,7 @@ class ServedModel:
         Args:
             points: each frame's operating point.
             latents: each frame's latent, from `decode`.
+            map_steps: each frame's, see `Job`; none if all are 1.
 
         Returns:
             One result per frame, in order.
@@ -161,7 +164,8 @@ class ServedModel:
                     results[row] = ModelFailure("the model failed on this frame's batch; the server's log says why")
                 continue
             for k, one in zip(order, logits, strict=True):
-                results[rows[k]] = output_of(self.manifest, self.labels, one)
+                step = map_steps[rows[k]] if map_steps else 1
+                results[rows[k]] = output_of(self.manifest, self.labels, one, step)
         return results
 
     def _walk(

@@ -7,6 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS_TYPE
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
+from bitneck.wire.link_bytes import LinkBytes
+
 __all__ = ["OPENMETRICS_TYPE", "TEXT_TYPE", "Metrics"]
 
 TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,6 +40,10 @@ class Metrics:
         self._bytes = counter(
             "payload_bytes", "Payload bytes of accepted frames, by operating point.", "model", "point"
         )
+        self._link = counter(
+            "link_bytes", "Bytes on the devices' links, headers of packets included.", "model", "direction"
+        )
+        self._messages = counter("message_bytes", "Bytes of messages that gRPC was given.", "model", "direction")
         self._similar = counter("similar_frames", "Accepted frames that are coded against an earlier one.", "model")
         self._switches = counter("point_switches", "Frames at another operating point than the one before.", "model")
         self._sessions = counter("sessions", "Sessions, by how they began.", "model", "how")
@@ -75,6 +81,12 @@ class Metrics:
             self._of(self._similar, model).inc()
         if switched:
             self._of(self._switches, model).inc()
+
+    def link(self, model: str, link: LinkBytes, messages: LinkBytes) -> None:
+        """What has crossed a device's link since the last call for its session."""
+        for direction in ("up", "down"):
+            self._of(self._link, model, direction).inc(getattr(link, direction))
+            self._of(self._messages, model, direction).inc(getattr(messages, direction))
 
     def waited(self, model: str, seconds: float) -> None:
         """A frame was taken into a batch."""

@@ -5,22 +5,19 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, MutableMapping
-from dataclasses import replace
+from collections.abc import AsyncIterator, Iterable, MutableMapping
 from typing import Any, Protocol
 
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ProtocolError, Unavailable
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import (
-    Classification,
-    ClassShare,
+    Acknowledge,
     ClientMessage,
-    CodedMap,
     Fault,
     Frame,
     GoAway,
-    Label,
+    Pack,
     Result,
     ServerMessage,
     SetPoint,
@@ -34,10 +31,11 @@ from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.faults import fault_of
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import FrameTracer
+from bitneck_cloud.sessions.answering import Answering
 from bitneck_cloud.sessions.outbox import Outbox
 from bitneck_cloud.sessions.session import Event, Session, StreamState, Verdict
 
-__all__ = ["Conversation", "Peer", "brief_result", "job_of", "result_of"]
+__all__ = ["Conversation", "Peer", "job_of", "result_of"]
 
 _LOG = logging.getLogger(__name__)
 _SUPERSEDED_GRACE_S = 2.0
@@ -79,6 +77,7 @@ class Conversation:
         limits: of the callers.
         token_number: of the resume token that this stream's ``Opened`` had. Its first frame shows that the client has
             it, so older tokens are worth nothing from then on.
+        answering: what the client gets for each frame.
     """
 
     def __init__(
@@ -90,15 +89,15 @@ class Conversation:
         streams: MutableMapping[str, "Conversation"],
         metrics: Metrics,
         tracer: FrameTracer,
+        answering: Answering,
         idle_s: float,
         stall_s: float = 0.0,
         limits: CallerLimits | None = None,
         caller: Caller = ANONYMOUS,
         token_number: int = 0,
-        brief: bool = False,
     ) -> None:
         self.caller = caller
-        self._brief = brief
+        self._answering = answering
         self._token_number = token_number
         self._expelled: BitneckError | None = None
         self._engine = engine
@@ -149,6 +148,7 @@ class Conversation:
                 if self._jobs:  # the client has sent everything: answer it
                     self._none_left = asyncio.get_running_loop().create_future()
                     await self._none_left
+                self._send(self._answering.flush(time.time()))
                 self._outbox.close()
                 await asyncio.wait({writer})
         finally:
@@ -205,7 +205,11 @@ class Conversation:
             finally:
                 self._silent_since = math.inf
             if isinstance(message, Frame):
-                self._frame(message)
+                self._frames((message,))
+            elif isinstance(message, Pack):
+                self._frames(message.frames)
+            elif isinstance(message, Acknowledge):
+                self._send(self._answering.acknowledge(self._session.seqs_in_flight, time.time()))
             else:
                 kind = "an empty message" if message is None else "Open"
                 self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
@@ -229,8 +233,14 @@ class Conversation:
             due = min(self._silent_since + idle, self._writing_since + stall, now + longest)
             await asyncio.sleep(max(due - now, 0.001))
 
-    def _frame(self, frame: Frame) -> None:
+    def _frames(self, frames: tuple[Frame, ...]) -> None:
+        """The frames of one message."""
         received = time.time()
+        self._answering.expect(frames)
+        for frame in frames:
+            self._frame(frame, received)
+
+    def _frame(self, frame: Frame, received: float) -> None:
         try:
             self._limits.frame(self.caller.name, time.monotonic())
             self._state.on(Event.FRAME)
@@ -246,10 +256,11 @@ class Conversation:
             return
         if verdict is Verdict.ANSWERED:
             self._metrics.frame(self._model.name, "RESENT")
-            self._put(self._session.kept_answer(frame.seq))
+            self._put(self._session.kept_answer(frame.seq), received)
         elif verdict is Verdict.NEW:
             turn = self.caller.name, self._session.session_id
-            job = job_of(self._model, frame, turn, reference=reference, keep=self._session.reach > 0)
+            step = self._answering.answers.map_step
+            job = job_of(self._model, frame, turn, reference=reference, keep=self._session.reach > 0, map_step=step)
             try:
                 self._engine.submit(job, self._answer)
             except BitneckError as exc:
@@ -281,43 +292,47 @@ class Conversation:
             outcome = "OK"
         newest = self._streams.get(self._session.session_id)
         if newest is not None:
-            newest._put(message)
+            newest._put(message, received)
         asyncio.get_running_loop().call_soon(self._done, job.point, seq, received, computed, outcome)
         if self._none_left is not None and not self._jobs and not self._none_left.done():
             self._none_left.set_result(None)
 
-    def _put(self, message: Fault | Result) -> None:
-        """Send an answer, without what this stream's client knows."""
-        self._outbox.put(brief_result(message) if self._brief and isinstance(message, Result) else message)
+    def _put(self, message: Fault | Result, received: float) -> None:
+        """Send what this stream's client gets for a frame that is settled."""
+        self._send(self._answering.settled(message, received, time.time()))
+
+    def _send(self, messages: Iterable[ServerMessage]) -> None:
+        for message in messages:
+            self._outbox.put(message)
 
     def _done(self, point: str, seq: int, received: float, computed: Computed | BitneckError, outcome: str) -> None:
         """Work that can wait until the answer is written."""
         self._metrics.frame(self._model.name, outcome)
+        link, messages = self._session.unreported(asyncio.get_running_loop().time())
+        self._metrics.link(self._model.name, link, messages)
         if isinstance(computed, Computed):
             self._tracer.frame(self._model.name, point, seq, received, computed, self._trace)
 
     def _fault(self, seq: int, exc: BitneckError) -> None:
         self._session.faults[exc.grpc_code] += 1
         self._metrics.frame(self._model.name, exc.grpc_status)
-        self._outbox.put(fault_of(seq, exc))
+        self._put(fault_of(seq, exc), time.time())
 
 
 def job_of(
-    model: ServedModel, frame: Frame, turn: tuple[str, str], *, reference: Reference | None = None, keep: bool = False
+    model: ServedModel,
+    frame: Frame,
+    turn: tuple[str, str],
+    *,
+    reference: Reference | None = None,
+    keep: bool = False,
+    map_step: int = 1,
 ) -> Job:
     """A frame as the engine takes it; its deadline begins now. For the other arguments see `Job`."""
     deadline = time.monotonic() + frame.deadline_ms / 1e3 if frame.deadline_ms else None
-    return Job(model, frame.point, frame.payload, deadline, reference=reference, keep=keep, turn=turn)
-
-
-def brief_result(result: Result) -> Result:
-    """An answer without the names of classes, and without the time of receipt."""
-    output = result.output
-    if isinstance(output, Classification):
-        output = Classification(tuple(Label(label.index, "", label.score) for label in output.labels))
-    elif isinstance(output, CodedMap):
-        output = replace(output, classes=tuple(ClassShare(c.index, "", c.share) for c in output.classes))
-    return Result(result.seq, output, replace(result.timings, received_unix_us=0))
+    return Job(
+        model, frame.point, frame.payload, deadline, reference=reference, keep=keep, turn=turn, map_step=map_step
+    )
 
 
 def result_of(computed: Computed, seq: int, received: float) -> Result:

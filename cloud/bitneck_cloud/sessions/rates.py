@@ -1,9 +1,11 @@
 """What users ask for over the control API, and the operating point that serves it. Pure: no clock, no I/O."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from bitneck.errors import InvalidConfig
+from bitneck.errors import InvalidConfig, RateUnreachable
 from bitneck.ladder import Ladder, OperatingPoint
+from bitneck.wire.link_bytes import FRAME_BESIDE_PAYLOAD, LinkBytes, LinkMeter
 
 __all__ = [
     "ClientChooses",
@@ -13,6 +15,7 @@ __all__ = [
     "MinAccuracy",
     "RatePolicy",
     "choose",
+    "usual_link",
 ]
 
 
@@ -32,7 +35,10 @@ class MaxBytesPerFrame:
 
 @dataclass(frozen=True, slots=True)
 class MaxKbps:
-    """The most accurate point whose mean payload stays within this rate, in 1000 bits per second."""
+    """The most accurate point whose frames and answers stay within this rate, in 1000 bits per second.
+
+    Link bytes of the busier direction count; see `bitneck.wire.link_bytes`.
+    """
 
     kbps: float
 
@@ -53,7 +59,18 @@ RatePolicy = FixedPoint | MaxBytesPerFrame | MaxKbps | MinAccuracy | ClientChoos
 """What a user asks for over the control API."""
 
 
-def choose(ladder: Ladder, policy: RatePolicy, *, frames_per_s: float = 1.0) -> OperatingPoint | None:
+def usual_link(payload_bytes: float, interval_s: float) -> LinkBytes:
+    """What a frame costs on a link of which nothing is known yet; see `choose`."""
+    return LinkMeter().expected(payload_bytes + FRAME_BESIDE_PAYLOAD, interval_s)
+
+
+def choose(
+    ladder: Ladder,
+    policy: RatePolicy,
+    *,
+    frames_per_s: float = 1.0,
+    link: Callable[[float, float], LinkBytes] = usual_link,
+) -> OperatingPoint | None:
     """The operating point for a policy; None if the client chooses.
 
     Rates are means over photographs: a single frame may be larger or smaller.
@@ -62,6 +79,8 @@ def choose(ladder: Ladder, policy: RatePolicy, *, frames_per_s: float = 1.0) -> 
         ladder: the bundle's points.
         policy: what was asked for.
         frames_per_s: the session's frame rate, for `MaxKbps` only.
+        link: what a frame of so many payload bytes, so many seconds after the one before, costs on the session's link;
+            for `MaxKbps` only.
 
     Raises:
         UnknownPoint: a `FixedPoint` that the ladder does not have.
@@ -75,13 +94,27 @@ def choose(ladder: Ladder, policy: RatePolicy, *, frames_per_s: float = 1.0) -> 
             return ladder.at_most(_positive(payload_bytes, "max_bytes_per_frame"))
         case MaxKbps(kbps):
             limit = _positive(kbps, "max_kbps") * 1000 / 8 / _positive(frames_per_s, "the frame rate")
-            return ladder.at_most(limit)
+            return _within(ladder, limit, lambda payload_bytes: link(payload_bytes, 1.0 / frames_per_s))
         case MinAccuracy(accuracy):
             if not 0 <= accuracy <= 1:
                 raise InvalidConfig(f"min_accuracy is a fraction within 0 and 1, got {accuracy}")
             return ladder.at_least(accuracy)
         case ClientChooses():
             return None
+
+
+def _within(ladder: Ladder, limit: float, link: Callable[[float], LinkBytes]) -> OperatingPoint:
+    """The most accurate point whose frames take no more than `limit` link bytes in either direction."""
+    fitting = [point for point in ladder.measured if link(point.payload_bytes).busier <= limit]
+    if fitting:
+        return max(fitting, key=lambda point: (point.accuracy, -point.payload_bytes))
+    low = ladder.measured[0]
+    cost = link(low.payload_bytes)
+    raise RateUnreachable(
+        f"no operating point fits {limit:.0f} bytes of the link for each frame; the lowest, {low.id}, takes "
+        f"{cost.up:.0f} up, of which {low.payload_bytes:.0f} are its payload, and {cost.down:.0f} down. Send fewer "
+        "frames, put several into one message (--pack), or ask for less in answers (--answers)"
+    )
 
 
 def _positive(value: float, what: str) -> float:

@@ -72,7 +72,7 @@ class Registry:
         self._max_sessions = max_sessions
         self._max_per_caller = max_sessions_per_caller
         self._resume_s = resume_s
-        self._assumed_fps = assumed_fps
+        self.assumed_fps = assumed_fps
         self._max_bytes_per_s = max_bytes_per_s
         self._signer = signer
         self._adopt = adopt
@@ -166,7 +166,7 @@ class Registry:
             client=client[:_MAX_CLIENT_CHARACTERS],
             ladder=model.ladder,
             window=self._window,
-            assumed_fps=self._assumed_fps,
+            assumed_fps=self.assumed_fps,
             now=now,
             bundle_id=model.bundle.bundle_id,
             max_bytes_per_s=self._max_bytes_per_s,

@@ -21,6 +21,7 @@ from bitneck.errors import (
     UnknownPoint,
 )
 from bitneck.ladder import Ladder
+from bitneck.wire.link_bytes import FRAME_BESIDE_PAYLOAD, LinkBytes, LinkMeter
 from bitneck.wire.messages import Result
 from bitneck_cloud.access.limits import TokenBucket
 from bitneck_cloud.sessions.rates import MaxKbps, RatePolicy, choose
@@ -32,7 +33,7 @@ _MIN_RATE_SAMPLES = 4
 _WAITING = 8
 """Number of frames that a client may have coded before its window has room for them."""
 _HYSTERESIS = 0.15
-"""`MaxKbps` is weighed again when the frame rate has moved by this share."""
+"""`MaxKbps` is weighed again when the link's load by its smallest frames has moved by this share."""
 
 
 class Phase(Enum):
@@ -107,6 +108,7 @@ class Session:
         token_number: of the resume token that was issued last.
         oldest_token: number of the oldest resume token that is still good.
         reach: how far back in seq a reference may be; 0 if no symbols are kept.
+        meter: of the newest stream's link.
     """
 
     def __init__(
@@ -143,10 +145,13 @@ class Session:
         self.token_number = 0
         self.oldest_token = 0
         self.reach = 0
+        self.meter = LinkMeter()
+        self._earlier = LinkBytes(), LinkBytes()  # on earlier streams' links, and their messages
+        self._reported = LinkBytes(), LinkBytes()
         self._kept: dict[int, Reference] = {}
         self._ladder = ladder
         self._assumed_fps = assumed_fps
-        self._weighed_fps = assumed_fps
+        self._weighed = 0.0
         self._in_flight: set[int] = set()
         self._answers: OrderedDict[int, Result] = OrderedDict()
         self._floor = 0
@@ -163,6 +168,35 @@ class Session:
                 self.set_policy(self.policy)
             except (RateUnreachable, UnknownPoint):
                 self.policy, self.asked_point = None, None
+
+    def attach(self, meter: LinkMeter, now: float) -> None:
+        """A new stream begins.
+
+        Args:
+            meter: of its link.
+            now: seconds, on the meters' clock.
+        """
+        self._earlier = self.link_bytes(now), self.message_bytes
+        self.meter = meter
+
+    def link_bytes(self, now: float) -> LinkBytes:
+        """What has crossed the client's link for this session's messages."""
+        return self._earlier[0] + self.meter.total(now)
+
+    @property
+    def message_bytes(self) -> LinkBytes:
+        """What gRPC was given of that."""
+        return self._earlier[1] + self.meter.message_bytes
+
+    def unreported(self, now: float) -> tuple[LinkBytes, LinkBytes]:
+        """Link bytes and message bytes since the last call."""
+        before, self._reported = self._reported, (self.link_bytes(now), self.message_bytes)
+        return self._reported[0] - before[0], self._reported[1] - before[1]
+
+    @property
+    def seqs_in_flight(self) -> tuple[int, ...]:
+        """Numbers of the frames that are accepted and not answered."""
+        return tuple(self._in_flight)
 
     @property
     def in_flight(self) -> int:
@@ -292,10 +326,18 @@ class Session:
                 unchanged.
         """
         fps = self.frames_per_s
-        chosen = choose(self._ladder, policy, frames_per_s=fps)
+        chosen = choose(self._ladder, policy, frames_per_s=fps, link=self._link_bytes_of)
         point = chosen.id if chosen is not None else None
-        self.policy, self.asked_point, self._weighed_fps = policy, point, fps
+        self.policy, self.asked_point, self._weighed = policy, point, self._load(fps)
         return point
+
+    def _link_bytes_of(self, payload_bytes: float, interval_s: float) -> LinkBytes:
+        """What a frame of so many bytes costs on this session's link, as it has been used so far."""
+        return self.meter.expected(payload_bytes + FRAME_BESIDE_PAYLOAD, interval_s)
+
+    def _load(self, fps: float) -> float:
+        """What `MaxKbps` limits, for the smallest frames, bytes a second: by its change the choice is made again."""
+        return self._link_bytes_of(0.0, 1.0 / fps).busier * fps
 
     def weigh_again(self) -> str | None:
         """Choose again for `MaxKbps` if the frame rate has changed.
@@ -308,11 +350,12 @@ class Session:
         if not isinstance(self.policy, MaxKbps) or len(self._arrivals) < _MIN_RATE_SAMPLES:
             return None
         fps = self.frames_per_s
-        if abs(fps - self._weighed_fps) <= _HYSTERESIS * self._weighed_fps:
+        load = self._load(fps)
+        if abs(load - self._weighed) <= _HYSTERESIS * self._weighed:
             return None
-        self._weighed_fps = fps
+        self._weighed = load
         try:
-            chosen = choose(self._ladder, self.policy, frames_per_s=fps)
+            chosen = choose(self._ladder, self.policy, frames_per_s=fps, link=self._link_bytes_of)
         except RateUnreachable:
             chosen = None
         point = chosen.id if chosen is not None else self._ladder.measured[0].id

@@ -4,17 +4,24 @@ from collections.abc import Sequence
 
 from bitneck.manifest import Manifest
 from bitneck.wire.frames import crc32c_hex
+from bitneck.wire.messages import Answers
 from bitneck_edge.answers.results import Answer, StageTimes
 from bitneck_edge.answers.verify import labels_of, segmentation_of
 from bitneck_edge.encoder import EncodedPhoto
-from bitneck_edge.link.link import Received, Sent
+from bitneck_edge.link.sent import Received, Sent
 from bitneck_edge.sources.capture import Capture
 
 __all__ = ["answer_of"]
 
 
 def answer_of(
-    capture: Capture, encoded: EncodedPhoto, sent: Sent, received: Received, manifest: Manifest, names: Sequence[str]
+    capture: Capture,
+    encoded: EncodedPhoto,
+    sent: Sent,
+    received: Received,
+    manifest: Manifest,
+    names: Sequence[str],
+    answers: Answers = Answers.ALL,
 ) -> Answer:
     """Put together one photograph's answer.
 
@@ -25,16 +32,17 @@ def answer_of(
         received: the cloud's result, and when it came.
         manifest: of the bundle in use.
         names: of the classes, by index.
+        answers: what the cloud was asked for.
 
     Raises:
         ProtocolError: see `labels_of` and `segmentation_of`.
     """
+    answered = answers is not Answers.NONE
     segmented = manifest.task == "segmentation"
-    timings = received.result.timings
-    queued, decode, compute = timings.queued_us / 1e3, timings.decode_us / 1e3, timings.compute_us / 1e3
-    round_trip = (received.at - sent.at) * 1e3
+    queued, decode, compute = received.result.stages_ms
+    round_trip = (received.at - received.sent_at) * 1e3
     edge = encoded.load_ms + encoded.preprocess_ms + encoded.head_ms + encoded.encode_ms
-    wait = max(0.0, (sent.at - capture.at) * 1e3 - edge)
+    wait = max(0.0, (received.sent_at - capture.at) * 1e3 - edge)
     payload = sent.payload
     pixels = manifest.input.pixels
     return Answer(
@@ -44,13 +52,15 @@ def answer_of(
         split=encoded.split,
         payload_bytes=len(payload),
         reference=sent.reference,
-        wire_bytes=sent.wire_bytes,
+        message_bytes=received.message_bytes,
+        link_bytes_up=received.link.up,
+        link_bytes_down=received.link.down,
         bpp_payload=len(payload) * 8 / pixels,
-        bpp_wire=sent.wire_bytes * 8 / pixels,
+        bpp_wire=received.message_bytes * 8 / pixels,
         payload_crc32c=crc32c_hex(payload),
         symbols_crc32c=crc32c_hex(encoded.encoded.symbols.astype("<i4").tobytes()),
-        labels=() if segmented else labels_of(received.result, names),
-        segmentation=segmentation_of(received.result, manifest, names) if segmented else None,
+        labels=labels_of(received.result, names) if answered and not segmented else (),
+        segmentation=segmentation_of(received.result, manifest, names, answers) if answered and segmented else None,
         ms=StageTimes(
             wait=wait,
             load=encoded.load_ms,

@@ -17,9 +17,10 @@ class Segmentation:
     """The best class of every pixel of the network's input, which is the whole photograph, resized.
 
     Attributes:
-        map: (H, W) uint8, class indices, read-only. Comparing two answers leaves it out.
+        map: (H, W) uint8, class indices, read-only. Comparing two answers leaves it out. If only the shares were asked
+            for, it is (0, 0).
         classes: the classes in the map, the largest share first.
-        map_bytes: bytes of the coded map that came from the cloud.
+        map_bytes: bytes of the coded map that came from the cloud; 0 without one.
     """
 
     map: NDArray[np.uint8] = field(repr=False, compare=False)
@@ -44,15 +45,17 @@ class StageTimes:
     """Where a frame's time went, in milliseconds.
 
     Attributes:
-        wait: between capture and encoding, and between encoding and sending.
+        wait: between capture and encoding, and between encoding and sending, for others of its pack for example.
         load: reading and decoding the photograph.
         preprocess: resize, crop, normalize.
         head: the network's first part.
         encode: bottleneck encoder, quantizer, range coder.
-        link: from sending to the answer, less the cloud's own time: gRPC, event loops and the wire.
+        link: from sending to the answer, less the cloud's own time: gRPC, event loops and the wire. Without answers it
+            ends with the acknowledgement, for which a frame may wait.
         queued: waiting for the cloud's engine.
         decode: range decoding in the cloud.
-        compute: bottleneck decoder and tail, for the whole batch.
+        compute: bottleneck decoder and tail, for the whole batch. If the cloud tells no timings (`EdgeSettings.answers`
+            other than ``all``), everything in the cloud, and `queued` and `decode` are 0.
         total: all of these.
     """
 
@@ -79,14 +82,17 @@ class Answer:
         split: its split point.
         payload_bytes: coded bytes.
         reference: how far back in seq the frame lies that the payload is coded against; 0 for none.
-        wire_bytes: bytes of the message on the stream.
+        message_bytes: of the frame's message on the stream, or its share of a pack.
+        link_bytes_up: what crossed this device's interface to the cloud since the answer before, headers of packets
+            included; see `bitneck.wire.link_bytes`. Frames that are answered together share it.
+        link_bytes_down: the same from the cloud.
         bpp_payload: payload bits per input pixel.
         bpp_wire: message bits per input pixel.
         payload_crc32c: CRC-32C of the payload, 8 hexadecimal digits.
         symbols_crc32c: CRC-32C of the symbols as little-endian int32.
         ms: time of each stage.
-        labels: of a classification network, the best first; else empty.
-        segmentation: of a segmentation network; else None.
+        labels: of a classification network, the best first; else empty. Without answers it is empty too.
+        segmentation: of a segmentation network; else, and without answers, None.
         written: the files that the answer was written to; None if it was not written.
     """
 
@@ -96,7 +102,9 @@ class Answer:
     split: str
     payload_bytes: int
     reference: int
-    wire_bytes: int
+    message_bytes: float
+    link_bytes_up: float
+    link_bytes_down: float
     bpp_payload: float
     bpp_wire: float
     payload_crc32c: str
@@ -113,7 +121,10 @@ class Answer:
         return replace(self, segmentation=replace(self.segmentation, map=np.empty((0, 0), dtype=np.uint8)))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: ``labels``, or ``classes`` and ``map_bytes``; the files if it was written; no pixels."""
+        """For JSON: ``labels``, or ``classes`` and ``map_bytes``; the files if it was written; no pixels.
+
+        Without answers ``labels`` is empty.
+        """
         document = {each.name: getattr(self, each.name) for each in fields(self)}
         document["ms"] = asdict(self.ms)
         document["labels"] = [asdict(label) for label in self.labels]

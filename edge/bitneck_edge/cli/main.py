@@ -189,7 +189,7 @@ def load(
 
 
 @app.command()
-@with_settings(EdgeSettings, "bundle", *ACCESS, "threads", "precision")
+@with_settings(EdgeSettings, "bundle", *ACCESS, "threads", "precision", "exact")
 def bench(
     photos: Annotated[list[Path], typer.Argument(help="Photographs, or folders of them.", metavar="PHOTO|FOLDER ...")],
     *,
@@ -198,18 +198,19 @@ def bench(
     frames: Annotated[int, typer.Option(min=1, help="Frames of each split point.")] = 50,
     as_json: Json = False,
 ) -> None:
-    """Measure what this device needs for a frame: time per stage, processor time, memory, for every split point."""
-    from bitneck_edge.cli.report import bench_table
+    """Measure what a frame costs this device at every split point: time per stage, processor time, memory, link."""
+    from bitneck_edge.cli.report import bench_table, link_table
     from bitneck_edge.measure.bench import bench as measure
 
     opened = _opened(settings, origins)
     paths: list[Path] = [path for source in photos for path in find_photos(source)]
-    document = measure(opened, paths, frames=frames, threads=settings.threads)
+    document = measure(opened, paths, frames=frames, threads=settings.threads, exact=settings.exact)
     if as_json:
         print(json.dumps(document))  # noqa: T201
     else:
         Console().print(bench_table(document))
-        print(f"peak of resident memory: {document['peak_mb']:.0f} MiB")  # noqa: T201
+        print(f"{document['precision']}, peak of resident memory: {document['peak_mb']:.0f} MiB")  # noqa: T201
+        Console().print(link_table(document))
 
 
 @app.command()

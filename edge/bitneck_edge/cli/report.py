@@ -14,9 +14,10 @@ from bitneck_edge.answers.results import Answer, Failure, Segmentation
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.measure.memory import peak_mib
 
-__all__ = ["RunSummary", "bench_table", "line", "load_table", "points_table", "run_document", "run_table"]
+__all__ = ["RunSummary", "bench_table", "line", "link_table", "load_table", "points_table", "run_document", "run_table"]
 
 _STAGES = ("wait", "load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
+_MEANS = ("payload_bytes", "message_bytes", "link_bytes_up", "link_bytes_down", "bpp_payload", "bpp_wire")
 _CLASSES = 3
 """Classes of an answer that are printed."""
 
@@ -57,7 +58,7 @@ class RunSummary:
             return
         self.answers += 1
         self._points[result.point] += 1
-        for name in ("payload_bytes", "bpp_payload", "bpp_wire"):
+        for name in _MEANS:
             self._sums[name] += getattr(result, name)
         if result.segmentation is not None:
             self._sums["map_bytes"] += result.segmentation.map_bytes
@@ -80,6 +81,9 @@ class RunSummary:
                 "frames_per_s": self.answers / seconds,
                 "cpu_ms": (time.process_time() - self._cpu) * 1e3 / self.answers,
                 "payload_bytes_mean": mean["payload_bytes"],
+                "message_bytes_mean": mean["message_bytes"],
+                "link_bytes_up_mean": mean["link_bytes_up"],
+                "link_bytes_down_mean": mean["link_bytes_down"],
                 "bpp_payload": mean["bpp_payload"],
                 "bpp_wire": mean["bpp_wire"],
                 "points": dict(self._points),
@@ -112,6 +116,8 @@ def line(answer: Answer) -> str:
     if answer.segmentation is not None:
         back = f"{answer.segmentation.map_bytes:>6} back"
         return f"{start} {back}  {answer.ms.total:>7.1f} ms  {_shares(answer.segmentation):<44}  {answer.file}"
+    if not answer.labels:
+        return f"{start}  {answer.ms.total:>7.1f} ms  {'acknowledged':<44}  {answer.file}"
     best = answer.labels[0]
     return f"{start}  {answer.ms.total:>7.1f} ms  {best.score:.3f}  {best.name:<28.28}  {answer.file}"
 
@@ -154,6 +160,8 @@ def _answer_cells(answer: Answer) -> tuple[str | Text, str | Text]:
     """The two columns of the network's answer."""
     if answer.segmentation is not None:
         return str(answer.segmentation.map_bytes), Text(_shares(answer.segmentation))
+    if not answer.labels:
+        return Text("acknowledged"), ""
     best = answer.labels[0]
     return Text(best.name), f"{best.score:.3f}"
 
@@ -193,4 +201,16 @@ def bench_table(document: dict[str, Any]) -> Table:
             f"{split['cpu_ms']:.1f}",
             f"{split['payload_bytes_mean']:.0f}",
         )
+    return table
+
+
+def link_table(document: dict[str, Any]) -> Table:
+    """The link bytes of `bitneck_edge.measure.bench.bench`."""
+    ways = document["splits"][0]["link"]
+    table = Table("split", "payload", *ways, title="bytes of a frame on the link, up / down, five a second")
+    for split in document["splits"]:
+        cells = [f"{way['up']:.0f} / {way['down']:.0f}" for way in split["link"].values()]
+        table.add_row(split["split"], f"{split['payload_bytes_mean']:.0f}", *cells)
+    for column in table.columns[1:]:
+        column.justify = "right"
     return table

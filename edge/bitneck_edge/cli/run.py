@@ -163,13 +163,16 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
     elif plan.output == "verbose" and summary.answers:
         print(  # noqa: T201
             f"{summary.answers} answers, {totals['frames_per_s']:.1f} a second, {summary.failures} failed, "
-            f"{client.dropped} dropped, {totals['payload_bytes_mean']:.0f} bytes a frame"
+            f"{client.dropped} dropped, {totals['payload_bytes_mean']:.0f} bytes of payload a frame, "
+            f"{totals['link_bytes_up_mean']:.0f} up and {totals['link_bytes_down_mean']:.0f} down on the link"
         )
     return 128 + received[0] if received else summary.exit_code
 
 
 def _check_writes_maps(client: EdgeClient) -> None:
     manifest = client.bundle.manifest
+    if client.settings.answers in ("none", "shares"):
+        raise InvalidConfig(f"--out needs class maps, and --answers {client.settings.answers} brings none")
     if manifest.task != "segmentation":
         raise InvalidConfig(f"--out is for class maps; {manifest.name} is for {manifest.task}, leave it out")
 

@@ -7,7 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitneck_edge.link.link import Link, LinkSettings, Received, Sent
+    from bitneck_edge.link.link import Link, LinkSettings
+    from bitneck_edge.link.sent import Received, Sent
 
 __all__ = ["Link", "LinkSettings", "Received", "Sent"]
 
@@ -16,4 +17,5 @@ def __getattr__(name: str) -> Any:
     """A public name, from the module that defines it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("bitneck_edge.link.link"), name)
+    module = "sent" if name in ("Received", "Sent") else "link"
+    return getattr(importlib.import_module(f"bitneck_edge.link.{module}"), name)

@@ -6,12 +6,15 @@ A `Connection` knows nothing of sessions or frames; `bitneck_edge.link.link.Link
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator
 
 import grpc
+from google.protobuf.message import Message
 
 from bitneck.errors import BitneckError, Unavailable
-from bitneck.wire.messages import ClientMessage, ServerMessage
+from bitneck.wire.link_bytes import LinkMeter
+from bitneck.wire.messages import ClientMessage, Frame, Pack, ServerMessage
 from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access, Call, from_rpc_error, stub_of
 from bitneck_edge.link.wire import client_message, server_message
 
@@ -38,7 +41,7 @@ async def connect(access: Access, timeout_s: float, most_bytes: int = MAX_ANSWER
         await access.connected(channel, timeout_s)
         call = stub_of(channel).Stream(metadata=access.metadata)
         try:
-            yield Connection(call, access.address)
+            yield Connection(call, access)
         finally:
             call.cancel()
 
@@ -46,20 +49,33 @@ async def connect(access: Access, timeout_s: float, most_bytes: int = MAX_ANSWER
 class Connection:
     """One stream, from connecting to its end. One task reads; any task may write, one at a time.
 
+    Attributes:
+        meter: counts the messages on the link, from `begin` on.
+
     Args:
         call: the stream.
-        address: of the server, for messages.
+        access: to the server.
     """
 
-    def __init__(self, call: Call, address: str) -> None:
+    def __init__(self, call: Call, access: Access) -> None:
         self._call = call
-        self._address = address
+        self._access = access
+        self._address = access.address
         self._abandoned: BitneckError | None = None
+        self.meter = LinkMeter()
+
+    def begin(self) -> None:
+        """The session is open: count from here on."""
+        ipv6 = self._address.startswith("[")
+        self.meter = LinkMeter(tls=self._access.tls, ipv6=ipv6, keepalive_s=self._access.keepalive_s)
 
     async def write(self, message: ClientMessage) -> None:
         """Send a message. It raises nothing if the stream is over: `read` raises the reason."""
+        sent = client_message(message)
+        frames = len(message.frames) if isinstance(message, Pack) else int(isinstance(message, Frame))
+        self.meter.sent(sent.ByteSize(), time.perf_counter(), frames)
         try:
-            await self._call.write(client_message(message))
+            await self._call.write(sent)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
             _LOG.debug("a message was not written: the stream is over")
         except asyncio.CancelledError:
@@ -87,6 +103,8 @@ class Connection:
             raise error from None
         if message is grpc.aio.EOF:
             raise Unavailable(f"{self._address}: the server ended the stream")
+        assert isinstance(message, Message)
+        self.meter.received(message.ByteSize(), time.perf_counter())
         return server_message(message)
 
     def abandon(self, error: BitneckError) -> None:

@@ -11,16 +11,19 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bitneck.errors import GRPC_CODES, BitneckError, error_from_status
-from bitneck.wire.frames import wire_bytes
-from bitneck.wire.messages import Fault, Frame, Result
+from bitneck.wire.frames import pack_bytes
+from bitneck.wire.link_bytes import LinkBytes, LinkMeter
+from bitneck.wire.messages import Ack, Acknowledge, Fault, Frame, Pack, Result, Results
 from bitneck_edge.link.connection import Connection
+from bitneck_edge.link.packing import Packer, frames_of, together
 from bitneck_edge.link.records import Candidate, Coded, Records
+from bitneck_edge.link.sent import Received, Sent, Written
 
-__all__ = ["Exchange", "Received", "Sent"]
+__all__ = ["Exchange"]
 
 _LOG = logging.getLogger(__name__)
 _PASSING = frozenset(GRPC_CODES[name] for name in ("ABORTED", "DATA_LOSS", "RESOURCE_EXHAUSTED", "UNAVAILABLE"))
@@ -32,32 +35,11 @@ _REFERENCE = frozenset(GRPC_CODES[name] for name in ("ABORTED", "DATA_LOSS"))
 
 
 @dataclass(frozen=True, slots=True)
-class Received:
-    """A result, and when it came on `time.perf_counter`'s clock."""
+class _Waiting:
+    """Where a frame's answer goes, and who is told that it was sent."""
 
-    result: Result
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A frame on its way, as it was first sent.
-
-    Attributes:
-        seq: its number.
-        payload: its coded bytes.
-        reference: how far back in seq the frame lies that the payload is coded against; 0 for none.
-        wire_bytes: of its message on the stream.
-        at: when it was sent, on `time.perf_counter`'s clock.
-        answer: await it.
-    """
-
-    seq: int
-    payload: bytes
-    reference: int
-    wire_bytes: int
-    at: float
     answer: asyncio.Future[Received]
+    on_written: Callable[[Written], None]
 
 
 class Exchange:
@@ -66,10 +48,24 @@ class Exchange:
     Args:
         key_every: see `Records`.
         positions: likewise.
+        ask_s: likewise.
+        pack: frames in one message.
+        pack_s: seconds that a frame may wait for others of its message.
     """
 
-    def __init__(self, key_every: int, positions: Mapping[str, int] | None = None) -> None:
-        self._records = Records[asyncio.Future[Received]](key_every=key_every, positions=positions)
+    def __init__(
+        self,
+        key_every: int,
+        positions: Mapping[str, int] | None = None,
+        ask_s: float | None = None,
+        pack: int = 1,
+        pack_s: float = 0.0,
+    ) -> None:
+        self._records = Records[_Waiting](key_every=key_every, positions=positions, ask_s=ask_s)
+        self._silent = ask_s is not None
+        self._packer = Packer(pack)
+        self._pack_s = pack_s
+        self._pack_due: asyncio.Task[None] | None = None
         self._room = asyncio.Condition()
         self._write_lock = asyncio.Lock()
         self._connection: Connection | None = None
@@ -77,6 +73,8 @@ class Exchange:
         self._connections = 0  # how often unanswered frames have been sent over a new one
         self._later: set[asyncio.Task[None]] = set()
         self._added = asyncio.Event()
+        self._earlier = LinkBytes()  # on earlier connections
+        self._shared_out = LinkBytes()  # of the link bytes, told with an answer
 
     @property
     def failure(self) -> BitneckError | None:
@@ -107,6 +105,29 @@ class Exchange:
         oldest_s = self._records.oldest_sent_s
         return oldest_s is not None and time.perf_counter() - oldest_s > limit_s
 
+    @property
+    def link_bytes(self) -> LinkBytes:
+        """What has crossed the link since the session was opened, the openings of connections left out."""
+        if self._connection is None:
+            return self._earlier
+        return self._earlier + self._connection.meter.total(time.perf_counter())
+
+    def expected_link_bytes(self, frame_bytes: float, interval_s: float) -> LinkBytes:
+        """See `LinkMeter.expected`."""
+        meter = self._connection.meter if self._connection is not None else LinkMeter()
+        return meter.expected(frame_bytes, interval_s)
+
+    def settles(self, message: object) -> bool:
+        """Whether a message is about a frame that is unanswered."""
+        match message:
+            case Result(seq=seq) | Fault(seq=seq):
+                return seq in self._records
+            case Results(results):
+                return any(result.seq in self._records for result in results)
+            case Ack():
+                return bool(self._acknowledged(message))
+        return False
+
     def candidate(self, point: str) -> Candidate | None:
         """What the next frame at a point may be coded against; None if it has to be coded by itself."""
         return self._records.candidate(point)
@@ -120,8 +141,11 @@ class Exchange:
         captured_unix_us: int = 0,
         in_flight: int = 0,
         similar: Coded | None = None,
+        prompt: bool = False,
+        ask: bool = False,
+        on_written: Callable[[Written], None] = lambda _written: None,
     ) -> Sent:
-        """Send a frame; waits while the window is full.
+        """Send a frame; waits while the window is full. It may then wait for others of its pack.
 
         Args:
             point: its operating point.
@@ -130,6 +154,9 @@ class Exchange:
             captured_unix_us: when the picture was taken; 0 if unknown.
             in_flight: frames that may be unanswered, this one included; 0 for the window.
             similar: see `Records.add`.
+            prompt: it waits for no others, and asks for its acknowledgement.
+            ask: see `Records.add`.
+            on_written: called when a message is sent whose last frame this is.
 
         Raises:
             Overloaded: the frame is larger than any server takes; the session is not harmed.
@@ -143,17 +170,66 @@ class Exchange:
             record = self._records.add(
                 point,
                 payload,
-                answer=answer,
+                answer=_Waiting(answer, on_written),
                 now_s=time.perf_counter(),
                 deadline_ms=deadline_ms,
                 captured_unix_us=captured_unix_us,
                 similar=similar,
+                ask=ask or prompt,
+                in_flight=in_flight,
             )
+            frame = record.frame
+            messages = self._packer.add(frame)
+            if prompt or not self._records.has_room(in_flight):
+                messages += self._packer.take()
             connections = self._connections
         self._added.set()
-        frame = record.frame
-        await self._write(frame, connections)
-        return Sent(frame.seq, frame.payload, frame.reference, wire_bytes(frame), record.sent_s, answer)
+        for message in messages:
+            await self._depart(message, connections)
+        if len(self._packer) and self._pack_due is None:
+            self._pack_due = asyncio.create_task(self._send_pack_later())
+        return Sent(frame.seq, frame.payload, frame.reference, record.sent_s, answer)
+
+    async def flush(self) -> None:
+        """Nothing more follows for a while: send what waits for others, and ask for the acknowledgements."""
+        for message in self._packer.take():
+            await self._depart(message, self._connections)
+        await self.ask()
+
+    async def ask(self, oldest_s: float = 0.0) -> None:
+        """Where frames have no answers: ask for the acknowledgements.
+
+        Args:
+            oldest_s: only if an unanswered frame, and the last time that was asked, are older than this.
+        """
+        now_s, sent_s = time.perf_counter(), self._records.oldest_sent_s
+        if not self._silent or sent_s is None or now_s - max(sent_s, self._records.asked_s) < oldest_s:
+            return
+        async with self._write_lock:
+            if self._connection is not None:
+                self._records.asked(now_s)
+                await self._connection.write(Acknowledge())
+
+    async def _send_pack_later(self) -> None:
+        await asyncio.sleep(self._pack_s)
+        self._pack_due = None
+        for message in self._packer.take():
+            await self._depart(message, self._connections)
+
+    async def _depart(self, message: Frame | Pack, connections: int) -> None:
+        """Write the message of frames that are sent for the first time."""
+        if self._pack_due is not None and self._pack_due is not asyncio.current_task():
+            self._pack_due.cancel()
+            self._pack_due = None
+        frames, now_s = frames_of(message), time.perf_counter()
+        if isinstance(message, Pack):
+            self._records.left(frames, pack_bytes(message), now_s)
+        record = self._records.get(frames[-1].seq)
+        if record is not None:
+            payload_bytes = sum(len(frame.payload) for frame in frames) / len(frames)
+            awaited = not self._silent or any(frame.acknowledge for frame in frames)
+            record.answer.on_written(Written(frames[-1].seq, payload_bytes, awaited, now_s))
+        await self._write(message, connections)
 
     async def frame_comes(self, timeout_s: float) -> None:
         """Wait until a frame is sent, or the time is over."""
@@ -178,20 +254,24 @@ class Exchange:
         """Send what is unanswered over a new connection, then let new frames through."""
         async with self._write_lock:
             self._connections += 1
-            for seq in self._records.seqs:
-                frame = self._records.resend(seq, time.perf_counter())
-                if frame is not None:
-                    await connection.write(frame)
+            self._packer.take()  # they are among the unanswered
+            frames = [self._records.resend(seq, time.perf_counter()) for seq in self._records.seqs]
+            for message in together([frame for frame in frames if frame is not None], self._packer.most):
+                await connection.write(message)
+            if frames and self._silent:
+                self._records.asked(time.perf_counter())
+                await connection.write(Acknowledge())
             self._connection = connection
         await self._wake()
 
     async def release(self) -> None:
         """New frames wait for the next connection; a write that is under way is finished."""
         async with self._write_lock:
-            self._connection = None
+            self.detach()
 
     def detach(self) -> None:
         """The connection has ended."""
+        self._earlier = self.link_bytes
         self._connection = None
 
     async def finish(self) -> None:
@@ -199,11 +279,19 @@ class Exchange:
         if self._connection is not None:
             await self._connection.finish()
 
-    async def take(self, message: Result | Fault) -> None:
-        """A frame's result, or why it could not be answered."""
-        if isinstance(message, Result):
-            await self._settle(message.seq, Received(message, time.perf_counter()))
-            return
+    async def take(self, message: Result | Results | Ack | Fault) -> None:
+        """The answers of frames, or why one could not be answered."""
+        match message:
+            case Result():
+                await self._answered((message,))
+                return
+            case Results(results):
+                await self._answered(results)
+                return
+            case Ack():
+                self._records.asked(time.perf_counter())
+                await self._answered(self._acknowledged(message))
+                return
         error = error_from_status(message.code, message.message)
         if message.code in _REFERENCE:
             self._records.reference_refused(message.seq)
@@ -218,17 +306,39 @@ class Exchange:
             self._later.add(task)
             task.add_done_callback(self._later.discard)
         elif message.seq:
-            await self._settle(message.seq, error)
+            await self._failed(message.seq, error)
         else:
             _LOG.warning("the server refused a message: %s", error)
+
+    def _acknowledged(self, ack: Ack) -> tuple[Result, ...]:
+        """Results without an output, for the unanswered frames of an acknowledgement."""
+        seqs = [seq for seq in self._records.seqs if ack.seq - ack.before <= seq <= ack.seq]
+        return tuple(Result(seq, None, None, ack.cloud_us if seq == ack.seq else 0) for seq in seqs)
+
+    async def _answered(self, results: Sequence[Result]) -> None:
+        """Results that came in one message; they share the link bytes since the last one."""
+        now_s = time.perf_counter()
+        known = [result for result in results if result.seq in self._records]
+        total = self.link_bytes
+        link = (total - self._shared_out) / max(1, len(known))
+        if known:
+            self._shared_out = total
+        for result in results:
+            record = self._records.settle(result.seq, answered=True)
+            if record is not None and not record.answer.answer.done():
+                received = Received(result, now_s, record.sent_s, record.message_bytes, link)
+                record.answer.answer.set_result(received)
+        await self._wake()
 
     async def fail(self, error: BitneckError) -> None:
         """No more frames: everyone who waits learns why. The first error counts."""
         self._failure = self._failure or error
         for task in self._later:
             task.cancel()
+        if self._pack_due is not None:
+            self._pack_due.cancel()
         for record in self._records.give_up():
-            _fail_answer(record.answer, error)
+            _fail_answer(record.answer.answer, error)
         await self._wake()
 
     async def _write_later(self, frame: Frame, pause_s: float, connections: int) -> None:
@@ -236,27 +346,23 @@ class Exchange:
         if frame.seq in self._records:
             await self._write(frame, connections)
 
-    async def _write(self, frame: Frame, connections: int) -> None:
-        """Write a frame if a connection is up; else the next one gets it from the records.
+    async def _write(self, message: Frame | Pack, connections: int) -> None:
+        """Write frames if a connection is up; else the next one gets it from the records.
 
         Args:
-            frame: of the records.
+            message: of frames in the records.
             connections: how many there had been when it was to be written. A newer one has got it already.
         """
         async with self._write_lock:
             if self._connection is not None and connections == self._connections:
-                await self._connection.write(frame)
+                await self._connection.write(message)
 
-    async def _settle(self, seq: int, outcome: Received | BitneckError) -> None:
-        """The end of a frame; a second answer to one frame is ignored."""
-        record = self._records.settle(seq, answered=isinstance(outcome, Received))
-        if record is None:
-            return
-        if isinstance(outcome, BitneckError):
-            _fail_answer(record.answer, outcome)
-        elif not record.answer.done():
-            record.answer.set_result(outcome)
-        await self._wake()
+    async def _failed(self, seq: int, error: BitneckError) -> None:
+        """A frame has no answer; what comes for it later is ignored."""
+        record = self._records.settle(seq, answered=False)
+        if record is not None:
+            _fail_answer(record.answer.answer, error)
+            await self._wake()
 
     async def _wake(self) -> None:
         """Let those who wait for room look again."""

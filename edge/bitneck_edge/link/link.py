@@ -14,13 +14,26 @@ from dataclasses import dataclass, field
 
 from bitneck.backoff import Backoff
 from bitneck.errors import BitneckError, DeadlineExceeded, Overloaded, ProtocolError, Unavailable, Unreachable
-from bitneck.wire.messages import Fault, GoAway, Open, Opened, Result, ServerMessage, SetPoint
+from bitneck.wire.link_bytes import LinkBytes
+from bitneck.wire.messages import (
+    Ack,
+    Answers,
+    Fault,
+    GoAway,
+    Open,
+    Opened,
+    Result,
+    Results,
+    ServerMessage,
+    SetPoint,
+)
 from bitneck_edge.link.connection import Connection, connect
-from bitneck_edge.link.exchange import Exchange, Received, Sent
+from bitneck_edge.link.exchange import Exchange
 from bitneck_edge.link.records import Candidate, Coded
 from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access
+from bitneck_edge.link.sent import Sent, Written
 
-__all__ = ["Link", "LinkSettings", "Received", "Sent"]
+__all__ = ["Link", "LinkSettings"]
 
 _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.2, 5.0
@@ -50,6 +63,14 @@ class LinkSettings:
     most_bytes: int = MAX_ANSWER_BYTES
     positions: Mapping[str, int] = field(default_factory=dict)
     """Of the operating points in the bundle's manifest. With them the session is brief: the client has the labels."""
+    answers: Answers = Answers.ALL
+    pack: int = 1
+    pack_ms: int = 0
+
+    @property
+    def ask_s(self) -> float | None:
+        """See `bitneck_edge.link.records.Records`."""
+        return self.answer_timeout_s / 3 if self.answers is Answers.NONE else None
 
 
 class Link:
@@ -80,7 +101,9 @@ class Link:
         self._address = settings.access.address
         self._on_point = on_point
         self._on_reconnect = on_reconnect
-        self._exchange = Exchange(settings.key_every, settings.positions)
+        self._exchange = Exchange(
+            settings.key_every, settings.positions, settings.ask_s, settings.pack, settings.pack_ms / 1e3
+        )
         self._task: asyncio.Task[None] | None = None
         self._opened: asyncio.Future[None] | None = None
         self._leaving: frozenset[int] | None = None  # the server goes away: frames that it may still answer
@@ -115,6 +138,19 @@ class Link:
         """Numbers of the frames that wait for their answer."""
         return self._exchange.unanswered
 
+    @property
+    def link_bytes(self) -> LinkBytes:
+        """What has crossed the link since the session was opened; see `bitneck.wire.link_bytes`."""
+        return self._exchange.link_bytes
+
+    def expected_link_bytes(self, frame_bytes: float, interval_s: float) -> LinkBytes:
+        """What a frame costs on this link; see `bitneck.wire.link_bytes.LinkMeter.expected`."""
+        return self._exchange.expected_link_bytes(frame_bytes, interval_s)
+
+    async def flush(self) -> None:
+        """Nothing more follows for a while; see `Exchange.flush`."""
+        await self._exchange.flush()
+
     async def close(self) -> None:
         """End the session; unanswered frames fail with `Unavailable`."""
         self._closing = True  # from here on the end of the stream is what was asked for
@@ -137,6 +173,9 @@ class Link:
         captured_unix_us: int = 0,
         in_flight: int = 0,
         similar: Coded | None = None,
+        prompt: bool = False,
+        ask: bool = False,
+        on_written: Callable[[Written], None] = lambda _written: None,
     ) -> Sent:
         """Send a frame; waits while the window is full. See `Exchange.send`."""
         return await self._exchange.send(
@@ -146,6 +185,9 @@ class Link:
             captured_unix_us=captured_unix_us,
             in_flight=in_flight,
             similar=similar,
+            prompt=prompt,
+            ask=ask,
+            on_written=on_written,
         )
 
     async def _run(self, opened: asyncio.Future[None]) -> None:
@@ -234,6 +276,7 @@ class Link:
             resume_token=self._token,
             references=s.references,
             brief=bool(s.positions),
+            answers=s.answers,
         )
         try:
             async with asyncio.timeout(s.answer_timeout_s):
@@ -265,6 +308,7 @@ class Link:
     async def _attach(self, connection: Connection) -> None:
         """Send what is unanswered; a server that does not read it is given up."""
         limit_s = self._settings.answer_timeout_s
+        connection.begin()
         try:
             async with asyncio.timeout(limit_s):
                 await self._exchange.attach(connection)
@@ -278,8 +322,7 @@ class Link:
             control = 0
             while self._leaving is None or self._exchange.waits_for(self._leaving):
                 message = await connection.read()
-                about_frame = isinstance(message, Result | Fault) and self._exchange.waits_for(frozenset({message.seq}))
-                control = 0 if about_frame else control + 1
+                control = 0 if self._exchange.settles(message) else control + 1
                 if control > _MOST_CONTROL:
                     raise Unavailable(f"{self._address}: {control} messages without an answer; the server is broken")
                 await self._take(message)
@@ -296,11 +339,12 @@ class Link:
                 text = f"{self._address}: a frame waited {limit_s:.1f} s for its answer; the link counts as dead"
                 connection.abandon(DeadlineExceeded(text))
                 return
+            await self._exchange.ask(limit_s / 3)
 
     async def _take(self, message: ServerMessage | None) -> None:
         """One message of the server."""
         match message:
-            case Result() | Fault():
+            case Result() | Results() | Ack() | Fault():
                 await self._exchange.take(message)
             case SetPoint():
                 self._asked_point = message.point

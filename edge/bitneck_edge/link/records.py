@@ -10,7 +10,8 @@ lost frame harms no other one. Each operating point has its own reference; a fra
 that is sent again is sent as a key frame: the cloud may have lost the reference.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -70,6 +71,7 @@ class Record(Generic[A]):
         sent_s: when it was last sent.
         attempts: how often the session was asked for its answer.
         symbols: of the frame, if later frames may refer to it.
+        message_bytes: of the message that it was first sent in, or its share of a pack.
     """
 
     frame: Frame
@@ -78,6 +80,7 @@ class Record(Generic[A]):
     sent_s: float
     attempts: int = 1
     symbols: Reference | None = None
+    message_bytes: float = 0.0
 
     @property
     def refers(self) -> bool:
@@ -90,14 +93,32 @@ class Records(Generic[A]):
 
     All times are seconds on one clock of the caller's choice.
 
+    Attributes:
+        window: frames that may be unanswered.
+        next_seq: number of the next frame.
+        duplicates: answers that no frame waited for.
+        asked_s: when the cloud was last asked for acknowledgements, or sent one.
+
     Args:
         window: frames that may be unanswered; `opened` sets the server's.
         key_every: at each point, at least one of this many frames of similar pictures is a key frame.
         positions: what stands for an operating point's id on the wire; see `bitneck.wire.messages.Frame`.
+        ask_s: seconds after which a frame asks for its acknowledgement, if none has come; None where each frame has an
+            answer.
     """
 
-    def __init__(self, *, window: int = 1, key_every: int = 1, positions: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        window: int = 1,
+        key_every: int = 1,
+        positions: Mapping[str, int] | None = None,
+        ask_s: float | None = None,
+    ) -> None:
         self._positions = dict(positions or {})
+        self._ask_s = ask_s
+        self._unasked = 0  # frames since the last one that asked for an acknowledgement
+        self.asked_s = -math.inf
         self.window = window
         self.next_seq = 1
         self.duplicates = 0
@@ -120,6 +141,10 @@ class Records(Generic[A]):
     def seqs(self) -> tuple[int, ...]:
         """Numbers of the unanswered frames, in order."""
         return tuple(self._unanswered)
+
+    def get(self, seq: int) -> Record[A] | None:
+        """The record of an unanswered frame."""
+        return self._unanswered.get(seq)
 
     @property
     def oldest_sent_s(self) -> float | None:
@@ -168,6 +193,8 @@ class Records(Generic[A]):
         deadline_ms: int = 0,
         captured_unix_us: int = 0,
         similar: Coded | None = None,
+        ask: bool = False,
+        in_flight: int = 0,
     ) -> Record[A]:
         """A frame is about to be sent for the first time: number it, seal it, and note it as unanswered.
 
@@ -180,6 +207,8 @@ class Records(Generic[A]):
             captured_unix_us: when the picture was taken; 0 if unknown.
             similar: of a stream of similar pictures. The frame is coded against its candidate if that is still a
                 reference and takes fewer bytes.
+            ask: for its acknowledgement, where frames have no answers.
+            in_flight: see `has_room`.
 
         Returns:
             The record; its `frame` is the one to send.
@@ -196,6 +225,7 @@ class Records(Generic[A]):
             deadline_ms=deadline_ms,
             captured_unix_us=captured_unix_us,
             position=self._positions.get(point, 0),
+            acknowledge=self._ask_s is not None and (ask or self._asks(now_s, in_flight)),
         )
         if similar is not None:
             frame = self._smaller(alone, similar)
@@ -206,12 +236,35 @@ class Records(Generic[A]):
                 "it is not sent: choose an operating point of a lower rate"
             )
         symbols = similar.symbols if similar is not None and self._reach else None
-        record = Record(frame=frame, alone=alone, answer=answer, sent_s=now_s, symbols=symbols)
+        record = Record(frame=frame, alone=alone, answer=answer, sent_s=now_s, symbols=symbols, message_bytes=size)
         self._unanswered[frame.seq] = record
         self.next_seq += 1
+        self._unasked += 1
+        if frame.acknowledge:
+            self.asked(now_s)
         if similar is not None:
             self._since_key[point] = self._since_key.get(point, 0) + 1 if record.refers else 0
         return record
+
+    def left(self, frames: Sequence[Frame], message_bytes: int, now_s: float) -> None:
+        """Frames were sent together, after they had waited for each other."""
+        for frame in frames:
+            if (record := self._unanswered.get(frame.seq)) is not None:
+                share = message_bytes / len(frames)
+                self._unanswered[frame.seq] = replace(record, sent_s=now_s, message_bytes=share)
+
+    def asked(self, now_s: float) -> None:
+        """The cloud was asked for acknowledgements, or has sent one."""
+        self._unasked, self.asked_s = 0, now_s
+
+    def _asks(self, now_s: float, in_flight: int) -> bool:
+        """Whether the next frame has to ask for its acknowledgement.
+
+        Else the window might fill up before the cloud sends one of its own accord, or the link count as dead.
+        """
+        assert self._ask_s is not None
+        limit = min(self.window, in_flight or self.window)
+        return self._unasked + 1 >= max(1, limit // 2) or now_s - self.asked_s > self._ask_s
 
     def resend(self, seq: int, now_s: float) -> Frame | None:
         """The frame to send over a new connection, as a key frame; None if it was answered meanwhile."""
@@ -296,5 +349,6 @@ class Records(Generic[A]):
             reference=distance,
             reference_crc32c=similar.candidate.reference.crc32c,
             position=alone.position,
+            acknowledge=alone.acknowledge,
         )
         return frame if wire_bytes(frame) < wire_bytes(alone) else alone

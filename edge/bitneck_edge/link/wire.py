@@ -2,7 +2,11 @@
 
 from bitneck.text import clean_text
 from bitneck.v2 import inference_pb2 as pb
+from bitneck.wire.frames import pack_positions, pack_references, pack_times
 from bitneck.wire.messages import (
+    Ack,
+    Acknowledge,
+    Answers,
     Classification,
     ClassShare,
     ClientMessage,
@@ -14,9 +18,12 @@ from bitneck.wire.messages import (
     Open,
     Opened,
     Output,
+    Pack,
     Result,
+    Results,
     ServerMessage,
     SetPoint,
+    Shares,
     Timings,
 )
 from bitneck.wire.scores import unpacked_scores
@@ -25,6 +32,16 @@ __all__ = ["MAX_LABELS", "client_message", "frame_bytes", "frame_to_wire", "serv
 
 MAX_LABELS = 1024
 """Labels or classes of an answer; a server has no reason to send more, and a class map cannot name as many."""
+_ANSWERS = {
+    Answers.ALL: pb.ANSWERS_ALL,
+    Answers.NONE: pb.ANSWERS_NONE,
+    Answers.LABELS: pb.ANSWERS_LABELS,
+    Answers.SHARES: pb.ANSWERS_SHARES,
+    Answers.MAP: pb.ANSWERS_MAP,
+    Answers.MAP_4: pb.ANSWERS_MAP_4,
+}
+_MAX_RESULTS = 1024
+"""Answers in one message; a server has no reason to send more."""
 _MAX_ID, _MAX_NAME = 80, 200
 _MAX_TOKEN = 4096
 """A longer resume token is not kept: the message that resumes with it could not be sent."""
@@ -32,9 +49,15 @@ _MAX_TOKEN = 4096
 
 def client_message(message: ClientMessage) -> pb.ClientMessage:
     """The protobuf message of what a client sends."""
-    if isinstance(message, Frame):
-        return pb.ClientMessage(frame=frame_to_wire(message))
-    return pb.ClientMessage(open=_open_to_wire(message))
+    match message:
+        case Frame():
+            return pb.ClientMessage(frame=frame_to_wire(message))
+        case Pack():
+            return pb.ClientMessage(pack=_pack_to_wire(message))
+        case Open():
+            return pb.ClientMessage(open=_open_to_wire(message))
+        case Acknowledge():
+            return pb.ClientMessage(acknowledge=pb.Acknowledge())
 
 
 def frame_to_wire(frame: Frame) -> pb.Frame:
@@ -48,6 +71,20 @@ def frame_to_wire(frame: Frame) -> pb.Frame:
         captured_unix_us=frame.captured_unix_us,
         reference=frame.reference,
         position=frame.position,
+        acknowledge=frame.acknowledge,
+    )
+
+
+def _pack_to_wire(pack: Pack) -> pb.Pack:
+    return pb.Pack(
+        seq=pack.frames[0].seq,
+        payload=[frame.payload for frame in pack.frames],
+        crc32c=[frame.crc32c for frame in pack.frames],
+        position=pack_positions(pack),
+        reference=pack_references(pack),
+        captured_unix_us=pack_times(pack),
+        deadline_ms=pack.frames[0].deadline_ms,
+        acknowledge=any(frame.acknowledge for frame in pack.frames),
     )
 
 
@@ -69,6 +106,10 @@ def server_message(message: object) -> ServerMessage | None:
     match message.WhichOneof("message"):
         case "result":
             return _result(message.result)
+        case "results":
+            return Results(tuple(_result(result) for result in message.results.result[:_MAX_RESULTS]))
+        case "ack":
+            return Ack(message.ack.seq, message.ack.before, message.ack.cloud_us)
         case "fault":
             return Fault(message.fault.seq, message.fault.code, clean_text(message.fault.message))
         case "set_point":
@@ -88,6 +129,7 @@ def _open_to_wire(message: Open) -> pb.Open:
         resume_token=message.resume_token,
         references=message.references,
         brief=message.brief,
+        answers=_ANSWERS[message.answers],
     )
 
 
@@ -102,6 +144,8 @@ def _opened(message: pb.Opened) -> Opened:
 
 
 def _result(message: pb.Result) -> Result:
+    if not message.HasField("timings"):
+        return Result(message.seq, _output(message.output), None, message.cloud_us)
     timings = Timings(
         received_unix_us=message.timings.received_unix_us,
         queued_us=message.timings.queued_us,
@@ -121,15 +165,26 @@ def _output(message: pb.Output) -> Output | None:
             return Classification(tuple(Label(x.index, clean_text(x.name, _MAX_NAME), x.score) for x in labels))
         case "segmentation":
             coded = message.segmentation
+            if not coded.map and not coded.height:
+                return Shares(_shares(coded))
             return CodedMap(
                 height=coded.height,
                 width=coded.width,
                 map=coded.map,
-                classes=tuple(
-                    ClassShare(x.index, clean_text(x.name, _MAX_NAME), x.share) for x in coded.classes[:MAX_LABELS]
-                ),
+                classes=_shares(coded),
+                step=coded.step or 1,
             )
     return None
+
+
+def _shares(message: pb.Segmentation) -> tuple[ClassShare, ...]:
+    """Classes with their shares; none if there are not as many shares as indices."""
+    if not message.index:
+        return tuple(ClassShare(x.index, clean_text(x.name, _MAX_NAME), x.share) for x in message.classes[:MAX_LABELS])
+    indices, shares = message.index[:MAX_LABELS], unpacked_scores(message.shares[: 2 * MAX_LABELS])
+    if len(indices) != len(shares):
+        return ()
+    return tuple(ClassShare(index, "", share) for index, share in zip(indices, shares, strict=True))
 
 
 def _brief(message: pb.Classification) -> Classification:

@@ -196,10 +196,8 @@ class _Client:
         if received.at <= self._end:
             result.answered += 1
         timings = received.result.timings
-        result.times.append(
-            ((received.at - due) * 1e3, timings.queued_us / 1e3, timings.decode_us / 1e3, timings.compute_us / 1e3)
-        )
-        result.batches.append(timings.batch)
+        result.times.append(((received.at - due) * 1e3, *received.result.stages_ms))
+        result.batches.append(timings.batch if timings is not None else 1)
         result.payload_bytes += len(payload)
 
 

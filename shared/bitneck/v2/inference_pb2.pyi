@@ -1,10 +1,26 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class Answers(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ANSWERS_ALL: _ClassVar[Answers]
+    ANSWERS_NONE: _ClassVar[Answers]
+    ANSWERS_LABELS: _ClassVar[Answers]
+    ANSWERS_SHARES: _ClassVar[Answers]
+    ANSWERS_MAP: _ClassVar[Answers]
+    ANSWERS_MAP_4: _ClassVar[Answers]
+ANSWERS_ALL: Answers
+ANSWERS_NONE: Answers
+ANSWERS_LABELS: Answers
+ANSWERS_SHARES: Answers
+ANSWERS_MAP: Answers
+ANSWERS_MAP_4: Answers
 
 class GetManifestRequest(_message.Message):
     __slots__ = ("model", "deflate")
@@ -51,42 +67,52 @@ class FileChunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., size: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "frame")
+    __slots__ = ("open", "frame", "pack", "acknowledge")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
+    PACK_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     open: Open
     frame: Frame
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+    pack: Pack
+    acknowledge: Acknowledge
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., pack: _Optional[_Union[Pack, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("opened", "result", "set_point", "fault", "go_away")
+    __slots__ = ("opened", "result", "set_point", "fault", "go_away", "ack", "results")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     SET_POINT_FIELD_NUMBER: _ClassVar[int]
     FAULT_FIELD_NUMBER: _ClassVar[int]
     GO_AWAY_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     result: Result
     set_point: SetPoint
     fault: Fault
     go_away: GoAway
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., set_point: _Optional[_Union[SetPoint, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ...) -> None: ...
+    ack: Ack
+    results: Results
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., set_point: _Optional[_Union[SetPoint, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., results: _Optional[_Union[Results, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("model", "bundle_id", "client", "resume_token", "references", "brief")
+    __slots__ = ("model", "bundle_id", "client", "resume_token", "references", "brief", "answers")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
     BRIEF_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     bundle_id: str
     client: str
     resume_token: str
     references: bool
     brief: bool
-    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ..., references: _Optional[bool] = ..., brief: _Optional[bool] = ...) -> None: ...
+    answers: Answers
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ..., references: _Optional[bool] = ..., brief: _Optional[bool] = ..., answers: _Optional[_Union[Answers, str]] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("session_id", "resume_token", "window", "point", "references")
@@ -103,7 +129,7 @@ class Opened(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., resume_token: _Optional[str] = ..., window: _Optional[int] = ..., point: _Optional[str] = ..., references: _Optional[int] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("seq", "point", "payload", "crc32c", "deadline_ms", "captured_unix_us", "reference", "position")
+    __slots__ = ("seq", "point", "payload", "crc32c", "deadline_ms", "captured_unix_us", "reference", "position", "acknowledge")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +138,7 @@ class Frame(_message.Message):
     CAPTURED_UNIX_US_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     seq: int
     point: str
     payload: bytes
@@ -120,17 +147,60 @@ class Frame(_message.Message):
     captured_unix_us: int
     reference: int
     position: int
-    def __init__(self, seq: _Optional[int] = ..., point: _Optional[str] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., captured_unix_us: _Optional[int] = ..., reference: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+    acknowledge: bool
+    def __init__(self, seq: _Optional[int] = ..., point: _Optional[str] = ..., payload: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., captured_unix_us: _Optional[int] = ..., reference: _Optional[int] = ..., position: _Optional[int] = ..., acknowledge: _Optional[bool] = ...) -> None: ...
+
+class Pack(_message.Message):
+    __slots__ = ("seq", "payload", "crc32c", "position", "reference", "captured_unix_us", "deadline_ms", "acknowledge")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    CAPTURED_UNIX_US_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    payload: _containers.RepeatedScalarFieldContainer[bytes]
+    crc32c: _containers.RepeatedScalarFieldContainer[int]
+    position: _containers.RepeatedScalarFieldContainer[int]
+    reference: _containers.RepeatedScalarFieldContainer[int]
+    captured_unix_us: _containers.RepeatedScalarFieldContainer[int]
+    deadline_ms: int
+    acknowledge: bool
+    def __init__(self, seq: _Optional[int] = ..., payload: _Optional[_Iterable[bytes]] = ..., crc32c: _Optional[_Iterable[int]] = ..., position: _Optional[_Iterable[int]] = ..., reference: _Optional[_Iterable[int]] = ..., captured_unix_us: _Optional[_Iterable[int]] = ..., deadline_ms: _Optional[int] = ..., acknowledge: _Optional[bool] = ...) -> None: ...
+
+class Acknowledge(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Ack(_message.Message):
+    __slots__ = ("seq", "before", "cloud_us")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    CLOUD_US_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    before: int
+    cloud_us: int
+    def __init__(self, seq: _Optional[int] = ..., before: _Optional[int] = ..., cloud_us: _Optional[int] = ...) -> None: ...
+
+class Results(_message.Message):
+    __slots__ = ("result",)
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    result: _containers.RepeatedCompositeFieldContainer[Result]
+    def __init__(self, result: _Optional[_Iterable[_Union[Result, _Mapping]]] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("seq", "output", "timings")
+    __slots__ = ("seq", "output", "timings", "cloud_us")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    CLOUD_US_FIELD_NUMBER: _ClassVar[int]
     seq: int
     output: Output
     timings: Timings
-    def __init__(self, seq: _Optional[int] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    cloud_us: int
+    def __init__(self, seq: _Optional[int] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., cloud_us: _Optional[int] = ...) -> None: ...
 
 class Output(_message.Message):
     __slots__ = ("classification", "segmentation")
@@ -161,16 +231,22 @@ class Label(_message.Message):
     def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., score: _Optional[float] = ...) -> None: ...
 
 class Segmentation(_message.Message):
-    __slots__ = ("height", "width", "map", "classes")
+    __slots__ = ("height", "width", "map", "classes", "step", "index", "shares")
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     MAP_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
     height: int
     width: int
     map: bytes
     classes: _containers.RepeatedCompositeFieldContainer[ClassShare]
-    def __init__(self, height: _Optional[int] = ..., width: _Optional[int] = ..., map: _Optional[bytes] = ..., classes: _Optional[_Iterable[_Union[ClassShare, _Mapping]]] = ...) -> None: ...
+    step: int
+    index: _containers.RepeatedScalarFieldContainer[int]
+    shares: bytes
+    def __init__(self, height: _Optional[int] = ..., width: _Optional[int] = ..., map: _Optional[bytes] = ..., classes: _Optional[_Iterable[_Union[ClassShare, _Mapping]]] = ..., step: _Optional[int] = ..., index: _Optional[_Iterable[int]] = ..., shares: _Optional[bytes] = ...) -> None: ...
 
 class ClassShare(_message.Message):
     __slots__ = ("index", "name", "share")

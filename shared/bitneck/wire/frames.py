@@ -1,11 +1,24 @@
 """Frames: sealed at the edge, checked in the cloud before anything is decoded. Pure: values in, values out."""
 
+import itertools
+
 import google_crc32c
 
 from bitneck.errors import CorruptPayload, MalformedFrame, ReferenceUnknown
-from bitneck.wire.messages import Frame
+from bitneck.wire.messages import Frame, Pack
 
-__all__ = ["MAX_MESSAGE_BYTES", "check_frame", "crc32c_hex", "frame_crc32c", "seal_frame", "wire_bytes"]
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "check_frame",
+    "crc32c_hex",
+    "frame_crc32c",
+    "pack_bytes",
+    "pack_positions",
+    "pack_references",
+    "pack_times",
+    "seal_frame",
+    "wire_bytes",
+]
 
 MAX_MESSAGE_BYTES = 1 << 18
 """gRPC's receive limit for what a client sends. The largest frame of a 64x14x14 latent at 16 bits a symbol is 25 KB."""
@@ -37,6 +50,7 @@ def seal_frame(
     reference: int = 0,
     reference_crc32c: int | None = None,
     position: int = 0,
+    acknowledge: bool = False,
 ) -> Frame:
     """A frame with its CRC.
 
@@ -49,6 +63,7 @@ def seal_frame(
         reference: how far back in seq the reference is; 0 for none.
         reference_crc32c: of that frame's symbols.
         position: see `Frame`.
+        acknowledge: likewise.
     """
     return Frame(
         seq=seq,
@@ -59,6 +74,7 @@ def seal_frame(
         captured_unix_us=captured_unix_us,
         reference=reference,
         position=position,
+        acknowledge=acknowledge,
     )
 
 
@@ -71,8 +87,40 @@ def wire_bytes(frame: Frame) -> int:
     varints = (frame.seq, frame.deadline_ms, frame.captured_unix_us, frame.reference, frame.position)
     size = sum(1 + _varint_bytes(value) for value in varints if value)
     size += sum(1 + _varint_bytes(length) + length for length in (point_bytes, len(frame.payload)) if length)
-    size += 5 if frame.crc32c else 0
+    size += (5 if frame.crc32c else 0) + (2 if frame.acknowledge else 0)
     return 1 + _varint_bytes(size) + size
+
+
+def pack_bytes(pack: Pack) -> int:
+    """Bytes of a pack's message on the stream, counted as `wire_bytes` does."""
+    first, count = pack.frames[0], len(pack.frames)
+    size = sum(1 + _varint_bytes(len(frame.payload)) + len(frame.payload) for frame in pack.frames)
+    size += sum(1 + _varint_bytes(value) for value in (first.seq, first.deadline_ms) if value)
+    lists = [[4] * count]  # bytes of each entry of the packed lists
+    lists.append([_varint_bytes(value) for value in pack_positions(pack)])
+    lists.append([_varint_bytes(value) for value in pack_references(pack)])
+    lists.append([_varint_bytes(2 * value if value >= 0 else -2 * value - 1) for value in pack_times(pack)])
+    size += sum(1 + _varint_bytes(sum(each)) + sum(each) for each in lists if each)
+    size += 2 if any(frame.acknowledge for frame in pack.frames) else 0
+    return 1 + _varint_bytes(size) + size
+
+
+def pack_positions(pack: Pack) -> list[int]:
+    """The frames' positions as a pack has them: one for all, if all are the same."""
+    positions = [frame.position for frame in pack.frames]
+    return positions[:1] if len(set(positions)) == 1 else positions
+
+
+def pack_references(pack: Pack) -> list[int]:
+    """The frames' references as a pack has them: none, if no frame has one."""
+    references = [frame.reference for frame in pack.frames]
+    return references if any(references) else []
+
+
+def pack_times(pack: Pack) -> list[int]:
+    """The frames' times of capture as a pack has them: none if unknown, else the first, and then differences."""
+    times = [frame.captured_unix_us for frame in pack.frames]
+    return [times[0], *(b - a for a, b in itertools.pairwise(times))] if any(times) else []
 
 
 def _varint_bytes(value: int) -> int:

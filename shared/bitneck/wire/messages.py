@@ -5,8 +5,12 @@ Engine, sessions and flow work on these. One module on each side turns them into
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 __all__ = [
+    "Ack",
+    "Acknowledge",
+    "Answers",
     "ClassShare",
     "Classification",
     "ClientMessage",
@@ -18,11 +22,40 @@ __all__ = [
     "Open",
     "Opened",
     "Output",
+    "Pack",
     "Result",
+    "Results",
     "ServerMessage",
     "SetPoint",
+    "Shares",
     "Timings",
 ]
+
+
+class Answers(StrEnum):
+    """What comes back for a frame."""
+
+    ALL = "all"
+    """Labels, or the class map; and timings."""
+    NONE = "none"
+    """Nothing: frames are acknowledged, several at once."""
+    LABELS = "labels"
+    SHARES = "shares"
+    """Of the classes in the class map, without the map."""
+    MAP = "map"
+    MAP_4 = "map/4"
+    """Every fourth pixel of the class map, down and across; see `bitneck.coding.coarse_map`."""
+
+    @classmethod
+    def of_task(cls, task: str) -> "tuple[Answers, ...]":
+        """Those that a task has: ``classification`` or ``segmentation``."""
+        own = (cls.SHARES, cls.MAP, cls.MAP_4) if task == "segmentation" else (cls.LABELS,)
+        return cls.ALL, cls.NONE, *own
+
+    @property
+    def map_step(self) -> int:
+        """Pixels of the input from one pixel of the class map to the next."""
+        return 4 if self is Answers.MAP_4 else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +69,7 @@ class Open:
         resume_token: of the session to resume; empty for a new one.
         references: whether frames may be coded against earlier ones.
         brief: the client has the labels; answers come without names.
+        answers: what comes back for each frame.
     """
 
     model: str
@@ -44,6 +78,7 @@ class Open:
     resume_token: str = ""
     references: bool = False
     brief: bool = False
+    answers: Answers = Answers.ALL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +95,7 @@ class Frame:
         reference: how far back in seq the frame is that the payload is coded against; 0 for none.
         position: of the point in the manifest's list, counting from 1, which stands for its id on the wire; 0 if the id
             itself does.
+        acknowledge: without answers: as soon as it is computed.
     """
 
     seq: int
@@ -70,6 +106,19 @@ class Frame:
     captured_unix_us: int = 0
     reference: int = 0
     position: int = 0
+    acknowledge: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Several frames in one message: their numbers count up by one, and they have one deadline."""
+
+    frames: tuple[Frame, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledge:
+    """Without answers: acknowledge what is computed, and the frames sent so far as soon as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,22 +167,31 @@ class Classification:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedMap:
-    """The best class of every pixel of the network's input.
+    """The best class of every pixel of the network's input, or of some of them.
 
     Attributes:
-        height: of the input, pixels.
+        height: of the input, pixels; 0 on the wire to a client that knows it.
         width: likewise.
         map: coded; see `bitneck.coding.class_map`.
-        classes: those that occur, the largest share first.
+        classes: those that occur, the largest share first; empty for a client that counts by itself.
+        step: of the map's pixels in the input; see `bitneck.coding.coarse_map`.
     """
 
     height: int
     width: int
     map: bytes
     classes: tuple[ClassShare, ...]
+    step: int = 1
 
 
-Output = Classification | CodedMap
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The classes that occur in a class map, the largest share first."""
+
+    classes: tuple[ClassShare, ...]
+
+
+Output = Classification | CodedMap | Shares
 """What the network found in one photograph."""
 
 
@@ -158,11 +216,45 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The answer to one frame; `output` is None if the message had none."""
+    """The answer to one frame.
+
+    Attributes:
+        seq: of the frame.
+        output: None if the message had none.
+        timings: None where only `cloud_us` is told.
+        cloud_us: microseconds from receipt to answer; 0 where there are timings.
+    """
 
     seq: int
     output: Output | None
-    timings: Timings
+    timings: Timings | None
+    cloud_us: int = 0
+
+    @property
+    def stages_ms(self) -> tuple[float, float, float]:
+        """Milliseconds in the queue, of decoding and of computing; without timings the last is all that is known."""
+        if self.timings is None:
+            return 0.0, 0.0, self.cloud_us / 1e3
+        return self.timings.queued_us / 1e3, self.timings.decode_us / 1e3, self.timings.compute_us / 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The answers to the frames of one `Pack`, or a part of them."""
+
+    results: tuple[Result, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Without answers: frames `seq - before` to `seq` are computed.
+
+    `cloud_us` is the time from the receipt of frame `seq` to this message, microseconds.
+    """
+
+    seq: int
+    before: int = 0
+    cloud_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +281,8 @@ class GoAway:
     reason: str
 
 
-ClientMessage = Open | Frame
+ClientMessage = Open | Frame | Pack | Acknowledge
 """What a client sends on a stream."""
 
-ServerMessage = Opened | Result | SetPoint | Fault | GoAway
+ServerMessage = Opened | Result | Results | Ack | SetPoint | Fault | GoAway
 """What the cloud sends on a stream."""
