@@ -14,9 +14,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from bitneck import runtime
 from bitneck.bundle import Bundle, BundleWriter
 from bitneck.coding.factorized_model import FactorizedModel
-from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig, Unavailable
+from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig, ModelFailure, Unavailable
 from bitneck.manifest import Manifest
 from bitneck.onnx_file.cost import check_onnx
 from bitneck.v2 import inference_pb2 as pb
@@ -282,13 +283,28 @@ def test_a_resume_token_that_could_not_be_sent_is_not_kept() -> None:
 def test_a_file_in_onnx_runtimes_own_format_is_not_loaded(tiny_bundle: Bundle, tmp_path: Path) -> None:
     import onnxruntime
 
-    from bitneck.errors import ModelFailure
-    from bitneck.runtime import OnnxModule
-
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "own.ort")
     options.add_session_config_entry("session.save_model_format", "ORT")
     onnxruntime.InferenceSession(tiny_bundle.path("units/s1-r1/encoder.onnx"), options)
     assert onnxruntime.InferenceSession(tmp_path / "own.ort") is not None
     with pytest.raises(ModelFailure):
-        OnnxModule(tmp_path / "own.ort", threads=1)
+        runtime.OnnxModule(tmp_path / "own.ort", threads=1)
+
+
+def test_the_first_run_of_a_file_is_ended_when_it_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [helper.make_node("MatMul", [f"m{k}" if k else "x", "w"], [f"m{k + 1}"]) for k in range(1000)]
+    steps.append(helper.make_node("Identity", ["m1000"], ["y"]))
+    file = tmp_path / "slow.onnx"
+    weights = [constant("w", np.full((128, 128), 1 / 128), np.float32)]
+    file.write_bytes(model(steps, weights, (128, 128)).SerializeToString())
+    x = np.ones((128, 128), np.float32)
+    with monkeypatch.context() as patient:
+        patient.setattr(runtime, "FIRST_RUN_S", 0.001)
+        slow = runtime.OnnxModule(file, threads=1)
+        with pytest.raises(ModelFailure, match=r"first run took longer than 0\.001 s"):
+            slow.run(x)
+    assert np.allclose(slow.run(x), 1.0)  # with more time it ends
+    assert np.allclose(slow.run(x), 1.0)

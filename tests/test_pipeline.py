@@ -40,7 +40,10 @@ class Step:
         if self.fails == f"bug in {name}":
             raise ZeroDivisionError(name)
 
-    async def encode(self) -> None:
+    def encode(self) -> None:
+        self.encoding = asyncio.create_task(self._encode())
+
+    async def _encode(self) -> None:
         self.log.encoding += 1
         self.log.most_encoding = max(self.log.most_encoding, self.log.encoding)
         try:
@@ -48,7 +51,11 @@ class Step:
         finally:
             self.log.encoding -= 1
 
+    def drop(self) -> None:
+        self.encoding.cancel()
+
     async def send(self) -> None:
+        await self.encoding
         assert self.log.sending == 0
         self.log.sending += 1
         try:

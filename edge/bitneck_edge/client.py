@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -26,10 +26,10 @@ from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import open_supply
 from bitneck_edge.encoder import EdgeEncoder
 from bitneck_edge.link.remote import check_process
-from bitneck_edge.link.sent import Sent
+from bitneck_edge.passage import Passage
 from bitneck_edge.pipeline import Slots, pipeline
 from bitneck_edge.points import MeanInterval
-from bitneck_edge.session import EdgeSession, EncodedCapture
+from bitneck_edge.session import EdgeSession
 from bitneck_edge.settings import AUTO, EdgeSettings
 from bitneck_edge.sources.capture import Capture, captures, newest
 from bitneck_edge.sources.photo import Photo, PhotoLike
@@ -40,8 +40,6 @@ T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 _KEPT_SWITCHES = 1000
-_BUNDLE_CHANGES = 3
-"""How often one photograph is encoded again because the server came back with another bundle."""
 
 
 class EdgeClient:
@@ -192,8 +190,8 @@ class EdgeClient:
             BitneckError: the cloud could not answer, or cannot be reached.
         """
         await self._revive()
-        passage = _Passage(self, Capture.of(photo))
-        await passage.encode()
+        passage = Passage(self, Capture.of(photo))
+        passage.encode()
         await passage.send(prompt=True)
         return await passage.answer()
 
@@ -228,6 +226,7 @@ class EdgeClient:
             ordered=ordered,
             stop=stop,
             all_sent=self._flush,
+            side_by_side=self._finish is not None,
         )
 
     async def _open(self, *, offline: bool = False, before: EdgeSession | None = None) -> EdgeSession:
@@ -297,12 +296,12 @@ class EdgeClient:
                     f"{self.settings.server} refuses the bundle that it offers, {old.bundle.bundle_id}"
                 )
 
-    async def _passages(self, source: AsyncGenerator[Capture]) -> "AsyncGenerator[_Passage]":
+    async def _passages(self, source: AsyncGenerator[Capture]) -> AsyncGenerator[Passage]:
         with contextlib.suppress(BitneckError):  # else each photograph says why
             await self._revive()
         async with contextlib.aclosing(source):
             async for capture in source:
-                yield _Passage(self, capture)
+                yield Passage(self, capture)
 
     async def _timed(self, source: AsyncGenerator[Capture]) -> AsyncGenerator[Capture]:
         """Measures the interval between pictures."""
@@ -335,64 +334,3 @@ class EdgeClient:
 def _may_pass(failure: BitneckError | None) -> bool:
     """Whether a link that failed so may be opened again."""
     return failure is not None and failure.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
-
-
-class _Passage:
-    """One photograph on its way through a client: a `Job` of the pipeline.
-
-    If the server has another bundle at some stage, the client opens a session with that, and the stages before are done
-    again.
-    """
-
-    def __init__(self, client: EdgeClient, capture: Capture) -> None:
-        self._client = client
-        self._capture = capture
-        self._bundle_changes = 0
-        self._prompt = False
-        self._session: EdgeSession
-        self._encoded: EncodedCapture
-        self._sent: Sent
-
-    async def encode(self) -> None:
-        """Load and encode it."""
-        await self._through(self._encode)
-
-    async def send(self, *, prompt: bool = False) -> None:
-        """Send it; see `EdgeSession.send`."""
-        self._prompt = prompt
-        await self._through(self._send, self._encode)
-
-    async def answer(self) -> Answer:
-        """Wait for its answer."""
-        return await self._through(self._answer, self._encode, self._send)
-
-    def failed(self, error: BitneckError) -> Failure:
-        """It was not answered."""
-        return Failure(self._capture.name, error)
-
-    async def _encode(self) -> None:
-        self._session = self._client._usable()
-        self._encoded = await self._session.encode(self._capture, self._client._interval.seconds)
-
-    async def _send(self) -> None:
-        self._sent = await self._session.send(self._encoded, prompt=self._prompt)
-
-    async def _answer(self) -> Answer:
-        answer = await self._session.answer(self._encoded, self._sent)
-        finish = self._client._finish
-        return answer if finish is None else await asyncio.to_thread(finish, self._capture.photo, answer)
-
-    async def _through(self, stage: Callable[[], Awaitable[T]], *before: Callable[[], Awaitable[None]]) -> T:
-        """A stage; after a change of the bundle the stages before it are done again."""
-        again: tuple[Callable[[], Awaitable[None]], ...] = ()
-        while True:
-            try:
-                for each in again:
-                    await each()
-                return await stage()
-            except BundleMismatch:
-                self._bundle_changes += 1
-                if not self._client._may_renew(self._session.failure) or self._bundle_changes > _BUNDLE_CHANGES:
-                    raise
-                await self._client._renew(self._session)
-                again = before

@@ -9,26 +9,28 @@ them. Nothing here knows what a job encodes or where it sends it.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Protocol, TypeVar
 
 from bitneck.errors import BitneckError
 
 __all__ = ["Job", "Slots", "pipeline"]
 
 R = TypeVar("R")
-T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
 
 
 class Job(Protocol[R_co]):
     """One photograph's way through the pipeline. A stage that raises a `BitneckError` ends this job and no other."""
 
-    async def encode(self) -> None:
-        """The first stage; other jobs may be in it at the same time."""
+    def encode(self) -> None:
+        """Begin the first stage; other jobs may be in it at the same time."""
 
     async def send(self) -> None:
-        """The second stage; the jobs before this one have left it, and those behind it have not begun it."""
+        """The end of the first stage, then the second one, which the jobs before this one have left already."""
+
+    def drop(self) -> None:
+        """It is encoded, or waits to be, and will not be sent."""
 
     async def answer(self) -> R_co:
         """The last stage; gives the result."""
@@ -70,6 +72,7 @@ async def pipeline(
     ordered: bool,
     stop: asyncio.Event | None = None,
     all_sent: Callable[[], Awaitable[None]] | None = None,
+    side_by_side: bool = True,
 ) -> AsyncGenerator[R]:
     """The results of some jobs.
 
@@ -80,21 +83,17 @@ async def pipeline(
         ordered: results in the order of the jobs; else as they come.
         stop: set it to end after the jobs that are under way.
         all_sent: called when the last job has been sent.
+        side_by_side: the last stages of jobs overlap. Else each is done when it is the job's turn, which takes less
+            time where it is short. Results that come in any order overlap always.
 
     Raises:
         Exception: what `jobs` raises, after the results of the jobs before; or what a job raises that is no
             `BitneckError`.
     """
-    tasks: set[asyncio.Task[Any]] = set()
-    encoding: asyncio.Queue[tuple[Job[R], asyncio.Task[BitneckError | None]] | None] = asyncio.Queue()
-    results: asyncio.Queue[asyncio.Task[R] | None] = asyncio.Queue()
+    tasks: set[asyncio.Task[R]] = set()
+    encoding: asyncio.Queue[Job[R] | None] = asyncio.Queue()
+    results: asyncio.Queue[Awaitable[R] | None] = asyncio.Queue()
     free_encoders = asyncio.Semaphore(encoders)
-
-    def start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        return task
 
     def stopped() -> bool:
         return stop is not None and stop.is_set()
@@ -108,22 +107,26 @@ async def pipeline(
                     job = await anext(jobs, None)
                     if job is None or stopped():
                         return
-                    encoding.put_nowait((job, start(_error_of(job.encode))))
+                    job.encode()
+                    encoding.put_nowait(job)
         finally:
             encoding.put_nowait(None)
 
     async def send_all() -> None:
-        while (taken := await encoding.get()) is not None:
-            job, encoded = taken
-            error = await encoded
-            if error is None:
-                error = await _error_of(job.send)
+        while (job := await encoding.get()) is not None:
+            error = await _error_of(job.send)
             free_encoders.release()
-            answer = start(_answer(job, error))
-            if ordered:
+            answer = _answer(job, error)
+            if ordered and not side_by_side:
                 results.put_nowait(answer)
+                continue
+            task = asyncio.create_task(answer)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            if ordered:
+                results.put_nowait(task)
             else:
-                answer.add_done_callback(results.put_nowait)
+                task.add_done_callback(results.put_nowait)
         if all_sent is not None:
             await all_sent()
         if tasks and not ordered:
@@ -132,8 +135,8 @@ async def pipeline(
     reading, sending = asyncio.create_task(encode_all()), asyncio.create_task(send_all())
     sending.add_done_callback(lambda _: results.put_nowait(None))
     try:
-        while (task := await results.get()) is not None:
-            result = await task
+        while (answer := await results.get()) is not None:
+            result = await answer
             slots.give()
             yield result
         await sending
@@ -142,9 +145,15 @@ async def pipeline(
         for each in (reading, sending, *tasks):
             each.cancel()
         await asyncio.gather(reading, sending, *tasks, return_exceptions=True)
+        while not results.empty():
+            if asyncio.iscoroutine(left := results.get_nowait()):
+                left.close()
+        while not encoding.empty():
+            if (unsent := encoding.get_nowait()) is not None:
+                unsent.drop()
 
 
-async def _error_of(stage: Callable[[], Coroutine[Any, Any, None]]) -> BitneckError | None:
+async def _error_of(stage: Callable[[], Awaitable[None]]) -> BitneckError | None:
     """The error that ends a job at this stage, if any."""
     try:
         await stage()

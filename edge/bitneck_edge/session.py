@@ -36,7 +36,7 @@ from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
 
-__all__ = ["EdgeSession", "EncodedCapture"]
+__all__ = ["EdgeSession", "EncodedCapture", "Encoding"]
 
 _LOG = logging.getLogger(__name__)
 _BESIDE_A_MAP = 1 << 16
@@ -44,6 +44,25 @@ _SAMPLE_EVERY = 4
 """Without answers, automatic rate asks for the acknowledgement of one message in so many."""
 _COST_FRESH = 8
 """Messages after which it weighs anew what a message costs on the link."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """A picture that is being encoded; the attributes are those of `EncodedCapture`, with the photo to come.
+
+    A photograph that cannot be read, or a failure of the head, is raised by `encoded`.
+    """
+
+    capture: Capture
+    decision: Decision
+    photo: "asyncio.Future[EncodedPhoto]"
+    candidate: Candidate | None
+
+    async def encoded(self) -> "EncodedCapture":
+        """Wait until it is encoded."""
+        return EncodedCapture(
+            capture=self.capture, decision=self.decision, photo=await self.photo, candidate=self.candidate
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,8 +227,8 @@ class EdgeSession:
         room = self._rate.room(time.perf_counter(), interval_s * pack, fixed=not self.points.auto)
         return min(room * pack, self.link.window)
 
-    async def encode(self, capture: Capture, interval_s: float) -> EncodedCapture:
-        """Encode a picture in a thread, at the operating point of this moment.
+    def begin(self, capture: Capture, interval_s: float) -> "Encoding":
+        """Begin to encode a picture in a thread, at the operating point of this moment.
 
         Args:
             capture: the picture.
@@ -231,9 +250,17 @@ class EdgeSession:
         encode = functools.partial(
             self.encoder.encode, similar=similar, reference=candidate.reference if candidate is not None else None
         )
-        await self._ready(decision.point)
-        photo = await self._workers.run(encode, capture.photo, decision.point)
-        return EncodedCapture(capture=capture, decision=decision, photo=photo, candidate=candidate)
+        if self._supply.ready(decision.point):
+            photo = self._workers.submit(encode, capture.photo, decision.point)
+        else:
+            photo = asyncio.ensure_future(self._encode_when_ready(encode, capture, decision.point))
+        return Encoding(capture=capture, decision=decision, photo=photo, candidate=candidate)
+
+    async def _encode_when_ready(
+        self, encode: Callable[..., EncodedPhoto], capture: Capture, point_id: str
+    ) -> EncodedPhoto:
+        await self._ready(point_id)
+        return await self._workers.run(encode, capture.photo, point_id)
 
     async def send(self, encoded: EncodedCapture, *, prompt: bool = False) -> Sent:
         """Send an encoded picture; waits while the window is full.
@@ -275,7 +302,7 @@ class EdgeSession:
         if written.awaited:
             self._rate.sent(written.seq, decision, written.payload_bytes, written.at)
         self._messages += 1
-        if self._messages % _COST_FRESH == 0:
+        if self.points.auto and self._messages % _COST_FRESH == 0:
             self._rate.cost = self._cost()
 
     def _cost(self) -> LinkCost:

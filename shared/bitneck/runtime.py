@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 
 from bitneck.errors import InvalidConfig, ModelFailure
 
-__all__ = ["CPU", "ModulePool", "OnnxModule", "check_providers", "return_freed_memory"]
+__all__ = ["CPU", "FIRST_RUN_S", "ModulePool", "OnnxModule", "check_providers", "return_freed_memory"]
 
 CPU = ("CPUExecutionProvider",)
 """The execution providers that every build of ONNX Runtime has."""
+
+FIRST_RUN_S = 60.0
+"""Seconds that the first run of a file may take. Its cost has been bounded by a count of operations, see
+`bitneck.onnx_file.cost`; how long that takes here is not known before."""
 
 
 def check_providers(providers: Sequence[str]) -> None:
@@ -69,6 +73,7 @@ class OnnxModule:
             raise ModelFailure(f"{path}: expected one input and one output, got {len(inputs)} and {len(outputs)}")
         self._input = inputs[0].name
         self._outputs = [outputs[0].name]
+        self._tried = False
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Apply the module.
@@ -80,12 +85,35 @@ class OnnxModule:
             (N, ...) float32.
 
         Raises:
-            ModelFailure: ONNX Runtime refused the input.
+            ModelFailure: ONNX Runtime refused the input, or the first run took longer than `FIRST_RUN_S`.
         """
+        if not self._tried:
+            return self._first_run(x)
         try:
             (y,) = self._session.run(self._outputs, {self._input: x})
         except Exception as exc:
             raise ModelFailure(f"{self.name}: ONNX Runtime failed on an input of shape {x.shape} ({exc})") from exc
+        result: NDArray[np.float32] = y
+        return result
+
+    def _first_run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`run`, ended at the next operator once its time is over."""
+        options = ort.RunOptions()
+        timer = threading.Timer(FIRST_RUN_S, setattr, (options, "terminate", True))
+        timer.daemon = True
+        timer.start()
+        try:
+            (y,) = self._session.run(self._outputs, {self._input: x}, options)
+        except Exception as exc:
+            if options.terminate:
+                raise ModelFailure(
+                    f"{self.name}: its first run took longer than {FIRST_RUN_S:g} s and was ended; this device is too "
+                    "slow for it, or the file is not what it should be"
+                ) from exc
+            raise ModelFailure(f"{self.name}: ONNX Runtime failed on an input of shape {x.shape} ({exc})") from exc
+        finally:
+            timer.cancel()
+        self._tried = True
         result: NDArray[np.float32] = y
         return result
 

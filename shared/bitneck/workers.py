@@ -49,11 +49,13 @@ class Workers:
         self._calls.put((call, dropped))
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """The result of a call in a thread. Cancelling the wait leaves the call running.
+        """The result of a call in a thread; see `submit`."""
+        return await self.submit(function, *args)
 
-        Raises:
-            Unavailable: `close` came first.
-            Exception: whatever `function` raises.
+    def submit(self, function: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
+        """Begin a call in a thread. Cancelling its future leaves the call running, if it has begun.
+
+        The future raises `Unavailable` if `close` came first, or whatever `function` raises.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
@@ -73,7 +75,7 @@ class Workers:
                 loop.call_soon_threadsafe(how, done, what)
 
         self.post(call, lambda: _set_exception(done, Unavailable(f"closed: {self._name} takes no more calls")))
-        return await done
+        return done
 
     def close(self, *, wait: bool = False) -> None:
         """Take no more calls. Calls that have not begun are dropped.

@@ -1,0 +1,99 @@
+"""One photograph's way through a client: encoded, sent, answered, across changes of the server's bundle."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from bitneck.errors import BitneckError, BundleMismatch
+from bitneck_edge.answers.results import Answer, Failure
+from bitneck_edge.link.sent import Sent
+from bitneck_edge.session import EdgeSession, EncodedCapture, Encoding
+from bitneck_edge.sources.capture import Capture
+
+if TYPE_CHECKING:
+    from bitneck_edge.client import EdgeClient
+
+__all__ = ["Passage"]
+
+T = TypeVar("T")
+
+_BUNDLE_CHANGES = 3
+"""How often one photograph is encoded again because the server came back with another bundle."""
+
+
+class Passage:
+    """One photograph on its way through a client: a `Job` of the pipeline.
+
+    If the server has another bundle at some stage, the client opens a session with that, and the stages before are done
+    again.
+    """
+
+    def __init__(self, client: "EdgeClient", capture: Capture) -> None:
+        self._client = client
+        self._capture = capture
+        self._bundle_changes = 0
+        self._prompt = False
+        self._encoding: Encoding | None = None
+        self._session: EdgeSession
+        self._encoded: EncodedCapture | None = None
+        self._sent: Sent
+
+    def encode(self) -> None:
+        """Begin to load and encode it."""
+        with contextlib.suppress(BitneckError):  # `send` meets it again, and knows what to do
+            self._begin()
+
+    async def send(self, *, prompt: bool = False) -> None:
+        """Wait until it is encoded, and send it; see `EdgeSession.send`."""
+        self._prompt = prompt
+        await self._through(self._send, self._encode)
+
+    def drop(self) -> None:
+        """Do not encode it, if that has not begun."""
+        if self._encoding is not None:
+            self._encoding.photo.cancel()
+
+    async def answer(self) -> Answer:
+        """Wait for its answer."""
+        return await self._through(self._answer, self._encode, self._send)
+
+    def failed(self, error: BitneckError) -> Failure:
+        """It was not answered."""
+        return Failure(self._capture.name, error)
+
+    def _begin(self) -> Encoding:
+        self._session = self._client._usable()
+        self._encoding = self._session.begin(self._capture, self._client._interval.seconds)
+        return self._encoding
+
+    async def _encode(self) -> None:
+        encoding, self._encoding = self._encoding or self._begin(), None
+        self._encoded = await encoding.encoded()
+
+    async def _send(self) -> None:
+        if self._encoded is None:
+            await self._encode()
+        assert self._encoded is not None
+        self._sent = await self._session.send(self._encoded, prompt=self._prompt)
+
+    async def _answer(self) -> Answer:
+        assert self._encoded is not None
+        answer = await self._session.answer(self._encoded, self._sent)
+        finish = self._client._finish
+        return answer if finish is None else await asyncio.to_thread(finish, self._capture.photo, answer)
+
+    async def _through(self, stage: Callable[[], Awaitable[T]], *before: Callable[[], Awaitable[None]]) -> T:
+        """A stage; after a change of the bundle the stages before it are done again."""
+        again: tuple[Callable[[], Awaitable[None]], ...] = ()
+        while True:
+            try:
+                for each in again:
+                    await each()
+                return await stage()
+            except BundleMismatch:
+                self._bundle_changes += 1
+                if not self._client._may_renew(self._session.failure) or self._bundle_changes > _BUNDLE_CHANGES:
+                    raise
+                await self._client._renew(self._session)
+                again = before
