@@ -1,9 +1,10 @@
 """Measure what a device pays, and write docs/costs.md's table and docs/costs/link.png.
 
-    python scripts/update_costs.py --bundle build/efficientnet_lite0 --wire wire.json [--draw-only]
+    python scripts/update_costs.py [--bundle build/efficientnet_lite0] [--wire wire.json]
 
-`wire.json` comes from `python benchmarks/wire.py ... --json`. Results are kept in docs/costs/costs.json; --draw-only
-makes table and chart from that file. Image codecs at equal top-1 come from docs/results/baselines.json.
+Times and files are measured anew with --bundle, bytes on the link taken from --wire, which
+`python benchmarks/wire.py ... --json` writes. What is not given stays as it is in docs/costs/costs.json.
+Image codecs at equal top-1 come from docs/results/baselines.json.
 """
 
 import argparse
@@ -45,8 +46,8 @@ def least_ms(run: Callable[[], object], rounds: int = 15) -> float:
     return best
 
 
-def measure(bundle: Bundle, wire: dict[str, Any]) -> dict[str, Any]:
-    """Times of device and cloud at the best point of each split point, on one thread; bytes of files and frames."""
+def measure(bundle: Bundle) -> dict[str, Any]:
+    """Times of device and cloud at the best point of each split point, on one thread; bytes of files."""
     manifest, pool = bundle.manifest, ModulePool()
     ladder, photo = manifest.ladder, sample_photo()
     x = preprocess(load_photo(photo), manifest.input)
@@ -83,10 +84,13 @@ def measure(bundle: Bundle, wire: dict[str, Any]) -> dict[str, Any]:
         "picture_ms": least_ms(lambda: preprocess(load_photo(photo), manifest.input)),
         "codec_ms": codecs,
         "uncompressed": manifest.uncompressed_accuracy,
-        "overhead_up": wire["frames"]["up"] - wire["frames"]["payload"],
-        "down": wire["frames"]["down"],
-        "wire": wire,
     }
+
+
+def of_the_link(wire: dict[str, Any]) -> dict[str, Any]:
+    """What `benchmarks/wire.py` counted, and from that what a frame costs beside its payload."""
+    first = wire["frames"][0]
+    return {"overhead_up": first["up"] - first["payload"], "down": first["down"], "wire": wire}
 
 
 def codec_bytes(name: str, top1: float) -> float | None:
@@ -191,12 +195,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--wire", type=Path)
-    parser.add_argument("--draw-only", action="store_true")
     arguments = parser.parse_args()
-    if not arguments.draw_only:
-        wire = json.loads(arguments.wire.read_text())
-        COSTS.write_text(json.dumps(measure(Bundle.open(arguments.bundle), wire), indent=1) + "\n")
     costs = json.loads(COSTS.read_text())
+    if arguments.bundle:
+        costs |= measure(Bundle.open(arguments.bundle))
+    if arguments.wire:
+        costs |= of_the_link(json.loads(arguments.wire.read_text()))
+    COSTS.write_text(json.dumps(costs, indent=1) + "\n")
     draw(costs)
     PAGE.write_text(MARKED.sub(lambda match: match[1] + table(costs) + match[2], PAGE.read_text()))
 
