@@ -12,7 +12,9 @@ from rich.console import Console
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
+from bitneck_models.data.photos import LabelledPhoto
 from bitneck_models.measure import meter as registry
+from bitneck_models.measure.agreement import Agreement
 from bitneck_models.measure.baselines import image_baselines
 from bitneck_models.measure.evaluate import evaluate
 from bitneck_models.measure.mean_iou import MeanIou
@@ -22,7 +24,7 @@ from bitneck_models.measure.table import evaluation_line, evaluation_table
 from bitneck_models.measure.top1 import Top1
 from bitneck_models.report.curves import read_results
 from bitneck_testing.networks import small_backbone
-from bitneck_testing.photographs import photo
+from bitneck_testing.photographs import add_photos, photo
 
 
 class ParityMeter(Meter):
@@ -146,3 +148,33 @@ def test_an_accuracy_that_no_task_has_is_refused(tmp_path: Path) -> None:
     (tmp_path / "baselines.json").write_text(json.dumps(document))
     with pytest.raises(InvalidConfig, match="no task has an accuracy named 'top7'; known: top1, mean_iou"):
         read_results(tmp_path)
+
+
+def test_without_labels_agreement_is_measured(tiny_bundle: Bundle, scene_bundle: Bundle, tmp_path: Path) -> None:
+    add_photos(tmp_path / "photos", range(8))
+    for bundle in (tiny_bundle, scene_bundle):
+        metric = Agreement()
+        found = metric.photos(tmp_path / "photos", (), ())
+        result = evaluate(bundle, found, metric=metric)
+        assert result.accuracy == 1.0
+        assert len(found) == result.images == 8
+        document = json.loads(json.dumps(result.to_dict()))
+        assert document["uncompressed"] == {"agreement": 1.0}
+        for point, measured in zip(document["points"], result.points, strict=True):
+            low, high = point["agreement_interval"]
+            assert low <= point["agreement"] <= high
+            assert point["agreement"] == pytest.approx(measured.accuracy)
+            assert measured.rate.payload_bytes_mean > 0
+        ladder = result.ladder("photos, agreement", {p.id: "" for p in result.points})
+        assert {p.accuracy for p in ladder.points.values()} == {p.accuracy for p in result.points}
+        assert "8 photographs without labels" in evaluation_line(result)
+        assert evaluation_table(result).row_count == len(result.points)
+
+
+def test_agreement_is_that_of_an_evaluation_with_labels(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    add_photos(tmp_path / "photos", range(6))
+    files = sorted((tmp_path / "photos").iterdir())
+    labelled = evaluate(tiny_bundle, [LabelledPhoto(path, 0) for path in files])
+    unlabelled = evaluate(tiny_bundle, files, metric=Agreement())
+    assert [p.agreement for p in labelled.points] == [p.agreement for p in unlabelled.points]
+    assert [p.rate for p in labelled.points] == [p.rate for p in unlabelled.points]

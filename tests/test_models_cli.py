@@ -47,6 +47,10 @@ def test_from_photographs_to_the_report(home: Path) -> None:
     table = run("evaluate", "--bundle", "bundle", "--data", "labelled", "--record", "zoo")
     assert "s1-r1" in table
     assert set(json.loads((home / "zoo" / "ladder.json").read_text())["points"]) == {"s1-r1", "s1-r2"}
+    unlabelled = json.loads(run("evaluate", "--bundle", "bundle", "--data", "photos", "--no-labels", "--json"))
+    assert unlabelled["uncompressed"] == {"agreement": 1.0}
+    with pytest.raises(InvalidConfig, match="ignore-index"):
+        run("evaluate", "--bundle", "bundle", "--data", "photos", "--no-labels", "--ignore-index", "1")
     text = run("evaluate", "--bundle", "bundle", "--data", "labelled", "--zoo", "zoo", "--json")
     (home / "results" / "ladder.json").write_text(text)
     low, high = json.loads(text)["points"]

@@ -38,16 +38,23 @@ def evaluate(
             help="Segmentation: ignore this index in class maps; repeatable.  \\[default: each that is no class]",
         ),
     ] = None,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            help="--no-labels takes any photographs, and measures how often answers are the uncompressed network's."
+        ),
+    ] = True,
     precision: Annotated[
         Precision, typer.Option(help="Of heads and encoders: int8 where the bundle has it, or float32.")
     ] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Measure a bundle on labelled photographs, through real bytes.
+    """Measure a bundle on labelled photographs, or on any, through real bytes.
 
     For classification, --data has labels.csv (columns file and index), or one folder for each class, named by WordNet
     id, index or label. For segmentation, --data has images/ and labels/ with the same names (PNG of class indices), or
-    it is a folder of COCO such as coco/val2017, beside coco/annotations/instances_val2017.json.
+    it is a folder of COCO such as coco/val2017, beside coco/annotations/instances_val2017.json. With --no-labels it is
+    a folder of photographs, and --record records the agreement as the points' accuracy.
     """
     from bitneck.bundle import Bundle
     from bitneck_models.measure.table import evaluation_line, evaluation_table
@@ -62,11 +69,12 @@ def evaluate(
     with progress_bars(console) as progress:
         task = progress.add_task("evaluating", total=None)
         result = _measured(
-            opened, folder, ignore_index or [], precision,
+            opened, folder, ignore_index or [], precision, labels,
             lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     if record is not None:
-        ZooEntry(record).save_ladder(result.ladder(dataset_name(folder), digests))
+        dataset = dataset_name(folder) + ("" if labels else ", agreement")
+        ZooEntry(record).save_ladder(result.ladder(dataset, digests))
     if as_json:
         document = {"dataset": dataset_name(folder)} | result.to_dict()
         if zoo is not None:
@@ -78,15 +86,24 @@ def evaluate(
 
 
 def _measured(
-    bundle: "Bundle", folder: Path, ignore: list[int], precision: Precision, progress: Callable[[int, int], None]
+    bundle: "Bundle",
+    folder: Path,
+    ignore: list[int],
+    precision: Precision,
+    labelled: bool,
+    progress: Callable[[int, int], None],
 ) -> "Evaluation":
+    from bitneck_models.measure.agreement import Agreement
     from bitneck_models.measure.evaluate import evaluate as measure
     from bitneck_models.measure.meter import metric_for
     from bitneck_models.networks.vision import imagenet_wnids
 
-    labels = bundle.labels()
-    photos = metric_for(bundle.manifest.task, labels, ignore).photos(folder, imagenet_wnids(labels), labels)
-    return measure(bundle, photos, ignore=ignore, precision=precision, progress=progress)
+    names = bundle.labels()
+    if not labelled and ignore:
+        raise InvalidConfig("--ignore-index is for class maps, which --no-labels does not read; leave one of them out")
+    metric = metric_for(bundle.manifest.task, names, ignore) if labelled else Agreement()
+    photos = metric.photos(folder, imagenet_wnids(names), names)
+    return measure(bundle, photos, metric=metric, precision=precision, progress=progress)
 
 
 def baselines(

@@ -85,12 +85,14 @@ class _Judge:
         self.metric: Metric[Any] = metric_for(backbone.task, backbone.labels)
         self.batch = self.metric.sweep.batch
         self.crops = [crop(load_photo(self.metric.path(photo)), backbone.input) for photo in photos]
-        self.truths = [self._at_input(self.metric.truth(photo)) for photo in photos]  # each () or (H, W)
+        self.truths = [self._truth(photo) for photo in photos]  # each () or (H, W)
         self.network = self.module(backbone.segment(0), backbone.input_shape)
         self.teacher = self.answers(self.network, self.inputs(self.crops))
 
-    def _at_input(self, truth: NDArray[np.integer]) -> NDArray[np.integer]:
+    def _truth(self, photo: Any) -> NDArray[np.integer]:
         """A class map at the size of the network's input (nearest pixel); a label unchanged."""
+        truth = self.metric.truth(photo)
+        assert truth is not None
         if not truth.ndim:
             return truth
         return np.array(Image.fromarray(truth).resize(self.crops[0].size, Image.Resampling.NEAREST))

@@ -109,6 +109,7 @@ def evaluate(
     photos: Sequence[Any],
     *,
     ignore: Collection[int] = (),
+    metric: Metric[Any] | None = None,
     precision: Precision = "float32",
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Evaluation:
@@ -118,6 +119,7 @@ def evaluate(
         bundle: both halves.
         photos: at least one, each with its truth, as the task's `Metric.photos` gives them.
         ignore: segmentation: indices in class maps that are void. By default, all indices that are no class.
+        metric: what to measure; by default the task's. `bitneck_models.measure.agreement.Agreement` needs no truths.
         precision: see `photo_passes`.
         progress: called with (photographs done, all).
 
@@ -129,7 +131,7 @@ def evaluate(
     if not photos:
         raise InvalidConfig("no photographs to measure the bundle on")
     manifest = bundle.manifest
-    metric = metric_for(manifest.task, bundle.labels(), ignore)
+    metric = metric or metric_for(manifest.task, bundle.labels(), ignore)
     rates = {p.id: RateMeter() for p in manifest.ladder}
     meters = {p.id: metric.meter() for p in manifest.ladder}
     agreed = dict.fromkeys(meters, 0)
@@ -137,8 +139,9 @@ def evaluate(
     uncompressed = metric.meter()
     passes = photo_passes(bundle, [metric.path(photo) for photo in photos], precision)
     for count, (photo, passed) in enumerate(zip(photos, passes, strict=True), start=1):
-        truth = metric.truth(photo)
         teacher = metric.answer(passed.output)  # () or (H, W)
+        known = metric.truth(photo)
+        truth = teacher if known is None else known
         uncompressed.add(teacher, truth)
         compared += teacher.size
         for point, at_point in passed.points():

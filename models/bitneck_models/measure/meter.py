@@ -96,8 +96,8 @@ class Metric(Protocol[Photo]):
         """The photograph's file."""
 
     @abstractmethod
-    def truth(self, photo: Photo) -> Answer:
-        """What the answer should be."""
+    def truth(self, photo: Photo) -> Answer | None:
+        """What the answer should be; None where nobody knows: then the uncompressed network's answer stands in."""
 
     @abstractmethod
     def truth_folder(self, photo: Photo) -> Path:
