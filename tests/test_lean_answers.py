@@ -25,6 +25,7 @@ from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server, running_server
 from bitneck_testing.rogue_servers import opened, rogue_server
+from bitneck_testing.rogue_servers import result as made_up
 from bitneck_testing.streams import Frames, Stream, open_stream, stub
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
@@ -260,6 +261,28 @@ async def test_a_pack_larger_than_the_window_is_sent_when_that_is_full(tiny_bund
             assert len(await answers_of(it, [photo(k) for k in range(8)])) == 8
         async with client(small.grpc, tmp_path, pack=10, pack_ms=10_000, answers="none", in_flight=2) as it:
             assert len(await answers_of(it, [photo(k) for k in range(8)])) == 8
+
+
+async def test_a_server_with_a_smaller_window_gets_smaller_packs(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    packs: list[int] = []
+
+    async def converse(context: Any) -> None:
+        await opened(context, window=2 if packs else 8)
+        first = not packs
+        while isinstance(message := await context.read(), pb.ClientMessage):
+            numbers = range(message.pack.seq, message.pack.seq + len(message.pack.payload))
+            packs.append(len(numbers) or 1)
+            if first:
+                return  # the stream ends, and nothing was answered
+            for seq in numbers or [message.frame.seq]:
+                await context.write(made_up(seq))
+
+    async with rogue_server(tiny_bundle, converse) as (address, _), asyncio.timeout(HANG_S):
+        async with client(address, tmp_path, model="", pack=4) as it:
+            found = await answers_of(it, [photo(k) for k in range(8)])
+    assert [answer.seq for answer in found] == list(range(1, 9))
+    assert packs[0] == 4
+    assert max(packs[1:]) == 2
 
 
 def test_a_pack_must_not_wait_until_the_link_counts_as_dead() -> None:

@@ -32,6 +32,7 @@ _RATE_SAMPLES = 32
 _MIN_RATE_SAMPLES = 4
 _WAITING = 8
 """Number of frames that a client may have coded before its window has room for them."""
+_WEIGH_EVERY = 4
 _HYSTERESIS = 0.15
 """`MaxKbps` is weighed again when the link's load by its smallest frames has moved by this share."""
 
@@ -348,6 +349,8 @@ class Session:
             The new point, or None if nothing changes.
         """
         if not isinstance(self.policy, MaxKbps) or len(self._arrivals) < _MIN_RATE_SAMPLES:
+            return None
+        if self.accepted % _WEIGH_EVERY:
             return None
         fps = self.frames_per_s
         load = self._load(fps)

@@ -63,6 +63,7 @@ class Exchange:
     ) -> None:
         self._records = Records[_Waiting](key_every=key_every, positions=positions, ask_s=ask_s)
         self._silent = ask_s is not None
+        self._pack = pack
         self._packer = Packer(pack)
         self._pack_s = pack_s
         self._pack_due: asyncio.Task[None] | None = None
@@ -249,6 +250,7 @@ class Exchange:
         if not same_session:
             self._records.restart()
         self._records.opened(window=window, reach=reach)
+        self._packer.most = min(self._pack, window)  # no server takes more in one message
 
     async def attach(self, connection: Connection) -> None:
         """Send what is unanswered over a new connection, then let new frames through."""
