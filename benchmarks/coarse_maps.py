@@ -28,10 +28,12 @@ STEP = 4
 
 
 def repeated(small: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """A coarse map with each pixel repeated."""
-    rows = np.clip((np.arange(height) + STEP // 2) // STEP, 0, small.shape[0] - 1)
-    columns = np.clip((np.arange(width) + STEP // 2) // STEP, 0, small.shape[1] - 1)
-    return small[rows][:, columns]
+    """A coarse map with each pixel repeated where it is the nearest."""
+    nearest = []
+    for size, count in zip((height, width), small.shape, strict=True):
+        first = (size - 1) % STEP // 2
+        nearest.append(np.clip((np.arange(size) - first + STEP // 2) // STEP, 0, count - 1))
+    return small[nearest[0]][:, nearest[1]]
 
 
 class Row:

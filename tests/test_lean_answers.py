@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import pytest
 from bitneck.bundle import Bundle
 from bitneck.coding.class_map import decode_map, encode_map
 from bitneck.coding.coarse_map import coarse
-from bitneck.errors import GRPC_CODES, InvalidConfig, ProtocolError
+from bitneck.errors import GRPC_CODES, InvalidConfig, ProtocolError, Unavailable
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.messages import Answers
 from bitneck.wire.scores import unpacked_scores
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
+from bitneck_edge.link.link import Link, LinkSettings
+from bitneck_edge.link.remote import Access
 from bitneck_edge.sources.capture import Capture
 from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
@@ -167,16 +170,15 @@ async def test_answers_that_a_model_does_not_have_are_refused(
 
 
 async def test_the_device_says_so_before_it_sends_anything(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfig, match="answers map: tiny is for classification, which has all, none, labels"):
+    with pytest.raises(InvalidConfig, match="a model for classification has no answers map; ask for all, none, labels"):
         async with client(server.grpc, tmp_path, answers="map"):
             pass
 
 
 async def test_without_answers_every_picture_is_acknowledged_once(server: Server, tmp_path: Path) -> None:
     async with client(server.grpc, tmp_path, answers="none") as it:
-        begun = asyncio.get_running_loop().time()
-        one = await it.infer(photo(1))
-        assert asyncio.get_running_loop().time() - begun < 4  # it does not wait for eleven others
+        async with asyncio.timeout(HANG_S):
+            one = await it.infer(photo(1))  # it does not wait for eleven others
         assert (one.labels, one.segmentation) == ((), None)
         found = await answers_of(it, [photo(k) for k in range(40)])
         session = session_of(server, it.session_id)
@@ -386,8 +388,131 @@ async def test_automatic_rate_without_answers_and_in_packs(server: Server, tmp_p
             await answers_of(it, pictures(60))
             assert it._session is not None
             assert it._session._rate.delay_s is not None, values  # it has seen how long the link takes
-            assert it._session._rate.cost.beside != 180, values  # and what frames cost on it
-            assert it.point == it.encoder.ladder.best.id, values  # loopback carries the best
+            assert it._session._rate.cost.down > 0, values  # and what frames cost on it
+
+
+WAYS: tuple[dict[str, Any], ...] = ({"answers": "none"}, {"pack": 5, "pack_ms": 10_000})
+
+
+@pytest.mark.parametrize("values", WAYS, ids=["none", "pack"])
+@pytest.mark.parametrize("point", ["s1-r2", "auto"])
+async def test_fresh_pictures_do_not_wait_for_one_another(
+    server: Server, tmp_path: Path, values: dict[str, Any], point: str
+) -> None:
+    async def camera() -> Any:
+        for k in range(40):
+            await asyncio.sleep(0.02)
+            yield Capture(photo(k % 5), f"picture {k}")
+
+    async with client(server.grpc, tmp_path, point=point, **values) as it, asyncio.timeout(HANG_S):
+        found = [result async for result in it.stream(camera(), newest_first=True)]
+    assert all(isinstance(result, Answer) for result in found)
+    assert len(found) > 20  # not two or three
+
+
+@pytest.mark.parametrize("values", WAYS, ids=["none", "pack"])
+async def test_a_server_that_does_not_read_counts_as_dead(
+    tiny_bundle: Bundle, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    async def converse(context: Any) -> None:
+        await opened(context, window=1000)
+        await asyncio.sleep(HANG_S)
+
+    async with rogue_server(tiny_bundle, converse) as (address, _), asyncio.timeout(HANG_S):
+        link = Link(
+            LinkSettings(
+                access=Access(address=address), model="", bundle_id=tiny_bundle.bundle_id, client="c",
+                connect_timeout_s=5.0, answer_timeout_s=1.0, retries=0, positions={"s1-r1": 1},
+                answers=Answers(values.get("answers", "all")), pack=values.get("pack", 1), pack_ms=50,
+            ),
+            lambda _point, _reason: None,
+        )  # fmt: skip
+        await link.open()
+        with pytest.raises(Unavailable, match="gave up"):
+            while True:
+                await link.send("s1-r1", bytes(200_000))
+        await link.close()
+
+
+@pytest.mark.parametrize("values", WAYS, ids=["none", "pack"])
+async def test_a_server_that_stops_answers_first(tiny_bundle: Bundle, tmp_path: Path, values: dict[str, Any]) -> None:
+    with running_server(tiny_bundle.root, options=["--drain-s", "30"]) as own:
+        async with client(own.grpc, tmp_path, retries=1, **values) as it, asyncio.timeout(HANG_S):
+            more = asyncio.Event()
+
+            async def pictures() -> Any:
+                for k in range(3):
+                    yield photo(k)
+                await more.wait()
+
+            stream = it.stream(pictures())
+            first = asyncio.create_task(anext(stream))
+            assert it._session is not None
+            exchange = it._session.link._exchange
+            while len(exchange.unanswered) < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            own.process.terminate()
+            assert isinstance(await first, Answer)
+            assert isinstance(await anext(stream), Answer)
+            assert isinstance(await anext(stream), Answer)
+            async with asyncio.timeout(15):  # half of what the server would wait
+                await asyncio.to_thread(own.process.wait)
+            more.set()
+            await stream.aclose()
+
+
+@pytest.mark.parametrize("values", WAYS, ids=["none", "pack"])
+async def test_another_bundle_delays_nobody(tmp_path: Path, values: dict[str, Any]) -> None:
+    folder = tmp_path / "bundle"
+    first = make_tiny_bundle(folder)
+    with running_server(first.root) as own:
+        async with Proxy(own.grpc) as link, asyncio.timeout(HANG_S):
+            async with client(link.address, tmp_path, **values) as it:
+                more = asyncio.Event()
+
+                async def pictures() -> Any:
+                    for k in range(8):
+                        yield photo(k)
+                    more.set()
+                    await asyncio.sleep(0.3)
+                    for k in range(4):
+                        yield photo(k)
+
+                async def reload() -> None:
+                    await more.wait()
+                    await asyncio.to_thread(shutil.rmtree, folder)
+                    await asyncio.to_thread(make_tiny_bundle, folder, seed=5)
+                    async with httpx.AsyncClient(base_url=own.http) as http:
+                        for _ in range(2):  # the generation before the last is not served any more
+                            done = await http.post("/v1/models/tiny/reload", headers={"X-Bitneck-Request": "1"})
+                            assert done.status_code == 200, done.text
+                    link.cut()
+                    link.mend()
+
+                reloading = asyncio.create_task(reload())
+                begun = asyncio.get_running_loop().time()
+                found = await answers_of(it, pictures())
+                await reloading
+                assert len(found) == 12
+                assert asyncio.get_running_loop().time() - begun < 30
+
+
+async def test_a_caller_who_gives_up_takes_nobody_along(server: Server, tmp_path: Path) -> None:
+    async with client(server.grpc, tmp_path, pack=3, pack_ms=200, answer_timeout_s=20) as it, asyncio.timeout(HANG_S):
+        assert it._session is not None
+        exchange = it._session.link._exchange
+        async with exchange._write_lock:
+            stream = asyncio.create_task(answers_of(it, [photo(k) for k in range(2)]))
+            while len(exchange._packer) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            alone = asyncio.create_task(it.infer(photo(5)))
+            while exchange.progress[0] < 4:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)
+            alone.cancel()
+        begun = asyncio.get_running_loop().time()
+        assert len(await stream) == 2
+        assert asyncio.get_running_loop().time() - begun < 10
 
 
 async def test_similar_frames_refer_to_acknowledged_ones(
@@ -402,8 +527,11 @@ async def test_similar_frames_refer_to_acknowledged_ones(
     assert session["faults"] == {}
 
 
-def test_link_bytes_are_shown_and_counted(server: Server) -> None:
-    text = httpx.get(f"{server.http}/metrics").text
+async def test_link_bytes_are_shown_and_counted(server: Server, tmp_path: Path) -> None:
+    async with client(server.grpc, tmp_path) as it:
+        await answers_of(it, [photo(k) for k in range(3)])
+        async with httpx.AsyncClient(base_url=server.http) as http:
+            text = (await http.get("/metrics")).text
     up = re.search(r'bitneck_link_bytes_total\{direction="up",model="tiny"\} (\S+)', text)
     messages = re.search(r'bitneck_message_bytes_total\{direction="up",model="tiny"\} (\S+)', text)
     assert up is not None

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from bitneck.coding.coarse_map import coarse, coarse_size, refined
 from bitneck.errors import MalformedFrame
+from bitneck.ladder import Ladder, OperatingPoint
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.frames import MAX_MESSAGE_BYTES, pack_bytes, seal_frame, wire_bytes
-from bitneck.wire.link_bytes import LinkBytes, LinkMeter
+from bitneck.wire.link_bytes import LinkBytes, LinkMeter, beside_payload
 from bitneck.wire.messages import (
     Ack,
     Answers,
@@ -28,6 +29,7 @@ from bitneck.wire.messages import (
 from bitneck_cloud.api.wire import from_wire
 from bitneck_cloud.sessions.acknowledging import Acknowledging
 from bitneck_cloud.sessions.answering import Answering, answer_for
+from bitneck_cloud.sessions.session import Session
 from bitneck_edge.link.cost import LinkCost
 from bitneck_edge.link.packing import Packer, frames_of, together
 from bitneck_edge.link.records import Records
@@ -49,6 +51,7 @@ def packs(draw: st.DrawFn) -> Pack:
             seq=seq + k, point="", payload=draw(st.binary(max_size=200)), deadline_ms=deadline,
             captured_unix_us=draw(st.sampled_from([0, 1_700_000_000_000_000])) + draw(st.integers(0, 10**6)),
             position=draw(st.integers(1, 300)), acknowledge=last_asks and k == count - 1,
+            reference=draw(st.integers(0, 200)),
         )
         for k in range(count)
     ]  # fmt: skip
@@ -233,14 +236,15 @@ def test_what_a_frame_will_cost_follows_from_what_frames_have_cost() -> None:
         meter.sent(40, k * 0.2)
         meter.received(45, k * 0.2 + 0.005)
     counted = meter.total(8.0) / 40
-    expected = meter.expected(40, 0.2)
+    expected = meter.expected(40 - beside_payload(1), 0.2)
     assert expected.up == pytest.approx(counted.up, rel=0.03)
     assert expected.down == pytest.approx(counted.down, rel=0.03)
     packed = LinkMeter()
+    size = pack_bytes(Pack(tuple(frame(200 + k, 28) for k in range(10))))
     for k in range(40):
-        packed.sent(400, k * 2.0, frames=10)
+        packed.sent(size, k * 2.0, frames=10)
         packed.received(200, k * 2.0 + 0.005)
-    assert packed.expected(40, 0.2).up == pytest.approx((packed.total(80.0) / 400).up, rel=0.05)
+    assert packed.expected(28, 0.2).up == pytest.approx((packed.total(80.0) / 400).up, rel=0.03)
 
 
 def test_encryption_longer_headers_large_messages_and_keepalives_cost_more() -> None:
@@ -267,4 +271,18 @@ def test_the_busier_direction_counts() -> None:
     assert LinkCost(beside=180, down=150).bytes(28) == 208
     assert LinkCost(beside=180, down=2000).bytes(28) == 2000  # a class map: a smaller payload saves nothing
     assert LinkCost(beside=20, down=50, frames=10).bytes(28) == 500
+    assert LinkCost(beside=20, down=50, frames=10).bytes(28, frames=3) == 150
     assert LinkCost(beside=180).bytes(3000) == 3000 + 180 + 2 * 66
+
+
+def test_a_session_in_packs_has_the_frame_rate_of_its_pictures() -> None:
+    point = OperatingPoint(
+        id="low", unit="u", split="s1", step=1.0, stride=4, latent_shape=(8, 2, 2), payload_bytes=10, bpp_payload=0.1,
+        accuracy=0.5,
+    )  # fmt: skip
+    it = Session(session_id="s", model="m", client="c", ladder=Ladder([point]), window=100, assumed_fps=10, now=0.0)
+    for number in range(8):  # ten frames every two seconds
+        for k in range(10):
+            it.accept(10 * number + k + 1, "low", 10, 2.0 * number)
+            it.complete(Result(10 * number + k + 1, None, TIMINGS))
+    assert it.frames_per_s == pytest.approx(5.0)

@@ -24,9 +24,9 @@ from bitneck.wire.link_bytes import LinkBytes
 from bitneck.workers import Workers
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import open_supply
-from bitneck_edge.encoder import EdgeEncoder
+from bitneck_edge.encoder import FIRST_RUN_S, EdgeEncoder
 from bitneck_edge.link.remote import check_process
-from bitneck_edge.passage import Passage
+from bitneck_edge.passage import Passage, Ways
 from bitneck_edge.pipeline import Slots, pipeline
 from bitneck_edge.points import MeanInterval
 from bitneck_edge.session import EdgeSession
@@ -81,10 +81,17 @@ class EdgeClient:
         self._on_fetch = on_fetch
         self._on_switch = on_switch
         self._finish = finish
-        self._pool = ModulePool()
+        self._pool = ModulePool(first_run_s=FIRST_RUN_S)
         self._threads: Workers | None = None
         self._interval = MeanInterval()
         self._session: EdgeSession | None = None
+        self._ways = Ways(
+            usable=self._usable,
+            interval_s=lambda: self._interval.seconds,
+            renews=lambda session: self._may_renew(session.failure),
+            renew=self._renew,
+            finished=self._finished,
+        )
         self._renewing = asyncio.Lock()
         self._renewal_failure: BitneckError | None = None
         self._revivals = 0
@@ -190,7 +197,7 @@ class EdgeClient:
             BitneckError: the cloud could not answer, or cannot be reached.
         """
         await self._revive()
-        passage = Passage(self, Capture.of(photo))
+        passage = Passage(self._ways, Capture.of(photo))
         passage.encode()
         await passage.send(prompt=True)
         return await passage.answer()
@@ -220,13 +227,12 @@ class EdgeClient:
         if newest_first:
             source = newest(self._timed(source), self._drop)
         return pipeline(
-            self._passages(source),
+            self._passages(source, live=newest_first),
             encoders=self.workers,
             slots=Slots(self._live_limit if newest_first else self._limit),
             ordered=ordered,
             stop=stop,
             all_sent=self._flush,
-            side_by_side=self._finish is not None,
         )
 
     async def _open(self, *, offline: bool = False, before: EdgeSession | None = None) -> EdgeSession:
@@ -296,12 +302,12 @@ class EdgeClient:
                     f"{self.settings.server} refuses the bundle that it offers, {old.bundle.bundle_id}"
                 )
 
-    async def _passages(self, source: AsyncGenerator[Capture]) -> AsyncGenerator[Passage]:
+    async def _passages(self, source: AsyncGenerator[Capture], *, live: bool) -> AsyncGenerator[Passage]:
         with contextlib.suppress(BitneckError):  # else each photograph says why
             await self._revive()
         async with contextlib.aclosing(source):
             async for capture in source:
-                yield Passage(self, capture)
+                yield Passage(self._ways, capture, live=live)
 
     async def _timed(self, source: AsyncGenerator[Capture]) -> AsyncGenerator[Capture]:
         """Measures the interval between pictures."""
@@ -317,6 +323,9 @@ class EdgeClient:
     def _live_limit(self) -> int:
         """The same where one frame more would only wait: as many as the link holds at once, and one."""
         return self.settings.in_flight or self._opened().room(self._interval.seconds)
+
+    async def _finished(self, capture: Capture, answer: Answer) -> Answer:
+        return answer if self._finish is None else await asyncio.to_thread(self._finish, capture.photo, answer)
 
     async def _flush(self) -> None:
         """Nothing more follows for a while."""

@@ -17,7 +17,12 @@ from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck_edge.answers.verify import check_classes
 from bitneck_edge.sources.photo import Photo, PhotoLike, input_of, photo_of
 
-__all__ = ["EdgeEncoder", "EncodedPhoto", "Photo"]
+__all__ = ["FIRST_RUN_S", "EdgeEncoder", "EncodedPhoto", "Photo"]
+
+
+FIRST_RUN_S = 60.0
+"""Seconds that the first run of a file of the server may take. `bitneck.onnx_file.cost` has bounded its operations; how
+long these take here is not known before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,7 @@ class EdgeEncoder:
         self.exact = exact
         self.bundle = bundle
         self.ladder = bundle.manifest.ladder
-        self._pool = pool or ModulePool()
+        self._pool = pool or ModulePool(first_run_s=FIRST_RUN_S)
         self.chain = SegmentChain(bundle, threads=threads, pool=self._pool)
         self.labels = bundle.labels()
         if bundle.manifest.task == "segmentation":

@@ -1,9 +1,9 @@
 """One photograph's way through a client: encoded, sent, answered, across changes of the server's bundle."""
 
-import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from bitneck.errors import BitneckError, BundleMismatch
 from bitneck_edge.answers.results import Answer, Failure
@@ -11,15 +11,31 @@ from bitneck_edge.link.sent import Sent
 from bitneck_edge.session import EdgeSession, EncodedCapture, Encoding
 from bitneck_edge.sources.capture import Capture
 
-if TYPE_CHECKING:
-    from bitneck_edge.client import EdgeClient
-
-__all__ = ["Passage"]
+__all__ = ["Passage", "Ways"]
 
 T = TypeVar("T")
 
 _BUNDLE_CHANGES = 3
 """How often one photograph is encoded again because the server came back with another bundle."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ways:
+    """What a passage needs of its client.
+
+    Attributes:
+        usable: the session for the next photograph.
+        interval_s: mean time between pictures; 0 if unknown.
+        renews: whether a session that failed is replaced by one with the server's other bundle.
+        renew: replace it.
+        finished: an answer as the program gets it.
+    """
+
+    usable: Callable[[], EdgeSession]
+    interval_s: Callable[[], float]
+    renews: Callable[[EdgeSession], bool]
+    renew: Callable[[EdgeSession], Awaitable[None]]
+    finished: Callable[[Capture, Answer], Awaitable[Answer]]
 
 
 class Passage:
@@ -29,11 +45,12 @@ class Passage:
     again.
     """
 
-    def __init__(self, client: "EdgeClient", capture: Capture) -> None:
-        self._client = client
+    def __init__(self, ways: Ways, capture: Capture, *, live: bool = False) -> None:
+        self._ways = ways
         self._capture = capture
         self._bundle_changes = 0
         self._prompt = False
+        self._live = live
         self._encoding: Encoding | None = None
         self._session: EdgeSession
         self._encoded: EncodedCapture | None = None
@@ -63,8 +80,8 @@ class Passage:
         return Failure(self._capture.name, error)
 
     def _begin(self) -> Encoding:
-        self._session = self._client._usable()
-        self._encoding = self._session.begin(self._capture, self._client._interval.seconds)
+        self._session = self._ways.usable()
+        self._encoding = self._session.begin(self._capture, self._ways.interval_s())
         return self._encoding
 
     async def _encode(self) -> None:
@@ -75,13 +92,12 @@ class Passage:
         if self._encoded is None:
             await self._encode()
         assert self._encoded is not None
-        self._sent = await self._session.send(self._encoded, prompt=self._prompt)
+        self._sent = await self._session.send(self._encoded, prompt=self._prompt, live=self._live)
 
     async def _answer(self) -> Answer:
         assert self._encoded is not None
         answer = await self._session.answer(self._encoded, self._sent)
-        finish = self._client._finish
-        return answer if finish is None else await asyncio.to_thread(finish, self._capture.photo, answer)
+        return await self._ways.finished(self._capture, answer)
 
     async def _through(self, stage: Callable[[], Awaitable[T]], *before: Callable[[], Awaitable[None]]) -> T:
         """A stage; after a change of the bundle the stages before it are done again."""
@@ -93,7 +109,7 @@ class Passage:
                 return await stage()
             except BundleMismatch:
                 self._bundle_changes += 1
-                if not self._client._may_renew(self._session.failure) or self._bundle_changes > _BUNDLE_CHANGES:
+                if not self._ways.renews(self._session) or self._bundle_changes > _BUNDLE_CHANGES:
                     raise
-                await self._client._renew(self._session)
-                again = before
+                await self._ways.renew(self._session)
+                again, self._prompt = before, True  # nobody follows close behind it

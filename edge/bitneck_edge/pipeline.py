@@ -72,7 +72,6 @@ async def pipeline(
     ordered: bool,
     stop: asyncio.Event | None = None,
     all_sent: Callable[[], Awaitable[None]] | None = None,
-    side_by_side: bool = True,
 ) -> AsyncGenerator[R]:
     """The results of some jobs.
 
@@ -83,8 +82,6 @@ async def pipeline(
         ordered: results in the order of the jobs; else as they come.
         stop: set it to end after the jobs that are under way.
         all_sent: called when the last job has been sent.
-        side_by_side: the last stages of jobs overlap. Else each is done when it is the job's turn, which takes less
-            time where it is short. Results that come in any order overlap always.
 
     Raises:
         Exception: what `jobs` raises, after the results of the jobs before; or what a job raises that is no
@@ -92,7 +89,7 @@ async def pipeline(
     """
     tasks: set[asyncio.Task[R]] = set()
     encoding: asyncio.Queue[Job[R] | None] = asyncio.Queue()
-    results: asyncio.Queue[Awaitable[R] | None] = asyncio.Queue()
+    results: asyncio.Queue[asyncio.Task[R] | None] = asyncio.Queue()
     free_encoders = asyncio.Semaphore(encoders)
 
     def stopped() -> bool:
@@ -116,11 +113,7 @@ async def pipeline(
         while (job := await encoding.get()) is not None:
             error = await _error_of(job.send)
             free_encoders.release()
-            answer = _answer(job, error)
-            if ordered and not side_by_side:
-                results.put_nowait(answer)
-                continue
-            task = asyncio.create_task(answer)
+            task = asyncio.create_task(_answer(job, error))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             if ordered:
@@ -145,9 +138,6 @@ async def pipeline(
         for each in (reading, sending, *tasks):
             each.cancel()
         await asyncio.gather(reading, sending, *tasks, return_exceptions=True)
-        while not results.empty():
-            if asyncio.iscoroutine(left := results.get_nowait()):
-                left.close()
         while not encoding.empty():
             if (unsent := encoding.get_nowait()) is not None:
                 unsent.drop()

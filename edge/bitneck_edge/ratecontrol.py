@@ -92,9 +92,10 @@ class RateController:
         target_s: from a frame's capture to its answer, at most.
         max_edge_s: limit for head and encoder; None for no limit. If no split point keeps it, the fastest is used.
         edge_s: seconds of head and encoder in a trial, by split point; `encoded` corrects them.
+        cost: what a message costs on the link.
 
     Attributes:
-        cost: what a message costs on the link.
+        cost: the same; may be replaced when the link has shown more.
 
     Raises:
         InvalidConfig: an empty ladder, or a time that is not positive.
@@ -107,10 +108,11 @@ class RateController:
         target_s: float,
         max_edge_s: float | None = None,
         edge_s: Mapping[str, float] | None = None,
+        cost: LinkCost = LinkCost(),  # noqa: B008  it is frozen
     ) -> None:
         if not len(ladder) or target_s <= 0 or (max_edge_s is not None and max_edge_s <= 0):
             raise InvalidConfig("automatic rate needs operating points and times above zero")
-        self.cost = LinkCost()
+        self.cost = cost
         self._ladder = ladder
         self._target = target_s
         self._budget = max_edge_s
@@ -208,7 +210,7 @@ class RateController:
             return Decision(self._points[above].id, "does the link carry more?", probe=True)
         return self._decision("the link carries it")
 
-    def sent(self, seq: int, decision: Decision, payload_bytes: float, now: float) -> None:
+    def sent(self, seq: int, decision: Decision, payload_bytes: float, now: float, frames: int = 0) -> None:
         """A message was sent whose answer, or acknowledgement, follows at once.
 
         Args:
@@ -216,9 +218,10 @@ class RateController:
             decision: what `choose` said for that.
             payload_bytes: coded size of each of its frames.
             now: when.
+            frames: in it; 0 for a full one.
         """
         rung = next((k for k, point in enumerate(self._points) if point.id == decision.point), self._rung)
-        self._flights[seq] = _Flight(self.cost.bytes(payload_bytes), now, rung, decision.probe)
+        self._flights[seq] = _Flight(self.cost.bytes(payload_bytes, frames), now, rung, decision.probe)
 
     def encoded(self, decision: Decision, *, edge_s: float, other_s: float = 0.0) -> None:
         """A frame was encoded.

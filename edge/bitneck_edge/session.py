@@ -15,10 +15,10 @@ from typing import Self
 
 from bitneck.bundle import Bundle
 from bitneck.coding.class_map import MAX_MAP_BYTES
-from bitneck.errors import BitneckError, InvalidConfig
+from bitneck.errors import BitneckError
 from bitneck.manifest import Manifest
 from bitneck.runtime import ModulePool
-from bitneck.wire.link_bytes import FRAME_BESIDE_PAYLOAD, LinkBytes
+from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import Answers
 from bitneck.workers import Workers
 from bitneck_edge.answers.assemble import answer_of
@@ -30,7 +30,7 @@ from bitneck_edge.link.cost import OVERHEAD_BYTES, LinkCost
 from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.link.records import Candidate, Coded
 from bitneck_edge.link.remote import MAX_ANSWER_BYTES
-from bitneck_edge.link.sent import Received, Sent, Written
+from bitneck_edge.link.sent import MessageSent, Received, Sent
 from bitneck_edge.points import MeanInterval, PointChoice, Wish
 from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.settings import EdgeSettings
@@ -41,7 +41,7 @@ __all__ = ["EdgeSession", "EncodedCapture", "Encoding"]
 _LOG = logging.getLogger(__name__)
 _BESIDE_A_MAP = 1 << 16
 _SAMPLE_EVERY = 4
-"""Without answers, automatic rate asks for the acknowledgement of one message in so many."""
+"""Without answers, automatic rate and live pictures ask for the acknowledgement of one message in so many."""
 _COST_FRESH = 8
 """Messages after which it weighs anew what a message costs on the link."""
 
@@ -114,12 +114,12 @@ class EdgeSession:
         self._workers = workers
         self._supply = supply
         self._rate = rate
-        rate.cost = LinkCost(OVERHEAD_BYTES / settings.pack, frames=settings.pack)
         self._reconnects_before = before.reconnects + 1 if before is not None else 0
         self._link_bytes_before = before.link_bytes if before is not None else LinkBytes()
         self._interval = MeanInterval()  # between messages
         self._messages = 0
         self._unawaited = 0
+        self._sample_every = _SAMPLE_EVERY if self.answers is Answers.NONE and settings.pack == 1 else 1
 
     @classmethod
     async def open(
@@ -159,7 +159,7 @@ class EdgeSession:
         link: Link | None = None
         try:
             await _fetch_first(supply, wish(), known=before is not None, progress=on_fetch)
-            _check_answers(Answers(settings.answers), supply.bundle.manifest)
+            Answers(settings.answers).check(supply.bundle.manifest.task)
             encoder = await asyncio.to_thread(
                 EdgeEncoder, supply.bundle, threads=settings.threads, pool=pool, exact=settings.exact
             )
@@ -175,6 +175,7 @@ class EdgeSession:
                 target_s=settings.latency_ms / 1e3,
                 max_edge_s=settings.max_edge_ms / 1e3 or None,
                 edge_s=edge_s,
+                cost=LinkCost(OVERHEAD_BYTES / settings.pack, frames=settings.pack),
             )
             session = cls(settings, workers, supply, encoder, rate, on_switch, before)
             link = session.link
@@ -225,7 +226,7 @@ class EdgeSession:
         """
         pack = self._settings.pack
         room = self._rate.room(time.perf_counter(), interval_s * pack, fixed=not self.points.auto)
-        return min(room * pack, self.link.window)
+        return min(room * pack + self._sample_every - 1, self.link.window)
 
     def begin(self, capture: Capture, interval_s: float) -> "Encoding":
         """Begin to encode a picture in a thread, at the operating point of this moment.
@@ -262,12 +263,13 @@ class EdgeSession:
         await self._ready(point_id)
         return await self._workers.run(encode, capture.photo, point_id)
 
-    async def send(self, encoded: EncodedCapture, *, prompt: bool = False) -> Sent:
+    async def send(self, encoded: EncodedCapture, *, prompt: bool = False, live: bool = False) -> Sent:
         """Send an encoded picture; waits while the window is full.
 
         Args:
             encoded: the picture.
             prompt: it waits for no others, and its acknowledgement comes at once.
+            live: of a stream in which fresh pictures matter.
 
         Raises:
             BitneckError: see `Link.send`.
@@ -277,7 +279,7 @@ class EdgeSession:
         if photo.symbols is not None:
             similar = Coded(symbols=photo.symbols, candidate=encoded.candidate, payload=photo.encoded.similar)
         edge_s = (photo.head_ms + photo.encode_ms) / 1e3
-        written = functools.partial(self._written, encoded.decision)
+        written = functools.partial(self._message_sent, encoded.decision)
         sent = await self.link.send(
             photo.point,
             photo.encoded.payload,
@@ -286,8 +288,8 @@ class EdgeSession:
             in_flight=self._settings.in_flight,
             similar=similar,
             prompt=prompt,
-            ask=self.points.auto and (encoded.decision.probe or self._unawaited + 1 >= _SAMPLE_EVERY),
-            on_written=written,
+            ask=encoded.decision.probe or ((live or self.points.auto) and self._unawaited + 1 >= self._sample_every),
+            on_sent=written,
         )
         self.points.last_seq = sent.seq
         other_s = max(0.0, sent.at - encoded.capture.at - edge_s)
@@ -295,12 +297,12 @@ class EdgeSession:
         sent.answer.add_done_callback(functools.partial(self._learn, sent.seq))
         return sent
 
-    def _written(self, decision: Decision, written: Written) -> None:
+    def _message_sent(self, decision: Decision, sent: MessageSent) -> None:
         """A message was sent: its last frame shows how long the link takes, if its answer comes at once."""
-        self._interval.add(written.at)
-        self._unawaited = 0 if written.awaited else self._unawaited + 1
-        if written.awaited:
-            self._rate.sent(written.seq, decision, written.payload_bytes, written.at)
+        self._interval.add(sent.at)
+        self._unawaited = 0 if sent.awaited else self._unawaited + 1
+        if sent.awaited:
+            self._rate.sent(sent.seq, decision, sent.payload_bytes, sent.at, sent.frames)
         self._messages += 1
         if self.points.auto and self._messages % _COST_FRESH == 0:
             self._rate.cost = self._cost()
@@ -308,7 +310,7 @@ class EdgeSession:
     def _cost(self) -> LinkCost:
         """What a message costs on the link, as it has been used lately."""
         frames = self._settings.pack
-        each = self.link.expected_link_bytes(FRAME_BESIDE_PAYLOAD, self._interval.seconds / frames)
+        each = self.link.expected_link_bytes(0.0, self._interval.seconds / frames)
         return LinkCost(each.up, each.down, frames)
 
     async def answer(self, encoded: EncodedCapture, sent: Sent) -> Answer:
@@ -361,16 +363,6 @@ async def _fetch_first(supply: Supply, wish: Wish, *, known: bool, progress: Pro
         await supply.look(point.id for point in ladder)
         if not any(supply.ready(point.id) for point in ladder):
             await supply.need([first_point(supply.bundle.manifest)], progress)
-
-
-def _check_answers(answers: Answers, manifest: Manifest) -> None:
-    """Refuse answers that a model's task does not have.
-
-    Raises:
-        InvalidConfig: it does not have these.
-    """
-    if answers not in (known := Answers.of_task(manifest.task)):
-        raise InvalidConfig(f"answers {answers}: {manifest.name} is for {manifest.task}, which has {', '.join(known)}")
 
 
 def _link_settings(settings: EdgeSettings, bundle: Bundle) -> LinkSettings:

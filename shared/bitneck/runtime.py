@@ -13,14 +13,10 @@ from numpy.typing import NDArray
 
 from bitneck.errors import InvalidConfig, ModelFailure
 
-__all__ = ["CPU", "FIRST_RUN_S", "ModulePool", "OnnxModule", "check_providers", "return_freed_memory"]
+__all__ = ["CPU", "ModulePool", "OnnxModule", "check_providers", "return_freed_memory"]
 
 CPU = ("CPUExecutionProvider",)
 """The execution providers that every build of ONNX Runtime has."""
-
-FIRST_RUN_S = 60.0
-"""Seconds that the first run of a file may take. Its cost has been bounded by a count of operations, see
-`bitneck.onnx_file.cost`; how long that takes here is not known before."""
 
 
 def check_providers(providers: Sequence[str]) -> None:
@@ -47,12 +43,15 @@ class OnnxModule:
         path: the file.
         threads: threads inside one operator; 0 lets ONNX Runtime take every core.
         providers: execution providers, the preferred one first.
+        first_run_s: seconds that the first run may take; None for no limit. It is ended at the next operator.
 
     Raises:
         ModelFailure: ONNX Runtime cannot load it, or it has more than one input or output.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0, providers: Sequence[str] = CPU) -> None:
+    def __init__(
+        self, path: Path, *, threads: int = 0, providers: Sequence[str] = CPU, first_run_s: float | None = None
+    ) -> None:
         self.name = path.parent.name + "/" + path.name
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -73,7 +72,7 @@ class OnnxModule:
             raise ModelFailure(f"{path}: expected one input and one output, got {len(inputs)} and {len(outputs)}")
         self._input = inputs[0].name
         self._outputs = [outputs[0].name]
-        self._tried = False
+        self._first_run_s = first_run_s
 
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Apply the module.
@@ -85,35 +84,26 @@ class OnnxModule:
             (N, ...) float32.
 
         Raises:
-            ModelFailure: ONNX Runtime refused the input, or the first run took longer than `FIRST_RUN_S`.
+            ModelFailure: ONNX Runtime refused the input, or the first run took too long.
         """
-        if not self._tried:
-            return self._first_run(x)
-        try:
-            (y,) = self._session.run(self._outputs, {self._input: x})
-        except Exception as exc:
-            raise ModelFailure(f"{self.name}: ONNX Runtime failed on an input of shape {x.shape} ({exc})") from exc
-        result: NDArray[np.float32] = y
-        return result
-
-    def _first_run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`run`, ended at the next operator once its time is over."""
-        options = ort.RunOptions()
-        timer = threading.Timer(FIRST_RUN_S, setattr, (options, "terminate", True))
-        timer.daemon = True
-        timer.start()
-        try:
-            (y,) = self._session.run(self._outputs, {self._input: x}, options)
-        except Exception as exc:
-            if options.terminate:
-                raise ModelFailure(
-                    f"{self.name}: its first run took longer than {FIRST_RUN_S:g} s and was ended; this device is too "
-                    "slow for it, or the file is not what it should be"
-                ) from exc
-            raise ModelFailure(f"{self.name}: ONNX Runtime failed on an input of shape {x.shape} ({exc})") from exc
-        finally:
-            timer.cancel()
-        self._tried = True
+        with contextlib.ExitStack() as stack:
+            options = None
+            if (limit_s := self._first_run_s) is not None:
+                options = ort.RunOptions()
+                timer = threading.Timer(limit_s, setattr, (options, "terminate", True))
+                timer.daemon = True
+                timer.start()
+                stack.callback(timer.cancel)
+            try:
+                (y,) = self._session.run(self._outputs, {self._input: x}, options)
+            except Exception as exc:
+                if options is not None and options.terminate:
+                    raise ModelFailure(
+                        f"{self.name}: its first run took longer than {limit_s:g} s and was ended; this machine is too "
+                        "slow for it, or the file is not what it should be"
+                    ) from exc
+                raise ModelFailure(f"{self.name}: ONNX Runtime failed on an input of shape {x.shape} ({exc})") from exc
+        self._first_run_s = None
         result: NDArray[np.float32] = y
         return result
 
@@ -125,10 +115,12 @@ class ModulePool:
 
     Args:
         providers: see `OnnxModule`.
+        first_run_s: likewise.
     """
 
-    def __init__(self, providers: Sequence[str] = CPU) -> None:
+    def __init__(self, providers: Sequence[str] = CPU, first_run_s: float | None = None) -> None:
         self._providers = tuple(providers)
+        self._first_run_s = first_run_s
         self._modules: WeakValueDictionary[tuple[str, int], OnnxModule] = WeakValueDictionary()
         self._lock = threading.Lock()
         self.loads = 0
@@ -147,7 +139,7 @@ class ModulePool:
         with self._lock:
             module = self._modules.get((sha256, threads))
             if module is None:
-                module = OnnxModule(path, threads=threads, providers=self._providers)
+                module = OnnxModule(path, threads=threads, providers=self._providers, first_run_s=self._first_run_s)
                 self._modules[sha256, threads] = module
                 self.loads += 1
             return module

@@ -1,9 +1,11 @@
 """The client at the other end of a gRPC stream: messages as plain values, counted as they go by."""
 
 import asyncio
+import ipaddress
 import time
 from collections.abc import AsyncIterator
 from typing import Any, Self
+from urllib.parse import unquote
 
 import grpc
 
@@ -58,8 +60,7 @@ class GrpcPeer:
         Returns:
             What counts the messages on the client's link from now on.
         """
-        peer = self._context.peer()
-        meter = LinkMeter(tls=tls, ipv6=peer.startswith("ipv6:") and "ffff:" not in peer)
+        meter = LinkMeter(tls=tls, ipv6=_is_ipv6(self._context.peer()))
         self._meter = self._messages.meter = meter
         self._messages.most_frames = window
         return meter
@@ -77,3 +78,13 @@ class GrpcPeer:
             await self._context.write(sent)
         except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError) as exc:
             raise ConnectionResetError("the stream is over") from exc
+
+
+def _is_ipv6(peer: str) -> bool:
+    """Whether packets go over IPv6, by gRPC's name of a peer. A mapped address is one of IPv4."""
+    kind, _, rest = unquote(peer).partition(":")
+    try:
+        address = ipaddress.ip_address(rest.rpartition(":")[0].strip("[]").partition("%")[0])
+    except ValueError:
+        return False
+    return kind == "ipv6" and isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None

@@ -10,7 +10,6 @@ from bitneck.errors import (
     BitneckError,
     BundleMismatch,
     DeadlineExceeded,
-    InvalidConfig,
     Unauthenticated,
     Unavailable,
     UnknownFile,
@@ -19,7 +18,7 @@ from bitneck.v2 import inference_pb2 as pb
 from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.compression import deflated
 from bitneck.wire.frames import check_frame
-from bitneck.wire.messages import Answers, GoAway, Open, Opened, SetPoint
+from bitneck.wire.messages import GoAway, Open, Opened, SetPoint
 from bitneck_cloud.aborting import abort
 from bitneck_cloud.access.bearers import BearerTokens
 from bitneck_cloud.access.callers import caller_of
@@ -36,7 +35,7 @@ from bitneck_cloud.sessions.conversation import Conversation, job_of, result_of
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_cloud.sessions.session import Event, Session, StreamState
 
-__all__ = ["Context", "InferenceService"]
+__all__ = ["InferenceService"]
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_BYTES = 64 * 1024
@@ -183,7 +182,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             if self._draining:
                 raise Unavailable("the server is stopping; connect elsewhere")
             model = self._registry.generation(opening.model, opening.bundle_id)
-            _check_answers(opening.answers, model.manifest.task)
+            opening.answers.check(model.manifest.task)
             admission = self._registry.open(
                 model, opening.client, opening.resume_token, time.monotonic(), time.time(), caller
             )
@@ -272,16 +271,6 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
     def streams(self) -> int:
         """Open streams."""
         return len(self._streams)
-
-
-def _check_answers(answers: Answers, task: str) -> None:
-    """Refuse what a model's task does not have.
-
-    Raises:
-        InvalidConfig: it has not these answers.
-    """
-    if answers not in (known := Answers.of_task(task)):
-        raise InvalidConfig(f"a model for {task} has no answers {answers}; ask for {', '.join(known)}")
 
 
 def _read(path: Path, offset: int, most: int) -> bytes:

@@ -45,7 +45,7 @@ _ANSWERS = {
 }
 
 
-def from_wire(message: pb.ClientMessage, most_frames: int = 1 << 10) -> ClientMessage | None:
+def from_wire(message: pb.ClientMessage, most_frames: int = 1) -> ClientMessage | None:
     """A message of a client; None if it is empty. Nothing of it is checked yet, but for what a pack consists of.
 
     Args:

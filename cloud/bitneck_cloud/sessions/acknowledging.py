@@ -43,7 +43,7 @@ class Acknowledging:
         """Acknowledgements of all computed frames, one for each run of numbers."""
         acks: list[Ack] = []
         for seq in sorted(self._computed):
-            cloud_us = max(0, round((now - self._computed[seq]) * 1e6))
+            cloud_us = min(max(0, round((now - self._computed[seq]) * 1e6)), 2**32 - 1)
             if acks and acks[-1].seq == seq - 1:
                 acks[-1] = Ack(seq, acks[-1].before + 1, cloud_us)
             else:

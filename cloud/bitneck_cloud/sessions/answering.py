@@ -114,14 +114,14 @@ def answer_for(result: Result, answers: Answers, *, brief: bool, cloud_s: float)
     Args:
         result: the whole answer; its class map has the pixels that were asked for already.
         answers: what was asked for; not `Answers.NONE`.
-        brief: whether the client has the bundle's manifest and labels. Then no names are told, nor what they tell: the
-            size of a map, the shares that can be counted in it, and the time of receipt.
+        brief: whether the client has the bundle's manifest and labels. Then the answer has no names, no size of a map,
+            no shares that can be counted in the map, and no time of receipt.
         cloud_s: seconds from receipt to now.
     """
     output = _output_for(result.output, answers, brief=brief)
     timings = result.timings
     if answers is not Answers.ALL:
-        return Result(result.seq, output, None, max(0, round(cloud_s * 1e6)))
+        return Result(result.seq, output, None, min(max(0, round(cloud_s * 1e6)), 2**32 - 1))
     if brief and timings is not None:
         timings = replace(timings, received_unix_us=0)
     return Result(result.seq, output, timings)

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Iterable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bitneck.coding.conditional_codec import Reference
@@ -59,6 +60,14 @@ class Peer(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """When a message came: seconds since 1970, and on `time.monotonic`'s clock."""
+
+    wall: float
+    monotonic: float
+
+
 class Conversation:
     """One open stream of a session.
 
@@ -110,7 +119,7 @@ class Conversation:
         self._tracer = tracer
         self._trace: Any = None
         self._idle_s = idle_s
-        self._jobs: dict[Job, tuple[int, float]] = {}
+        self._jobs: dict[Job, tuple[int, _Moment]] = {}
         self._none_left: asyncio.Future[None] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._stall_s = stall_s
@@ -148,7 +157,7 @@ class Conversation:
                 if self._jobs:  # the client has sent everything: answer it
                     self._none_left = asyncio.get_running_loop().create_future()
                     await self._none_left
-                self._send(self._answering.flush(time.time()))
+                self._send(self._answering.flush(time.monotonic()))
                 self._outbox.close()
                 await asyncio.wait({writer})
         finally:
@@ -161,7 +170,9 @@ class Conversation:
                     if job.state is JobState.WAITING:  # what is being computed is kept for a resume
                         job.abandon()
                         self._session.drop(seq)
-            await asyncio.gather(reader, writer, watchdog, return_exceptions=True)
+            _, written, _ = await asyncio.gather(reader, writer, watchdog, return_exceptions=True)
+            if isinstance(written, Exception):
+                _LOG.error("session %s: writing failed: %r", self._session.session_id, written)
         if self._expelled is not None:
             raise self._expelled
 
@@ -209,7 +220,7 @@ class Conversation:
             elif isinstance(message, Pack):
                 self._frames(message.frames)
             elif isinstance(message, Acknowledge):
-                self._send(self._answering.acknowledge(self._session.seqs_in_flight, time.time()))
+                self._send(self._answering.acknowledge(self._session.seqs_in_flight, time.monotonic()))
             else:
                 kind = "an empty message" if message is None else "Open"
                 self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))
@@ -235,14 +246,14 @@ class Conversation:
 
     def _frames(self, frames: tuple[Frame, ...]) -> None:
         """The frames of one message."""
-        received = time.time()
+        received = _Moment(time.time(), time.monotonic())
         self._answering.expect(frames)
         for frame in frames:
             self._frame(frame, received)
 
-    def _frame(self, frame: Frame, received: float) -> None:
+    def _frame(self, frame: Frame, received: "_Moment") -> None:
         try:
-            self._limits.frame(self.caller.name, time.monotonic())
+            self._limits.frame(self.caller.name, received.monotonic)
             self._state.on(Event.FRAME)
             frame = self._model.named(frame)
             self._session.oldest_token = max(self._session.oldest_token, self._token_number)
@@ -250,13 +261,13 @@ class Conversation:
             check_frame(frame, reference.crc32c if reference is not None else None)
             self._model.check(frame)
             before = self._session.last_point
-            verdict = self._session.accept(frame.seq, frame.point, len(frame.payload), time.monotonic())
+            verdict = self._session.accept(frame.seq, frame.point, len(frame.payload), received.monotonic)
         except BitneckError as exc:
             self._fault(frame.seq, exc)
             return
         if verdict is Verdict.ANSWERED:
             self._metrics.frame(self._model.name, "RESENT")
-            self._put(self._session.kept_answer(frame.seq), received)
+            self._put(self._session.kept_answer(frame.seq), received.monotonic)
         elif verdict is Verdict.NEW:
             turn = self.caller.name, self._session.session_id
             step = self._answering.answers.map_step
@@ -287,19 +298,19 @@ class Conversation:
             message: Fault | Result = fault_of(seq, computed)
             outcome = computed.grpc_status
         else:
-            message = result_of(computed, seq, received)
+            message = result_of(computed, seq, received.wall)
             self._session.complete(message, job.kept)
             outcome = "OK"
         newest = self._streams.get(self._session.session_id)
         if newest is not None:
-            newest._put(message, received)
-        asyncio.get_running_loop().call_soon(self._done, job.point, seq, received, computed, outcome)
+            newest._put(message, received.monotonic)
+        asyncio.get_running_loop().call_soon(self._done, job.point, seq, received.wall, computed, outcome)
         if self._none_left is not None and not self._jobs and not self._none_left.done():
             self._none_left.set_result(None)
 
     def _put(self, message: Fault | Result, received: float) -> None:
         """Send what this stream's client gets for a frame that is settled."""
-        self._send(self._answering.settled(message, received, time.time()))
+        self._send(self._answering.settled(message, received, time.monotonic()))
 
     def _send(self, messages: Iterable[ServerMessage]) -> None:
         for message in messages:
@@ -316,7 +327,7 @@ class Conversation:
     def _fault(self, seq: int, exc: BitneckError) -> None:
         self._session.faults[exc.grpc_code] += 1
         self._metrics.frame(self._model.name, exc.grpc_status)
-        self._put(fault_of(seq, exc), time.time())
+        self._put(fault_of(seq, exc), time.monotonic())
 
 
 def job_of(

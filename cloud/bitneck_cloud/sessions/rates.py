@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bitneck.errors import InvalidConfig, RateUnreachable
 from bitneck.ladder import Ladder, OperatingPoint
-from bitneck.wire.link_bytes import FRAME_BESIDE_PAYLOAD, LinkBytes, LinkMeter
+from bitneck.wire.link_bytes import LinkBytes, LinkMeter
 
 __all__ = [
     "ClientChooses",
@@ -61,7 +61,7 @@ RatePolicy = FixedPoint | MaxBytesPerFrame | MaxKbps | MinAccuracy | ClientChoos
 
 def usual_link(payload_bytes: float, interval_s: float) -> LinkBytes:
     """What a frame costs on a link of which nothing is known yet; see `choose`."""
-    return LinkMeter().expected(payload_bytes + FRAME_BESIDE_PAYLOAD, interval_s)
+    return LinkMeter().expected(payload_bytes, interval_s)
 
 
 def choose(

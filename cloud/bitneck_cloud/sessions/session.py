@@ -21,7 +21,7 @@ from bitneck.errors import (
     UnknownPoint,
 )
 from bitneck.ladder import Ladder
-from bitneck.wire.link_bytes import FRAME_BESIDE_PAYLOAD, LinkBytes, LinkMeter
+from bitneck.wire.link_bytes import LinkBytes, LinkMeter
 from bitneck.wire.messages import Result
 from bitneck_cloud.access.limits import TokenBucket
 from bitneck_cloud.sessions.rates import MaxKbps, RatePolicy, choose
@@ -152,11 +152,12 @@ class Session:
         self._kept: dict[int, Reference] = {}
         self._ladder = ladder
         self._assumed_fps = assumed_fps
+        self._taken = 0
         self._weighed = 0.0
         self._in_flight: set[int] = set()
         self._answers: OrderedDict[int, Result] = OrderedDict()
         self._floor = 0
-        self._arrivals: deque[float] = deque(maxlen=_RATE_SAMPLES)
+        self._arrivals: deque[tuple[float, int]] = deque(maxlen=_RATE_SAMPLES)  # of messages; frames before each
         self._max_bytes_per_s = max_bytes_per_s
         self._bytes = TokenBucket.of_bytes(max_bytes_per_s, now) if max_bytes_per_s else None
 
@@ -207,6 +208,12 @@ class Session:
     def accept(self, seq: int, point: str, payload_bytes: int, now: float) -> Verdict:
         """Take a frame whose contents were checked.
 
+        Args:
+            seq: its number.
+            point: its operating point.
+            payload_bytes: its coded size.
+            now: when its message came; frames of one message have one time.
+
         Raises:
             Overloaded: the window is full, or more bytes came than the session may send.
             MalformedFrame: a seq that was answered too long ago.
@@ -222,8 +229,10 @@ class Session:
         if len(self._in_flight) >= self.window:
             raise Overloaded(f"frame {seq}: {self.window} frames are unanswered already, the window is full; wait")
         self._spend(seq, payload_bytes, now)
+        if not self._arrivals or self._arrivals[-1][0] != now:
+            self._arrivals.append((now, self._taken))
+        self._taken += 1
         self._in_flight.add(seq)
-        self._arrivals.append(now)
         self.last_point = point
         self.payload_bytes += payload_bytes
         return Verdict.NEW
@@ -310,11 +319,11 @@ class Session:
 
     @property
     def frames_per_s(self) -> float:
-        """Frame rate over the last frames; the assumed rate until there are enough."""
+        """Frame rate over the last messages; the assumed rate until there are enough."""
         if len(self._arrivals) < _MIN_RATE_SAMPLES:
             return self._assumed_fps
-        span = self._arrivals[-1] - self._arrivals[0]
-        return (len(self._arrivals) - 1) / span if span > 0 else self._assumed_fps
+        (first, before), (last, accepted) = self._arrivals[0], self._arrivals[-1]
+        return (accepted - before) / (last - first) if last > first else self._assumed_fps
 
     def set_policy(self, policy: RatePolicy) -> str | None:
         """Ask for a rate.
@@ -334,14 +343,14 @@ class Session:
 
     def _link_bytes_of(self, payload_bytes: float, interval_s: float) -> LinkBytes:
         """What a frame of so many bytes costs on this session's link, as it has been used so far."""
-        return self.meter.expected(payload_bytes + FRAME_BESIDE_PAYLOAD, interval_s)
+        return self.meter.expected(payload_bytes, interval_s)
 
     def _load(self, fps: float) -> float:
-        """What `MaxKbps` limits, for the smallest frames, bytes a second: by its change the choice is made again."""
+        """Link bytes a second of frames without a payload: when this has changed, `MaxKbps` is weighed again."""
         return self._link_bytes_of(0.0, 1.0 / fps).busier * fps
 
     def weigh_again(self) -> str | None:
-        """Choose again for `MaxKbps` if the frame rate has changed.
+        """Choose again for `MaxKbps` if frames cost the link another rate than when it was weighed.
 
         If even the lowest point is above the limit, the lowest is chosen, so the session goes on.
 
@@ -350,7 +359,7 @@ class Session:
         """
         if not isinstance(self.policy, MaxKbps) or len(self._arrivals) < _MIN_RATE_SAMPLES:
             return None
-        if self.accepted % _WEIGH_EVERY:
+        if self._taken % _WEIGH_EVERY:
             return None
         fps = self.frames_per_s
         load = self._load(fps)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from bitneck.errors import CallerError, InvalidConfig
 from bitneck.manifest import InputSpec
 from bitneck.settings.program import END_S
+from bitneck.wire.messages import Answers
 from bitneck_edge.answers.maps import MapWriter
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.cli.fetch_lines import FetchLines
@@ -171,7 +172,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
 
 def _check_writes_maps(client: EdgeClient) -> None:
     manifest = client.bundle.manifest
-    if client.settings.answers in ("none", "shares"):
+    if not Answers(client.settings.answers).has_map:
         raise InvalidConfig(f"--out needs class maps, and --answers {client.settings.answers} brings none")
     if manifest.task != "segmentation":
         raise InvalidConfig(f"--out is for class maps; {manifest.name} is for {manifest.task}, leave it out")

@@ -66,7 +66,7 @@ class Connection:
 
     def begin(self) -> None:
         """The session is open: count from here on."""
-        ipv6 = self._address.startswith("[")
+        ipv6 = self._address.startswith("[")  # a host's name counts as IPv4
         self.meter = LinkMeter(tls=self._access.tls, ipv6=ipv6, keepalive_s=self._access.keepalive_s)
 
     async def write(self, message: ClientMessage) -> None:

@@ -1,7 +1,7 @@
 """The exchange of a session's frames and answers, over whichever connection is up.
 
-    send --> Records --> Connection --> cloud
-    answer <-- settle <-- result, fault <--'
+    send --> Records --> Packer --> Connection --> cloud
+    answer <-- settle <-- result, results, ack, fault <--'
 
 Frames that are sent while no connection is up wait in the records; `attach` sends them over the next one.
 """
@@ -11,17 +11,18 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bitneck.errors import GRPC_CODES, BitneckError, error_from_status
-from bitneck.wire.frames import pack_bytes
+from bitneck.wire.frames import pack_bytes, wire_bytes
 from bitneck.wire.link_bytes import LinkBytes, LinkMeter
 from bitneck.wire.messages import Ack, Acknowledge, Fault, Frame, Pack, Result, Results
 from bitneck_edge.link.connection import Connection
 from bitneck_edge.link.packing import Packer, frames_of, together
 from bitneck_edge.link.records import Candidate, Coded, Records
-from bitneck_edge.link.sent import Received, Sent, Written
+from bitneck_edge.link.sent import MessageSent, Received, Sent
 
 __all__ = ["Exchange"]
 
@@ -39,7 +40,7 @@ class _Waiting:
     """Where a frame's answer goes, and who is told that it was sent."""
 
     answer: asyncio.Future[Received]
-    on_written: Callable[[Written], None]
+    on_sent: Callable[[MessageSent], None]
 
 
 class Exchange:
@@ -74,7 +75,8 @@ class Exchange:
         self._connections = 0  # how often unanswered frames have been sent over a new one
         self._later: set[asyncio.Task[None]] = set()
         self._added = asyncio.Event()
-        self._earlier = LinkBytes()  # on earlier connections
+        self._meter = LinkMeter()  # of the newest connection
+        self._earlier = LinkBytes()  # on those before it
         self._shared_out = LinkBytes()  # of the link bytes, told with an answer
 
     @property
@@ -109,14 +111,11 @@ class Exchange:
     @property
     def link_bytes(self) -> LinkBytes:
         """What has crossed the link since the session was opened, the openings of connections left out."""
-        if self._connection is None:
-            return self._earlier
-        return self._earlier + self._connection.meter.total(time.perf_counter())
+        return self._earlier + self._meter.total(time.perf_counter())
 
-    def expected_link_bytes(self, frame_bytes: float, interval_s: float) -> LinkBytes:
+    def expected_link_bytes(self, payload_bytes: float, interval_s: float) -> LinkBytes:
         """See `LinkMeter.expected`."""
-        meter = self._connection.meter if self._connection is not None else LinkMeter()
-        return meter.expected(frame_bytes, interval_s)
+        return self._meter.expected(payload_bytes, interval_s)
 
     def settles(self, message: object) -> bool:
         """Whether a message is about a frame that is unanswered."""
@@ -144,7 +143,7 @@ class Exchange:
         similar: Coded | None = None,
         prompt: bool = False,
         ask: bool = False,
-        on_written: Callable[[Written], None] = lambda _written: None,
+        on_sent: Callable[[MessageSent], None] = lambda _written: None,
     ) -> Sent:
         """Send a frame; waits while the window is full. It may then wait for others of its pack.
 
@@ -157,7 +156,7 @@ class Exchange:
             similar: see `Records.add`.
             prompt: it waits for no others, and asks for its acknowledgement.
             ask: see `Records.add`.
-            on_written: called when a message is sent whose last frame this is.
+            on_sent: called when a message is sent whose last frame this is.
 
         Raises:
             Overloaded: the frame is larger than any server takes; the session is not harmed.
@@ -168,16 +167,18 @@ class Exchange:
             if self._failure is not None:
                 raise self._failure
             answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
+            added_s = time.perf_counter()
             record = self._records.add(
                 point,
                 payload,
-                answer=_Waiting(answer, on_written),
-                now_s=time.perf_counter(),
+                answer=_Waiting(answer, on_sent),
+                now_s=added_s,
                 deadline_ms=deadline_ms,
                 captured_unix_us=captured_unix_us,
                 similar=similar,
                 ask=ask or prompt,
                 in_flight=in_flight,
+                waits=self._packer.most > 1,
             )
             frame = record.frame
             messages = self._packer.add(frame)
@@ -186,10 +187,13 @@ class Exchange:
             connections = self._connections
         self._added.set()
         for message in messages:
-            await self._depart(message, connections)
+            if isinstance(message, Pack):  # frames of other callers, too: they go even if this one gives up
+                await asyncio.shield(self._keep(self._depart(message, connections)))
+            else:
+                await self._depart(message, connections)
         if len(self._packer) and self._pack_due is None:
             self._pack_due = asyncio.create_task(self._send_pack_later())
-        return Sent(frame.seq, frame.payload, frame.reference, record.sent_s, answer)
+        return Sent(frame.seq, frame.payload, frame.reference, added_s, answer)
 
     async def flush(self) -> None:
         """Nothing more follows for a while: send what waits for others, and ask for the acknowledgements."""
@@ -201,10 +205,13 @@ class Exchange:
         """Where frames have no answers: ask for the acknowledgements.
 
         Args:
-            oldest_s: only if an unanswered frame, and the last time that was asked, are older than this.
+            oldest_s: only if an unanswered frame, and the last time that was asked, are older than this; and only if
+                nobody else is writing.
         """
         now_s, sent_s = time.perf_counter(), self._records.oldest_sent_s
         if not self._silent or sent_s is None or now_s - max(sent_s, self._records.asked_s) < oldest_s:
+            return
+        if oldest_s and self._write_lock.locked():  # the writer may wait for a server that does not read
             return
         async with self._write_lock:
             if self._connection is not None:
@@ -213,23 +220,24 @@ class Exchange:
 
     async def _send_pack_later(self) -> None:
         await asyncio.sleep(self._pack_s)
-        self._pack_due = None
+        self._pack_due = None  # from here on nobody cancels this task
         for message in self._packer.take():
             await self._depart(message, self._connections)
 
     async def _depart(self, message: Frame | Pack, connections: int) -> None:
         """Write the message of frames that are sent for the first time."""
-        if self._pack_due is not None and self._pack_due is not asyncio.current_task():
+        if self._pack_due is not None:
             self._pack_due.cancel()
             self._pack_due = None
         frames, now_s = frames_of(message), time.perf_counter()
-        if isinstance(message, Pack):
-            self._records.left(frames, pack_bytes(message), now_s)
+        if self._pack > 1:
+            size = pack_bytes(message) if isinstance(message, Pack) else wire_bytes(message)
+            self._records.departed(frames, size, now_s)
         record = self._records.get(frames[-1].seq)
         if record is not None:
             payload_bytes = sum(len(frame.payload) for frame in frames) / len(frames)
             awaited = not self._silent or any(frame.acknowledge for frame in frames)
-            record.answer.on_written(Written(frames[-1].seq, payload_bytes, awaited, now_s))
+            record.answer.on_sent(MessageSent(frames[-1].seq, len(frames), payload_bytes, awaited, now_s))
         await self._write(message, connections)
 
     async def frame_comes(self, timeout_s: float) -> None:
@@ -256,6 +264,7 @@ class Exchange:
         """Send what is unanswered over a new connection, then let new frames through."""
         async with self._write_lock:
             self._connections += 1
+            self._earlier, self._meter = self.link_bytes, connection.meter
             self._packer.take()  # they are among the unanswered
             frames = [self._records.resend(seq, time.perf_counter()) for seq in self._records.seqs]
             for message in together([frame for frame in frames if frame is not None], self._packer.most):
@@ -267,13 +276,13 @@ class Exchange:
         await self._wake()
 
     async def release(self) -> None:
-        """New frames wait for the next connection; a write that is under way is finished."""
+        """Send what waits for others, and ask for what is not acknowledged; new frames wait for the next connection."""
+        await self.flush()
         async with self._write_lock:
             self.detach()
 
     def detach(self) -> None:
         """The connection has ended."""
-        self._earlier = self.link_bytes
         self._connection = None
 
     async def finish(self) -> None:
@@ -304,9 +313,7 @@ class Exchange:
         if again is not None:
             frame, pause_s = again
             _LOG.warning("frame %d is sent again in %.1f s: %s", frame.seq, pause_s, error)
-            task = asyncio.create_task(self._write_later(frame, pause_s, self._connections))
-            self._later.add(task)
-            task.add_done_callback(self._later.discard)
+            self._keep(self._write_later(frame, pause_s, self._connections))
         elif message.seq:
             await self._failed(message.seq, error)
         else:
@@ -342,6 +349,13 @@ class Exchange:
         for record in self._records.give_up():
             _fail_answer(record.answer.answer, error)
         await self._wake()
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that ends with the exchange, at the latest."""
+        task = asyncio.create_task(work)
+        self._later.add(task)
+        task.add_done_callback(self._later.discard)
+        return task
 
     async def _write_later(self, frame: Frame, pause_s: float, connections: int) -> None:
         await asyncio.sleep(pause_s)

@@ -31,7 +31,7 @@ from bitneck_edge.link.connection import Connection, connect
 from bitneck_edge.link.exchange import Exchange
 from bitneck_edge.link.records import Candidate, Coded
 from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access
-from bitneck_edge.link.sent import Sent, Written
+from bitneck_edge.link.sent import MessageSent, Sent
 
 __all__ = ["Link", "LinkSettings"]
 
@@ -43,6 +43,8 @@ _FAIR_S = 1.0
 """A server that sends us away after this time, with nothing unanswered, did its part; else it counts as failing."""
 _IDLE_PAUSE_S = 60.0
 """Longest pause of a client that is sent away again and again without having anything to send."""
+_ASK = 1 / 3
+"""Share of the time until a link counts as dead, after which the device asks for acknowledgements."""
 _MOST_CONTROL = 200
 """Messages between two that are about an unanswered frame. A server that sends more is broken."""
 
@@ -70,7 +72,7 @@ class LinkSettings:
     @property
     def ask_s(self) -> float | None:
         """See `bitneck_edge.link.records.Records`."""
-        return self.answer_timeout_s / 3 if self.answers is Answers.NONE else None
+        return self.answer_timeout_s * _ASK if self.answers is Answers.NONE else None
 
 
 class Link:
@@ -143,9 +145,9 @@ class Link:
         """What has crossed the link since the session was opened; see `bitneck.wire.link_bytes`."""
         return self._exchange.link_bytes
 
-    def expected_link_bytes(self, frame_bytes: float, interval_s: float) -> LinkBytes:
+    def expected_link_bytes(self, payload_bytes: float, interval_s: float) -> LinkBytes:
         """What a frame costs on this link; see `bitneck.wire.link_bytes.LinkMeter.expected`."""
-        return self._exchange.expected_link_bytes(frame_bytes, interval_s)
+        return self._exchange.expected_link_bytes(payload_bytes, interval_s)
 
     async def flush(self) -> None:
         """Nothing more follows for a while; see `Exchange.flush`."""
@@ -175,7 +177,7 @@ class Link:
         similar: Coded | None = None,
         prompt: bool = False,
         ask: bool = False,
-        on_written: Callable[[Written], None] = lambda _written: None,
+        on_sent: Callable[[MessageSent], None] = lambda _written: None,
     ) -> Sent:
         """Send a frame; waits while the window is full. See `Exchange.send`."""
         return await self._exchange.send(
@@ -187,7 +189,7 @@ class Link:
             similar=similar,
             prompt=prompt,
             ask=ask,
-            on_written=on_written,
+            on_sent=on_sent,
         )
 
     async def _run(self, opened: asyncio.Future[None]) -> None:
@@ -339,7 +341,7 @@ class Link:
                 text = f"{self._address}: a frame waited {limit_s:.1f} s for its answer; the link counts as dead"
                 connection.abandon(DeadlineExceeded(text))
                 return
-            await self._exchange.ask(limit_s / 3)
+            await self._exchange.ask(limit_s * _ASK)
 
     async def _take(self, message: ServerMessage | None) -> None:
         """One message of the server."""

@@ -1,4 +1,4 @@
-"""Several frames in one message, and when to ask for acknowledgements. Pure: no socket, no clock."""
+"""Several frames in one message. Pure: no socket, no clock."""
 
 from collections.abc import Iterable
 

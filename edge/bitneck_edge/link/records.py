@@ -68,7 +68,7 @@ class Record(Generic[A]):
         frame: as it was first sent.
         alone: the same frame coded by itself; `frame` itself if that has no reference.
         answer: where its answer goes.
-        sent_s: when it was last sent.
+        sent_s: when it was last sent; infinite while it waits for others of its message.
         attempts: how often the session was asked for its answer.
         symbols: of the frame, if later frames may refer to it.
         message_bytes: of the message that it was first sent in, or its share of a pack.
@@ -148,8 +148,9 @@ class Records(Generic[A]):
 
     @property
     def oldest_sent_s(self) -> float | None:
-        """The earliest time at which an unanswered frame was last sent; None if all are answered."""
-        return min((record.sent_s for record in self._unanswered.values()), default=None)
+        """The earliest time at which an unanswered frame was last sent; None if no frame is out."""
+        oldest_s = min((record.sent_s for record in self._unanswered.values()), default=math.inf)
+        return oldest_s if oldest_s < math.inf else None
 
     def opened(self, *, window: int, reach: int) -> None:
         """A session is open, new or resumed.
@@ -195,6 +196,7 @@ class Records(Generic[A]):
         similar: Coded | None = None,
         ask: bool = False,
         in_flight: int = 0,
+        waits: bool = False,
     ) -> Record[A]:
         """A frame is about to be sent for the first time: number it, seal it, and note it as unanswered.
 
@@ -209,6 +211,7 @@ class Records(Generic[A]):
                 reference and takes fewer bytes.
             ask: for its acknowledgement, where frames have no answers.
             in_flight: see `has_room`.
+            waits: it waits for others of its message; `departed` tells when it is sent.
 
         Returns:
             The record; its `frame` is the one to send.
@@ -235,8 +238,9 @@ class Records(Generic[A]):
                 f"a frame of {size} bytes at {point}, the limit is {MAX_MESSAGE_BYTES}; "
                 "it is not sent: choose an operating point of a lower rate"
             )
+        sent_s = math.inf if waits else now_s
         symbols = similar.symbols if similar is not None and self._reach else None
-        record = Record(frame=frame, alone=alone, answer=answer, sent_s=now_s, symbols=symbols, message_bytes=size)
+        record = Record(frame=frame, alone=alone, answer=answer, sent_s=sent_s, symbols=symbols, message_bytes=size)
         self._unanswered[frame.seq] = record
         self.next_seq += 1
         self._unasked += 1
@@ -246,8 +250,8 @@ class Records(Generic[A]):
             self._since_key[point] = self._since_key.get(point, 0) + 1 if record.refers else 0
         return record
 
-    def left(self, frames: Sequence[Frame], message_bytes: int, now_s: float) -> None:
-        """Frames were sent together, after they had waited for each other."""
+    def departed(self, frames: Sequence[Frame], message_bytes: int, now_s: float) -> None:
+        """Frames that waited for others are sent, in one message: note when, and each one's share of its bytes."""
         for frame in frames:
             if (record := self._unanswered.get(frame.seq)) is not None:
                 share = message_bytes / len(frames)
@@ -291,8 +295,12 @@ class Records(Generic[A]):
         if record is None or record.attempts >= (_MAX_ATTEMPTS_BUSY if busy else _MAX_ATTEMPTS):
             return None
         pause_s = min(_FIRST_PAUSE_S * 2 ** (record.attempts - 1), _MOST_PAUSE_S) * (0.5 + spread) if busy else 0.0
-        self._unanswered[seq] = replace(record, sent_s=now_s + pause_s, attempts=record.attempts + 1)
-        return record.alone, pause_s
+        alone = replace(record.alone, acknowledge=self._ask_s is not None)
+        self._unanswered[seq] = replace(
+            record, frame=record.frame if record.refers else alone, alone=alone, sent_s=now_s + pause_s,
+            attempts=record.attempts + 1,
+        )  # fmt: skip
+        return alone, pause_s
 
     def reference_refused(self, seq: int) -> None:
         """The cloud cannot use the reference of a frame, if it had one: the others are doubtful too."""

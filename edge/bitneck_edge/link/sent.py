@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import Result
 
-__all__ = ["Received", "Sent", "Written"]
+__all__ = ["MessageSent", "Received", "Sent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +48,19 @@ class Sent:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A message with frames was sent.
+class MessageSent:
+    """A message with frames was sent, or waits for the next connection.
 
     Attributes:
         seq: of its last frame.
+        frames: in it.
         payload_bytes: of its frames, mean.
         awaited: whether an answer or acknowledgement follows at once.
         at: when, on `time.perf_counter`'s clock.
     """
 
     seq: int
+    frames: int
     payload_bytes: float
     awaited: bool
     at: float

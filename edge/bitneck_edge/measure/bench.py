@@ -7,7 +7,7 @@ from typing import Any
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
-from bitneck.wire.link_bytes import FRAME_BESIDE_PAYLOAD, LinkBytes, LinkMeter
+from bitneck.wire.link_bytes import USUAL_ANSWER, LinkBytes, LinkMeter, beside_payload
 from bitneck_edge.encoder import EdgeEncoder, Photo
 from bitneck_edge.measure.memory import peak_mib
 
@@ -16,8 +16,8 @@ __all__ = ["STAGES", "bench", "ways_to_send"]
 STAGES = ("load", "preprocess", "head", "encode")
 _WARM = 3
 _FPS = 5.0
-_ANSWER_BYTES, _ACK_BYTES, _ACKNOWLEDGED = 45, 9, 8
-"""Bytes of an answer with five labels and of an acknowledgement, and frames of one acknowledgement."""
+_ACK_BYTES, _ACKNOWLEDGED = 9, 8
+"""Bytes of an acknowledgement, and its frames."""
 
 
 def bench(
@@ -100,18 +100,17 @@ def ways_to_send(payload_bytes: int, *, labels: bool) -> dict[str, dict[str, flo
     Returns:
         ``up`` and ``down`` by the flags of ``bitneck-edge run``.
     """
-    frame = payload_bytes + FRAME_BESIDE_PAYLOAD
-    ways = {"--answers none": _link_bytes(frame, every=_ACKNOWLEDGED, answer_bytes=_ACK_BYTES)}
+    ways = {"--answers none": _link_bytes(payload_bytes, every=_ACKNOWLEDGED, answer_bytes=_ACK_BYTES)}
     if labels:
-        ways = {"--answers all": _link_bytes(frame), "--pack 10": _link_bytes(frame, pack=10)} | ways
+        ways = {"--answers all": _link_bytes(payload_bytes), "--pack 10": _link_bytes(payload_bytes, pack=10)} | ways
     return {name: {"up": found.up, "down": found.down} for name, found in ways.items()}
 
 
-def _link_bytes(frame_bytes: int, *, pack: int = 1, every: int = 1, answer_bytes: int = _ANSWER_BYTES) -> LinkBytes:
+def _link_bytes(payload_bytes: int, *, pack: int = 1, every: int = 1, answer_bytes: int = USUAL_ANSWER) -> LinkBytes:
     """Of a frame: `pack` of them in a message, and an answer or acknowledgement to each `every`-th message."""
     meter, messages, gap_s = LinkMeter(), 10 * every, pack / _FPS
     for number in range(messages):
-        meter.sent(frame_bytes * pack, number * gap_s, pack)
+        meter.sent((payload_bytes + beside_payload(pack)) * pack, number * gap_s, pack)
         if (number + 1) % every == 0:
             meter.received(answer_bytes * pack, number * gap_s + 0.005)
     return meter.total(messages * gap_s) / (messages * pack)

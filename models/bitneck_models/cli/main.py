@@ -15,6 +15,7 @@ from rich.table import Table
 from bitneck.errors import ModelFailure
 from bitneck.settings.program import make_app, run_app
 from bitneck_models.cli.measure import baselines, evaluate, report
+from bitneck_models.cli.new import new
 from bitneck_models.cli.options import Data, Json, Runs, Weights, Zoo, data_folder, progress_bars
 from bitneck_models.cli.quantize import quantize
 from bitneck_models.cli.spic import import_spic
@@ -22,9 +23,12 @@ from bitneck_models.cli.steps import steps, upgrade
 
 __all__ = ["app", "main"]
 
+_SHORT_OF_TARGET = 0.85
+"""A unit that codes fewer bytes than this share of its target cannot use what it may spend."""
+
 app = make_app("Train, evaluate and export bottleneck units.")
 
-for _command in (steps, quantize, import_spic, evaluate, baselines, report, upgrade):
+for _command in (new, steps, quantize, import_spic, evaluate, baselines, report, upgrade):
     app.command()(_command)
 
 
@@ -39,8 +43,12 @@ def train(
     weights: Weights = None,
     again: Annotated[bool, typer.Option("--again", help="Train units again that are trained already.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing; try a few updates and say what training will take.")
+    ] = False,
 ) -> None:
     """Train the recipe's units. Interrupted training resumes from its last checkpoint."""
+    from bitneck_models.cli.forecast import print_forecast
     from bitneck_models.training.photo_sets import photo_sets
     from bitneck_models.training.point import train_point
     from bitneck_models.training.run import choose_device
@@ -64,6 +72,12 @@ def train(
     sets = photo_sets(entry.recipe, data_folder(data), backbone)
     place = choose_device(device)
     for item in units:
+        for warning in entry.recipe.warnings(item):
+            console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    if dry_run:
+        print_forecast(entry, units, backbone, sets, runs, place)
+        return
+    for item in units:
         checkpoint = runs / entry.recipe.name / f"{item.id}.pt"
         if again or (item.id in edited and not belongs_to(checkpoint, item, entry.recipe.training_of(item))):
             checkpoint.unlink(missing_ok=True)
@@ -80,13 +94,21 @@ def train(
                 if not console.is_terminal and step.step % 250 == 0:
                     console.print(f"{text}, step {step.step} of {step.steps}")
 
-            _unit, record = train_point(
+            made, record = train_point(
                 entry, item, backbone, sets, runs, device=place, on_features=on_features, on_step=on_step
             )
         console.print(
             f"{item.id}: {record.validation_bytes:.1f} bytes, agreement {record.validation_agreement:.3f} "
             f"on {record.validation_photos} validation photographs"
         )
+        if item.target_bytes is not None and made.estimated_bytes < _SHORT_OF_TARGET * item.target_bytes:
+            console.print(
+                f"warning: {item.id} ends at {made.estimated_bytes:.0f} bytes, below its target of "
+                f"{item.target_bytes:g}, though lambda went from {item.lambda_:g} to {made.lambda_final:.3g}: its step "
+                f"({item.step:g}) is coarse for this target, or it has too few channels ({item.channels}); try a "
+                "smaller step",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 @app.command("train-network")

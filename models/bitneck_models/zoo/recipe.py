@@ -209,6 +209,21 @@ class Recipe(Strict):
         own = {key: getattr(unit, key) for key in OWN_SCHEDULE}
         return self.training.model_copy(update={key: value for key, value in own.items() if value is not None})
 
+    def warnings(self, unit: UnitRecipe) -> tuple[str, ...]:
+        """What in a unit's recipe cannot do what it seems to ask for; each a sentence for people."""
+        training, found = self.training_of(unit), []
+        if training.steps and training.warmup_steps >= training.steps:
+            found.append(
+                f"{unit.id}: warmup_steps ({training.warmup_steps}) is not below steps ({training.steps}): the "
+                "learning rate never reaches its peak"
+            )
+        if unit.target_bytes is not None and training.warmup_steps >= training.steps + training.finish_steps:
+            found.append(
+                f"{unit.id}: target_bytes has no effect: lambda moves after warmup_steps ({training.warmup_steps}), "
+                f"and there are {training.steps + training.finish_steps} updates in all"
+            )
+        return tuple(found)
+
     def unit(self, unit_id: str) -> UnitRecipe:
         """The recipe of one unit.
 

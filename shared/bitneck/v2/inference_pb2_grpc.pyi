@@ -6,7 +6,8 @@ The contract between edge and cloud.
 Rules that both sides hold:
 - A model and an operating point are named by ids that match [a-z0-9][a-z0-9._-]{0,63}.
 - Shapes, symbol counts and tables come from the operating point, never from a message.
-- One bad frame is answered by a Fault with its seq; it never ends the stream. Only a message of more than 256 KiB,
+- One bad frame is answered by a Fault with its seq; it never ends the stream. A pack that is no pack is refused as a
+  whole, by a Fault with the seq 0. Only a message of more than 256 KiB,
   which gRPC refuses before anyone has read it, ends its call, with RESOURCE_EXHAUSTED; the session can be resumed.
 """
 

@@ -14,15 +14,17 @@ A message costs its HTTP/2 and gRPC headers, and each packet those of Ethernet, 
 import math
 from dataclasses import dataclass
 
-__all__ = ["FRAME_BESIDE_PAYLOAD", "LinkBytes", "LinkMeter"]
+__all__ = ["HEADERS", "SEGMENT", "USUAL_ANSWER", "LinkBytes", "LinkMeter", "beside_payload"]
 
-FRAME_BESIDE_PAYLOAD = 14
-"""Bytes of a usual frame's message beside its payload; see `bitneck.wire.frames.wire_bytes`."""
-
-_HEADERS = {False: 14 + 20 + 32, True: 14 + 40 + 32}
-"""Of a packet: Ethernet, IPv4 or IPv6, TCP with timestamps."""
-_SEGMENT = 1448
+HEADERS = 14 + 20 + 32
+"""Of a packet: Ethernet, IPv4, TCP with timestamps."""
+SEGMENT = 1448
 """Data of a full packet."""
+USUAL_ANSWER = 45
+"""Bytes of an answer with five labels and timings, to a client that has the labels' names."""
+
+_IPV6 = 20
+"""Bytes that a header of IPv6 is longer."""
 _MESSAGE = 9 + 5
 """Headers of a message: an HTTP/2 frame, gRPC's length."""
 _WINDOW_UPDATES = 2 * 13
@@ -32,10 +34,13 @@ _RECORD = 5 + 1 + 16
 _PING = 9 + 8
 _DELAYED_ACK_S = 0.04
 _LONG_GAP_S, _SILENCE_S = 0.06, 0.25
-_USUAL_ANSWER = 45
-"""Bytes of an answer with five labels and timings, to a client that has the labels' names."""
 _SEEN, _TRIAL = 8, 24
 """Messages after which a stream is judged by its own answers, and messages of a trial."""
+
+
+def beside_payload(frames: float) -> int:
+    """Bytes of a frame in its message beside its payload; `frames` are in the message."""
+    return 14 if frames < 2 else 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ class LinkMeter:
     """
 
     def __init__(self, *, tls: bool = False, ipv6: bool = False, keepalive_s: float = math.inf) -> None:
-        self._headers = _HEADERS[ipv6]
+        self._headers = HEADERS + (_IPV6 if ipv6 else 0)
         self._record = _RECORD if tls else 0
         self._keepalive_s = keepalive_s
         self._device, self._cloud = _Side(), _Side()
@@ -110,6 +115,7 @@ class LinkMeter:
 
     def total(self, now: float) -> LinkBytes:
         """Everything up to now."""
+        self._pings(now)
         for side in (self._device, self._cloud):
             self._acknowledge(side, now)
         return LinkBytes(self._device.bytes, self._cloud.bytes)
@@ -119,19 +125,19 @@ class LinkMeter:
         """What gRPC was given."""
         return LinkBytes(self._device.message_bytes, self._cloud.message_bytes)
 
-    def expected(self, frame_bytes: float, interval_s: float) -> LinkBytes:
+    def expected(self, payload_bytes: float, interval_s: float) -> LinkBytes:
         """For one frame and its share of the answers, if many are sent in the way of those before.
 
         Args:
-            frame_bytes: of its message, or its part of a message.
+            payload_bytes: of the frame.
             interval_s: between frames.
         """
         sent, came = self._device.messages, self._cloud.messages
-        frames, answers, answer = 1.0, 1.0, float(_USUAL_ANSWER)
+        frames, answers, answer = 1.0, 1.0, float(USUAL_ANSWER)
         if sent >= _SEEN and came:
             frames, answers, answer = max(1.0, self._frames / sent), came / sent, self._cloud.message_bytes / came
-        trial = LinkMeter(tls=bool(self._record), keepalive_s=self._keepalive_s)
-        trial._headers = self._headers
+        frame_bytes = payload_bytes + beside_payload(frames)
+        trial = LinkMeter(tls=bool(self._record), ipv6=self._headers > HEADERS, keepalive_s=self._keepalive_s)
         begun, owed, gap_s = LinkBytes(), 0.0, interval_s * frames
         for number in range(_TRIAL + 1):
             at = number * gap_s
@@ -158,7 +164,7 @@ class LinkMeter:
     def _data(self, source: _Side, target: _Side, data: int, at: float) -> None:
         """Bytes in as many packets as they need; they acknowledge what came before."""
         data += self._record
-        packets = -(-data // _SEGMENT)
+        packets = -(-data // SEGMENT)
         source.bytes += data + packets * self._headers
         source.owes_ack_since, source.owes_window_updates = None, False
         if at - source.heard_at < _DELAYED_ACK_S:

@@ -7,6 +7,8 @@ Engine, sessions and flow work on these. One module on each side turns them into
 from dataclasses import dataclass
 from enum import StrEnum
 
+from bitneck.errors import InvalidConfig
+
 __all__ = [
     "Ack",
     "Acknowledge",
@@ -52,6 +54,20 @@ class Answers(StrEnum):
         own = (cls.SHARES, cls.MAP, cls.MAP_4) if task == "segmentation" else (cls.LABELS,)
         return cls.ALL, cls.NONE, *own
 
+    def check(self, task: str) -> None:
+        """Refuse what a task does not have.
+
+        Raises:
+            InvalidConfig: the task has no such answers.
+        """
+        if self not in (known := Answers.of_task(task)):
+            raise InvalidConfig(f"a model for {task} has no answers {self}; ask for {', '.join(known)}")
+
+    @property
+    def has_map(self) -> bool:
+        """Whether a class map comes back, if the task is segmentation."""
+        return self in (Answers.ALL, Answers.MAP, Answers.MAP_4)
+
     @property
     def map_step(self) -> int:
         """Pixels of the input from one pixel of the class map to the next."""
@@ -95,7 +111,7 @@ class Frame:
         reference: how far back in seq the frame is that the payload is coded against; 0 for none.
         position: of the point in the manifest's list, counting from 1, which stands for its id on the wire; 0 if the id
             itself does.
-        acknowledge: without answers: as soon as it is computed.
+        acknowledge: asks the cloud to acknowledge this frame as soon as it is computed, where frames have no answers.
     """
 
     seq: int
@@ -174,7 +190,7 @@ class CodedMap:
         width: likewise.
         map: coded; see `bitneck.coding.class_map`.
         classes: those that occur, the largest share first; empty for a client that counts by itself.
-        step: of the map's pixels in the input; see `bitneck.coding.coarse_map`.
+        step: pixels of the input from one pixel of the map to the next; see `bitneck.coding.coarse_map`.
     """
 
     height: int
