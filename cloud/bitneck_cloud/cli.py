@@ -50,7 +50,8 @@ def serve(
             print(json.dumps({"grpc": ready.grpc, "http": ready.http, "models": models}), flush=True)  # noqa: T201
         else:
             names = ", ".join(f"{m.name} ({len(m.ladder)} points)" for m in ready.models.values())
-            print(f"serving {names}: gRPC {ready.grpc}, control API http://{ready.http}/docs", flush=True)  # noqa: T201
+            scheme = "https" if settings.tls_cert is not None else "http"
+            print(f"serving {names}: gRPC {ready.grpc}, control API {scheme}://{ready.http}/docs", flush=True)  # noqa: T201
 
     asyncio.run(run(settings, settings.bundle, announce))
 

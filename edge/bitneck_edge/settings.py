@@ -67,7 +67,7 @@ class EdgeSettings(Settings):
         str,
         setting(
             "Operating point to begin with, or 'auto' to choose one for each frame by what link and device can do. "
-            "Without it, the cloud's choice or the most accurate one.",
+            "Without it, the cloud's choice or the most accurate one; until its files are here, one of those that are.",
             _RATE,
         ),
     ] = ""
@@ -127,16 +127,16 @@ class EdgeSettings(Settings):
     answers: Annotated[
         Literal["all", "none", "labels", "shares", "map", "map/4"],
         setting(
-            "What comes back to the device: 'all', 'none', 'labels' without timings, and for segmentation the 'shares' "
-            "of the classes, the class 'map' or 'map/4', of which the device gets every fourth pixel.",
+            "What comes back to the device: 'all', 'none', or without the times of each stage the 'labels', and for "
+            "segmentation the 'shares' of the classes, the class 'map', or 'map/4', every fourth pixel of it.",
             _LINK,
         ),
     ] = "all"
     pack: Annotated[
         int,
         setting(
-            "Frames in one message. More of them save bytes, and wait for each other; with point 'auto', latency_ms "
-            "then counts from the last one.",
+            "Frames in one message, no more than the window. More of them save bytes, and wait for each other; with "
+            "point 'auto', latency_ms then counts from the last one.",
             _LINK,
             ge=1,
             le=256,
@@ -144,7 +144,12 @@ class EdgeSettings(Settings):
     ] = 1
     pack_ms: Annotated[
         int,
-        setting("With pack: milliseconds that a frame waits for others, at most.", _LINK, ge=1, le=3_600_000),
+        setting(
+            "With pack: milliseconds that a frame waits for others, at most; less than answer_timeout_s.",
+            _LINK,
+            ge=1,
+            le=3_600_000,
+        ),
     ] = 5000
     in_flight: Annotated[
         int,

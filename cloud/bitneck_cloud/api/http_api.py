@@ -131,15 +131,18 @@ def build_app(
         """Set the rate for new sessions. Open sessions keep theirs."""
         policy = request.policy()
         points: dict[str, str | None] = {}
-        refused: BitneckError | None = None
+        refused: dict[str, BitneckError] = {}
+        fps = registry.assumed_fps
+        remedy = f"New sessions are weighed at {fps:g} frames a second (--assumed-fps), each in a message of its own"
         for name, served in registry.models.items():
             try:
-                chosen = choose(served.ladder, policy, frames_per_s=registry.assumed_fps)
+                chosen = choose(served.ladder, policy, frames_per_s=fps, remedy=remedy)
                 points[name] = chosen.id if chosen is not None else None
             except BitneckError as exc:
-                refused = exc
-        if not points and refused is not None:
-            raise refused
+                refused[name] = exc
+        if not points:
+            first = next(iter(refused.values()))
+            raise first if len(refused) == 1 else type(first)("; ".join(f"{n}: {exc}" for n, exc in refused.items()))
         before, registry.new_session_policy = registry.new_session_policy, policy
         record(
             "PUT rate", "new sessions", before=schemas.policy_dict(before) if before is not None else None,

@@ -163,7 +163,7 @@ class SessionInfo(BaseModel):
     message_bytes_down: int
     link_bytes_up: int = Field(description="the same with the headers of packets, as they cross the client's interface")
     link_bytes_down: int
-    frames_per_s: float
+    frames_per_s: float | None = Field(description="over the last messages; null until there are four")
 
 
 def policy_dict(policy: RatePolicy) -> dict[str, str | float | bool]:
@@ -237,7 +237,7 @@ def session_info(session: Session, *, connected: bool, now: float) -> SessionInf
         message_bytes_down=round(messages.down),
         link_bytes_up=round(link.up),
         link_bytes_down=round(link.down),
-        frames_per_s=session.frames_per_s,
+        frames_per_s=session.measured_frames_per_s,
     )
 
 

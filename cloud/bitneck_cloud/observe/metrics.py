@@ -41,7 +41,10 @@ class Metrics:
             "payload_bytes", "Payload bytes of accepted frames, by operating point.", "model", "point"
         )
         self._link = counter(
-            "link_bytes", "Bytes on the devices' links, headers of packets included.", "model", "direction"
+            "link_bytes",
+            "Bytes on devices' links with the headers of packets, by a model.",
+            "model",
+            "direction",
         )
         self._messages = counter("message_bytes", "Bytes of messages that gRPC was given.", "model", "direction")
         self._similar = counter("similar_frames", "Accepted frames that are coded against an earlier one.", "model")

@@ -1,4 +1,10 @@
-"""One open stream: reads frames, has them computed, and writes answers when they are ready."""
+"""One open stream: reads frames, has them computed, and writes answers when they are ready.
+
+    Peer --Frame, Pack--> Session (new? window?) --> Engine --> Session --> Answering --> Outbox --> Peer
+
+`bitneck_cloud.sessions.session` has the state that outlives a stream, `answering` what a client gets for a frame,
+`acknowledging` what it gets instead.
+"""
 
 import asyncio
 import contextlib

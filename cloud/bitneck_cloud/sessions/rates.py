@@ -70,6 +70,7 @@ def choose(
     *,
     frames_per_s: float = 1.0,
     link: Callable[[float, float], LinkBytes] = usual_link,
+    remedy: str = "",
 ) -> OperatingPoint | None:
     """The operating point for a policy; None if the client chooses.
 
@@ -81,6 +82,7 @@ def choose(
         frames_per_s: the session's frame rate, for `MaxKbps` only.
         link: what a frame of so many payload bytes, so many seconds after the one before, costs on the session's link;
             for `MaxKbps` only.
+        remedy: what to do if no point stays within a `MaxKbps`.
 
     Raises:
         UnknownPoint: a `FixedPoint` that the ladder does not have.
@@ -94,7 +96,7 @@ def choose(
             return ladder.at_most(_positive(payload_bytes, "max_bytes_per_frame"))
         case MaxKbps(kbps):
             limit = _positive(kbps, "max_kbps") * 1000 / 8 / _positive(frames_per_s, "the frame rate")
-            return _within(ladder, limit, lambda payload_bytes: link(payload_bytes, 1.0 / frames_per_s))
+            return _within(ladder, limit, lambda payload_bytes: link(payload_bytes, 1.0 / frames_per_s), remedy)
         case MinAccuracy(accuracy):
             if not 0 <= accuracy <= 1:
                 raise InvalidConfig(f"min_accuracy is a fraction within 0 and 1, got {accuracy}")
@@ -103,7 +105,7 @@ def choose(
             return None
 
 
-def _within(ladder: Ladder, limit: float, link: Callable[[float], LinkBytes]) -> OperatingPoint:
+def _within(ladder: Ladder, limit: float, link: Callable[[float], LinkBytes], remedy: str) -> OperatingPoint:
     """The most accurate point whose frames take no more than `limit` link bytes in either direction."""
     fitting = [point for point in ladder.measured if link(point.payload_bytes).busier <= limit]
     if fitting:
@@ -112,8 +114,8 @@ def _within(ladder: Ladder, limit: float, link: Callable[[float], LinkBytes]) ->
     cost = link(low.payload_bytes)
     raise RateUnreachable(
         f"no operating point fits {limit:.0f} bytes of the link for each frame; the lowest, {low.id}, takes "
-        f"{cost.up:.0f} up, of which {low.payload_bytes:.0f} are its payload, and {cost.down:.0f} down. Send fewer "
-        "frames, put several into one message (--pack), or ask for less in answers (--answers)"
+        f"{cost.up:.0f} up, of which {low.payload_bytes:.0f} are its payload, and {cost.down:.0f} down. "
+        + (remedy or "Send fewer frames, put several into one message (--pack), or ask for less back (--answers)")
     )
 
 

@@ -318,12 +318,17 @@ class Session:
         return self.answered + self.dropped + self.in_flight
 
     @property
-    def frames_per_s(self) -> float:
-        """Frame rate over the last messages; the assumed rate until there are enough."""
+    def measured_frames_per_s(self) -> float | None:
+        """Frame rate over the last messages; None until there are enough."""
         if len(self._arrivals) < _MIN_RATE_SAMPLES:
-            return self._assumed_fps
+            return None
         (first, before), (last, accepted) = self._arrivals[0], self._arrivals[-1]
-        return (accepted - before) / (last - first) if last > first else self._assumed_fps
+        return (accepted - before) / (last - first) if last > first else None
+
+    @property
+    def frames_per_s(self) -> float:
+        """The measured frame rate; the assumed one until there is one."""
+        return self.measured_frames_per_s or self._assumed_fps
 
     def set_policy(self, policy: RatePolicy) -> str | None:
         """Ask for a rate.
@@ -350,7 +355,7 @@ class Session:
         return self._link_bytes_of(0.0, 1.0 / fps).busier * fps
 
     def weigh_again(self) -> str | None:
-        """Choose again for `MaxKbps` if frames cost the link another rate than when it was weighed.
+        """Choose again for `MaxKbps` if the load of the link is another one than when it was weighed.
 
         If even the lowest point is above the limit, the lowest is chosen, so the session goes on.
 

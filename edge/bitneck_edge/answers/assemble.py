@@ -39,7 +39,7 @@ def answer_of(
     """
     answered = answers is not Answers.NONE
     segmented = manifest.task == "segmentation"
-    queued, decode, compute = received.result.stages_ms
+    queued, decode, compute = received.result.stages_ms if answered else (0.0, 0.0, 0.0)
     round_trip = (received.at - received.sent_at) * 1e3
     edge = encoded.load_ms + encoded.preprocess_ms + encoded.head_ms + encoded.encode_ms
     wait = max(0.0, (received.sent_at - capture.at) * 1e3 - edge)

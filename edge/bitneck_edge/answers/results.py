@@ -55,7 +55,7 @@ class StageTimes:
         queued: waiting for the cloud's engine.
         decode: range decoding in the cloud.
         compute: bottleneck decoder and tail, for the whole batch. If the cloud tells no timings (`EdgeSettings.answers`
-            other than ``all``), everything in the cloud, and `queued` and `decode` are 0.
+            other than ``all``), everything in the cloud, and `queued` and `decode` are 0. Without answers all are 0.
         total: all of these.
     """
 

@@ -86,7 +86,9 @@ def run(
         settings = settings.model_copy(update={"similar": "off"})  # the server need not keep anything for us
     live = any(source.live for source in parsed)
     endless = live or any(source.stdin for source in parsed)
-    if as_json and (json_lines or endless):
+    if as_json and json_lines:
+        raise InvalidConfig("--json prints one document at the end, --json-lines a line for each picture: give one")
+    if as_json and endless:
         raise InvalidConfig("--json prints one document at the end; for pictures without an end use --json-lines")
     plan = RunPlan(
         sources=parsed,
@@ -249,7 +251,7 @@ def points(
 
 
 @app.command()
-@with_settings(EdgeSettings, *ACCESS, "point", "precision")
+@with_settings(EdgeSettings, *ACCESS, "point", "precision", "answer_timeout_s", "retries")
 def fetch(
     *,
     settings: EdgeSettings,

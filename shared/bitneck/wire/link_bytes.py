@@ -3,8 +3,8 @@
 A message costs its HTTP/2 and gRPC headers, and each packet those of Ethernet, IP and TCP. Beside the messages go
 
 - acknowledgements: TCP acknowledges data with a packet of its own, unless data goes that way within 40 milliseconds.
-  Once it has waited in vain, Linux does not wait any more for data that comes after a long gap, until data has gone
-  that way so soon again. Each second full packet is acknowledged at once, and each one after a silence;
+  Linux waits for such data only where it has come in time lately, or if the gap before was short. Each second full
+  packet is acknowledged at once, and after a silence each one;
 - window updates: gRPC answers what it has read with 26 bytes, in the next packet that goes that way;
 - keepalives: gRPC asks whether the server is there if nothing has come for a while.
 
@@ -35,7 +35,7 @@ _PING = 9 + 8
 _DELAYED_ACK_S = 0.04
 _LONG_GAP_S, _SILENCE_S = 0.06, 0.25
 _SEEN, _TRIAL = 8, 24
-"""Messages after which a stream is judged by its own answers, and messages of a trial."""
+"""Frames after which a stream is judged by its own messages, and messages of a trial."""
 
 
 def beside_payload(frames: float) -> int:
@@ -66,7 +66,12 @@ class LinkBytes:
 
 
 class _Side:
-    """What one end of a connection has sent, and what it owes."""
+    """What one end of a connection has sent, and what it owes.
+
+    data comes --(waits)--> owes_ack_since --40 ms--> a packet, acks_at_once
+               `--(acks_at_once, and the gap was long)--> a packet
+    data goes within 40 ms --> nothing is owed, waits again
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -134,8 +139,9 @@ class LinkMeter:
         """
         sent, came = self._device.messages, self._cloud.messages
         frames, answers, answer = 1.0, 1.0, float(USUAL_ANSWER)
-        if sent >= _SEEN and came:
-            frames, answers, answer = max(1.0, self._frames / sent), came / sent, self._cloud.message_bytes / came
+        if sent > 1 and self._frames >= _SEEN:
+            frames, answers = max(1.0, self._frames / sent), came / sent
+            answer = self._cloud.message_bytes / came if came else 0.0
         frame_bytes = payload_bytes + beside_payload(frames)
         trial = LinkMeter(tls=bool(self._record), ipv6=self._headers > HEADERS, keepalive_s=self._keepalive_s)
         begun, owed, gap_s = LinkBytes(), 0.0, interval_s * frames
