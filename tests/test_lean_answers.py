@@ -497,22 +497,46 @@ async def test_another_bundle_delays_nobody(tmp_path: Path, values: dict[str, An
                 assert asyncio.get_running_loop().time() - begun < 30
 
 
-async def test_a_caller_who_gives_up_takes_nobody_along(server: Server, tmp_path: Path) -> None:
-    async with client(server.grpc, tmp_path, pack=3, pack_ms=200, answer_timeout_s=20) as it, asyncio.timeout(HANG_S):
+async def test_a_caller_who_gives_up_takes_nobody_along(server: Server, frames: Frames, tmp_path: Path) -> None:
+    async with client(server.grpc, tmp_path, pack=3, pack_ms=10_000, answer_timeout_s=30) as it:
         assert it._session is not None
         exchange = it._session.link._exchange
-        async with exchange._write_lock:
-            stream = asyncio.create_task(answers_of(it, [photo(k) for k in range(2)]))
-            while len(exchange._packer) < 2:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
-            alone = asyncio.create_task(it.infer(photo(5)))
-            while exchange.progress[0] < 4:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
-            await asyncio.sleep(0.05)
-            alone.cancel()
-        begun = asyncio.get_running_loop().time()
-        assert len(await stream) == 2
-        assert asyncio.get_running_loop().time() - begun < 10
+        payload = frames.payload("s1-r2", 1)
+        async with asyncio.timeout(HANG_S):
+            others = [await exchange.send("s1-r2", payload) for _ in range(2)]
+            async with exchange._write_lock:
+                last = asyncio.create_task(exchange.send("s1-r2", payload))
+                while len(exchange._packer):  # noqa: ASYNC110  until it has filled the pack, and waits to write
+                    await asyncio.sleep(0.001)
+                last.cancel()
+                await asyncio.gather(last, return_exceptions=True)
+        async with asyncio.timeout(10):  # not until the link counts as dead
+            assert [(await sent.answer).result.seq for sent in others] == [1, 2]
+
+
+async def test_streams_that_are_left_early_leave_automatic_rate_as_it_was(server: Server, tmp_path: Path) -> None:
+    async with client(server.grpc, tmp_path, point="auto") as it, asyncio.timeout(HANG_S):
+        for _ in range(30):
+            async for _result in it.stream([photo(k) for k in range(6)]):
+                break
+        assert it._session is not None
+        await answers_of(it, [photo(k) for k in range(6)])
+        assert not it._session._rate._flights
+
+
+async def test_a_time_that_is_none_is_not_sent(server: Server, tmp_path: Path) -> None:
+    async with client(server.grpc, tmp_path, pack=2) as it:
+        odd = [Capture(photo(1), f"{unix_us}", unix_us=unix_us) for unix_us in (-5, 2**64, 7, 2**63)]
+        assert len(await answers_of(it, odd)) == 4
+
+
+async def test_a_pack_before_open_is_refused_like_a_frame(server: Server) -> None:
+    async with stub(server.grpc) as cloud, asyncio.timeout(HANG_S):
+        call = cloud.Stream()
+        await call.write(pb.ClientMessage(pack=pb.Pack(seq=1, payload=[b"x"] * 2, crc32c=[1, 2], position=[1])))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call.read()
+        assert (await call.code()).name == "FAILED_PRECONDITION"
 
 
 async def test_similar_frames_refer_to_acknowledged_ones(

@@ -110,3 +110,44 @@ registry.BACKBONES["small"] = SMALL
     (home / "space.toml").write_text(SPACE.replace("[20, 2000]", "[20, 3000]"))
     with pytest.raises(InvalidConfig, match="another search space"):
         run("search", "zoo", "--space", "space.toml", "--data", ".", "--trials", "6", "--workers", "2")
+
+
+def test_a_starter_recipe_is_trained(home: Path) -> None:
+    run("new", "starter", "--backbone", "small", "--photos", "photos", "--split", "s1")
+    entry = ZooEntry(home / "starter")
+    assert [unit.id for unit in entry.recipe.units] == ["s1-r2", "s1-r1"]
+    text = (home / "starter" / "recipe.toml").read_text()
+    assert "# " in text
+    short = text.replace("steps = 600", "steps = 6").replace("steps = 200", "steps = 4").replace("= 128", "= 16")
+    short = short.replace("lambda = 1000 ", "lambda = 1e5 ").replace("step = 1.0", "step = 0.1")
+    short = short.replace("step = 2.0", "step = 0.2")
+    (home / "starter" / "recipe.toml").write_text(short)
+    told = CliRunner().invoke(app, ["train", "starter", "--data", ".", "--dry-run"], catch_exceptions=False)
+    assert told.exit_code == 0
+    rows = {line.split()[1]: line.split() for line in told.stdout.splitlines() if "│ s1-r" in line}
+    assert rows["s1-r2"][3] == rows["s1-r2"][5] == "146"  # 18 photographs in 8 views, and 2 that were put aside
+    assert rows["s1-r1"][5] == "0"  # the same features
+    assert not (home / "starter" / "units").exists()
+    assert not (home / "runs").exists()
+    assert "warmup_steps (100) is not below steps (6)" in told.stderr
+    assert "target_bytes has no effect" in told.stderr
+    trained = CliRunner().invoke(app, ["train", "starter", "--data", "."], catch_exceptions=False)
+    assert trained.exit_code == 0
+    assert set(ZooEntry(home / "starter").points()) == {"s1-r1", "s1-r2"}
+    again = CliRunner().invoke(app, ["train", "starter", "--data", ".", "--dry-run", "--again"])
+    assert {line.split()[5] for line in again.stdout.splitlines() if "│ s1-r" in line} == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("zoo", "--backbone", "small", "--photos", "p"), "exists already"),
+        (("other", "--backbone", "small", "--photos", "p", "--split", "s9"), "no split point 's9'; it has: s2, s1"),
+        (("other", "--backbone", "nothing", "--photos", "p"), "no backbone"),
+        (("Other", "--backbone", "small", "--photos", "p"), "malformed"),
+    ],
+)
+def test_starter_recipes_that_are_refused(home: Path, arguments: tuple[str, ...], text: str) -> None:
+    with pytest.raises(InvalidConfig, match=text):
+        run("new", *arguments)
+    assert not (home / "other").exists()

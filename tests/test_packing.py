@@ -79,6 +79,7 @@ def test_ten_frames_of_28_bytes_take_35_bytes_each() -> None:
         ({"payload": []}, "a pack of 0 frames"),
         ({"payload": [b"x"] * 5}, "1 to 4 frames"),
         ({"seq": 0}, "from seq 0"),
+        ({"seq": 2**64 - 1}, "from seq 18446744073709551615"),
         ({"crc32c": [1]}, "has 1 CRCs"),
         ({"position": [1, 2, 3]}, "3 positions"),
         ({"reference": [1, 2, 3]}, "3 references"),
@@ -157,6 +158,24 @@ def test_the_answers_of_a_pack_come_together_and_faults_at_once() -> None:
     assert it.settled(first, 0.0, 1.0) == (Results((third, first)),)
     (again,) = results(2)
     assert it.settled(again, 0.0, 1.0) == (again,)  # sent again, alone
+
+
+def test_a_frame_that_comes_again_leaves_the_pack_that_it_was_in() -> None:
+    it = Answering(Answers.ALL, brief=False)
+    it.expect([frame(1), frame(2), frame(3)])
+    one, two, three, four = results(1, 2, 3, 4)
+    assert it.settled(one, 0.0, 1.0) == it.settled(two, 0.0, 1.0) == ()
+    assert it.expect([frame(3), frame(4)]) == (Results((one, two)),)  # nothing is left to wait for
+    assert it.settled(three, 0.0, 1.0) == ()
+    assert it.flush(1.0) == (three,)
+    assert it.settled(four, 0.0, 1.0) == (four,)
+
+
+def test_who_has_answers_needs_no_acknowledgements() -> None:
+    it = Answering(Answers.ALL, brief=False)
+    for seq in range(1, 100):
+        assert it.acknowledge([seq], 1.0) == ()
+    assert not it._acknowledging._awaited
 
 
 def test_large_maps_of_a_pack_come_in_several_messages() -> None:

@@ -42,6 +42,8 @@ _LOG = logging.getLogger(__name__)
 _BESIDE_A_MAP = 1 << 16
 _SAMPLE_EVERY = 4
 """Without answers, automatic rate and live pictures ask for the acknowledgement of one message in so many."""
+_LATEST_US = 1 << 62
+"""A time of capture beyond this is no time, and is not sent."""
 _COST_FRESH = 8
 """Messages after which it weighs anew what a message costs on the link."""
 
@@ -284,7 +286,7 @@ class EdgeSession:
             photo.point,
             photo.encoded.payload,
             deadline_ms=self._settings.deadline_ms,
-            captured_unix_us=encoded.capture.unix_us,
+            captured_unix_us=encoded.capture.unix_us if 0 < encoded.capture.unix_us < _LATEST_US else 0,
             in_flight=self._settings.in_flight,
             similar=similar,
             prompt=prompt,
@@ -294,7 +296,6 @@ class EdgeSession:
         self.points.last_seq = sent.seq
         other_s = max(0.0, sent.at - encoded.capture.at - edge_s)
         self._rate.encoded(encoded.decision, edge_s=edge_s, other_s=other_s)
-        sent.answer.add_done_callback(functools.partial(self._learn, sent.seq))
         return sent
 
     def _message_sent(self, decision: Decision, sent: MessageSent) -> None:
@@ -302,6 +303,7 @@ class EdgeSession:
         self._interval.add(sent.at)
         self._unawaited = 0 if sent.awaited else self._unawaited + 1
         if sent.awaited:
+            sent.answer.add_done_callback(functools.partial(self._learn, sent.seq))
             self._rate.sent(sent.seq, decision, sent.payload_bytes, sent.at, sent.frames)
         self._messages += 1
         if self.points.auto and self._messages % _COST_FRESH == 0:

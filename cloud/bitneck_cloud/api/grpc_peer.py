@@ -25,7 +25,7 @@ class _Messages(AsyncIterator[ClientMessage | None]):
     def __init__(self, source: AsyncIterator[pb.ClientMessage]) -> None:
         self._source = aiter(source)
         self.meter: LinkMeter | None = None
-        self.most_frames = 1
+        self.most_frames = 1 << 10
 
     def __aiter__(self) -> Self:
         return self

@@ -45,7 +45,7 @@ _ANSWERS = {
 }
 
 
-def from_wire(message: pb.ClientMessage, most_frames: int = 1) -> ClientMessage | None:
+def from_wire(message: pb.ClientMessage, most_frames: int = 1 << 10) -> ClientMessage | None:
     """A message of a client; None if it is empty. Nothing of it is checked yet, but for what a pack consists of.
 
     Args:
@@ -97,18 +97,19 @@ def frame_from_wire(frame: pb.Frame) -> Frame:
 def _pack(pack: pb.Pack, most_frames: int) -> Pack:
     """The frames of a pack."""
     count = len(pack.payload)
-    if not 1 <= count <= most_frames or pack.seq == 0:
+    if not 1 <= count <= most_frames or pack.seq == 0 or pack.seq + count > 1 << 64:
         raise MalformedFrame(
             f"a pack of {count} frames from seq {pack.seq}: a pack has 1 to {most_frames} frames, counting from 1"
+        )
+    lists = len(pack.crc32c), len(pack.position), len(pack.reference), len(pack.captured_unix_us)
+    if lists[0] != count or lists[1] not in (1, count) or any(each not in (0, count) for each in lists[2:]):
+        raise MalformedFrame(
+            f"a pack of {count} payloads has {lists[0]} CRCs, {lists[1]} positions, {lists[2]} references and "
+            f"{lists[3]} times"
         )
     positions = list(pack.position) * count if len(pack.position) == 1 else list(pack.position)
     references = list(pack.reference) or [0] * count
     times = [max(0, time) for time in itertools.accumulate(pack.captured_unix_us)] or [0] * count
-    if not len(pack.crc32c) == len(positions) == len(references) == len(times) == count:
-        raise MalformedFrame(
-            f"a pack of {count} payloads has {len(pack.crc32c)} CRCs, {len(positions)} positions, {len(references)} "
-            f"references and {len(times)} times"
-        )
     frames = (
         Frame(
             seq=pack.seq + place,

@@ -57,13 +57,28 @@ class Answering:
         """What the client asked for."""
         return self._answers
 
-    def expect(self, frames: Sequence[Frame]) -> None:
-        """The frames of one message were received."""
+    def expect(self, frames: Sequence[Frame]) -> tuple[Message, ...]:
+        """The frames of one message were received. What to send now: packs that no frame is left of."""
         if self._answers is Answers.NONE:
             self._acknowledging.expect(frame.seq for frame in frames if frame.acknowledge)
-        elif len(frames) > 1:
+            return ()
+        sent: tuple[Message, ...] = ()
+        for frame in frames:  # whatever it was in before, it is answered with this message
+            sent += self._leaves(frame.seq)
+        if len(frames) > 1:
             pack = _Pack(len(frames))
             self._packs.update((frame.seq, pack) for frame in frames)
+        return sent
+
+    def _leaves(self, seq: int, result: Result | None = None) -> tuple[Message, ...]:
+        """A frame leaves its pack, with its answer or without. What to send then."""
+        pack = self._packs.pop(seq, None)
+        if pack is None:
+            return (result,) if result is not None else ()
+        pack.left -= 1
+        if result is not None:
+            pack.results.append(result)
+        return () if pack.left else _together(pack.results)
 
     def acknowledge(self, in_flight: Sequence[int], now: float) -> tuple[Message, ...]:
         """The client waits for everything. What to send now.
@@ -72,6 +87,8 @@ class Answering:
             in_flight: numbers of the frames that are not settled.
             now: seconds, on the clock of `settled`.
         """
+        if self._answers is not Answers.NONE:
+            return ()
         self._acknowledging.expect(in_flight)
         return self._acknowledging.flush(now)
 
@@ -90,22 +107,16 @@ class Answering:
             if isinstance(message, Fault):
                 return message, *self._acknowledging.failed(message.seq, now)
             return self._acknowledging.computed(message.seq, received, now)
-        sent: tuple[Message, ...] = ()
         if isinstance(message, Fault):
-            sent = (message,)
-        else:
-            message = answer_for(message, self._answers, brief=self._brief, cloud_s=now - received)
-        pack = self._packs.pop(message.seq, None)
-        if pack is None:
-            return sent or (message,)
-        pack.left -= 1
-        if isinstance(message, Result):
-            pack.results.append(message)
-        return sent if pack.left else (*sent, *_together(pack.results))
+            return message, *self._leaves(message.seq)
+        return self._leaves(message.seq, answer_for(message, self._answers, brief=self._brief, cloud_s=now - received))
 
     def flush(self, now: float) -> tuple[Message, ...]:
         """The stream ends: what has been held back."""
-        return self._acknowledging.flush(now)
+        packs = {id(pack): pack for pack in self._packs.values()}
+        self._packs.clear()
+        held = tuple(message for pack in packs.values() for message in _together(pack.results))
+        return *self._acknowledging.flush(now), *held
 
 
 def answer_for(result: Result, answers: Answers, *, brief: bool, cloud_s: float) -> Result:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bitneck.coding.conditional_codec import Reference
-from bitneck.errors import BitneckError, MalformedFrame, ProtocolError, Unavailable
+from bitneck.errors import BitneckError, MalformedFrame, ModelFailure, ProtocolError, Unavailable
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import (
     Acknowledge,
@@ -33,7 +33,7 @@ from bitneck.wire.messages import (
 from bitneck_cloud.access.callers import ANONYMOUS, Caller
 from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.engine.engine import Engine
-from bitneck_cloud.engine.job import Computed, Job, JobState
+from bitneck_cloud.engine.job import INTERNAL_ERROR, Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.faults import fault_of
 from bitneck_cloud.observe.metrics import Metrics
@@ -179,6 +179,7 @@ class Conversation:
             _, written, _ = await asyncio.gather(reader, writer, watchdog, return_exceptions=True)
             if isinstance(written, Exception):
                 _LOG.error("session %s: writing failed: %r", self._session.session_id, written)
+                self._expelled = self._expelled or ModelFailure(INTERNAL_ERROR)
         if self._expelled is not None:
             raise self._expelled
 
@@ -253,7 +254,7 @@ class Conversation:
     def _frames(self, frames: tuple[Frame, ...]) -> None:
         """The frames of one message."""
         received = _Moment(time.time(), time.monotonic())
-        self._answering.expect(frames)
+        self._send(self._answering.expect(frames))
         for frame in frames:
             self._frame(frame, received)
 

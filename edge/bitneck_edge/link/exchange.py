@@ -237,7 +237,8 @@ class Exchange:
         if record is not None:
             payload_bytes = sum(len(frame.payload) for frame in frames) / len(frames)
             awaited = not self._silent or any(frame.acknowledge for frame in frames)
-            record.answer.on_sent(MessageSent(frames[-1].seq, len(frames), payload_bytes, awaited, now_s))
+            waiting = record.answer
+            waiting.on_sent(MessageSent(frames[-1].seq, len(frames), payload_bytes, awaited, now_s, waiting.answer))
         await self._write(message, connections)
 
     async def frame_comes(self, timeout_s: float) -> None:

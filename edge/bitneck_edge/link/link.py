@@ -43,7 +43,7 @@ _FAIR_S = 1.0
 """A server that sends us away after this time, with nothing unanswered, did its part; else it counts as failing."""
 _IDLE_PAUSE_S = 60.0
 """Longest pause of a client that is sent away again and again without having anything to send."""
-_ASK = 1 / 3
+_ASK = 1 / 6
 """Share of the time until a link counts as dead, after which the device asks for acknowledgements."""
 _MOST_CONTROL = 200
 """Messages between two that are about an unanswered frame. A server that sends more is broken."""
@@ -336,7 +336,7 @@ class Link:
         """Abandon a connection on which an answer is overdue: the other side may be gone without a word."""
         limit_s = self._settings.answer_timeout_s
         while True:
-            await asyncio.sleep(limit_s / 10)
+            await asyncio.sleep(limit_s / 20)
             if self._exchange.overdue(limit_s):
                 text = f"{self._address}: a frame waited {limit_s:.1f} s for its answer; the link counts as dead"
                 connection.abandon(DeadlineExceeded(text))

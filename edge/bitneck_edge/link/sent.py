@@ -57,6 +57,7 @@ class MessageSent:
         payload_bytes: of its frames, mean.
         awaited: whether an answer or acknowledgement follows at once.
         at: when, on `time.perf_counter`'s clock.
+        answer: of its last frame.
     """
 
     seq: int
@@ -64,3 +65,4 @@ class MessageSent:
     payload_bytes: float
     awaited: bool
     at: float
+    answer: asyncio.Future[Received]

@@ -22,7 +22,7 @@ from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe
 __all__ = ["Forecast", "forecast"]
 
 _VIEWS = 32
-_STEPS = 4
+_STEPS = 2
 """Of each stage; the first one of a stage warms up."""
 
 

@@ -34,6 +34,8 @@ _RECORD = 5 + 1 + 16
 _PING = 9 + 8
 _DELAYED_ACK_S = 0.04
 _LONG_GAP_S, _SILENCE_S = 0.06, 0.25
+_MOST_ANSWERS = 4.0
+"""Messages back for one message, that a forecast counts; more are faults, and pass."""
 _SEEN, _TRIAL = 8, 24
 """Frames after which a stream is judged by its own messages, and messages of a trial."""
 
@@ -140,7 +142,7 @@ class LinkMeter:
         sent, came = self._device.messages, self._cloud.messages
         frames, answers, answer = 1.0, 1.0, float(USUAL_ANSWER)
         if sent > 1 and self._frames >= _SEEN:
-            frames, answers = max(1.0, self._frames / sent), came / sent
+            frames, answers = max(1.0, self._frames / sent), min(came / sent, _MOST_ANSWERS)
             answer = self._cloud.message_bytes / came if came else 0.0
         frame_bytes = payload_bytes + beside_payload(frames)
         trial = LinkMeter(tls=bool(self._record), ipv6=self._headers > HEADERS, keepalive_s=self._keepalive_s)
