@@ -32,7 +32,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "bitneck.symbols": ("bitneck.coding.symbols",),
     "bitneck.tables": ("bitneck.coding.factorized_model",),
     "bitneck_cloud.batching": ("bitneck_cloud.engine.batching",),
-    "bitneck_cloud.conversation": ("bitneck_cloud.sessions.conversation", "bitneck_cloud.api.grpc_service"),
+    "bitneck_cloud.conversation": ("bitneck_cloud.sessions.conversation", "bitneck_cloud.api.grpc_peer"),
     "bitneck_cloud.engine": (
         "bitneck_cloud.engine.job",
         "bitneck_cloud.engine.engine",
