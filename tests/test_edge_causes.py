@@ -23,7 +23,7 @@ from bitneck_edge.link.diagnosis import proxy_variable
 from bitneck_edge.sync import SyncEdgeClient
 from bitneck_testing.authority import Authority
 from bitneck_testing.photographs import photo, photo_bytes
-from bitneck_testing.processes import BIN, Server, free_port, running_server
+from bitneck_testing.processes import BIN, Server, free_port, heeding_interrupts, running_server
 from bitneck_testing.rogue_servers import rogue_server
 
 ROOT = Path(__file__).parents[1]
@@ -299,9 +299,7 @@ def test_an_interrupt_while_modules_are_imported_is_quiet(tmp_path: Path) -> Non
         "sys.argv = ['bitneck-edge', '--help']\n"
         "edge()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
-    )  # fmt: skip
+    command = heeding_interrupts((sys.executable, "-c", code))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 128 + signal.SIGINT
     assert done.stderr == ""

@@ -36,7 +36,7 @@ from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access, _Pace
 from bitneck_edge.link.wire import MAX_LABELS, server_message
 from bitneck_edge.session import _most_answer_bytes
 from bitneck_testing.photographs import photo, photo_bytes
-from bitneck_testing.processes import BIN
+from bitneck_testing.processes import BIN, heeding_interrupts
 from bitneck_testing.rogue_servers import opened, result, rogue_server
 
 ROOT = Path(__file__).parents[1]
@@ -479,11 +479,6 @@ async def test_links_in_a_shared_cache_are_not_followed(tiny_bundle: Bundle, tmp
 # Signals
 
 
-def heed_interrupts() -> None:
-    """A test that runs in the background of a shell ignores them, and so would its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["run", "bench"])
 async def test_a_signal_ends_a_file_that_never_ends(
@@ -512,10 +507,8 @@ async def test_a_signal_ends_a_file_that_never_ends(
         where: tuple[object, ...] = ("--bundle", evil.root)
         if command == "run":
             where = ("--server", address, "--bundle-id", evil.bundle_id, "--cache-dir", tmp_path / "c")
-        parts = [str(part) for part in (BIN / "bitneck-edge", command, *where, tmp_path / "a.png")]
-        process = await asyncio.create_subprocess_exec(
-            *parts, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts
-        )
+        parts = heeding_interrupts((BIN / "bitneck-edge", command, *where, tmp_path / "a.png"))
+        process = await asyncio.create_subprocess_exec(*parts, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             await asyncio.sleep(4.0)
             assert process.returncode is None, await process.communicate()

@@ -34,6 +34,7 @@ __all__ = [
     "edge",
     "edge_run",
     "free_port",
+    "heeding_interrupts",
     "run_json",
     "running_server",
     "spawned_server",
@@ -44,6 +45,7 @@ __all__ = [
 BIN = Path(sys.executable).parent
 """The folder of the commands of this environment."""
 ANY_PORT = "127.0.0.1:0"
+_HEED = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 QUIET = ("--log-level", "warning")
 """Options for a server of a benchmark, so that logging takes no time."""
 START_S, STOP_S = 120.0, 30.0
@@ -164,6 +166,14 @@ def running_server(
             raise ProcessFailed(f"the server logged a traceback: {text}")
     finally:
         server.close()
+
+
+def heeding_interrupts(command: Sequence[object]) -> list[str]:
+    """A command that heeds SIGINT, also where a test runs in the background of a shell, which ignores it.
+
+    `preexec_fn` could do that too, but it forks this process, and gRPC aborts in a child of a process that uses it.
+    """
+    return [sys.executable, "-c", _HEED, *(str(part) for part in command)]
 
 
 @contextmanager
