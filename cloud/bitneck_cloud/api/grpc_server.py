@@ -44,6 +44,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.http2.settings_timeout", 10_000),
     ("grpc.max_connection_idle_ms", 300_000),
+    # Whoever resets calls may open fewer for a round trip, after each reset: a flood of them takes less from others.
+    ("grpc.http.overload_protection", 1),
+    ("grpc.http2.ping_on_rst_stream_percent", 100),
     ("grpc.max_concurrent_streams", 256),  # of one connection; more wait at the client
     # In a flood of calls, gRPC cancels calls of everybody beyond these. More would take more memory.
     ("grpc.server.max_pending_requests", 5_000),
