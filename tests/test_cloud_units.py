@@ -27,7 +27,7 @@ from bitneck.errors import (
 from bitneck.ladder import Ladder, OperatingPoint
 from bitneck.wire.messages import Classification, SetPoint
 from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
-from bitneck_cloud.engine.batching import plan_batch
+from bitneck_cloud.engine.chain_plan import plan_batch
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel

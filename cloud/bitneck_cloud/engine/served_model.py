@@ -14,7 +14,7 @@ from bitneck.errors import BitneckError, MalformedFrame, ModelFailure, UnknownPo
 from bitneck.manifest import Manifest, UnitEntry
 from bitneck.runtime import ModulePool
 from bitneck.wire.messages import Frame, Output
-from bitneck_cloud.engine.batching import plan_batch
+from bitneck_cloud.engine.chain_plan import plan_batch
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
 
 __all__ = ["ServedModel"]
@@ -138,7 +138,7 @@ class ServedModel:
     def compute(
         self, points: Sequence[str], latents: Sequence[NDArray[np.float32]], map_steps: Sequence[int] = ()
     ) -> list[Output | BitneckError]:
-        """Run a batch through the bottleneck decoders and the tail; see `bitneck_cloud.engine.batching`.
+        """Run a batch through the bottleneck decoders and the tail; see `bitneck_cloud.engine.chain_plan`.
 
         A frame whose logits are not finite fails alone. If ONNX Runtime fails, all frames fail whose decoded features
         have the same size.
