@@ -77,7 +77,7 @@ def test_the_program_and_the_cloud_change_the_point(caplog: pytest.LogCaptureFix
     assert switches == [
         Switch(7, "p1", "p2", "set by the program"),
         Switch(7, "p2", "p3", "asked by a test"),
-        Switch(7, "p3", "p1", "nothing is known of the link yet"),
+        Switch(7, "p3", "p1", "chosen for each frame from here on; nothing is known of the link yet"),
     ]
 
 

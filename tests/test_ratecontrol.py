@@ -156,6 +156,8 @@ def test_split_points_within_a_budget() -> None:
     assert {p.split for p in rate.points} == {"s2"}
     frames(61, 60, {"s1": 0.009, "s2": 0.003})  # and fast again, if s1 is as much slower as it was
     assert {p.split for p in rate.points} == {"s1"}  # whose points dominate those of s2
+    assert "the split points are now s1" in rate.choose(24.1).reason
+    assert "split points" not in rate.choose(24.1).reason  # once
     frames(121, 60, {"s1": 0.03, "s2": 0.01})
     assert {p.split for p in rate.points} == {"s2"}
 

@@ -6,7 +6,7 @@ each frame.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from bitneck.ladder import Ladder
@@ -89,6 +89,7 @@ class PointChoice:
         self.last_seq = 0
         self._wanted = ""
         self._named = False
+        self._taken_over = ""  # why the next automatic choice may differ from what was used
         self._used = ""
         self._reason = ""
         self._ladder = ladder
@@ -142,6 +143,9 @@ class PointChoice:
             interval_s: between pictures; 0 if unknown.
         """
         decision = self._rate.choose(now, interval_s) if self.auto else Decision(self._wanted, "")
+        if self.auto and self._taken_over:
+            decision = replace(decision, reason=f"{self._taken_over}; {decision.reason}")
+            self._taken_over = ""
         point = self._at_hand(decision.point)
         if point != decision.point:
             self._use(point, f"the files of {decision.point} are not on this device yet")
@@ -159,7 +163,7 @@ class PointChoice:
             UnknownPoint: the bundle has no such point.
         """
         if point_id == AUTO:
-            self.auto, self._named = True, False
+            self.auto, self._named, self._taken_over = True, False, "chosen for each frame from here on"
             return
         point = self._ladder[point_id]
         self.auto, self._named = False, True
@@ -169,7 +173,7 @@ class PointChoice:
         """The cloud asks for a point; with an empty one it leaves the choice to us."""
         if not point_id:
             _LOG.info("%s: the point is chosen here from now on", reason)
-            self.auto, self._named = True, False
+            self.auto, self._named, self._taken_over = True, False, "chosen for each frame from here on"
         elif point_id in self._ladder:
             self.auto, self._named = False, False
             self._change(point_id, reason)

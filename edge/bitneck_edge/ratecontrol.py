@@ -132,6 +132,7 @@ class RateController:
         self._fell_at = -_FORGIVE_S
         self._probe_at = 0.0
         self._probe_wait = _FIRST_PROBE_S
+        self._news = ""  # why the next decision is another one, if not by the link
         self._splits: tuple[str, ...] = ()
         self._points: tuple[OperatingPoint, ...] = ()
         self._rung = 0
@@ -308,6 +309,7 @@ class RateController:
             flight.sent, flight.probe = now, False
 
     def _decision(self, reason: str) -> Decision:
+        reason, self._news = self._news or reason, ""
         return Decision(self._points[self._rung].id, reason)
 
     def _fall(self, now: float, delay: float, reason: str, limit_bytes: float = math.inf) -> Decision:
@@ -387,6 +389,8 @@ class RateController:
                 splits = (min(names, key=lambda name: self._edge.get(name, float("inf"))),)
         if splits == self._splits:
             return
+        if self._splits:
+            self._news = f"by the time of head and encoder, the split points are now {', '.join(splits)}"
         accuracy = self._points[self._rung].accuracy if self._points else 0.0
         self._splits, self._points = splits, rungs(self._ladder, splits)
         below = [k for k, point in enumerate(self._points) if point.accuracy <= accuracy]
