@@ -21,6 +21,7 @@ import numpy as np
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, SegmentChain
 from bitneck.image import crop, load_photo, preprocess
+from bitneck.ladder import most_accurate
 from bitneck.manifest import Precision
 from bitneck.runtime import ModulePool
 from bitneck_edge.encoder import EdgeEncoder
@@ -55,7 +56,7 @@ def measure(bundle: Bundle) -> dict[str, Any]:
     precisions: tuple[Precision, ...] = ("float32", "int8") if manifest.has_int8 else ("float32",)
     rows = []
     for split in manifest.split_points:
-        point = max((p for p in ladder if p.split == split.name), key=lambda p: (p.accuracy, -p.payload_bytes))
+        point = most_accurate(p for p in ladder if p.split == split.name)
         row: dict[str, Any] = {
             "split": split.name, "point": point.id, "payload_bytes": point.payload_bytes, "top1": point.accuracy
         }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TypeVar
 from bitneck.errors import BitneckError, BundleMismatch
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.link.sent import Sent
-from bitneck_edge.session import EdgeSession, EncodedCapture, Encoding
+from bitneck_edge.session import EdgeSession, Encoding
 from bitneck_edge.sources.capture import Capture
 
 __all__ = ["Passage", "Ways"]
@@ -53,7 +53,6 @@ class Passage:
         self._live = live
         self._encoding: Encoding | None = None
         self._session: EdgeSession
-        self._encoded: EncodedCapture | None = None
         self._sent: Sent
 
     def encode(self) -> None:
@@ -85,19 +84,15 @@ class Passage:
         return self._encoding
 
     async def _encode(self) -> None:
-        encoding, self._encoding = self._encoding or self._begin(), None
-        self._encoded = await encoding.encoded()
+        self._begin()
 
     async def _send(self) -> None:
-        if self._encoded is None:
-            await self._encode()
-        assert self._encoded is not None
-        self._sent = await self._session.send(self._encoded, prompt=self._prompt, live=self._live)
+        encoding = self._encoding or self._begin()
+        self._sent = await self._session.send(encoding, prompt=self._prompt, live=self._live)
 
     async def _answer(self) -> Answer:
-        assert self._encoded is not None
-        answer = await self._session.answer(self._encoded, self._sent)
-        return await self._ways.finished(self._capture, answer)
+        assert self._encoding is not None
+        return await self._ways.finished(self._capture, await self._session.answer(self._encoding, self._sent))
 
     async def _through(self, stage: Callable[[], Awaitable[T]], *before: Callable[[], Awaitable[None]]) -> T:
         """A stage; after a change of the bundle the stages before it are done again."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from bitneck.ladder import Ladder
+from bitneck.ladder import Ladder, most_accurate
 from bitneck_edge.answers.results import Switch
 from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.settings import AUTO
@@ -36,7 +36,7 @@ def nearest_ready(ladder: Ladder, wanted: str, ready: Callable[[str], bool]) -> 
     points = [point for point in ladder if ready(point.id)]
     cheaper = [point for point in points if 0 < point.payload_bytes <= ladder[wanted].payload_bytes]
     if cheaper:
-        return max(cheaper, key=lambda point: (point.accuracy, -point.payload_bytes)).id
+        return most_accurate(cheaper).id
     return min(points, key=lambda point: (point.payload_bytes, point.id)).id if points else None
 
 

@@ -1,6 +1,6 @@
 """One session with the cloud: a bundle, its encoder, the link, rate control, and the operating point of each frame.
 
-capture --encode--> EncodedCapture --send--> Sent --answer--> Answer
+capture --begin--> Encoding --send--> Sent --answer--> Answer
             ^ point                            |
             +---- PointChoice <-- RateController, delays and sizes
 """
@@ -36,7 +36,7 @@ from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
 
-__all__ = ["EdgeSession", "EncodedCapture", "Encoding"]
+__all__ = ["EdgeSession", "Encoding"]
 
 _LOG = logging.getLogger(__name__)
 _BESIDE_A_MAP = 1 << 16
@@ -50,37 +50,18 @@ _COST_FRESH = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
-    """A picture that is being encoded; the attributes are those of `EncodedCapture`, with the photo to come.
+    """A picture that is being encoded, or ready to be sent.
 
-    A photograph that cannot be read, or a failure of the head, is raised by `encoded`.
+    Attributes:
+        capture: the picture.
+        decision: its operating point, and why.
+        photo: what the encoder makes of it, or why it cannot: an `ImageError` or another error of bitneck's.
+        candidate: the answered frame that it is also coded against; None for none.
     """
 
     capture: Capture
     decision: Decision
     photo: "asyncio.Future[EncodedPhoto]"
-    candidate: Candidate | None
-
-    async def encoded(self) -> "EncodedCapture":
-        """Wait until it is encoded."""
-        return EncodedCapture(
-            capture=self.capture, decision=self.decision, photo=await self.photo, candidate=self.candidate
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedCapture:
-    """A picture that is ready to be sent.
-
-    Attributes:
-        capture: the picture.
-        decision: its operating point, and why.
-        photo: what the encoder made of it.
-        candidate: the answered frame that it was also coded against; None for none.
-    """
-
-    capture: Capture
-    decision: Decision
-    photo: EncodedPhoto
     candidate: Candidate | None
 
 
@@ -230,7 +211,7 @@ class EdgeSession:
         room = self._rate.room(time.perf_counter(), interval_s * pack, fixed=not self.points.auto)
         return min(room * pack + self._sample_every - 1, self.link.window)
 
-    def begin(self, capture: Capture, interval_s: float) -> "Encoding":
+    def begin(self, capture: Capture, interval_s: float) -> Encoding:
         """Begin to encode a picture in a thread, at the operating point of this moment.
 
         Args:
@@ -265,37 +246,38 @@ class EdgeSession:
         await self._ready(point_id)
         return await self._workers.run(encode, capture.photo, point_id)
 
-    async def send(self, encoded: EncodedCapture, *, prompt: bool = False, live: bool = False) -> Sent:
-        """Send an encoded picture; waits while the window is full.
+    async def send(self, encoding: Encoding, *, prompt: bool = False, live: bool = False) -> Sent:
+        """Send a picture once it is encoded; waits while the window is full.
 
         Args:
-            encoded: the picture.
+            encoding: the picture.
             prompt: it waits for no others, and its acknowledgement comes at once.
             live: of a stream in which fresh pictures matter.
 
         Raises:
+            ImageError: it cannot be read.
             BitneckError: see `Link.send`.
         """
-        photo = encoded.photo
+        photo = await encoding.photo
         similar = None
         if photo.symbols is not None:
-            similar = Coded(symbols=photo.symbols, candidate=encoded.candidate, payload=photo.encoded.similar)
+            similar = Coded(symbols=photo.symbols, candidate=encoding.candidate, payload=photo.encoded.similar)
         edge_s = (photo.head_ms + photo.encode_ms) / 1e3
-        written = functools.partial(self._message_sent, encoded.decision)
+        on_sent = functools.partial(self._message_sent, encoding.decision)
         sent = await self.link.send(
             photo.point,
             photo.encoded.payload,
             deadline_ms=self._settings.deadline_ms,
-            captured_unix_us=encoded.capture.unix_us if 0 < encoded.capture.unix_us < _LATEST_US else 0,
+            captured_unix_us=encoding.capture.unix_us if 0 < encoding.capture.unix_us < _LATEST_US else 0,
             in_flight=self._settings.in_flight,
             similar=similar,
             prompt=prompt,
-            ask=encoded.decision.probe or ((live or self.points.auto) and self._unawaited + 1 >= self._sample_every),
-            on_sent=written,
+            ask=encoding.decision.probe or ((live or self.points.auto) and self._unawaited + 1 >= self._sample_every),
+            on_sent=on_sent,
         )
         self.points.last_seq = sent.seq
-        other_s = max(0.0, sent.at - encoded.capture.at - edge_s)
-        self._rate.encoded(encoded.decision, edge_s=edge_s, other_s=other_s)
+        other_s = max(0.0, sent.at - encoding.capture.at - edge_s)
+        self._rate.encoded(encoding.decision, edge_s=edge_s, other_s=other_s)
         return sent
 
     def _message_sent(self, decision: Decision, sent: MessageSent) -> None:
@@ -315,7 +297,7 @@ class EdgeSession:
         each = self.link.expected_link_bytes(0.0, self._interval.seconds / frames)
         return LinkCost(each.up, each.down, frames)
 
-    async def answer(self, encoded: EncodedCapture, sent: Sent) -> Answer:
+    async def answer(self, encoding: Encoding, sent: Sent) -> Answer:
         """The answer to a frame that was sent.
 
         Raises:
@@ -323,9 +305,8 @@ class EdgeSession:
             BitneckError: the cloud could not answer, or the session has failed.
         """
         received = await sent.answer
-        return answer_of(
-            encoded.capture, encoded.photo, sent, received, self.bundle.manifest, self.encoder.labels, self.answers
-        )
+        photo, manifest = encoding.photo.result(), self.bundle.manifest
+        return answer_of(encoding.capture, photo, sent, received, manifest, self.encoder.labels, self.answers)
 
     async def _ready(self, point_id: str) -> None:
         """Wait for the files of an operating point that was asked for by name."""

@@ -8,7 +8,7 @@ from bitneck.errors import InvalidConfig, RateUnreachable, UnknownPoint
 from bitneck.ids import check_id
 from bitneck.moved import names_of
 
-__all__ = ["Ladder", "OperatingPoint"]
+__all__ = ["Ladder", "OperatingPoint", "most_accurate"]
 
 __getattr__ = names_of(__name__)
 
@@ -48,6 +48,11 @@ class OperatingPoint:
             raise InvalidConfig(f"operating point {self.id}: step, stride and latent shape must be positive")
         if not (0 <= self.payload_bytes < math.inf and 0 <= self.bpp_payload < math.inf and 0 <= self.accuracy <= 1):
             raise InvalidConfig(f"operating point {self.id}: rate must be >= 0 and accuracy within 0 and 1")
+
+
+def most_accurate(points: Iterable[OperatingPoint]) -> OperatingPoint:
+    """The most accurate of some points; the cheapest of equally accurate ones."""
+    return max(points, key=lambda p: (p.accuracy, -p.payload_bytes))
 
 
 class Ladder:
@@ -107,7 +112,7 @@ class Ladder:
     @property
     def best(self) -> OperatingPoint:
         """The most accurate point; the cheapest of equally accurate ones."""
-        return max(self._points, key=lambda p: (p.accuracy, -p.payload_bytes))
+        return most_accurate(self._points)
 
     def at_most(self, payload_bytes: float) -> OperatingPoint:
         """The most accurate point whose mean payload is at most this.
@@ -122,7 +127,7 @@ class Ladder:
                 f"no operating point fits {payload_bytes:.1f} payload bytes per frame; "
                 f"the lowest, {low.id}, takes {low.payload_bytes:.1f}"
             )
-        return max(fitting, key=lambda p: (p.accuracy, -p.payload_bytes))
+        return most_accurate(fitting)
 
     def at_least(self, accuracy: float) -> OperatingPoint:
         """The cheapest point whose measured accuracy is at least this.

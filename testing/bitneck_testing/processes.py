@@ -85,6 +85,11 @@ class Server:
         """Resident memory now, MiB."""
         return resident_mib(self.process.pid)
 
+    def session(self, session_id: str) -> dict[str, Any]:
+        """A session, as the control API shows it."""
+        document: dict[str, Any] = httpx.get(f"{self.http}/v1/sessions/{session_id}").json()
+        return document
+
     def kill(self) -> None:
         """End it at once, without a chance to say goodbye."""
         self.process.kill()

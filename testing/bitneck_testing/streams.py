@@ -1,7 +1,9 @@
-"""Raw gRPC streams: frames made with the bundle's own numerics, sent with plain grpc.aio, without the edge client."""
+"""Streams: raw ones, of frames made with the bundle's own numerics and sent with plain grpc.aio; and a client's own."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,10 +18,22 @@ from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import seal_frame
 from bitneck.wire.messages import Classification, Result, Timings
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_edge.answers.results import Answer, Failure
+from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.wire import frame_to_wire
 from bitneck_testing.photographs import photo
 
-__all__ = ["Frames", "Stream", "assert_a_batch_equals_frame_by_frame", "empty_result", "open_stream", "sealed", "stub"]
+__all__ = [
+    "Frames",
+    "Stream",
+    "answers_of",
+    "assert_a_batch_equals_frame_by_frame",
+    "edge_client",
+    "empty_result",
+    "open_stream",
+    "sealed",
+    "stub",
+]
 
 
 def sealed(**fields: Any) -> pb.Frame:
@@ -121,3 +135,29 @@ async def open_stream(
     assert isinstance(first, pb.ServerMessage)
     assert first.HasField("opened")
     return Stream(call, first.opened)
+
+
+def edge_client(address: str, folder: Path, **values: Any) -> EdgeClient:
+    """A client of the tiny bundle that comes back after every cut.
+
+    Args:
+        address: of the server.
+        folder: for its cache.
+        **values: settings; others than these stay as they are.
+    """
+    fixed: dict[str, Any] = {
+        "cache_dir": folder / "cache",
+        "threads": 1,
+        "retries": 30,
+        "point": "s1-r2",
+        "model": "tiny",
+    }
+    return EdgeClient(address, **(fixed | values))
+
+
+async def answers_of(client: EdgeClient, pictures: Any, **options: Any) -> list[Answer]:
+    """The answers to some pictures. It fails if one has none, or they take longer than a minute."""
+    async with asyncio.timeout(60.0):
+        found = [result async for result in client.stream(pictures, **options)]
+    assert not [result for result in found if isinstance(result, Failure)]
+    return [result for result in found if isinstance(result, Answer)]

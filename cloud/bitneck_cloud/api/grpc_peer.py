@@ -48,7 +48,6 @@ class GrpcPeer:
     def __init__(self, requests: AsyncIterator[pb.ClientMessage], context: Context) -> None:
         self._messages = _Messages(requests)
         self._context = context
-        self._meter: LinkMeter | None = None
 
     def serve(self, window: int, *, tls: bool) -> LinkMeter:
         """The session is open: frames come from here on.
@@ -61,7 +60,7 @@ class GrpcPeer:
             What counts the messages on the client's link from now on.
         """
         meter = LinkMeter(tls=tls, ipv6=_is_ipv6(self._context.peer()))
-        self._meter = self._messages.meter = meter
+        self._messages.meter = meter
         self._messages.most_frames = window
         return meter
 
@@ -73,8 +72,8 @@ class GrpcPeer:
         """See `bitneck_cloud.sessions.conversation.Peer`."""
         try:
             sent = to_wire(message)
-            if self._meter is not None:
-                self._meter.received(sent.ByteSize(), time.monotonic())
+            if self._messages.meter is not None:
+                self._messages.meter.received(sent.ByteSize(), time.monotonic())
             await self._context.write(sent)
         except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError) as exc:
             raise ConnectionResetError("the stream is over") from exc

@@ -6,14 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from bitneck.errors import (
-    BitneckError,
-    BundleMismatch,
-    DeadlineExceeded,
-    Unauthenticated,
-    Unavailable,
-    UnknownFile,
-)
+from bitneck.errors import BitneckError, BundleMismatch, DeadlineExceeded, Unauthenticated, Unavailable, UnknownFile
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.compression import deflated

@@ -35,15 +35,6 @@ __all__ = ["SERVICE", "frame_from_wire", "from_wire", "parse_frame", "result_to_
 SERVICE = pb.DESCRIPTOR.services_by_name["SplitInference"].full_name
 """The service's name, with its package."""
 
-_ANSWERS = {
-    pb.ANSWERS_ALL: Answers.ALL,
-    pb.ANSWERS_NONE: Answers.NONE,
-    pb.ANSWERS_LABELS: Answers.LABELS,
-    pb.ANSWERS_SHARES: Answers.SHARES,
-    pb.ANSWERS_MAP: Answers.MAP,
-    pb.ANSWERS_MAP_4: Answers.MAP_4,
-}
-
 
 def from_wire(message: pb.ClientMessage, most_frames: int = 1 << 10) -> ClientMessage | None:
     """A message of a client; None if it is empty. Nothing of it is checked yet, but for what a pack consists of.
@@ -60,7 +51,7 @@ def from_wire(message: pb.ClientMessage, most_frames: int = 1 << 10) -> ClientMe
             return frame_from_wire(message.frame)
         case "open":
             opening = message.open
-            if opening.answers not in _ANSWERS:
+            if opening.answers not in pb.Answers.values():
                 raise MalformedFrame(f"answers {opening.answers} are unknown to this server; ask for all or none")
             return Open(
                 model=opening.model,
@@ -69,7 +60,7 @@ def from_wire(message: pb.ClientMessage, most_frames: int = 1 << 10) -> ClientMe
                 resume_token=opening.resume_token,
                 references=opening.references,
                 brief=opening.brief,
-                answers=_ANSWERS[opening.answers],
+                answers=Answers[pb.Answers.Name(opening.answers).removeprefix("ANSWERS_")],
             )
         case "pack":
             return _pack(message.pack, most_frames)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitneck.errors import InvalidConfig, RateUnreachable
-from bitneck.ladder import Ladder, OperatingPoint
+from bitneck.ladder import Ladder, OperatingPoint, most_accurate
 from bitneck.wire.link_bytes import LinkBytes, LinkMeter
 
 __all__ = [
@@ -109,7 +109,7 @@ def _within(ladder: Ladder, limit: float, link: Callable[[float], LinkBytes], re
     """The most accurate point whose frames take no more than `limit` link bytes in either direction."""
     fitting = [point for point in ladder.measured if link(point.payload_bytes).busier <= limit]
     if fitting:
-        return max(fitting, key=lambda point: (point.accuracy, -point.payload_bytes))
+        return most_accurate(fitting)
     low = ladder.measured[0]
     cost = link(low.payload_bytes)
     raise RateUnreachable(

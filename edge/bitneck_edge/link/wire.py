@@ -6,7 +6,6 @@ from bitneck.wire.frames import pack_positions, pack_references, pack_times
 from bitneck.wire.messages import (
     Ack,
     Acknowledge,
-    Answers,
     Classification,
     ClassShare,
     ClientMessage,
@@ -32,14 +31,6 @@ __all__ = ["MAX_LABELS", "client_message", "frame_bytes", "frame_to_wire", "serv
 
 MAX_LABELS = 1024
 """Labels or classes of an answer; a server has no reason to send more, and a class map cannot name as many."""
-_ANSWERS = {
-    Answers.ALL: pb.ANSWERS_ALL,
-    Answers.NONE: pb.ANSWERS_NONE,
-    Answers.LABELS: pb.ANSWERS_LABELS,
-    Answers.SHARES: pb.ANSWERS_SHARES,
-    Answers.MAP: pb.ANSWERS_MAP,
-    Answers.MAP_4: pb.ANSWERS_MAP_4,
-}
 _MAX_RESULTS = 1024
 """Answers in one message; a server has no reason to send more."""
 _MAX_ID, _MAX_NAME = 80, 200
@@ -129,7 +120,7 @@ def _open_to_wire(message: Open) -> pb.Open:
         resume_token=message.resume_token,
         references=message.references,
         brief=message.brief,
-        answers=_ANSWERS[message.answers],
+        answers=f"ANSWERS_{message.answers.name}",
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
+from bitneck.ladder import most_accurate
 from bitneck.wire.link_bytes import USUAL_ANSWER, LinkBytes, LinkMeter, beside_payload
 from bitneck_edge.encoder import EdgeEncoder, Photo
 from bitneck_edge.measure.memory import peak_mib
@@ -52,7 +53,7 @@ def bench(
         points = [point for point in encoder.ladder if point.split == split]
         if not points:
             continue
-        point = max(points, key=lambda p: (p.accuracy, -p.payload_bytes))
+        point = most_accurate(points)
         for k in range(_WARM):
             encoder.encode(photos[k % len(photos)], point.id)
         begin, cpu = time.perf_counter(), time.process_time()

@@ -27,11 +27,12 @@ def print_forecast(
     table = Table("unit", "features", "missing", "features, min", "training, min", "disk, MB", "memory, MiB")
     for column in table.columns[1:]:
         column.justify = "right"
-    known: list[str] = []
+    known: set[tuple[str, int]] = set()
     totals = [0.0, 0.0, 0.0]
     for unit in units:
-        found = forecast(unit, entry.recipe.training_of(unit), backbone, sets, runs, device=device, known=known)
-        known.append(unit.split)
+        training = entry.recipe.training_of(unit)
+        found = forecast(unit, training, backbone, sets, runs, device=device, known=known)
+        known.add((unit.split, training.seed))
         row = found.features_s / 60, found.training_s / 60, found.disk_bytes / 1e6
         totals = [total + value for total, value in zip(totals, row, strict=True)]
         table.add_row(

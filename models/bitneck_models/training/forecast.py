@@ -4,7 +4,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -57,7 +57,7 @@ def forecast(
     runs: Path,
     *,
     device: str = "cpu",
-    known: Sequence[str] = (),
+    known: Collection[tuple[str, int]] = (),
 ) -> Forecast:
     """Compute some features and make some updates, in a temporary folder.
 
@@ -71,7 +71,7 @@ def forecast(
         sets: the photographs.
         runs: folder of the caches.
         device: where the unit is trained.
-        known: split points whose features an earlier forecast of the same recipe has counted as missing.
+        known: split points and seeds whose features an earlier forecast has counted as missing.
 
     Raises:
         InvalidConfig, ModelFailure: see `bitneck_models.training.unit.train_unit`.
@@ -79,7 +79,9 @@ def forecast(
     """
     specs = feature_specs(unit.split, sets, training.seed)
     views = sum(count for spec in specs for _, count in spec.photos)
-    missing = 0 if unit.split in known else sum(_missing(spec, backbone, runs / "cache") for spec in specs)
+    missing = (
+        0 if (unit.split, training.seed) in known else sum(_missing(spec, backbone, runs / "cache") for spec in specs)
+    )
     with tempfile.TemporaryDirectory() as folder:
         trial = tuple((path, 1) for path, _ in sets.train[:_VIEWS])
         first, second = (FeatureSpec(split=unit.split, photos=trial, augmented=True, seed=seed) for seed in (1, 2))
