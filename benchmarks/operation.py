@@ -48,7 +48,7 @@ def subset(bundle: Bundle, out: Path, keep: Sequence[str]) -> Bundle:
     points = [entry for entry in manifest.points if entry.id in keep]
     units = [unit for unit in manifest.units if any(entry.unit == unit.id for entry in points)]
     wanted = {path for unit in units for path in (*unit.encoder_files, unit.decoder)}
-    wanted |= {path for entry in points for path in (entry.tables, entry.conditional)}
+    wanted |= {path for entry in points for path in entry.coding_files}
     wanted |= {manifest.labels, *(segment.file for segment in manifest.segments)}
     with BundleWriter(out) as writer:
         for name, entry in bundle.manifest.files.items():

@@ -127,7 +127,7 @@ def with_other_tables(bundle: Bundle, point: str, out: Path) -> Bundle:
             data = bundle.path(name).read_bytes()
             if name == path:
                 data = FactorizedModel(tables.lo, changed).to_npz()
-            if name != manifest.point(point).conditional:
+            if name not in manifest.point(point).coding_files[1:]:
                 writer.add(name, data, entry.role)
         return writer.finish(manifest.model_copy(update={"files": writer.files}))
 

@@ -57,6 +57,7 @@ def test_every_split_is_a_true_cut_and_the_map_has_the_inputs_size(network: Back
         whole = network(x)
         assert whole.shape == (1, *network.output_shape) == (1, 11, 360, 480)
         assert {s: network.feature_shape(s) for s in network.splits} == {
+            "s4": (80, 23, 30),
             "s3": (112, 23, 30),
             "s2": (192, 23, 30),
             "s1": (256, 23, 30),

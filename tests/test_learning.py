@@ -32,7 +32,7 @@ from bitneck_testing.networks import small_backbone
 from bitneck_testing.photographs import photo
 from bitneck_testing.tiny_bundles import INPUT
 
-TOPOLOGIES: tuple[Topology, ...] = ("separable", "separable2", "conv", "conv2", "inverted", "nested")
+TOPOLOGIES: tuple[Topology, ...] = ("separable", "separable2", "conv", "conv2", "inverted", "nested", "block")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,6 +66,9 @@ def test_every_topology_returns_exactly_the_heads_size(
         ({"topology": "nested", "group": (2, 3)}, "groups of 2x3 do not tile the 2x2 windows"),
         ({"topology": "nested", "group": (0, 1)}, "groups of 0x1 do not tile"),
         ({"topology": "conv", "group": (2, 2)}, "each window by itself"),
+        ({"topology": "separable", "pool": 2}, "averages nothing"),
+        ({"topology": "block", "pool": 3}, "means of 3x3 do not fit a stride of 4"),
+        ({"topology": "conv", "decoder_blocks": (0, 1)}, "no residual blocks"),
     ],
 )
 def test_units_that_are_refused(options: dict[str, object], message: str) -> None:
@@ -174,9 +177,9 @@ def test_starts_that_are_refused() -> None:
         init_next(inverted, expanding_tail(), features)
     with pytest.raises(InvalidConfig, match="start from 'random'"):
         init_next(inverted, tail_of_ten(6), features)
-    with pytest.raises(InvalidConfig, match="only an inverted unit"):
+    with pytest.raises(InvalidConfig, match="only an inverted or a block unit"):
         init_next(BottleneckUnit((6, 4, 4), 4, 4), expanding_tail(), features)
-    with pytest.raises(InvalidConfig, match="its first layer is not linear"):
+    with pytest.raises(InvalidConfig, match="their first layer is not linear"):
         init_linear(inverted, expanding_tail(), features, task_metric=False)
 
 

@@ -50,6 +50,7 @@ def test_every_split_of_the_backbone_is_a_true_cut(lite0: Backbone) -> None:
     x = torch.from_numpy(proof_images(lite0.input, None, count=2))
     whole = lite0(x)
     assert {s: lite0.feature_shape(s) for s in lite0.splits} == {
+        "s4": (80, 14, 14),
         "s3": (112, 14, 14),
         "s2": (192, 7, 7),
         "s1": (320, 7, 7),

@@ -13,7 +13,7 @@ from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.manifest import InputSpec, sha256_hex
 from bitneck_models.data.scenes import Camera, Path2D, moving, still
-from bitneck_models.training.conditional import fit_conditional
+from bitneck_models.fitting.conditional import fit_conditional
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.point import save_point
 from bitneck_models.zoo.records import ConditionalRecord

@@ -8,7 +8,8 @@ The rooms, in order; each imports only from itself and from the rooms above it:
     data       photographs, class maps, scenes, cached features
     spic       checkpoints of the paper's authors as operating points
     zoo        zoo entries on disk: recipes, trained points, records
-    training   training of units, of networks and of conditional tables
+    training   training of units and of networks
+    fitting    contexts and conditional tables of operating points
     search     search for operating points
     measure    evaluation, complexity and baselines
     export     bundles, and the proof that they equal the network

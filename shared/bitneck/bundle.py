@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from bitneck.coding.conditional_model import ConditionalModel
+from bitneck.coding.context_model import ContextModel
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.ids import check_relative_path
@@ -109,6 +110,28 @@ class Bundle:
         if tables.channels != channels:
             raise BundleCorrupt(f"{path} has tables of {tables.channels} channels, the manifest says {channels}")
         return tables
+
+    def contexts(self, point_id: str, tables: FactorizedModel) -> ContextModel | None:
+        """An operating point's context model; None if the bundle has none.
+
+        Args:
+            point_id: the operating point.
+            tables: its factorized model.
+
+        Raises:
+            BundleCorrupt: unreadable, or it does not fit the point's tables.
+        """
+        name = self.manifest.point(point_id).contexts
+        if name not in self.manifest.files:
+            return None
+        path = self.path(name)
+        data = self._read(path)
+        try:
+            contexts = ContextModel.from_npz(data)
+            contexts.check_fits(tables)
+        except (BundleCorrupt, InvalidConfig) as exc:
+            raise BundleCorrupt(f"{path}: {exc}") from exc
+        return contexts
 
     @property
     def has_conditional(self) -> bool:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bitneck.bundle import Bundle
 from bitneck.coding.conditional_codec import ConditionalCodec, Reference
+from bitneck.coding.context_codec import ContextCodec
 from bitneck.coding.factorized_codec import FactorizedCodec
 from bitneck.coding.symbols import dequantize, quantize
 from bitneck.errors import MalformedFrame, ModelFailure
@@ -135,7 +136,7 @@ class PointEncoder:
         precision: Precision | None = None,
     ) -> None:
         self.point = point
-        self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
+        self.codec = _codec(bundle, point)
         self.conditional = _conditional(bundle, point, self.codec)
         self._lo, self._hi = self.codec.tables.lo, self.codec.tables.hi
         files = bundle.manifest.unit(point.unit).encoder_files
@@ -197,7 +198,7 @@ class PointDecoder:
         self, bundle: Bundle, point: OperatingPoint, *, threads: int = 1, pool: ModulePool | None = None
     ) -> None:
         self.point = point
-        self.codec = FactorizedCodec(bundle.tables(point.id), point.latent_shape)
+        self.codec = _codec(bundle, point)
         self.conditional = _conditional(bundle, point, self.codec)
         self.decoded_shape = bundle.manifest.decoded_shape(point.unit)
         self._module = _load(bundle, bundle.manifest.unit(point.unit).decoder, threads, pool)
@@ -248,7 +249,18 @@ class PointDecoder:
         return f_hat
 
 
-def _conditional(bundle: Bundle, point: OperatingPoint, codec: FactorizedCodec) -> ConditionalCodec | None:
+def _codec(bundle: Bundle, point: OperatingPoint) -> FactorizedCodec | ContextCodec:
+    """What codes a frame of the point by itself."""
+    tables = bundle.tables(point.id)
+    contexts = bundle.contexts(point.id, tables)
+    if contexts is None:
+        return FactorizedCodec(tables, point.latent_shape)
+    return ContextCodec(tables, contexts, point.latent_shape)
+
+
+def _conditional(
+    bundle: Bundle, point: OperatingPoint, codec: FactorizedCodec | ContextCodec
+) -> ConditionalCodec | None:
     model = bundle.conditional(point.id, codec.tables)
     return ConditionalCodec(point.id, codec.tables, model, point.latent_shape) if model is not None else None
 

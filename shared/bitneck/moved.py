@@ -140,8 +140,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     ),
     "bitneck_models.similar": (
         "bitneck_models.zoo.records",
-        "bitneck_models.training.pairs",
-        "bitneck_models.training.conditional",
+        "bitneck_models.fitting.pairs",
+        "bitneck_models.fitting.conditional",
     ),
     "bitneck_models.spic": (
         "bitneck_models.spic.places",

@@ -191,7 +191,7 @@ def _identity(manifest: Manifest, point_id: str) -> tuple[str, ...]:
     """What defines an operating point: its entry, its unit's, and their files."""
     entry = manifest.point(point_id)
     unit = manifest.unit(entry.unit)
-    files = (*unit.encoder_files, unit.decoder, entry.tables, entry.conditional)
+    files = (*unit.encoder_files, unit.decoder, *entry.coding_files)
     return (entry.model_dump_json(), unit.model_dump_json(), *_digests(manifest, files))
 
 
@@ -199,7 +199,7 @@ def _decoder_identity(manifest: Manifest, point_id: str) -> tuple[object, ...]:
     """What a point's decoder is made from. Measured values and the encoder do not count."""
     entry = manifest.point(point_id)
     unit = manifest.unit(entry.unit)
-    files = (unit.decoder, entry.tables, entry.conditional)
+    files = (unit.decoder, *entry.coding_files)
     return (entry.step, unit.latent_shape, manifest.decoded_shape(unit.id), *_digests(manifest, files))
 
 

@@ -138,7 +138,7 @@ def encode(
         "split": result.split,
         "payload_bytes": len(result.encoded.payload),
         "bpp_payload": len(result.encoded.payload) * 8 / opened.manifest.input.pixels,
-        "ideal_bytes": encoder.point_encoder(chosen).codec.tables.ideal_bits(result.encoded.symbols) / 8,
+        "ideal_bytes": encoder.point_encoder(chosen).codec.ideal_bits(result.encoded.symbols) / 8,
         "payload_crc32c": crc32c_hex(result.encoded.payload),
         "symbols_crc32c": crc32c_hex(result.encoded.symbols.astype("<i4").tobytes()),
     }

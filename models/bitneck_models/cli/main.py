@@ -14,6 +14,7 @@ from rich.table import Table
 
 from bitneck.errors import ModelFailure
 from bitneck.settings.program import make_app, run_app
+from bitneck_models.cli.fitting import contexts, similar
 from bitneck_models.cli.measure import baselines, evaluate, report
 from bitneck_models.cli.new import new
 from bitneck_models.cli.options import Data, Json, Runs, Weights, Zoo, data_folder, progress_bars
@@ -28,7 +29,7 @@ _SHORT_OF_TARGET = 0.85
 
 app = make_app("Train, evaluate and export bottleneck units.")
 
-for _command in (new, steps, quantize, import_spic, evaluate, baselines, report, upgrade):
+for _command in (new, steps, contexts, similar, quantize, import_spic, evaluate, baselines, report, upgrade):
     app.command()(_command)
 
 
@@ -328,43 +329,6 @@ def export(
         print(json.dumps(document))  # noqa: T201
     else:
         print(f"{out}: {', '.join(points)}; differs from torch by at most {proof.worst:.1e}")  # noqa: T201
-
-
-@app.command()
-def similar(
-    zoo: Zoo,
-    bundle: Annotated[Path, typer.Option(help="The bundle that was exported from it.")],
-    data: Data = None,
-    point: Annotated[list[str] | None, typer.Option(help="Fit to this point only; repeatable.")] = None,
-    photos: Annotated[
-        int, typer.Option(min=10, help="Number of training photographs from which scenes are made.")
-    ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
-) -> None:
-    """Fit the tables that code a frame against an earlier one. Export again afterwards, so that the bundle has them."""
-    from bitneck.bundle import Bundle
-    from bitneck_models.training.conditional import fit_points
-    from bitneck_models.training.pairs import MOTIONS, scene_photos
-    from bitneck_models.zoo.entry import ZooEntry
-
-    entry, exported = ZooEntry(zoo), Bundle.open(bundle)
-    points = point or [each.id for each in exported.manifest.ladder]
-    for name in points:
-        exported.manifest.ladder[name]
-    chosen = scene_photos(entry.recipe, data_folder(data), exported.manifest.input, photos, seed)
-    console = Console(stderr=True)
-    with progress_bars(console) as progress:
-        tasks = {what: progress.add_task(what, total=None) for what in ("scenes", "validation", "tables")}
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            progress.update(tasks[what], completed=done, total=total)
-
-        records = fit_points(entry, exported, points, chosen, seed, on_progress)
-    table = Table("point", *MOTIONS, title="bytes alone, and against the frame before")
-    for name, record in records.items():
-        cells = [f"{record.bytes_alone[m]:.1f}  {record.bytes_similar[m]:.1f}" for m in MOTIONS]
-        table.add_row(name, *cells)
-    Console().print(table)
 
 
 def main() -> None:

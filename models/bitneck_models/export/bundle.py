@@ -14,6 +14,7 @@ from torch import nn
 
 from bitneck.bundle import Bundle, BundleWriter
 from bitneck.coding.conditional_model import ConditionalModel
+from bitneck.coding.context_model import ContextModel
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import InvalidConfig
 from bitneck.manifest import FileRole, Manifest, PointEntry, Segment, SplitPoint, UnitEntry, sha256_hex
@@ -22,7 +23,7 @@ from bitneck_models.export.proof import Proof, prove
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.to_onnx import to_onnx
 from bitneck_models.units.unit import BottleneckUnit
-from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.entry import ZooEntry, coding_digest
 from bitneck_models.zoo.records import MeasuredLadder, MeasuredPoint
 from bitneck_models.zoo.selection import successors
 
@@ -75,9 +76,10 @@ def export_bundle(
     any_size_after = min((splits.index(imported[name].split) for name in decoded), default=len(splits))
     units = {name: entry.unit(backbone, recipe) for name, recipe in recipes.items()}
     tables = {name: entry.tables(name) for name in (*points, *imported)}
+    contexts = {name: entry.contexts(name) for name in points}
     measured = entry.ladder()
     if measured is not None:
-        measured = measured.still_true(tables)
+        measured = measured.still_true({name: coding_digest(tables[name], contexts.get(name)) for name in tables})
     with BundleWriter(out) as writer:
         segments = _write_segments(writer, backbone, splits, shapes, any_size_after, progress)
         layers = _write_layers(writer, {name: (recipe.split, units[name]) for name, recipe in recipes.items()})
@@ -85,11 +87,11 @@ def export_bundle(
             progress(f"unit {name}")
             _write_unit(writer, name, unit, shared=name in layers)
         for name in points:
-            _write_tables(writer, name, tables[name], entry.conditional(name))
+            _write_tables(writer, name, tables[name], contexts[name], entry.conditional(name))
         for name in imported:
             for half, user in _IMPORTED_HALVES.items():
                 writer.add(f"units/{name}/{half}", (entry.point_folder(name) / half).read_bytes(), user)
-            _write_tables(writer, name, tables[name], None)
+            _write_tables(writer, name, tables[name], None, None)
         if (int8 := entry.int8()) is not None:
             progress("int8")
             graphs = [p for p, e in writer.files.items() if p.endswith(".onnx") and e.role in ("edge", "both")]
@@ -195,9 +197,16 @@ def _write_unit(writer: BundleWriter, name: str, unit: BottleneckUnit, *, shared
 
 
 def _write_tables(
-    writer: BundleWriter, name: str, tables: FactorizedModel, conditional: ConditionalModel | None
+    writer: BundleWriter,
+    name: str,
+    tables: FactorizedModel,
+    contexts: ContextModel | None,
+    conditional: ConditionalModel | None,
 ) -> None:
     writer.add(f"points/{name}/tables.npz", tables.to_npz(), "both")
+    if contexts is not None:
+        contexts.check_fits(tables)
+        writer.add(f"points/{name}/contexts.npz", contexts.to_npz(), "both")
     if conditional is not None:
         conditional.check_fits(tables)
         writer.add(f"points/{name}/conditional.npz", conditional.to_npz(), "both")

@@ -6,7 +6,8 @@
 
 The first two take the latent in units of the step, ``y / Q``, with additive uniform noise in place of rounding, and
 integrate each density over the quantization bin. l1 is not in bits, so a factorized density beside it estimates them;
-the unit gets no gradient from that density.
+the unit gets no gradient from that density. One density serves a unit at many steps: at a multiple m of its own step
+the bins are m wide.
 
 Dimensions: N batch, Cr latent channels, Cz hyper-latent channels.
 """
@@ -63,8 +64,8 @@ def gaussian_bin_bits(v: Tensor, sigma: Tensor) -> Tensor:
     ``-log2(Phi((v + 1/2) / sigma) - Phi((v - 1/2) / sigma))``, computed in the left tail, where it is exact.
 
     Args:
-        v: values in units of the step.
-        sigma: standard deviations in units of the step, > 0, same shape.
+        v: values in units of the bins' width.
+        sigma: standard deviations in the same unit, > 0, same shape.
     """
     magnitude = v.abs()
     scale = 1.0 / (sigma * math.sqrt(2.0))
@@ -122,26 +123,27 @@ class FactorizedDensity(nn.Module):
                 v = v + torch.tanh(self.a[k]) * torch.tanh(v)
         return v
 
-    def bits(self, v: Tensor) -> Tensor:
-        """Bits of values integrated over bins of width 1.
+    def bits(self, v: Tensor, width: float = 1.0) -> Tensor:
+        """Bits of values integrated over bins.
 
         Args:
             v: (N, C, h, w), in units of the step.
+            width: of the bins, in units of the step.
 
         Returns:
             (N, C, h, w).
         """
         n, c, h, w = v.shape
         flat = v.transpose(0, 1).reshape(c, 1, -1)  # (C, 1, N*h*w)
-        lower, upper = self.logits(flat - 0.5), self.logits(flat + 0.5)
+        lower, upper = self.logits(flat - width / 2), self.logits(flat + width / 2)
         sign = -torch.sign(lower + upper).detach()  # the side where the difference of sigmoids is exact
         likelihood = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
         return _bits(likelihood).reshape(c, n, h, w).transpose(0, 1)
 
 
-def _perturbed(v: Tensor, *, hard: bool) -> Tensor:
-    """Add uniform noise, because rounding has no gradient; or round, to get the rate."""
-    return torch.round(v) if hard else v + torch.empty_like(v).uniform_(-0.5, 0.5)
+def _perturbed(v: Tensor, width: float = 1.0, *, hard: bool) -> Tensor:
+    """Add uniform noise as wide as a bin, because rounding has no gradient; or round, to get the rate."""
+    return torch.round(v / width) * width if hard else v + torch.empty_like(v).uniform_(-width / 2, width / 2)
 
 
 class RateTerm(nn.Module):
@@ -155,12 +157,13 @@ class RateTerm(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
+    def forward(self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False) -> Tensor:
         """The rate of a latent.
 
         Args:
             y: latent before rounding, (N, Cr, h, w).
-            step: quantizer step Q.
+            step: quantizer step Q that the unit is trained at.
+            multiple: of that step, at which the latent is rounded.
             hard: return the estimated bits of the rounded latent, whose gradient is of no use; else the term to
                 minimize.
 
@@ -185,9 +188,9 @@ class FactorizedRate(RateTerm):
         """See `RateTerm.fit_scale`."""
         self.density.fit_scale(std)
 
-    def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
+    def forward(self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False) -> Tensor:
         """Bits of each latent: see `RateTerm.forward`."""
-        return self.density.bits(_perturbed(y / step, hard=hard)).sum(dim=(1, 2, 3))
+        return self.density.bits(_perturbed(y / step, multiple, hard=hard), multiple).sum(dim=(1, 2, 3))
 
 
 class L1Rate(RateTerm):
@@ -205,15 +208,15 @@ class L1Rate(RateTerm):
         """See `RateTerm.fit_scale`."""
         self.density.fit_scale(std)
 
-    def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
+    def forward(self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False) -> Tensor:
         """The norm, or the bits of the rounded latent: see `RateTerm.forward`.
 
         The density beside it learns in the same pass: its bits are added and subtracted again, so that only their
         gradient remains.
         """
         v = y / step
-        bits = self.density.bits(_perturbed(v.detach(), hard=hard)).sum(dim=(1, 2, 3))
-        return bits if hard else v.abs().sum(dim=(1, 2, 3)) + bits - bits.detach()
+        bits = self.density.bits(_perturbed(v.detach(), multiple, hard=hard), multiple).sum(dim=(1, 2, 3))
+        return bits if hard else (v / multiple).abs().sum(dim=(1, 2, 3)) + bits - bits.detach()
 
 
 class HyperpriorRate(RateTerm):
@@ -256,12 +259,12 @@ class HyperpriorRate(RateTerm):
         norm.weight.fill_(0.3)
         norm.bias.copy_(std.clamp(min=0.1).log())
 
-    def forward(self, y: Tensor, step: float, *, hard: bool = False) -> Tensor:
+    def forward(self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False) -> Tensor:
         """Bits of each latent and its hyper-latent: see `RateTerm.forward`."""
         v = y / step
         z = _perturbed(self.h_a(v), hard=hard)  # (N, Cz, h, w)
         sigma = torch.exp(self.h_s(z).clamp(-7.0, 7.0))  # (N, Cr, h, w)
-        bits = gaussian_bin_bits(_perturbed(v, hard=hard), sigma).sum(dim=(1, 2, 3))
+        bits = gaussian_bin_bits(_perturbed(v, multiple, hard=hard) / multiple, sigma / multiple).sum(dim=(1, 2, 3))
         return bits + self.density.bits(z).sum(dim=(1, 2, 3))
 
 

@@ -83,7 +83,7 @@ class PhotoPass:
                 PointPass(
                     output=halves.chain.run(f_hat, head, len(halves.chain))[0],
                     payload_bytes=len(encoded.payload),
-                    ideal_bits=encoder.codec.tables.ideal_bits(encoded.symbols),
+                    ideal_bits=encoder.codec.ideal_bits(encoded.symbols),
                     wire_bytes=wire_bytes(frame),
                     symbols=encoded.symbols,
                 ),

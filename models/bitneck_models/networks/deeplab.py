@@ -54,7 +54,8 @@ def deeplabv3_efficientnet_lite0(weights: Path | None) -> Backbone:
     """Build the network with the weights that were trained in this repository, on CamVid.
 
     Split points: ``s1`` after atrous pooling and its projection (256x23x30); ``s2`` after the stage before the last
-    (192x23x30); ``s3`` after the last block at 1/16 without holes (112x23x30). All three are linear outputs.
+    (192x23x30); ``s3`` after the last block at 1/16 without holes (112x23x30); ``s4`` after the first one at 1/16
+    (80x23x30). All are linear outputs.
 
     Args:
         weights: a file; None for that of the zoo entry.
@@ -93,7 +94,7 @@ def _deeplab(net: nn.Module) -> Backbone:
     return Backbone(
         name=_NAME,
         stages=deeplab_stages(net, len(CAMVID_CLASSES), spec.height, spec.width),
-        splits={"s3": "blocks.4.2", "s2": "blocks.5.3", "s1": "aspp"},
+        splits={"s4": "blocks.3.0", "s3": "blocks.4.2", "s2": "blocks.5.3", "s1": "aspp"},
         input=spec,
         labels=CAMVID_CLASSES,
         wnids=(),

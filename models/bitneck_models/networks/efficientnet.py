@@ -20,8 +20,9 @@ def efficientnet_lite0(weights: Path | None) -> Backbone:
     """Build the classifier.
 
     Split points: ``s1`` after the last block, before the head convolution (320x7x7); ``s2`` after the last block of
-    the stage before it (192x7x7); ``s3`` after the last block at 14x14 (112x14x14). All three are linear outputs:
-    their last layer is a batch norm without an activation.
+    the stage before it (192x7x7); ``s3`` after the last block at 14x14 (112x14x14); ``s4`` after the first one at 14x14
+    (80x14x14), where the device has computed a third of the network. All are linear outputs: their last layer is a
+    batch norm without an activation.
 
     Args:
         weights: a file; None for the package's.
@@ -42,7 +43,7 @@ def efficientnet_lite0(weights: Path | None) -> Backbone:
     return Backbone(
         name="efficientnet_lite0",
         stages=stages,
-        splits={"s3": "blocks.4.2", "s2": "blocks.5.3", "s1": "blocks.6.0"},
+        splits={"s4": "blocks.3.0", "s3": "blocks.4.2", "s2": "blocks.5.3", "s1": "blocks.6.0"},
         input=InputSpec(
             height=224, width=224, resize=256, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
         ),

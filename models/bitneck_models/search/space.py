@@ -69,8 +69,9 @@ class SearchSpace(UnitKind):
         for stride in self.stride:
             for channels in self.channels:
                 BottleneckUnit(
-                    shape, channels, stride, None, self.filters, self.topology, self.hidden, group=self.group
-                )
+                    shape, channels, stride, None, self.filters, self.topology, self.hidden, group=self.group,
+                    pool=self.pool, decoder_blocks=self.decoder_blocks,
+                )  # fmt: skip
                 if self.topology == "nested":  # it starts as this one
                     BottleneckUnit(shape, self.hidden or channels, stride, None, self.filters)
 

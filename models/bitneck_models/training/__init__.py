@@ -1,4 +1,4 @@
-"""Training of units, of conditional tables and of segmentation networks."""
+"""Training of units and of segmentation networks."""
 
 from bitneck.moved import names_of
 

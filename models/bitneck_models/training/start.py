@@ -48,8 +48,8 @@ def initialized_unit(
         source = entry.recipe.unit(point.init)
         if _geometry(source) != _geometry(point):
             raise InvalidConfig(
-                f"{point.id} cannot start from {source.id}: split, stride, kernel, filters, topology, hidden or group "
-                "differ"
+                f"{point.id} cannot start from {source.id}: split, stride, kernel, filters, topology, hidden, group, "
+                "pool, decoder_blocks or the channels of a deep decoder differ"
             )
         return entry.unit(backbone, source).requires_grad_()
     unit = new_unit(backbone, point)
@@ -95,4 +95,6 @@ def _nested_unit(
 
 
 def _geometry(point: UnitRecipe) -> tuple[object, ...]:
-    return point.split, point.stride, point.kernel, point.filters, point.topology, point.hidden, point.group
+    keys = ("split", "stride", "kernel", "filters", "topology", "hidden", "group", "pool", "decoder_blocks")
+    width = point.channels if any(point.decoder_blocks) else None
+    return *(getattr(point, key) for key in keys), width

@@ -40,8 +40,8 @@ RECENT_STEPS = 200
 """Steps at the end of training whose mean rate a record gives. A checkpoint keeps them."""
 _LAMBDA_GAIN = 0.02
 """How fast lambda follows a missed target rate: by a factor of e in 50 steps at an error of 100 %."""
-_NOISE, _INITIAL = 0, 1
-"""Streams of random numbers: those of an update, and the initial weights of a rate term."""
+_NOISE, _INITIAL, _MULTIPLES = 0, 1, 2
+"""Streams of random numbers: those of an update, the initial weights of a rate term, and the multiples of the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,18 +181,18 @@ class _UnitTrainer:
         peak = t.learning_rate * (_FINISH_RATE if finishing else 1.0)
         own = t.encoder_learning_rate
         encoder_peak = peak if own is None else peak * own / t.learning_rate
+        self.unit.encoder.requires_grad_(self.point.freeze != "encoder")
         self.unit.encoder.body.requires_grad_(not self.point.freeze)
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": [p for p in self.unit.encoder.parameters() if p.requires_grad], "peak": encoder_peak},
-                {"params": list(self.unit.decoder.parameters()), "peak": peak},
-                {"params": list(self.rate.parameters()), "peak": t.rate_learning_rate},
-            ]
-        )
+        groups = [
+            {"params": [p for p in self.unit.encoder.parameters() if p.requires_grad], "peak": encoder_peak},
+            {"params": list(self.unit.decoder.parameters()), "peak": peak},
+            {"params": list(self.rate.parameters()), "peak": t.rate_learning_rate},
+        ]
+        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]])
 
     def _update(self) -> tuple[float, float]:
         """Update the weights once; mean bits per image of the rounded latent, and the task term."""
-        t, step = self.training, self.point.step
+        t, step, multiple = self.training, self.point.step, self._multiple()
         begin, length = (0, t.steps) if self.done < t.steps else (t.steps, t.finish_steps)
         set_learning_rates(self.optimizer, self.done - begin, length, t.warmup_steps, cosine)
         self.unit.eval()  # batch norms keep their statistics: the unit starts from a solution, not from noise
@@ -202,13 +202,14 @@ class _UnitTrainer:
             with torch.no_grad(), self._low_precision():
                 teacher = self.task.features(f) if self.task.needs_teacher else {}
             with self._low_precision():
-                y, f_hat = self.unit(f, step)
+                y, f_hat = self.unit(f, step * multiple)
                 student = self.task.features(f_hat)
-            bits = self.rate(y, step).mean()
+            bits = self.rate(y, step, multiple).mean()
             with torch.no_grad():
                 coded = self.rate(y, step, hard=True).mean().item()
             task = self.task(student, teacher, labels)
-        loss = bits + self.lambda_ * task
+        # eq. (2) with lambda / multiple^2, times the multiple: updates at all steps are then about as large.
+        loss = multiple * bits + self.lambda_ / multiple * task
         if not torch.isfinite(loss):
             raise ModelFailure(
                 f"{self.point.id}: the loss is not finite at step {self.done} (bits {bits.item():.1f}, "
@@ -226,6 +227,14 @@ class _UnitTrainer:
         self._follow_target(coded)
         self.mean.update(self.unit, self.done)
         return coded, task.item()
+
+    def _multiple(self) -> float:
+        """The multiple of the step that this update is made at."""
+        low, high = self.point.multiples
+        if low == high:
+            return low
+        drawn = np.random.default_rng([self.training.seed, self.done, _MULTIPLES])
+        return float(np.exp(drawn.uniform(math.log(low), math.log(high))))
 
     def _seeded(self, stream: int) -> AbstractContextManager[None]:
         return seeded(self.training.seed * 2 + stream, self.done)

@@ -6,11 +6,15 @@ Dimensions: N batch, C channels, D filters a channel, H hidden channels, K kerne
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitneck_models.units.geometry import Geometry
 
-__all__ = ["Activation", "Crop", "DepthToSpace", "Pad", "SpaceToDepth", "Spread", "activation"]
+__all__ = ["Activation", "Crop", "DepthToSpace", "Pad", "Residual", "SpaceToDepth", "Spread", "activation"]
+
+_RESIDUAL_KERNEL = 5
+_RESIDUAL_WIDTH = 2
 
 Activation = Literal["prelu", "relu", "none"]
 
@@ -48,6 +52,30 @@ class Crop(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         """The padded size to (N, C, Hf, Wf)."""
         return self.geometry.crop(f)
+
+
+class Residual(nn.Module):
+    """``x + pointwise(relu(wider(spatial(x))))``, the block of ConvNeXt (2201.03545) without its norm.
+
+    The last layer's weights begin as zeros, so that a fresh block is the identity.
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        wide, k = _RESIDUAL_WIDTH * channels, _RESIDUAL_KERNEL
+        self.spatial = nn.Conv2d(channels, channels, k, padding=k // 2, groups=channels)
+        self.wider = nn.Conv2d(channels, wide, 1)
+        self.pointwise = nn.Conv2d(wide, channels, 1)
+        for parameter in self.pointwise.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, f: Tensor) -> Tensor:
+        """(N, C, H, W) to the same size."""
+        refined: Tensor = f + self.pointwise(F.relu(self.wider(self.spatial(f))))
+        return refined
 
 
 class SpaceToDepth(nn.Module):

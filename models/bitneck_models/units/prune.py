@@ -30,13 +30,16 @@ def prune_channels(unit: BottleneckUnit, keep: Tensor) -> BottleneckUnit:
         unit.feature_shape,
         int(keep.numel()),
         unit.geometry.stride,
-        unit.geometry.kernel,
+        unit.kernel,
         unit.filters,
         unit.topology,
         unit.hidden if TOPOLOGIES[unit.topology].takes_hidden else None,
         unit.inner,
         unit.outer,
         unit.group,
+        unit.pool,
+        unit.decoder_blocks,
+        unit.decoder_width,
     )
     state = unit.state_dict()
     for name, value in state.items():

@@ -6,12 +6,16 @@
     conv2        the same, then 3x3
     inverted     1x1 to H, depthwise K x K at S, 1x1 to Cr               ours: can start from the network's next layer
     nested       depthwise K x K at S, 1x1 to H, G1 x G2 windows to Cr   ours: codes once what windows share
+    block        1x1 to H, depthwise K x K at S/P, mean of P x P, to Cr  ours: starts from the network's next block
 
-Each decoder mirrors its encoder, except that ``inverted`` has the decoder of ``separable``. Every convolution has a
-batch norm. The names of the layers are the names of the tensors in units and bundles.
+Each decoder mirrors its encoder, except that ``inverted`` and ``block`` have the decoder of ``separable``. Every
+convolution has a batch norm. The names of the layers are the names of the tensors in units and bundles.
+
+The encoder runs on the device, the decoder in the cloud, which can afford more: the decoders of ``separable`` and
+``block`` may have residual blocks (a light encoder and a heavy decoder, as in Matsubara et al., 2108.11898).
 
 Dimensions: N batch, C x Hf x Wf feature, Cr x h x w latent, D filters a channel, H hidden channels, K kernel, S stride,
-(G1, G2) group of windows.
+(G1, G2) group of windows, P side of a mean.
 """
 
 import math
@@ -23,11 +27,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 from bitneck_models.units.geometry import Geometry
-from bitneck_models.units.layers import Activation, Crop, DepthToSpace, Pad, SpaceToDepth, Spread, activation
+from bitneck_models.units.layers import Activation, Crop, DepthToSpace, Pad, Residual, SpaceToDepth, Spread, activation
 
 __all__ = ["TOPOLOGIES", "Decoder", "Encoder", "Plan", "Topology", "TopologyTraits"]
 
-Topology = Literal["separable", "separable2", "conv", "conv2", "inverted", "nested"]
+Topology = Literal["separable", "separable2", "conv", "conv2", "inverted", "nested", "block"]
 
 
 class Encoder(nn.Module):
@@ -64,7 +68,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``mix`` from Cr channels, then ``body``, the mirror of the encoder's.
+    """``mix`` from Cr channels, then ``body``.
 
     Args:
         mix: the first convolution.
@@ -90,9 +94,13 @@ class Plan:
         channels: C.
         latent_channels: Cr.
         geometry: windows over the feature.
+        kernel: K as it was given; None for the geometry's own.
+        pool: P.
         filters: D.
         hidden: H.
         group: (G1, G2).
+        decoder_blocks: residual blocks of the decoder, at the latent's size and at the feature's.
+        decoder_width: W, channels of those at the latent's size.
         inner: activation between the layers of a half.
         outer: activation of the latent and of the decoder's output.
     """
@@ -100,9 +108,13 @@ class Plan:
     channels: int
     latent_channels: int
     geometry: Geometry
+    kernel: int | None
+    pool: int
     filters: int
     hidden: int
     group: tuple[int, int]
+    decoder_blocks: tuple[int, int]
+    decoder_width: int
     inner: Activation
     outer: Activation
 
@@ -156,11 +168,25 @@ def _separable(p: Plan) -> Halves:
 
 def _separable_decoder(p: Plan) -> Decoder:
     """1x1 to D values for each channel of the feature, then the positions of each window."""
+    if any(p.decoder_blocks):
+        return _deep_decoder(p)
     decoder = _named(
         mix_norm=nn.BatchNorm2d(p.wide), inner=p.act(p.wide), spatial=p.up(), crop=Crop(p.geometry),
         spatial_norm=nn.BatchNorm2d(p.channels), outer=activation(p.outer, p.channels),
     )  # fmt: skip
     return Decoder(_conv(p.latent_channels, p.wide, 1), decoder)
+
+
+def _deep_decoder(p: Plan) -> Decoder:
+    """The same with residual blocks, which begin as the identity."""
+    (coarse, fine), w, norm = p.decoder_blocks, p.decoder_width, nn.BatchNorm2d
+    decoder = _named(
+        mix_norm=norm(w), coarse=nn.Sequential(*(Residual(w) for _ in range(coarse))),
+        up=_conv(w, p.wide, 1), up_norm=norm(p.wide), inner=p.act(p.wide),
+        spatial=p.up(), crop=Crop(p.geometry), spatial_norm=norm(p.channels),
+        fine=nn.Sequential(*(Residual(p.channels) for _ in range(fine))), outer=activation(p.outer, p.channels),
+    )  # fmt: skip
+    return Decoder(_conv(p.latent_channels, w, 1), decoder)
 
 
 def _separable2(p: Plan) -> Halves:
@@ -224,6 +250,18 @@ def _nested(p: Plan) -> Halves:
     return Encoder(encoder, mix, p.outer), Decoder(_conv(p.latent_channels, p.grouped, 1), decoder)
 
 
+def _block(p: Plan) -> Halves:
+    h, norm, size = p.hidden, nn.BatchNorm2d, p.geometry.size
+    spatial = Geometry(size, p.geometry.stride // p.pool, p.kernel)
+    means = Geometry(spatial.windows, p.pool, p.pool)
+    encoder = _named(
+        expand=_conv(p.channels, h, 1), expand_norm=norm(h), expand_inner=nn.ReLU6(),
+        pad=Pad(spatial), spatial=nn.Conv2d(h, h, spatial.kernel, spatial.stride, groups=h, bias=False),
+        spatial_norm=norm(h), inner=nn.ReLU6(), pad_means=Pad(means), means=nn.AvgPool2d(p.pool),
+    )  # fmt: skip
+    return Encoder(encoder, _conv(h, p.latent_channels, 1), p.outer), _separable_decoder(p)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopologyTraits:
     """What distinguishes a topology.
@@ -234,6 +272,8 @@ class TopologyTraits:
         takes_filters: D may be more than 1.
         takes_hidden: H may be given.
         takes_group: (G1, G2) may be more than one window.
+        takes_blocks: the decoder may have residual blocks.
+        takes_pool: P may be more than 1. The windows that are decoded then tile the feature: K is the encoder's alone.
         hidden_by_channels: H without a given value: a multiple of C, or None for Cr.
     """
 
@@ -242,11 +282,15 @@ class TopologyTraits:
     takes_filters: bool = True
     takes_hidden: bool = True
     takes_group: bool = False
+    takes_blocks: bool = False
+    takes_pool: bool = False
     hidden_by_channels: int | None = None
 
 
 TOPOLOGIES: Mapping[Topology, TopologyTraits] = {
-    "separable": TopologyTraits(build=_separable, most_channels=lambda p: p.wide, takes_hidden=False),
+    "separable": TopologyTraits(
+        build=_separable, most_channels=lambda p: p.wide, takes_hidden=False, takes_blocks=True
+    ),
     "separable2": TopologyTraits(build=_separable2, most_channels=lambda p: p.hidden),
     "conv": TopologyTraits(
         build=_plain,
@@ -257,4 +301,11 @@ TOPOLOGIES: Mapping[Topology, TopologyTraits] = {
     "conv2": TopologyTraits(build=_plain2, most_channels=lambda p: 9 * p.hidden, takes_filters=False),
     "inverted": TopologyTraits(build=_inverted, most_channels=lambda p: p.hidden, hidden_by_channels=4),
     "nested": TopologyTraits(build=_nested, most_channels=lambda p: p.grouped, takes_group=True),
+    "block": TopologyTraits(
+        build=_block,
+        most_channels=lambda p: p.hidden,
+        takes_blocks=True,
+        takes_pool=True,
+        hidden_by_channels=6,
+    ),
 }

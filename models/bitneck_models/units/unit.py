@@ -28,7 +28,7 @@ class BottleneckUnit(nn.Module):
         feature_shape: (C, Hf, Wf) at the split point.
         latent_channels: Cr.
         stride: S.
-        kernel: K; see `Geometry`.
+        kernel: K; see `Geometry`. For ``block`` it is that of the encoder's depthwise layer alone.
         filters: D, depthwise filters a channel; for ``inverted`` those of the decoder, for ``conv`` and ``conv2``
             always 1. With D = 1, as in the paper, every window is coded by itself. With D = g * g a window can be as
             large as the feature and still keep g x g places of it; the 1x1 layers see these places together, so that
@@ -40,6 +40,10 @@ class BottleneckUnit(nn.Module):
         outer: activation of the latent and of the decoder's output.
         group: (G1, G2), rows and columns of windows that ``nested`` codes together. The numbers of windows must be
             multiples of them.
+        pool: P, for ``block``: its depthwise layer has the stride S / P, and P x P of its values are averaged.
+        decoder_blocks: residual blocks of the decoder of ``separable`` and ``block``: at the latent's size, and at the
+            feature's.
+        decoder_width: W, channels of those at the latent's size; None for Cr.
 
     Raises:
         InvalidConfig: the geometry or the group does not fit, the topology does not take an option, or the latent has
@@ -58,6 +62,9 @@ class BottleneckUnit(nn.Module):
         inner: Activation = "prelu",
         outer: Activation = "none",
         group: tuple[int, int] = (1, 1),
+        pool: int = 1,
+        decoder_blocks: tuple[int, int] = (0, 0),
+        decoder_width: int | None = None,
     ) -> None:
         super().__init__()
         channels, height, width = feature_shape
@@ -68,7 +75,15 @@ class BottleneckUnit(nn.Module):
             raise InvalidConfig(f"topology {topology} has one filter a channel, got filters = {filters}")
         if hidden is not None and not traits.takes_hidden:
             raise InvalidConfig(f"topology {topology} has one layer, so nothing is hidden; got hidden = {hidden}")
-        geometry = Geometry((height, width), stride, kernel)
+        if pool != 1 and not traits.takes_pool:
+            raise InvalidConfig(f"topology {topology} averages nothing; got pool = {pool}")
+        if any(decoder_blocks) and not traits.takes_blocks:
+            raise InvalidConfig(
+                f"the decoder of topology {topology} has no residual blocks; got {list(decoder_blocks)}"
+            )
+        if stride % pool:
+            raise InvalidConfig(f"means of {pool}x{pool} do not fit a stride of {stride}")
+        geometry = Geometry((height, width), stride, stride if traits.takes_pool else kernel)
         if group != (1, 1) and not traits.takes_group:
             raise InvalidConfig(f"topology {topology} codes each window by itself; got group = {list(group)}")
         rows, columns = geometry.windows
@@ -77,8 +92,9 @@ class BottleneckUnit(nn.Module):
         ratio = traits.hidden_by_channels
         self.hidden = hidden or (latent_channels if ratio is None else ratio * channels)
         plan = Plan(
-            channels=channels, latent_channels=latent_channels, geometry=geometry, filters=filters, hidden=self.hidden,
-            group=group, inner=inner, outer=outer,
+            channels=channels, latent_channels=latent_channels, geometry=geometry, kernel=kernel, pool=pool,
+            filters=filters, hidden=self.hidden, group=group, decoder_blocks=decoder_blocks,
+            decoder_width=decoder_width or latent_channels, inner=inner, outer=outer,
         )  # fmt: skip
         if not 1 <= latent_channels <= (most := traits.most_channels(plan)):
             raise InvalidConfig(
@@ -89,6 +105,10 @@ class BottleneckUnit(nn.Module):
         self.latent_shape = (latent_channels, rows // group[0], columns // group[1])
         self.group = group
         self.geometry = geometry
+        self.kernel = kernel
+        self.pool = pool
+        self.decoder_blocks = decoder_blocks
+        self.decoder_width = plan.decoder_width
         self.filters = filters
         self.topology: Topology = topology
         self.inner: Activation = inner

@@ -7,6 +7,8 @@ units/<id>/unit.safetensors     weights of the unit
 units/<id>/record.json          resolved recipe, code version
 points/<id>/point.json          the unit and its step, validation metrics
 points/<id>/tables.npz          the factorized model
+points/<id>/contexts.npz        the context model, written by `contexts` where it saves enough, and
+points/<id>/contexts.json       how it was fitted, and what it saves
 points/<id>/conditional.npz     the conditional model, written by `similar`, and
 points/<id>/conditional.json    how it was fitted
 points/<id>/spic.json           instead of all these: a point of the paper's authors, with its ONNX files and tables,
@@ -18,7 +20,7 @@ ladder.json                     rate and accuracy of every point on an evaluatio
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -30,6 +32,7 @@ from safetensors.torch import load_file
 from bitneck.bundle import Bundle
 from bitneck.coding.arrays import written_arrays
 from bitneck.coding.conditional_model import ConditionalModel
+from bitneck.coding.context_model import ContextModel
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BundleCorrupt, InvalidConfig
 from bitneck.ids import check_id
@@ -40,9 +43,18 @@ from bitneck_models.spic.record import RECORD, SpicRecord
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.point import new_unit
 from bitneck_models.zoo.recipe import OWN_SCHEDULE, Recipe, TrainingRecipe, UnitRecipe, load_recipe
-from bitneck_models.zoo.records import ConditionalRecord, Int8Record, MeasuredLadder, PointRecord, UnitRecord
+from bitneck_models.zoo.records import (
+    ConditionalRecord,
+    ContextRecord,
+    Int8Record,
+    MeasuredLadder,
+    PointRecord,
+    UnitRecord,
+)
 
-__all__ = ["ZooEntry", "tables_digests"]
+__all__ = ["ZooEntry", "coding_digest", "tables_digests"]
+
+Fitted = TypeVar("Fitted", ContextRecord, ConditionalRecord)
 
 
 class ZooEntry:
@@ -108,6 +120,8 @@ class ZooEntry:
     def points(self) -> dict[str, PointRecord]:
         """The operating points that tables were fitted for, by id, also of units that are not shipped any more.
 
+        Their bytes are those of their contexts, where they have some.
+
         Raises:
             BundleCorrupt: a record is unreadable.
         """
@@ -118,7 +132,11 @@ class ZooEntry:
             except (OSError, ValidationError) as exc:
                 reason = str(exc).splitlines()[0]
                 raise BundleCorrupt(f"{path} is not the record of an operating point ({reason})") from exc
-            found[check_id(path.parent.name, "operating point")] = record
+            name = check_id(path.parent.name, "operating point")
+            if (path.parent / "contexts.npz").is_file():
+                coded = self._fitted(name, "contexts", ContextRecord).bytes_contexts
+                record = record.model_copy(update={"validation_bytes": coded})
+            found[name] = record
         return found
 
     def imported(self) -> dict[str, SpicRecord]:
@@ -184,33 +202,60 @@ class ZooEntry:
         except BundleCorrupt as exc:
             raise BundleCorrupt(f"{path}: {exc}") from exc
 
+    def contexts(self, point_id: str) -> ContextModel | None:
+        """Load a point's context model; None if none is fitted, or it saves too little.
+
+        Raises:
+            BundleCorrupt: it is unreadable, or was fitted to other tables than the point's.
+        """
+        if not (self.point_folder(point_id) / "contexts.npz").is_file():
+            return None
+        self._fitted(point_id, "contexts", ContextRecord)
+        return ContextModel.from_npz((self.point_folder(point_id) / "contexts.npz").read_bytes())
+
+    def save_contexts(self, point_id: str, data: bytes | None, record: ContextRecord) -> None:
+        """Write how a point's contexts were fitted and, if they are kept, the context model."""
+        folder = self.point_folder(point_id)
+        (folder / "contexts.json").write_text(record.model_dump_json(indent=1) + "\n")
+        if data is None:
+            (folder / "contexts.npz").unlink(missing_ok=True)
+        else:
+            (folder / "contexts.npz").write_bytes(data)
+
     def conditional(self, point_id: str) -> ConditionalModel | None:
         """Load a point's conditional model; None if none is fitted yet.
 
         Raises:
             BundleCorrupt: it is unreadable, or was fitted to other tables than the point's.
         """
-        folder = self.point_folder(point_id)
-        path = folder / "conditional.npz"
+        path = self.point_folder(point_id) / "conditional.npz"
         if not path.is_file():
             return None
-        model = ConditionalModel.from_npz(path.read_bytes())
-        try:
-            record = ConditionalRecord.model_validate_json((folder / "conditional.json").read_bytes())
-        except (OSError, ValidationError) as exc:
-            reason = str(exc).splitlines()[0]
-            raise BundleCorrupt(
-                f"{path} has no record beside it ({reason}); run `bitneck-models similar` again"
-            ) from exc
-        if record.tables_sha256 != sha256_hex((folder / "tables.npz").read_bytes()):
-            raise BundleCorrupt(f"{path} was fitted to other tables; remove it, or run `bitneck-models similar` again")
-        return model
+        self._fitted(point_id, "conditional", ConditionalRecord)
+        return ConditionalModel.from_npz(path.read_bytes())
 
     def save_conditional(self, point_id: str, data: bytes, record: ConditionalRecord) -> None:
         """Write a point's conditional model, and how it was fitted."""
         folder = self.point_folder(point_id)
         (folder / "conditional.json").write_text(record.model_dump_json(indent=1) + "\n")
         (folder / "conditional.npz").write_bytes(data)
+
+    def _fitted(self, point_id: str, what: str, kind: type[Fitted]) -> Fitted:
+        """The record of a point's contexts or conditional model, which must be fitted to the point's tables."""
+        folder = self.point_folder(point_id)
+        path, command = folder / f"{what}.npz", {"contexts": "contexts", "conditional": "similar"}[what]
+        try:
+            record = kind.model_validate_json((folder / f"{what}.json").read_bytes())
+        except (OSError, ValidationError) as exc:
+            reason = str(exc).splitlines()[0]
+            raise BundleCorrupt(
+                f"{path} has no record beside it ({reason}); run `bitneck-models {command}` again"
+            ) from exc
+        if record.tables_sha256 != sha256_hex((folder / "tables.npz").read_bytes()):
+            raise BundleCorrupt(
+                f"{path} was fitted to other tables; remove it, or run `bitneck-models {command}` again"
+            )
+        return record
 
     def annotated(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         """Add this entry's name, and each point's recipe and training record, to the document of an evaluation.
@@ -280,6 +325,15 @@ class ZooEntry:
         (self.folder / "ladder.json").write_text(text + "\n")
 
 
+def coding_digest(tables: FactorizedModel, contexts: ContextModel | None) -> str:
+    """A digest of the numbers that decide how many bytes an operating point's symbols take."""
+    return tables.digest if contexts is None else sha256_hex(f"{tables.digest} {contexts.digest}".encode())
+
+
 def tables_digests(bundle: Bundle) -> dict[str, str]:
-    """`FactorizedModel.digest` of every operating point of a bundle, by id."""
-    return {point.id: bundle.tables(point.id).digest for point in bundle.manifest.ladder}
+    """`coding_digest` of every operating point of a bundle, by id."""
+    found = {}
+    for point in bundle.manifest.ladder:
+        tables = bundle.tables(point.id)
+        found[point.id] = coding_digest(tables, bundle.contexts(point.id, tables))
+    return found

@@ -44,6 +44,9 @@ def new_unit(
             point.topology,
             hidden or point.hidden or default,
             group=point.group,
+            pool=point.pool,
+            decoder_blocks=point.decoder_blocks,
+            decoder_width=point.channels,
         ).eval()
 
 
@@ -76,7 +79,7 @@ def save_unit(folder: Path, unit: BottleneckUnit, record: UnitRecord) -> None:
 def save_point(folder: Path, tables: FactorizedModel, record: PointRecord) -> None:
     """Write an operating point: its tables, then its record, which marks it as fitted.
 
-    A conditional model that was fitted to earlier tables is removed.
+    Contexts and a conditional model that were fitted to earlier tables are removed.
 
     Args:
         folder: folder of the point; created if it does not exist.
@@ -85,8 +88,9 @@ def save_point(folder: Path, tables: FactorizedModel, record: PointRecord) -> No
     """
     folder.mkdir(parents=True, exist_ok=True)
     arrays = tables.to_npz()
-    for name in ("conditional.npz", "conditional.json"):
-        (folder / name).unlink(missing_ok=True)
+    for what in ("contexts", "conditional"):
+        for ending in ("npz", "json"):
+            (folder / f"{what}.{ending}").unlink(missing_ok=True)
     (folder / "tables.npz").write_bytes(arrays)
     temporary = folder / "point.part"
     filled = record.model_copy(update={"tables_sha256": sha256_hex(arrays)})

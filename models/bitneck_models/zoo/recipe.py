@@ -31,9 +31,11 @@ STARTS = ("task", "principal", "next", "random")
 Stride = Annotated[int, Field(ge=1, le=64)]
 Channels = Annotated[int, Field(ge=1, le=4096)]
 Group = tuple[Annotated[int, Field(ge=1, le=64)], Annotated[int, Field(ge=1, le=64)]]
+Blocks = Annotated[int, Field(ge=0, le=64)]
 Steps = Annotated[int, Field(ge=0)]
 Batch = Annotated[int, Field(ge=2)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Multiple = Annotated[float, Field(ge=1 / 64, le=64)]
 
 
 class Source(Strict):
@@ -102,7 +104,11 @@ class UnitKind(Strict):
         hidden: H, channels between the layers, for topologies that have them. A nested unit that starts from a
             separable one takes over its latent channels.
         group: (G1, G2), rows and columns of windows that a nested unit codes together.
-        freeze: keep the encoder's layers before its last one as they start.
+        pool: P, side of the means of a block unit.
+        decoder_blocks: residual blocks of the decoder, at the latent's size and at the feature's. They cost the cloud,
+            not the device.
+        freeze: true keeps the encoder's layers before its last one as they start; ``"encoder"`` keeps the whole
+            encoder, so that only the decoder learns.
         rate: rate term of the first stage.
         task: summands of the task term.
         init: where training starts: ``task`` or ``principal`` for a linear start, ``next`` for a copy of the network's
@@ -114,7 +120,9 @@ class UnitKind(Strict):
     filters: Annotated[int, Field(ge=1, le=64)] = 1
     hidden: Annotated[int, Field(ge=1, le=16384)] | None = None
     group: Group = (1, 1)
-    freeze: bool = False
+    pool: Annotated[int, Field(ge=1, le=64)] = 1
+    decoder_blocks: tuple[Blocks, Blocks] = (0, 0)
+    freeze: bool | Literal["encoder"] = False
     rate: RateKind = "hyperprior"
     task: Annotated[tuple[TaskTerm, ...], Field(min_length=1)] = (TaskTerm(kind="mae"),)
     init: str = "task"
@@ -139,8 +147,11 @@ class UnitRecipe(UnitKind):
             another one takes over its channels; a nested one has at most those of its group of windows.
         step: quantizer step Q that it is trained at, in the latent's unit. `bitneck-models steps` adds others.
         lambda_: weight of the task term, key ``lambda``.
-        target_bytes: if given, lambda is only the starting value; training moves it until the estimated rate is this
-            many bytes per image.
+        multiples: smallest and largest multiple of the step; each update draws one, evenly on a logarithmic scale, so
+            that one unit serves a range of rates. lambda is divided by the multiple's square: the squared error of
+            rounding grows so. (1, 1) for the step alone.
+        target_bytes: if given, lambda is only the starting value; training moves it until the estimated rate at the
+            unit's own step is this many bytes per image.
         kernel: K of the depthwise layers; None for the smallest that covers the stride.
         steps, ..., seed: replace the values of `TrainingRecipe`.
         curve: name of the curve of its points in a report; empty for the name of its split point.
@@ -153,6 +164,7 @@ class UnitRecipe(UnitKind):
     channels: Channels
     step: Positive
     lambda_: Annotated[float, Field(gt=0, alias="lambda")]
+    multiples: tuple[Multiple, Multiple] = (1.0, 1.0)
     target_bytes: Positive | None = None
     kernel: Annotated[int, Field(ge=1, le=65)] | None = None
     steps: Steps | None = None
@@ -169,6 +181,13 @@ class UnitRecipe(UnitKind):
     seed: int | None = None
     curve: str = ""
     ship: bool = True
+
+    @model_validator(mode="after")
+    def _check_multiples(self) -> Self:
+        low, high = self.multiples
+        if low > high:
+            raise ValueError(f"multiples: the smallest one {low:g} is above the largest {high:g}")
+        return self
 
 
 OWN_SCHEDULE = tuple(key for key in UnitRecipe.model_fields if key in TrainingRecipe.model_fields)

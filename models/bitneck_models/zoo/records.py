@@ -6,11 +6,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field
 
-from bitneck.coding.factorized_model import FactorizedModel
 from bitneck_models.typed_files import Id, Positive, Strict
 
 __all__ = [
     "ConditionalRecord",
+    "ContextRecord",
     "GraphRanges",
     "Int8Proof",
     "Int8Record",
@@ -56,7 +56,7 @@ class PointRecord(Strict):
         split: its split point.
         step: quantizer step Q.
         validation_photos: number of photographs put aside.
-        validation_bytes: ideal code length on these photographs, mean.
+        validation_bytes: ideal code length on these photographs under the tables, mean. Contexts are not counted.
         validation_agreement: agreement with the teacher on them.
         validation_mean_iou: segmentation: mean IoU with their class maps; None if they have none.
         fitted: date when the tables were fitted.
@@ -99,6 +99,30 @@ class ConditionalRecord(Strict):
     fitted: date
     tables_sha256: str
     conditional_sha256: str
+
+
+class ContextRecord(Strict):
+    """How contexts were fitted, and what they save: ``points/<id>/contexts.json``.
+
+    Attributes:
+        photos: number of photographs they were fitted on.
+        validation_photos: number of photographs put aside.
+        code_version: version of this package.
+        bytes_factorized: ideal code length under the point's tables, mean over the photographs put aside.
+        bytes_contexts: the same with contexts.
+        fitted: date.
+        tables_sha256: digest of the ``tables.npz`` that they were fitted to.
+        contexts_sha256: digest of ``contexts.npz``; empty where they save too little to be kept.
+    """
+
+    photos: int
+    validation_photos: int
+    code_version: str
+    bytes_factorized: float
+    bytes_contexts: float
+    fitted: date
+    tables_sha256: str
+    contexts_sha256: str
 
 
 class GraphRanges(Strict):
@@ -200,9 +224,9 @@ class MeasuredPoint(Strict):
         bpp_payload: the same in bits per input pixel.
         accuracy: accuracy of the answers.
         agreement: agreement with the uncompressed network.
-        tables_digest: `FactorizedModel.digest` of the measured tables; empty in older records. It detects that a point
-            was trained again, which changes its tables. It does not detect a change of the recipe's step or of the
-            network without training.
+        tables_digest: `bitneck_models.zoo.entry.coding_digest` of what was measured; empty in older records. It detects
+            that a point was trained again or got other contexts. It does not detect a change of the recipe's step or of
+            the network without training.
     """
 
     payload_bytes: Annotated[float, Field(ge=0)]
@@ -211,9 +235,9 @@ class MeasuredPoint(Strict):
     agreement: Annotated[float, Field(ge=0, le=1)]
     tables_digest: str = ""
 
-    def measured_with(self, tables: FactorizedModel) -> bool:
+    def measured_with(self, digest: str) -> bool:
         """Whether these tables were measured. True for a record without a digest, which cannot tell."""
-        return self.tables_digest in ("", tables.digest)
+        return self.tables_digest in ("", digest)
 
 
 class MeasuredLadder(Strict):
@@ -233,11 +257,11 @@ class MeasuredLadder(Strict):
     uncompressed_accuracy: Annotated[float, Field(ge=0, le=1)]
     points: dict[str, MeasuredPoint]
 
-    def still_true(self, tables: Mapping[str, FactorizedModel]) -> Self:
-        """This ladder without the points that were trained again since, which now have other tables.
+    def still_true(self, digests: Mapping[str, str]) -> Self:
+        """This ladder without the points that were trained or fitted again since, which are now coded otherwise.
 
         Args:
-            tables: the tables of each point, by id.
+            digests: see `MeasuredPoint.tables_digest`, of each point by id.
         """
-        kept = {p: m for p, m in self.points.items() if p not in tables or m.measured_with(tables[p])}
+        kept = {p: m for p, m in self.points.items() if p not in digests or m.measured_with(digests[p])}
         return self.model_copy(update={"points": kept})

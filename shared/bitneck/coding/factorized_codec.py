@@ -79,6 +79,10 @@ class FactorizedCodec:
             raise InvalidConfig("a symbol is outside its table; quantize() clips to the tables")
         return self._write(index[self._coded])
 
+    def ideal_bits(self, s: NDArray[np.int32]) -> float:
+        """Ideal code length of one latent's symbols; see `FactorizedModel.ideal_bits`."""
+        return self.tables.ideal_bits(s)
+
     def _write(self, index: NDArray[np.int32]) -> bytes:
         """The payload of the coded channels' table indices, (coded, positions)."""
         with range_encoder() as encoder:

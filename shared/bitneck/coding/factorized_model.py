@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bitneck.coding.arrays import read_arrays, written_arrays
 from bitneck.errors import BundleCorrupt, InvalidConfig
 
-__all__ = ["TOTAL", "TOTAL_BITS", "FactorizedModel"]
+__all__ = ["TOTAL", "TOTAL_BITS", "FactorizedModel", "to_counts"]
 
 TOTAL_BITS = 16
 """Every table's frequencies sum to 2**16: the rarest symbol costs 16 bits, and a certain one almost nothing."""
@@ -153,7 +153,7 @@ class FactorizedModel:
             prior = decay ** np.abs(np.arange(low, high + 1) - centre)
             weights = histogram + prior_weight * prior / prior.sum()
             lo.append(low)
-            tables.append(_to_counts(weights))
+            tables.append(to_counts(weights))
         return cls(lo=np.array(lo, dtype=np.int32), counts=tuple(tables))
 
     def to_npz(self) -> bytes:
@@ -192,8 +192,12 @@ def _reduce_rows(reduce: np.ufunc, rows: Sequence[NDArray[np.int64]]) -> NDArray
     return reduced
 
 
-def _to_counts(weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Integers >= 1 that sum to `TOTAL`, in proportion to `weights` (largest remainders)."""
+def to_counts(weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Integers >= 1 that sum to `TOTAL`, in proportion to weights (largest remainders).
+
+    Args:
+        weights: (K,), >= 0 and not all 0; K <= `TOTAL`.
+    """
     free = TOTAL - weights.shape[0]
     exact = weights / weights.sum() * free
     counts: NDArray[np.int64] = np.floor(exact).astype(np.int64)

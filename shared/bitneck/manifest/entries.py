@@ -172,9 +172,19 @@ class PointEntry(Strict):
         return f"points/{self.id}/tables.npz"
 
     @property
+    def contexts(self) -> str:
+        """The file of its context model; not every point has one."""
+        return f"points/{self.id}/contexts.npz"
+
+    @property
     def conditional(self) -> str:
         """The file of its conditional model; not every point has one."""
         return f"points/{self.id}/conditional.npz"
+
+    @property
+    def coding_files(self) -> tuple[str, ...]:
+        """The files that its symbols are coded with, on both machines. The first one is always there."""
+        return self.tables, self.contexts, self.conditional
 
 
 def decoded_problem(decoded: Shape3, feature: Shape3) -> str | None:

@@ -27,7 +27,7 @@ from bitneck.text import clean_text
 
 __all__ = ["FORMAT_VERSION", "Manifest"]
 
-FORMAT_VERSION: Literal[4] = 4
+FORMAT_VERSION: Literal[5] = 5
 _MAX_PLACE = 100
 """Characters of the key that a message names."""
 
@@ -39,7 +39,7 @@ class Manifest(Strict):
         retired: operating points that earlier bundles of this name had, each with the one that took its place.
     """
 
-    format_version: Literal[4] = FORMAT_VERSION
+    format_version: Literal[5] = FORMAT_VERSION
     name: Id
     backbone: Id
     task: Task
@@ -98,7 +98,8 @@ class Manifest(Strict):
 
     def _check_files(self) -> None:
         needed = {path for path, _side in self._users()}
-        optional = {point.conditional for point in self.points} | {int8_name(path) for path in self.edge_graphs()}
+        optional = {path for point in self.points for path in point.coding_files[1:]}
+        optional |= {int8_name(path) for path in self.edge_graphs()}
         if not needed <= set(self.files) <= needed | optional:
             missing, extra = sorted(needed - set(self.files)), sorted(set(self.files) - needed - optional)
             raise ValueError(f"files listed do not match: missing {missing}, not expected {extra}")
@@ -117,7 +118,7 @@ class Manifest(Strict):
         for unit in self.units:
             yield unit.decoder, "cloud"
         for point in self.points:
-            for path in (point.tables, point.conditional):
+            for path in point.coding_files:
                 if path == point.tables or path in self.files:
                     yield path, "edge"
                     yield path, "cloud"
@@ -144,8 +145,8 @@ class Manifest(Strict):
         unit = self.unit(point.unit)
         head = self.segments[: self.split(unit.split).after_segment + 1]
         graphs = (*(segment.file for segment in head), *unit.encoder_files)
-        conditional = (point.conditional,) if point.conditional in self.files else ()
-        return (self.labels, *(self.runs(path, precision) for path in graphs), point.tables, *conditional)
+        coding = (path for path in point.coding_files if path in self.files)
+        return (self.labels, *(self.runs(path, precision) for path in graphs), *coding)
 
     @property
     def has_int8(self) -> bool:

@@ -19,7 +19,7 @@ from bitneck.coding.conditional_model import KEEP_TOTAL, KERNEL_TOTAL, Condition
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel
 from bitneck.errors import InvalidConfig
 from bitneck.manifest import sha256_hex
-from bitneck_models.training.pairs import MOTIONS, ScenePhotos, pair_symbols
+from bitneck_models.fitting.pairs import MOTIONS, ScenePhotos, pair_symbols
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.records import ConditionalRecord
 
@@ -116,7 +116,7 @@ def fit_points(
         entry: gets the tables.
         bundle: the bundle exported from this entry.
         points: ids of operating points.
-        photos: see `bitneck_models.training.pairs.scene_photos`.
+        photos: see `bitneck_models.fitting.pairs.scene_photos`.
         seed: seed of the scenes.
         progress: called with (what is being done, done, all).
 
