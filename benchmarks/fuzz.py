@@ -27,6 +27,7 @@ from PIL import Image
 from bitneck.bundle import Bundle
 from bitneck.coding.class_map import decode_map, encode_map
 from bitneck.coding.conditional_model import ConditionalModel
+from bitneck.coding.context_model import ContextModel
 from bitneck.coding.factorized_codec import FactorizedCodec
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import BitneckError
@@ -82,6 +83,7 @@ def files_of_strangers(bundle: Bundle) -> dict[str, tuple[list[bytes], Callable[
     spec = bundle.manifest.input
     tables = [bundle.path(path).read_bytes() for path in bundle.manifest.files if path.endswith("/tables.npz")]
     conditional = [bundle.path(path).read_bytes() for path in bundle.manifest.files if "conditional" in path]
+    contexts = [bundle.path(path).read_bytes() for path in bundle.manifest.files if path.endswith("/contexts.npz")]
     classes = np.arange(24 * 32, dtype=np.uint8).reshape(24, 32) // 100
     photographs = []
     for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"):
@@ -99,6 +101,7 @@ def files_of_strangers(bundle: Bundle) -> dict[str, tuple[list[bytes], Callable[
         "manifest": ([bundle.manifest_json], lambda data: Manifest.from_json(data, "here")),
         "tables": (tables, FactorizedModel.from_npz),
         "conditional tables": (conditional, ConditionalModel.from_npz),
+        "contexts": (contexts, ContextModel.from_npz),
         "graph": (
             [bundle.path(path).read_bytes() for path in graphs],
             lambda data: check_onnx(data, (1, 3, spec.height, spec.width)),
@@ -116,7 +119,8 @@ def main() -> None:
     dice = random.Random(arguments.seed)  # noqa: S311  inputs that can be repeated, no secret
     numbers = np.random.default_rng(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
-        model = ServedModel(make_tiny_bundle(Path(folder) / "bundle", similar=("s1-r2", "s2-r1")), threads=1)
+        bundle = make_tiny_bundle(Path(folder) / "bundle", similar=("s1-r2", "s2-r1"), contextual=("s2-r1",))
+        model = ServedModel(bundle, threads=1)
         strangers = files_of_strangers(model.bundle)
     symbols = numbers.integers(-6, 7, (200, 24, 3, 3)).astype(np.int32)
     codecs = [FactorizedCodec(FactorizedModel.fit(symbols), (24, 3, 3))]

@@ -1,12 +1,17 @@
-"""Write tests/golden/codec.json anew: only when the payload format changes on purpose, since old payloads break."""
+"""Write tests/golden/codec.json and contexts.json anew: only when the payload format changes on purpose.
+
+Old payloads break then.
+"""
 
 import json
 from pathlib import Path
 
 import numpy as np
 
+from bitneck.coding.context_codec import ContextCodec
 from bitneck.coding.factorized_codec import FactorizedCodec
 from bitneck.coding.factorized_model import FactorizedModel
+from bitneck_testing.tiny_bundles import contexts
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "codec.json"
 
@@ -35,6 +40,20 @@ def main() -> None:
         )
     GOLDEN.parent.mkdir(exist_ok=True)
     GOLDEN.write_text(json.dumps(cases) + "\n")
+    coded = []
+    for name, shape in (("7x7", (6, 7, 7)), ("3x5", (5, 3, 5)), ("one row", (4, 1, 6))):
+        train = np.rint(rng.laplace(size=(40, *shape)) * 2).astype(np.int32)
+        model = FactorizedModel.fit(train)
+        coded.append(
+            {
+                "name": name,
+                "tables": model.to_npz().hex(),
+                "contexts": contexts(model).to_npz().hex(),
+                "symbols": train[7].tolist(),
+                "payload": ContextCodec(model, contexts(model), shape).encode(train[7]).hex(),
+            }
+        )
+    GOLDEN.with_name("contexts.json").write_text(json.dumps(coded) + "\n")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ def test_generations_share_the_operating_points_that_are_the_same(tiny_bundle: B
     similar = ServedModel(make_tiny_bundle(tmp_path / "similar", similar=("s1-r2",)), threads=1, before=before)
     assert [p for p in similar.decoders if similar.decoders[p] is not before.decoders[p]] == ["s1-r2"]
     assert similar.decoders["s1-r2"].conditional is not None
+    coded = ServedModel(make_tiny_bundle(tmp_path / "coded", contextual=("s1-r2",)), threads=1, before=before)
+    assert [p for p in coded.decoders if coded.decoders[p] is not before.decoders[p]] == ["s1-r2"]
     better = [point.model_copy(update={"accuracy": 0.5}) for point in tiny_bundle.manifest.points]
     manifest = tiny_bundle.manifest.model_copy(update={"points": tuple(better)})
     measured = ServedModel(Bundle(tiny_bundle.root, manifest, manifest.to_json()), threads=1, before=before)

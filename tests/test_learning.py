@@ -272,7 +272,7 @@ def test_training_with_labels(home: Path) -> None:
     assert sets.labels[:24].min() >= 0
     assert (sets.labels[24:] == -1).all()
     record, _ = train_point(entry, entry.recipe.units[0], backbone, sets, home / "runs")
-    assert record.recipe["task"] == ({"kind": "ce", "layer": None, "weight": 1.0, "rare": None},)
+    assert record.recipe["task"] == [{"kind": "ce", "layer": None, "weight": 1.0, "rare": None}]
     events = list((home / "runs" / "small" / "scalars" / "s1-r1").glob("events.*"))
     assert len(events) == 1
 

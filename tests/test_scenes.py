@@ -1,6 +1,7 @@
 """Scenes made from photographs, and conditional tables fitted to them: from the recipe to the bundle."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from bitneck_models.data.scenes import Camera, Path2D, moving, still
 from bitneck_models.fitting.conditional import fit_conditional
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.point import save_point
-from bitneck_models.zoo.records import ConditionalRecord
+from bitneck_models.zoo.records import ConditionalRecord, ContextRecord
 from bitneck_testing.networks import keep_every_point, run
 from bitneck_testing.photographs import photo
 from bitneck_testing.tiny_bundles import INPUT
@@ -108,6 +109,46 @@ def test_from_a_trained_entry_to_a_bundle_with_conditional_tables(home: Path) ->
     (home / "away.json").rename(folder / "conditional.json")
     save_point(folder, entry.tables("s1-r1"), entry.points()["s1-r1"])
     assert entry.conditional("s1-r1") is None
+
+
+def test_from_a_trained_entry_to_a_bundle_with_contexts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("train", "zoo", "--data", ".")
+    keep_every_point(ZooEntry(home / "zoo"))
+    run("export", "zoo", "--out", "bundle")
+    fit = ("contexts", "zoo", "--bundle", "bundle", "--data", ".", "--photos", "12")
+    monkeypatch.setattr("bitneck_models.fitting.contexts._LEAST_SAVED", 1.0)
+    assert "no" in run(*fit)
+    entry = ZooEntry(home / "zoo")
+    before = entry.points()
+    fitted = {name for name in before if (entry.point_folder(name) / "contexts.json").is_file()}
+    assert fitted
+    assert all(entry.contexts(name) is None for name in before)
+    monkeypatch.setattr("bitneck_models.fitting.contexts._LEAST_SAVED", -1.0)
+    records = json.loads(run(*fit, "--json"))
+    run("export", "zoo", "--out", "bundle")
+    bundle = Bundle.open(home / "bundle")
+    assert set(records) == fitted
+    for name in fitted:
+        record = ContextRecord.model_validate(records[name])
+        model = bundle.contexts(name, bundle.tables(name))
+        assert model is not None
+        assert record.contexts_sha256 == sha256_hex(model.to_npz())
+        assert entry.points()[name].validation_bytes == record.bytes_contexts
+    # Contexts of other tables, a record that is lost, and a point that is fitted anew.
+    name = min(fitted)
+    folder = entry.point_folder(name)
+    tables = (folder / "tables.npz").read_bytes()
+    (folder / "tables.npz").write_bytes(entry.tables(max(set(before) - {name})).to_npz())
+    for ask in (lambda: entry.contexts(name), entry.points):
+        with pytest.raises(BundleCorrupt, match="run `bitneck-models contexts` again"):
+            ask()
+    (folder / "tables.npz").write_bytes(tables)
+    (folder / "contexts.json").rename(home / "away.json")
+    with pytest.raises(BundleCorrupt, match="no record beside it"):
+        entry.contexts(name)
+    (home / "away.json").rename(folder / "contexts.json")
+    save_point(folder, entry.tables(name), entry.points()[name])
+    assert entry.contexts(name) is None
 
 
 def test_photographs_too_small_for_scenes_are_told(home: Path) -> None:

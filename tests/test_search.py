@@ -188,6 +188,8 @@ topology = "nested"
 filters = 4
 hidden = 5
 group = [1, 2]
+pool = 2
+decoder_blocks = [1, 0]
 freeze = true
 rate = "factorized"
 task = [{ kind = "kl", weight = 2.0 }, { kind = "mse", layer = "body" }]

@@ -42,8 +42,9 @@ REACH = WINDOW + 8
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Of its three points two have conditional tables."""
-    return make_tiny_bundle(tmp_path_factory.mktemp("similar") / "bundle", similar=("s1-r2", "s2-r1"))
+    """Of its three points two have conditional tables, and one of these contexts too."""
+    folder = tmp_path_factory.mktemp("similar") / "bundle"
+    return make_tiny_bundle(folder, similar=("s1-r2", "s2-r1"), contextual=("s2-r1",))
 
 
 @pytest.fixture(scope="module")

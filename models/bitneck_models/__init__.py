@@ -11,7 +11,7 @@ The rooms, in order; each imports only from itself and from the rooms above it:
     training   training of units and of networks
     fitting    contexts and conditional tables of operating points
     search     search for operating points
-    measure    evaluation, complexity and baselines
+    measure    evaluation, complexity, baselines, and what a training will take
     export     bundles, and the proof that they equal the network
     report     pictures and tables of what was measured
     cli        the command line ``bitneck-models``

@@ -22,12 +22,13 @@ from onnx import TensorProto, helper, numpy_helper
 from bitneck.bundle import Bundle, BundleWriter
 from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.coding.conditional_model import KERNEL_TOTAL, ConditionalModel
-from bitneck.coding.factorized_model import FactorizedModel
+from bitneck.coding.context_model import WEIGHT_ONE, ContextModel
+from bitneck.coding.factorized_model import FactorizedModel, to_counts
 from bitneck.image import preprocess
 from bitneck.manifest import FileRole, InputSpec, Manifest, PointEntry, Segment, SplitPoint, Task, UnitEntry
 from bitneck_testing.photographs import photo
 
-__all__ = ["CLASSES", "INPUT", "SCENE_CLASSES", "SCENE_INPUT", "conditional", "make_tiny_bundle"]
+__all__ = ["CLASSES", "INPUT", "SCENE_CLASSES", "SCENE_INPUT", "conditional", "contexts", "make_tiny_bundle"]
 
 INPUT = InputSpec(height=32, width=32, resize=36, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CLASSES = tuple(f"class {i}" for i in range(10))
@@ -105,6 +106,22 @@ def conditional(channels: int) -> ConditionalModel:
     )
 
 
+def contexts(tables: FactorizedModel) -> ContextModel:
+    """Contexts with one class to either side: a symbol is likely to be as its neighbours are."""
+    channels = tables.channels
+    half = int((tables.hi - tables.lo).max()) + 1
+    banks = tuple(
+        np.stack([to_counts(decay ** np.abs(np.arange(-half, half + 1))) for decay in decays])
+        for decays in ((0.8, 0.5), (0.7,))
+    )
+    band = (np.arange(channels) % 2).astype(np.uint8)
+    table = np.zeros((7, channels), np.uint16)
+    table[1:, ::2] = 1
+    middle = np.clip(np.array([[0], [-1], [0], [1], [-1], [0], [1]]), tables.lo, tables.hi).astype(np.int16)
+    weights = np.full((2, 4, channels), WEIGHT_ONE // 4, np.int16)
+    return ContextModel(weights, table, middle, band, banks)
+
+
 class _Row(NamedTuple):
     """An operating point: what its unit looks like, and figures that nothing measured."""
 
@@ -145,6 +162,7 @@ def make_tiny_bundle(
     drop_points: tuple[str, ...] = (),
     task: Task = "classification",
     similar: tuple[str, ...] = (),
+    contextual: tuple[str, ...] = (),
 ) -> Bundle:
     """Write a bundle with the operating points s1-r1, s1-r2 and s2-r1 to `root`.
 
@@ -155,6 +173,7 @@ def make_tiny_bundle(
         drop_points: operating points to leave out.
         task: "segmentation" gives an input of 24x40 and a class map of that size.
         similar: operating points that get conditional tables, for similar frames.
+        contextual: operating points that get contexts.
     """
     rng = np.random.default_rng(seed)
     scene = task == "segmentation"
@@ -180,6 +199,8 @@ def make_tiny_bundle(
                 writer.add(f"units/{row.id}/encoder.onnx", encoder, "edge")
                 writer.add(f"units/{row.id}/decoder.onnx", decoder, "cloud")
                 writer.add(f"points/{row.id}/tables.npz", tables[row.id].to_npz(), "both")
+                if row.id in contextual:
+                    writer.add(f"points/{row.id}/contexts.npz", contexts(tables[row.id]).to_npz(), "both")
                 if row.id in similar:
                     writer.add(f"points/{row.id}/conditional.npz", conditional(row.channels).to_npz(), "both")
             writer.add("labels.json", json.dumps(classes).encode(), "both")

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bitneck_models.measure.forecast import forecast
 from bitneck_models.networks.backbone import Backbone
-from bitneck_models.training.forecast import forecast
 from bitneck_models.training.photo_sets import PhotoSets
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.recipe import UnitRecipe

@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import TaskID
 from rich.table import Table
 
 from bitneck.errors import ModelFailure
@@ -22,8 +22,17 @@ from bitneck_models.cli.quantize import quantize
 from bitneck_models.cli.spic import import_spic
 from bitneck_models.cli.steps import steps, upgrade
 
+if TYPE_CHECKING:
+    from bitneck_models.networks.backbone import Backbone
+    from bitneck_models.training.parallel import World
+    from bitneck_models.training.photo_sets import PhotoSets
+    from bitneck_models.zoo.entry import ZooEntry
+    from bitneck_models.zoo.recipe import UnitRecipe
+
 __all__ = ["app", "main"]
 
+_TELL_EVERY = 250
+"""Steps between two lines, where no bar is drawn."""
 _SHORT_OF_TARGET = 0.85
 """A unit that codes fewer bytes than this share of its target cannot use what it may spend."""
 
@@ -44,16 +53,18 @@ def train(
     weights: Weights = None,
     again: Annotated[bool, typer.Option("--again", help="Train units again that are trained already.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
+    workers: Annotated[
+        int, typer.Option(min=0, max=256, help="Processes that read photographs, where a recipe streams them.")
+    ] = 2,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Train nothing; try a few updates and say what training will take.")
     ] = False,
 ) -> None:
     """Train the recipe's units. Interrupted training resumes from its last checkpoint."""
     from bitneck_models.cli.forecast import print_forecast
+    from bitneck_models.training.parallel import joined
     from bitneck_models.training.photo_sets import photo_sets
-    from bitneck_models.training.point import train_point
     from bitneck_models.training.run import choose_device
-    from bitneck_models.training.unit import StepReport, belongs_to
     from bitneck_models.zoo.entry import ZooEntry
 
     entry = ZooEntry(zoo)
@@ -78,38 +89,82 @@ def train(
     if dry_run:
         print_forecast(entry, units, backbone, sets, runs, place)
         return
-    for item in units:
-        checkpoint = runs / entry.recipe.name / f"{item.id}.pt"
-        if again or (item.id in edited and not belongs_to(checkpoint, item, entry.recipe.training_of(item))):
-            checkpoint.unlink(missing_ok=True)
-        with progress_bars(console) as progress:
-            cache_task = progress.add_task(f"{item.id}: features", total=None)
-            train_task = progress.add_task(f"{item.id}: training", total=None)
-
-            def on_features(done: int, total: int, task: TaskID = cache_task) -> None:
-                progress.update(task, completed=done, total=total)
-
-            def on_step(step: StepReport, task: TaskID = train_task, name: str = item.id) -> None:
-                text = f"{name}: {step.bits / 8:.1f} bytes, task {step.task:.4f}, lambda {step.lambda_:.0f}"
-                progress.update(task, completed=step.step, total=step.steps, description=text)
-                if not console.is_terminal and step.step % 250 == 0:
-                    console.print(f"{text}, step {step.step} of {step.steps}")
-
-            made, record = train_point(
-                entry, item, backbone, sets, runs, device=place, on_features=on_features, on_step=on_step
+    with joined(place) as (world, own_place):
+        console.quiet = not world.leads
+        for item in units:
+            _train_one(
+                entry, item, backbone, sets, runs, console, again=again, device=own_place, workers=workers, world=world
             )
-        console.print(
-            f"{item.id}: {record.validation_bytes:.1f} bytes, agreement {record.validation_agreement:.3f} "
-            f"on {record.validation_photos} validation photographs"
+
+
+def _train_one(
+    entry: "ZooEntry",
+    item: "UnitRecipe",
+    backbone: "Backbone",
+    sets: "PhotoSets",
+    runs: Path,
+    console: Console,
+    *,
+    again: bool,
+    device: str,
+    workers: int,
+    world: "World",
+) -> None:
+    """Train one unit, and show how it goes."""
+    from bitneck_models.training.point import train_point
+    from bitneck_models.training.unit import StepReport, belongs_to
+
+    checkpoint = runs / entry.recipe.name / f"{item.id}.pt"
+    edited = item.id in {p.id for p in entry.trained()} and bool(entry.edited(item))
+    stale = again or (edited and not belongs_to(checkpoint, item, entry.recipe.training_of(item)))
+    world.wait()  # all have looked
+    if stale and world.leads:
+        checkpoint.unlink(missing_ok=True)
+    world.wait()
+    began = time.monotonic()
+    photographs = entry.recipe.training_of(item).batch
+    with progress_bars(console) as progress:
+        cache_task = progress.add_task(f"{item.id}: features", total=None)
+        train_task = progress.add_task(f"{item.id}: training", total=None)
+        last = [began, 0]
+
+        def on_features(done: int, total: int) -> None:
+            progress.update(cache_task, completed=done, total=total)
+
+        def on_step(step: StepReport) -> None:
+            text = f"{item.id}: {step.bits / 8:.1f} bytes, task {step.task:.4f}, lambda {step.lambda_:.0f}"
+            progress.update(train_task, completed=step.step, total=step.steps, description=text)
+            if not console.is_terminal and step.step % _TELL_EVERY == 0:
+                now = time.monotonic()
+                speed = photographs * (step.step - last[1]) / max(now - last[0], 1e-9)
+                rate = f", {speed:.0f} photographs/s" if last[1] else ""
+                console.print(f"{text}, step {step.step} of {step.steps}{rate}")
+                last[:] = now, step.step
+
+        made, record = train_point(
+            entry,
+            item,
+            backbone,
+            sets,
+            runs,
+            device=device,
+            workers=workers,
+            on_features=on_features,
+            on_step=on_step,
+            world=world,
         )
-        if item.target_bytes is not None and made.estimated_bytes < _SHORT_OF_TARGET * item.target_bytes:
-            console.print(
-                f"warning: {item.id} ends at {made.estimated_bytes:.0f} bytes, below its target of "
-                f"{item.target_bytes:g}, though lambda went from {item.lambda_:g} to {made.lambda_final:.3g}: its step "
-                f"({item.step:g}) is coarse for this target, or it has too few channels ({item.channels}); try a "
-                "smaller step",
-                markup=False, highlight=False, soft_wrap=True,
-            )  # fmt: skip
+    console.print(
+        f"{item.id}: {record.validation_bytes:.1f} bytes, agreement {record.validation_agreement:.3f} "
+        f"on {record.validation_photos} validation photographs"
+    )
+    if item.target_bytes is not None and made.estimated_bytes < _SHORT_OF_TARGET * item.target_bytes:
+        console.print(
+            f"warning: {item.id} ends at {made.estimated_bytes:.0f} bytes, below its target of "
+            f"{item.target_bytes:g}, though lambda went from {item.lambda_:g} to {made.lambda_final:.3g}: its step "
+            f"({item.step:g}) is coarse for this target, or it has too few channels ({item.channels}); try a "
+            "smaller step",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 @app.command("train-network")

@@ -167,7 +167,7 @@ def baselines(
                 sets = photo_sets(ZooEntry(zoo).recipe, data_folder(train_data), net)
                 features, _ = split_features(net, name, sets, 0, runs, counter(f"{name}: training features"))
                 points += of.training_free(
-                    net, name, table_features(features, sets)[::4], photos, runs / "cache",
+                    net, name, table_features(features, sets.weights)[::4], photos, runs / "cache",
                     sweep=metric.sweep.training_free, progress=counter(f"{name}: training-free"),
                 )  # fmt: skip
     document = {

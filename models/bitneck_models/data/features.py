@@ -20,13 +20,14 @@ from PIL import Image
 
 from bitneck.errors import InvalidConfig
 from bitneck.image import crop, load_photo, normalize
+from bitneck.manifest import InputSpec, Task
 from bitneck.runtime import OnnxModule
 from bitneck_models.data.class_maps import VOID, ViewRange, load_class_map, random_view
 from bitneck_models.data.photos import augment
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.to_onnx import to_onnx
 
-__all__ = ["FeatureSpec", "cached_features", "head_module", "view_maps"]
+__all__ = ["FeatureSpec", "cached_features", "head_module", "random_input", "sized_class_map", "view_maps"]
 
 _BATCH = 16
 
@@ -51,7 +52,7 @@ class FeatureSpec:
         """Digest of everything that decides the contents. A photograph counts by path, size and time of change."""
         lines = [f"{backbone.name} {self.split} {self.augmented} {self.seed} 1"]
         if backbone.weights_sha256 or backbone.task != "classification":
-            lines.append(f"{backbone.weights_sha256} {backbone.task} {_views(backbone)}")
+            lines.append(f"{backbone.weights_sha256} {backbone.task} {_views(backbone.input)}")
         for path, views in self.photos:
             stat = path.stat()
             lines.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {views}")
@@ -77,23 +78,56 @@ def view_maps(backbone: Backbone, spec: FeatureSpec, maps: Mapping[Path, Path]) 
     size = backbone.input.width, backbone.input.height
     found = []
     for path, count in spec.photos:
-        classes = load_class_map(maps[path], len(backbone.labels)) if path in maps else None
-        if classes is not None and classes.shape != size[::-1]:
-            classes = np.array(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
+        classes = sized_class_map(maps[path], len(backbone.labels), backbone.input) if path in maps else None
         for view in range(count):
             if classes is None:
                 found.append(np.full(size[::-1], VOID, np.uint8))
             elif spec.augmented:
                 blank = Image.new("RGB", classes.shape[::-1])
-                found.append(random_view(blank, classes, _views(backbone), spec.rng(path, view))[1])
+                found.append(random_view(blank, classes, _views(backbone.input), spec.rng(path, view))[1])
             else:
                 found.append(classes)
     return np.stack(found)
 
 
-def _views(backbone: Backbone) -> ViewRange:
+def _views(spec: InputSpec) -> ViewRange:
     """Views for segmentation networks: a whole photograph or a part of it, and nothing outside of it."""
-    return ViewRange(height=backbone.input.height, width=backbone.input.width, scale_min=1.0, scale_max=1.5, light=0.3)
+    return ViewRange(height=spec.height, width=spec.width, scale_min=1.0, scale_max=1.5, light=0.3)
+
+
+def random_input(
+    path: Path, classes: NDArray[np.uint8] | None, spec: InputSpec, task: Task, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
+    """A random view of a photograph as the network gets it.
+
+    Args:
+        path: file of the photograph.
+        classes: its class map, at the input's size; None without one.
+        spec: the network's input.
+        task: the network's; it decides the kind of view.
+        rng: source of randomness.
+
+    Returns:
+        (1, 3, H, W) float32, and the classes of the view; None for classification.
+
+    Raises:
+        ImageError: the photograph cannot be read.
+    """
+    image = load_photo(path)
+    if task == "classification":
+        return normalize(augment(image, spec, rng), spec), None
+    if image.size != (spec.width, spec.height):  # as serving does; its class map may have another size
+        image = image.resize((spec.width, spec.height), Image.Resampling.BILINEAR)
+    view, found = random_view(image, classes, _views(spec), rng)
+    return normalize(view, spec), found
+
+
+def sized_class_map(path: Path, classes: int, spec: InputSpec) -> NDArray[np.uint8]:
+    """A photograph's class map at the input's size, (H, W)."""
+    found = load_class_map(path, classes)
+    if found.shape != (spec.height, spec.width):
+        found = np.array(Image.fromarray(found).resize((spec.width, spec.height), Image.Resampling.NEAREST))
+    return found
 
 
 def head_module(backbone: Backbone, split: str, folder: Path) -> OnnxModule:
@@ -165,17 +199,9 @@ def _batches(
 
     def one(row: int) -> NDArray[np.float32]:
         path, view = views[row]
-        image = load_photo(path)
-        if spec.augmented and backbone.task == "segmentation":
-            size = backbone.input.width, backbone.input.height
-            if image.size != size:  # as serving does; its class map may have another size
-                image = image.resize(size, Image.Resampling.BILINEAR)
-            image, _ = random_view(image, None, _views(backbone), spec.rng(path, view))
-        elif spec.augmented:
-            image = augment(image, backbone.input, spec.rng(path, view))
-        else:
-            image = crop(image, backbone.input)
-        return normalize(image, backbone.input)
+        if spec.augmented:
+            return random_input(path, None, backbone.input, backbone.task, spec.rng(path, view))[0]
+        return normalize(crop(load_photo(path), backbone.input), backbone.input)
 
     def batch(start: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
         chunk = rows[start : start + _BATCH]

@@ -14,6 +14,7 @@ Dimensions: N batch, Cr latent channels, Cz hyper-latent channels.
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "FactorizedRate",
     "HyperpriorRate",
     "L1Rate",
+    "Noise",
     "RateKind",
     "RateTerm",
     "build_rate",
@@ -141,9 +143,27 @@ class FactorizedDensity(nn.Module):
         return _bits(likelihood).reshape(c, n, h, w).transpose(0, 1)
 
 
-def _perturbed(v: Tensor, width: float = 1.0, *, hard: bool) -> Tensor:
+class Noise:
+    """Uniform noise, each sample's from a source of its own, whatever else is in the batch.
+
+    Args:
+        seeds: of the samples, (N,).
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Fresh noise from -1/2 to 1/2, of the shape and on the device of a tensor (N, ...)."""
+        parts = [torch.rand(like.shape[1:], generator=source) for source in self._sources]
+        return (torch.stack(parts) - 0.5).to(like.device)
+
+
+def _perturbed(v: Tensor, width: float = 1.0, *, hard: bool, noise: Noise | None = None) -> Tensor:
     """Add uniform noise as wide as a bin, because rounding has no gradient; or round, to get the rate."""
-    return torch.round(v / width) * width if hard else v + torch.empty_like(v).uniform_(-width / 2, width / 2)
+    if hard:
+        return torch.round(v / width) * width
+    return v + width * (torch.rand_like(v) - 0.5 if noise is None else noise(v))
 
 
 class RateTerm(nn.Module):
@@ -157,7 +177,9 @@ class RateTerm(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False) -> Tensor:
+    def forward(
+        self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False, noise: Noise | None = None
+    ) -> Tensor:
         """The rate of a latent.
 
         Args:
@@ -166,6 +188,7 @@ class RateTerm(nn.Module):
             multiple: of that step, at which the latent is rounded.
             hard: return the estimated bits of the rounded latent, whose gradient is of no use; else the term to
                 minimize.
+            noise: takes the place of rounding if not ``hard``; None for torch's own.
 
         Returns:
             (N,), in bits; in steps for `L1Rate` if not ``hard``.
@@ -188,9 +211,11 @@ class FactorizedRate(RateTerm):
         """See `RateTerm.fit_scale`."""
         self.density.fit_scale(std)
 
-    def forward(self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False) -> Tensor:
+    def forward(
+        self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False, noise: Noise | None = None
+    ) -> Tensor:
         """Bits of each latent: see `RateTerm.forward`."""
-        return self.density.bits(_perturbed(y / step, multiple, hard=hard), multiple).sum(dim=(1, 2, 3))
+        return self.density.bits(_perturbed(y / step, multiple, hard=hard, noise=noise), multiple).sum(dim=(1, 2, 3))
 
 
 class L1Rate(RateTerm):
@@ -208,14 +233,16 @@ class L1Rate(RateTerm):
         """See `RateTerm.fit_scale`."""
         self.density.fit_scale(std)
 
-    def forward(self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False) -> Tensor:
+    def forward(
+        self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False, noise: Noise | None = None
+    ) -> Tensor:
         """The norm, or the bits of the rounded latent: see `RateTerm.forward`.
 
         The density beside it learns in the same pass: its bits are added and subtracted again, so that only their
         gradient remains.
         """
         v = y / step
-        bits = self.density.bits(_perturbed(v.detach(), multiple, hard=hard), multiple).sum(dim=(1, 2, 3))
+        bits = self.density.bits(_perturbed(v.detach(), multiple, hard=hard, noise=noise), multiple).sum(dim=(1, 2, 3))
         return bits if hard else (v / multiple).abs().sum(dim=(1, 2, 3)) + bits - bits.detach()
 
 
@@ -259,12 +286,15 @@ class HyperpriorRate(RateTerm):
         norm.weight.fill_(0.3)
         norm.bias.copy_(std.clamp(min=0.1).log())
 
-    def forward(self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False) -> Tensor:
+    def forward(
+        self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False, noise: Noise | None = None
+    ) -> Tensor:
         """Bits of each latent and its hyper-latent: see `RateTerm.forward`."""
         v = y / step
-        z = _perturbed(self.h_a(v), hard=hard)  # (N, Cz, h, w)
+        z = _perturbed(self.h_a(v), hard=hard, noise=noise)  # (N, Cz, h, w)
         sigma = torch.exp(self.h_s(z).clamp(-7.0, 7.0))  # (N, Cr, h, w)
-        bits = gaussian_bin_bits(_perturbed(v, multiple, hard=hard) / multiple, sigma / multiple).sum(dim=(1, 2, 3))
+        noisy = _perturbed(v, multiple, hard=hard, noise=noise)
+        bits = gaussian_bin_bits(noisy / multiple, sigma / multiple).sum(dim=(1, 2, 3))
         return bits + self.density.bits(z).sum(dim=(1, 2, 3))
 
 

@@ -11,9 +11,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import InvalidConfig, ModelFailure
+from bitneck_models.data.features import cached_features
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.search.space import SearchSpace
-from bitneck_models.training.photo_sets import PhotoSets, split_features, table_features
+from bitneck_models.training.given import given_to
+from bitneck_models.training.photo_sets import PhotoSets, feature_specs, table_features
 from bitneck_models.training.point import point_record, unit_record
 from bitneck_models.training.start import initialized_unit
 from bitneck_models.training.tables import prune_and_fit
@@ -27,6 +29,8 @@ from bitneck_models.zoo.recipe import UnitRecipe
 __all__ = ["is_hopeless", "work"]
 
 _MAX_FAILURES = 8
+_READERS = 2
+"""Processes of a worker that read photographs, where the space streams them."""
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -58,8 +62,10 @@ def work(
     Raises:
         ModelFailure: several trials in a row failed. A single failure does not end the search.
     """
-    features, held = split_features(backbone, space.split, sets, space.training.seed, runs)
-    tables = table_features(features, sets)
+    held_out = feature_specs(space.split, sets, space.training.seed)[1]
+    held = cached_features(backbone, held_out, runs / "cache")
+    given = given_to(space, backbone, sets, space.training, runs, device=device, workers=_READERS)
+    tables = table_features(given.sample, given.sample_weights)
 
     def measured(unit: BottleneckUnit, point: UnitRecipe) -> tuple[BottleneckUnit, FactorizedModel, Validation]:
         small, model = prune_and_fit(unit, point, tables)
@@ -71,14 +77,14 @@ def work(
         checkpoint = folder / "run.pt"
         checkpoint.unlink(missing_ok=True)
         trial.set_user_attr("recipe", json.loads(point.model_dump_json(by_alias=True)))
-        unit = initialized_unit(entry, point, backbone, features, sets.weights)
+        unit = initialized_unit(entry, point, backbone, given.sample, given.sample_weights)
         steps: list[StepReport] = []
         tail = backbone.tail(space.split)
 
         def train(stop_after: int | None) -> None:
             train_unit(
-                unit.to(device), tail.to(device), features, point, space.training,
-                weights=sets.weights, labels=sets.labels, checkpoint=checkpoint, report=steps.append,
+                unit.to(device), tail.to(device), given.features, point, space.training,
+                weights=given.weights, labels=given.labels, checkpoint=checkpoint, report=steps.append,
                 stop_after=stop_after,
             )  # fmt: skip
             unit.cpu()
@@ -103,7 +109,7 @@ def work(
             raise
         finally:
             checkpoint.unlink(missing_ok=True)
-        save_unit(folder, small, unit_record(point, space.training, steps, len(features)))
+        save_unit(folder, small, unit_record(point, space.training, steps, given.views))
         save_point(folder, model, point_record(point, point.step, len(held), result))
         trial.set_user_attr("bytes", result.payload_bytes)
         trial.set_user_attr("folder", str(folder.resolve()))

@@ -1,7 +1,9 @@
-"""Batches of cached features for a unit's training: drawn, mirrored and mixed by the number of the step.
+"""Batches of features for a unit's training: drawn, mirrored and mixed by the number of the step.
 
-Dimensions: M cached features, N batch, C x Hf x Wf feature, H x W class map.
+Dimensions: M features, N batch, C x Hf x Wf feature, H x W class map.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,9 +13,28 @@ from torch import Tensor
 from bitneck.errors import InvalidConfig
 from bitneck_models.data.class_maps import VOID
 from bitneck_models.losses.task_terms import NO_LABEL, Labels
+from bitneck_models.training.parallel import ALONE, World
+from bitneck_models.training.stream import ViewStream
 from bitneck_models.zoo.recipe import TrainingRecipe
 
-__all__ = ["Batches", "labelled"]
+__all__ = ["Batch", "Batches", "labelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a process gets of a batch.
+
+    Attributes:
+        features: (n, C, Hf, Wf) float32.
+        labels: what is known of their classes; None if no task term needs labels.
+        seeds: of each sample's noise, (n,).
+        share: n, as a share of the whole batch.
+    """
+
+    features: Tensor
+    labels: Labels | None
+    seeds: list[int]
+    share: float
 
 
 def labelled(labels: NDArray[np.integer] | None, count: int, name: str, *, mirror: bool) -> NDArray[np.bool_]:
@@ -41,48 +62,106 @@ def labelled(labels: NDArray[np.integer] | None, count: int, name: str, *, mirro
     return known
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a batch is made of: rows, whether it is mirrored, how many samples are mixtures, and their shares."""
+
+    rows: NDArray[np.intp]
+    mirrored: bool
+    mixed: int
+    share: NDArray[np.float32]
+
+
 class Batches:
     """Draws the batches.
 
     Args:
-        features: (M, C, Hf, Wf) float16.
+        features: cached ones, (M, C, Hf, Wf) float16, or a stream of fresh ones of M photographs.
         training: batch, mix, mirror and seed.
         weights: probability of each feature to be drawn, (M,), summing to 1; None for equal ones.
         labels: classes (M,), `NO_LABEL` where unknown, or class maps (M, H, W) uint8, `VOID` where unknown; None if no
-            task term needs them.
+            task term needs them, or the stream has them.
         device: where the batches go.
+        world: the processes that share each batch.
+
+    Raises:
+        InvalidConfig: a batch is too small for so many processes.
     """
 
     def __init__(
         self,
-        features: NDArray[np.float16],
+        features: NDArray[np.float16] | ViewStream,
         training: TrainingRecipe,
         weights: NDArray[np.float64] | None,
         labels: NDArray[np.integer] | None,
         device: torch.device,
+        world: World = ALONE,
     ) -> None:
+        self.features: NDArray[np.float16] | ViewStream
         self.features, self.training, self.weights, self.labels = features, training, weights, labels
-        self.device = device
+        self.device, self.world = device, world
+        if min(len(World(rank, world.size).share(training.batch, 0)) for rank in range(world.size)) < 2:
+            raise InvalidConfig(f"a batch of {training.batch} is too small for {world.size} processes: take fewer")
 
-    def draw(self, step: int) -> tuple[Tensor, Labels | None]:
-        """The features of a step, (N, C, Hf, Wf) float32, and what is known of their classes."""
-        rng = np.random.default_rng([self.training.seed, step])
-        rows = np.sort(rng.choice(len(self.features), self.training.batch, replace=False, p=self.weights))
-        order = rng.permutation(len(rows))
-        f = torch.from_numpy(self.features[rows].astype(np.float32)[order]).to(self.device)
-        if rng.random() < 0.5 and self.training.mirror:
+    def draw(self, step: int, *, whole: bool = False) -> Batch:
+        """This process's share of the batch of a step, or the whole batch."""
+        plan = self._plan(step)
+        own = self._own(plan, ALONE if whole else self.world)
+        rows, share, mixed = plan.rows[own], plan.share[own], int((own < plan.mixed).sum())
+        maps = None
+        if not isinstance(self.features, ViewStream):
+            f = torch.from_numpy(self._read(self.features, rows)).to(self.device)
+        elif whole:
+            f, maps = self.features.read_once(step, rows)
+        else:
+            f, maps = self.features.read(step, self._own_rows)
+        if plan.mirrored:
             f = f.flip(3)
-        share = np.ones(len(f), np.float32)
-        mixed = int(len(f) * self.training.mix) // 2 * 2
         if mixed:
-            share[:mixed] = rng.uniform(0.2, 0.8, mixed)
             part = torch.from_numpy(share[:mixed, None, None, None]).to(self.device)
             f[:mixed] = part * f[:mixed] + (1 - part) * f[:mixed].flip(0)
-        if self.labels is None:
-            return f, None
-        first = self.labels[rows][order].astype(np.int64)
+        known = maps if maps is not None else None if self.labels is None else self.labels[rows]
+        labels = self._labels_of(known, mixed, share) if known is not None else None
+        seeds = [hash_of(self.training.seed, step, int(position)) for position in own]
+        return Batch(f, labels, seeds, len(own) / len(plan.rows))
+
+    def _plan(self, step: int) -> _Plan:
+        rng = np.random.default_rng([self.training.seed, step])
+        count = self.training.batch
+        rows = np.sort(rng.choice(len(self.features), count, replace=False, p=self.weights))
+        rows = rows[rng.permutation(count)]
+        mirrored = rng.random() < 0.5 and self.training.mirror
+        mixed = int(count * self.training.mix) // 2 * 2
+        share = np.ones(count, np.float32)
+        share[:mixed] = rng.uniform(0.2, 0.8, mixed)
+        return _Plan(rows, mirrored, mixed, share)
+
+    def _own(self, plan: _Plan, world: World) -> NDArray[np.intp]:
+        return world.share(len(plan.rows), plan.mixed)
+
+    def _own_rows(self, step: int) -> NDArray[np.intp]:
+        """The features that this process takes at a step, in order."""
+        plan = self._plan(step)
+        rows: NDArray[np.intp] = plan.rows[self._own(plan, self.world)]
+        return rows
+
+    @staticmethod
+    def _read(features: NDArray[np.float16], rows: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Features of rows in this order; read in the order in which they lie on the disk."""
+        places = np.argsort(rows)
+        f = np.empty((len(rows), *features.shape[1:]), np.float32)
+        f[places] = features[rows[places]]
+        return f
+
+    def _labels_of(self, known: NDArray[np.integer], mixed: int, share: NDArray[np.float32]) -> Labels:
+        first = known.astype(np.int64)
         if first.ndim > 1:
             first[first == VOID] = NO_LABEL
         second = first.copy()
         second[:mixed] = first[:mixed][::-1]
-        return f, Labels(*(torch.from_numpy(a).to(self.device) for a in (first, second, share)))
+        return Labels(*(torch.from_numpy(a).to(self.device) for a in (first, second, share)))
+
+
+def hash_of(*numbers: int) -> int:
+    """A number below 2**63 that looks random, from others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

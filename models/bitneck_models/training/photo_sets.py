@@ -5,7 +5,8 @@
 Dimensions: M views, C x Hf x Wf feature.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from bitneck_models.zoo.recipe import Recipe
 __all__ = [
     "PhotoSets",
     "affordable",
+    "affordable_count",
     "feature_specs",
+    "one_view_each",
     "photo_sets",
     "sampled",
     "sampled_photos",
@@ -52,6 +55,13 @@ class PhotoSets:
     weights: NDArray[np.float64]
     labels: NDArray[np.int64]
     maps: Mapping[Path, Path] = field(default_factory=dict)
+
+    def by_photo(self) -> tuple[list[Path], NDArray[np.float64], NDArray[np.int64]]:
+        """The training photographs, the probability of each to be drawn, and its class."""
+        views = np.array([count for _path, count in self.train])
+        first = np.cumsum(views) - views
+        weights = np.add.reduceat(self.weights, first)
+        return [path for path, _count in self.train], weights / weights.sum(), self.labels[first]
 
 
 def photo_sets(recipe: Recipe, data: Path, backbone: Backbone) -> PhotoSets:
@@ -137,21 +147,30 @@ def split_features(
     )
 
 
-def table_features(features: NDArray[np.float16], sets: PhotoSets) -> NDArray[np.float16]:
+def table_features(features: NDArray[np.float16], weights: NDArray[np.float64]) -> NDArray[np.float16]:
     """A sample of the training features to fit tables on; the same one each time."""
-    return features[sampled(sets.weights, affordable(features, _TABLE_FEATURES, _TABLE_BYTES), seed=2)]
+    return features[sampled(weights, affordable(features, _TABLE_FEATURES, _TABLE_BYTES), seed=2)]
 
 
 def sampled_photos(sets: PhotoSets, size: int, seed: int) -> NDArray[np.intp]:
     """Indices of some training photographs, drawn as often as training draws them; see `sampled`."""
-    views = np.array([count for _path, count in sets.train])
-    each = np.add.reduceat(sets.weights, np.cumsum(views) - views)
-    return sampled(each / each.sum(), size, seed)
+    return sampled(sets.by_photo()[1], size, seed)
+
+
+def one_view_each(sets: PhotoSets, split: str, seed: int, count: int) -> FeatureSpec:
+    """One random view of some training photographs, which are drawn as often as training draws them."""
+    photos = tuple((sets.train[k][0], 1) for k in sampled_photos(sets, count, seed=2))
+    return FeatureSpec(split=split, photos=photos, augmented=True, seed=seed)
 
 
 def affordable(features: NDArray[np.float16], count: int, most_bytes: int, bytes_a_value: int = 2) -> int:
     """How many features fit into a number of bytes: at most `count`, at least one."""
-    return max(1, min(count, most_bytes // (bytes_a_value * int(features[0].size))))
+    return affordable_count(features.shape[1:], count, most_bytes, bytes_a_value)
+
+
+def affordable_count(shape: Sequence[int], count: int, most_bytes: int, bytes_a_value: int = 2) -> int:
+    """The same for features of a shape (C, Hf, Wf)."""
+    return max(1, min(count, most_bytes // (bytes_a_value * math.prod(shape))))
 
 
 def sampled(weights: NDArray[np.float64], size: int, seed: int) -> NDArray[np.intp]:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import bitneck
 from bitneck.errors import InvalidConfig
-from bitneck_models.data.features import view_maps
+from bitneck_models.data.features import cached_features, view_maps
 from bitneck_models.losses.task_terms import NO_LABEL
 from bitneck_models.networks.backbone import Backbone
-from bitneck_models.training.photo_sets import PhotoSets, feature_specs, split_features, table_features
+from bitneck_models.training.given import given_to
+from bitneck_models.training.parallel import ALONE, World
+from bitneck_models.training.photo_sets import PhotoSets, feature_specs, table_features
 from bitneck_models.training.scalars import Scalars
 from bitneck_models.training.start import initialized_unit
 from bitneck_models.training.tables import prune_and_fit
@@ -35,12 +36,15 @@ def train_point(
     runs: Path,
     *,
     device: str = "cpu",
+    workers: int = 2,
     on_features: Callable[[int, int], None] = lambda _done, _all: None,
     on_step: Callable[[StepReport], None] = lambda _report: None,
+    world: World = ALONE,
 ) -> tuple[UnitRecord, PointRecord]:
     """Train one unit, and save it and its first operating point in the zoo entry.
 
-    Interrupted training resumes from its last checkpoint.
+    Interrupted training resumes from its last checkpoint. Of several processes, the first computes the features and
+    saves the result.
 
     Args:
         entry: gets the result, and has the unit to start from.
@@ -49,8 +53,10 @@ def train_point(
         sets: see `bitneck_models.training.photo_sets`.
         runs: folder for feature caches, checkpoints and TensorBoard's scalars; large.
         device: where the unit is trained, as torch names it.
+        workers: processes that read photographs, where the recipe streams them.
         on_features: progress of the features, (done, all).
         on_step: progress of the training.
+        world: the processes that train together.
 
     Returns:
         The records of the unit and of the point.
@@ -67,34 +73,47 @@ def train_point(
             f"{point.id} has a task term `ce`, and no photograph has a label: set `labels = true` at a source whose "
             "folders are named by class, or that has `images` and `labels`"
         )
-    train, held_out = feature_specs(point.split, sets, training.seed)
-    labels: NDArray[np.integer] = sets.labels
-    if supervised and backbone.task == "segmentation":
-        labels = view_maps(backbone, train, sets.maps)
-    features, held = split_features(backbone, point.split, sets, training.seed, runs, on_features)
+    held_out = feature_specs(point.split, sets, training.seed)[1]
+    if not world.leads:
+        world.wait()  # until the features are there
+    given = given_to(point, backbone, sets, training, runs, device=device, workers=workers, progress=on_features)
+    held = cached_features(backbone, held_out, runs / "cache", on_features)
+    if world.leads:
+        world.wait()
     tail = backbone.tail(point.split)
-    unit = initialized_unit(entry, point, backbone, features, sets.weights)
+    unit = initialized_unit(entry, point, backbone, given.sample, given.sample_weights)
     last: list[StepReport] = []
     folder = runs / entry.recipe.name
-    with Scalars(folder / "scalars" / point.id) as scalars:
+    with Scalars(folder / "scalars" / point.id if world.leads else None) as scalars:
 
         def report(step: StepReport) -> None:
             scalars.add(step)
             on_step(step)
 
         train_unit(
-            unit.to(device), tail.to(device), features, point, training,
-            weights=sets.weights, labels=labels, checkpoint=folder / f"{point.id}.pt", report=report, recent=last,
+            unit.to(device), tail.to(device), given.features, point, training,
+            weights=given.weights, labels=given.labels, checkpoint=folder / f"{point.id}.pt", report=report,
+            recent=last, world=world,
         )  # fmt: skip
+    if not world.leads:
+        world.wait()  # until the unit is saved: the next one may start from it
+        return saved_records(entry, point.id)
     unit, tail = unit.cpu(), tail.cpu()
     round_weights(unit)
-    unit, tables = prune_and_fit(unit, point, table_features(features, sets))
+    unit, tables = prune_and_fit(unit, point, table_features(given.sample, given.sample_weights))
     truth = view_maps(backbone, held_out, sets.maps) if sets.maps else None
     result = validate(unit, tail, point.step, tables, held, truth)
-    records = unit_record(point, training, last, len(features)), point_record(point, point.step, len(held), result)
+    records = unit_record(point, training, last, given.views), point_record(point, point.step, len(held), result)
     save_unit(entry.unit_folder(point.id), unit, records[0])
     save_point(entry.point_folder(point.id), tables, records[1])
-    return records
+    world.wait()
+    return saved_records(entry, point.id)
+
+
+def saved_records(entry: ZooEntry, unit_id: str) -> tuple[UnitRecord, PointRecord]:
+    """The records of a unit and of its first operating point, as they were saved."""
+    unit = (entry.unit_folder(unit_id) / "record.json").read_bytes()
+    return UnitRecord.model_validate_json(unit), entry.points()[unit_id]
 
 
 def unit_record(

@@ -25,6 +25,7 @@ __all__ = [
     "choose_device",
     "cosine",
     "due",
+    "low_precision",
     "polynomial",
     "read_checkpoint",
     "run",
@@ -75,6 +76,7 @@ def run(
     save_every: int,
     report: Callable[[R], None],
     stop_after: int | None = None,
+    saves: bool = True,
 ) -> bool:
     """Train until all steps are done.
 
@@ -85,6 +87,7 @@ def run(
         save_every: updates between two saves.
         report: called after every update.
         stop_after: save and return after this many updates in all.
+        saves: write the checkpoint; false in all but one of several processes, which read it all the same.
 
     Returns:
         Whether training is complete.
@@ -98,9 +101,9 @@ def run(
         trainer.restore(state)
     for told in trainer.updates(steps if stop_after is None else min(steps, stop_after)):
         report(told)
-        if checkpoint is not None and due(trainer.done, save_every, steps):
+        if checkpoint is not None and saves and due(trainer.done, save_every, steps):
             _save(trainer, checkpoint)
-    if checkpoint is not None and not due(trainer.done, save_every, steps):
+    if checkpoint is not None and saves and not due(trainer.done, save_every, steps):
         _save(trainer, checkpoint)
     return trainer.done >= steps
 
@@ -231,3 +234,8 @@ def choose_device(name: str) -> str:
         reason = str(exc).splitlines()[0]
         raise InvalidConfig(f"device {name!r} cannot be used here ({reason}); use cpu or auto") from exc
     return name
+
+
+def low_precision(device: torch.device, precision: str) -> torch.autocast:
+    """Lower the precision of what takes most of the time; see `BottleneckUnit.forward`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

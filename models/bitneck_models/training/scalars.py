@@ -18,16 +18,16 @@ class Scalars:
     """Writes every tenth step. A resumed run writes into the same folder and replaces the steps that it repeats.
 
     Args:
-        folder: the folder, for ``tensorboard --logdir``.
+        folder: the folder, for ``tensorboard --logdir``; None to write nothing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._writer: SummaryWriter | None = None
 
     def add(self, step: StepReport) -> None:
         """Write a step, if it is a tenth one or the last."""
-        if not due(step.step, _EVERY, step.steps):
+        if self.folder is None or not due(step.step, _EVERY, step.steps):
             return
         if self._writer is None:
             self._writer = SummaryWriter(str(self.folder), purge_step=step.step)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.errors import InvalidConfig
-from bitneck_models.data.features import FeatureSpec, cached_features, view_maps
+from bitneck_models.data.features import cached_features, view_maps
 from bitneck_models.networks.backbone import Backbone
-from bitneck_models.training.photo_sets import PhotoSets, feature_specs, sampled_photos
+from bitneck_models.training.photo_sets import PhotoSets, feature_specs, one_view_each
 from bitneck_models.training.point import point_record
 from bitneck_models.training.tables import feature_chunks
 from bitneck_models.training.validation import validate
@@ -101,8 +101,7 @@ def _table_views(
     progress: Callable[[str, int, int], None],
 ) -> NDArray[np.float16]:
     """Features of one random view of some training photographs, drawn as often as training draws them."""
-    chosen = sampled_photos(sets, photos, seed=2)
-    spec = FeatureSpec(split=split, photos=tuple((sets.train[k][0], 1) for k in chosen), augmented=True, seed=seed)
+    spec = one_view_each(sets, split, seed, photos)
     return cached_features(backbone, spec, runs / "cache", lambda done, of: progress("features", done, of))
 
 

@@ -2,10 +2,10 @@
 
     f --unit--> f_hat --tail--> student        the teacher is the same network without the unit: tail(f)
 
-The features come from a cache, the backbone is frozen, and `bitneck_models.losses` has the two terms. In the last
-stage the rate term is the factorized model, which will code the symbols.
+The features come from a cache or from fresh views, the backbone is frozen, and `bitneck_models.losses` has the two
+terms. In the last stage the rate term is the factorized model, which will code the symbols.
 
-Dimensions: M cached features, N batch, C x Hf x Wf feature.
+Dimensions: M features, N batch, C x Hf x Wf feature.
 """
 
 import math
@@ -20,13 +20,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig, ModelFailure
-from bitneck_models.losses.rate_terms import RateTerm, build_rate
+from bitneck_models.losses.rate_terms import Noise, RateTerm, build_rate
 from bitneck_models.losses.task_terms import TaskLoss
-from bitneck_models.training.batches import Batches, labelled
-from bitneck_models.training.run import RunningMean, cosine, read_checkpoint, run, seeded, set_learning_rates
+from bitneck_models.training.batches import Batch, Batches, labelled
+from bitneck_models.training.parallel import ALONE, World, broadcast_state, gather_norms, mean_over_world
+from bitneck_models.training.run import (
+    RunningMean,
+    cosine,
+    low_precision,
+    read_checkpoint,
+    run,
+    seeded,
+    set_learning_rates,
+)
+from bitneck_models.training.stream import ViewStream
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe
 
@@ -40,8 +50,8 @@ RECENT_STEPS = 200
 """Steps at the end of training whose mean rate a record gives. A checkpoint keeps them."""
 _LAMBDA_GAIN = 0.02
 """How fast lambda follows a missed target rate: by a factor of e in 50 steps at an error of 100 %."""
-_NOISE, _INITIAL, _MULTIPLES = 0, 1, 2
-"""Streams of random numbers: those of an update, the initial weights of a rate term, and the multiples of the step."""
+_INITIAL, _MULTIPLES = 1, 2
+"""Streams of random numbers: the initial weights of a rate term, and the multiples of the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,7 @@ class StepReport:
 def train_unit(
     unit: BottleneckUnit,
     tail: nn.Module,
-    features: NDArray[np.float16],
+    features: NDArray[np.float16] | ViewStream,
     point: UnitRecipe,
     training: TrainingRecipe,
     *,
@@ -76,13 +86,14 @@ def train_unit(
     report: Callable[[StepReport], None] = lambda _report: None,
     stop_after: int | None = None,
     recent: list[StepReport] | None = None,
+    world: World = ALONE,
 ) -> bool:
     """Train a unit in place.
 
     Args:
         unit: the initialized unit. Its batch norms keep their statistics, and learn scale and shift only.
         tail: the frozen network after the split point.
-        features: (M, C, Hf, Wf) float16.
+        features: cached ones, (M, C, Hf, Wf) float16, or a stream of fresh ones of M photographs.
         point: gives step, lambda and both terms.
         training: the schedule.
         weights: probability of each feature to be drawn, (M,), summing to 1; None for equal ones.
@@ -92,6 +103,7 @@ def train_unit(
         report: called after every step.
         stop_after: save and return after this many steps in all.
         recent: gets the last `RECENT_STEPS` steps, those before a resume included.
+        world: the processes that train together. Terms ``ce`` and those with `rare` are averaged in each process.
 
     Returns:
         Whether training is complete.
@@ -103,7 +115,7 @@ def train_unit(
     """
     if len(features) < training.batch:
         raise InvalidConfig(f"{len(features)} features are fewer than a batch of {training.batch}; add photographs")
-    trainer = _UnitTrainer(unit, tail, features, weights, labels, point, training)
+    trainer = _UnitTrainer(unit, tail, features, weights, labels, point, training, world)
     complete = run(
         trainer,
         checkpoint,
@@ -111,6 +123,7 @@ def train_unit(
         save_every=_CHECKPOINT_EVERY,
         report=report,
         stop_after=stop_after,
+        saves=world.leads,
     )
     if recent is not None:
         recent[:] = trainer.recent
@@ -128,6 +141,27 @@ def belongs_to(checkpoint: Path, point: UnitRecipe, training: TrainingRecipe) ->
     return True
 
 
+class _Objective(nn.Module):
+    """Both terms of the loss, on one process's samples; the module that processes share the gradients of."""
+
+    def __init__(
+        self, unit: BottleneckUnit, rate: RateTerm, task: TaskLoss, device: torch.device, precision: str
+    ) -> None:
+        super().__init__()
+        self.unit, self.rate = unit, rate
+        self._task, self._device, self._precision = task, device, precision
+
+    def forward(
+        self, batch: Batch, teacher: dict[int, Tensor], step: float, multiple: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The latent before rounding, mean bits a sample, and the task term."""
+        with low_precision(self._device, self._precision):
+            y, f_hat = self.unit(batch.features, step * multiple)
+            student = self._task.features(f_hat)
+        bits = self.rate(y, step, multiple, noise=Noise(batch.seeds)).mean()
+        return y, bits, self._task(student, teacher, batch.labels)
+
+
 class _UnitTrainer:
     """See `bitneck_models.training.run.Trainer`."""
 
@@ -135,23 +169,26 @@ class _UnitTrainer:
         self,
         unit: BottleneckUnit,
         tail: nn.Module,
-        features: NDArray[np.float16],
+        features: NDArray[np.float16] | ViewStream,
         weights: NDArray[np.float64] | None,
         labels: NDArray[np.integer] | None,
         point: UnitRecipe,
         training: TrainingRecipe,
+        world: World,
     ) -> None:
-        self.unit, self.point, self.training = unit, point, training
+        self.unit, self.point, self.training, self.world = unit, point, training, world
+        broadcast_state(unit, world)
         self.steps = training.steps + training.finish_steps
         self.done = 0
         self.device = next(unit.parameters()).device
         self.task = TaskLoss(point.task, tail)
-        if self.task.needs_labels:
+        if self.task.needs_labels and not (isinstance(features, ViewStream) and features.has_maps):
             known = labelled(labels, len(features), point.id, mirror=training.mirror)
             if not self.task.needs_teacher:  # then only features with a label teach anything
                 weights = np.where(known, weights if weights is not None else 1 / len(known), 0.0)
                 weights /= weights.sum()
-        self.batches = Batches(features, training, weights, labels if self.task.needs_labels else None, self.device)
+        known_labels = labels if self.task.needs_labels else None
+        self.batches = Batches(features, training, weights, known_labels, self.device, world)
         self.lambda_ = point.lambda_
         self.recent: deque[StepReport] = deque(maxlen=RECENT_STEPS)
         self._begin_stage(finishing=training.steps == 0)
@@ -176,8 +213,9 @@ class _UnitTrainer:
             kind = "factorized" if finishing else self.point.rate
             self.rate: RateTerm = build_rate(kind, self.unit.latent_shape[0]).to(self.device)
         with torch.no_grad():
-            y = self.unit.eval().encoder(self.batches.draw(self.done)[0])
+            y = self.unit.eval().encoder(self.batches.draw(self.done, whole=True).features)
             self.rate.fit_scale((y / self.point.step).std(dim=(0, 2, 3)))
+        gather_norms(self.rate, self.world)
         peak = t.learning_rate * (_FINISH_RATE if finishing else 1.0)
         own = t.encoder_learning_rate
         encoder_peak = peak if own is None else peak * own / t.learning_rate
@@ -189,6 +227,9 @@ class _UnitTrainer:
             {"params": list(self.rate.parameters()), "peak": t.rate_learning_rate},
         ]
         self.optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        self.objective: nn.Module = _Objective(self.unit, self.rate, self.task, self.device, t.precision)
+        if self.world.size > 1:
+            self.objective = nn.parallel.DistributedDataParallel(self.objective, broadcast_buffers=False)
 
     def _update(self) -> tuple[float, float]:
         """Update the weights once; mean bits per image of the rounded latent, and the task term."""
@@ -197,36 +238,32 @@ class _UnitTrainer:
         set_learning_rates(self.optimizer, self.done - begin, length, t.warmup_steps, cosine)
         self.unit.eval()  # batch norms keep their statistics: the unit starts from a solution, not from noise
         self.rate.train()
-        with self._seeded(_NOISE):
-            f, labels = self.batches.draw(self.done)  # (N, C, Hf, Wf)
-            with torch.no_grad(), self._low_precision():
-                teacher = self.task.features(f) if self.task.needs_teacher else {}
-            with self._low_precision():
-                y, f_hat = self.unit(f, step * multiple)
-                student = self.task.features(f_hat)
-            bits = self.rate(y, step, multiple).mean()
-            with torch.no_grad():
-                coded = self.rate(y, step, hard=True).mean().item()
-            task = self.task(student, teacher, labels)
+        batch = self.batches.draw(self.done)
+        with torch.no_grad(), low_precision(self.device, t.precision):
+            teacher = self.task.features(batch.features) if self.task.needs_teacher else {}
+        y, bits, task = self.objective(batch, teacher, step, multiple)
+        with torch.no_grad():
+            means = torch.stack([self.rate(y, step, hard=True).mean(), (y.abs() > step / 2).float().mean(), bits, task])
+        coded, alive, mean_bits, mean_task = mean_over_world(means, batch.share, self.world).tolist()
         # eq. (2) with lambda / multiple^2, times the multiple: updates at all steps are then about as large.
         loss = multiple * bits + self.lambda_ / multiple * task
-        if not torch.isfinite(loss):
+        if not math.isfinite(mean_bits + mean_task):
             raise ModelFailure(
-                f"{self.point.id}: the loss is not finite at step {self.done} (bits {bits.item():.1f}, "
-                f"task {task.item():.4f}); lower the learning rate"
+                f"{self.point.id}: the loss is not finite at step {self.done} (bits {mean_bits:.1f}, "
+                f"task {mean_task:.4f}); lower the learning rate"
             )
-        if (self.done + 1) % _LOOK_FOR_ZEROS_EVERY == 0 and not (y.detach().abs() > step / 2).any():
+        if (self.done + 1) % _LOOK_FOR_ZEROS_EVERY == 0 and alive == 0:
             raise ModelFailure(
                 f"{self.point.id}: every symbol is zero at step {self.done}: raise lambda or lower the step"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss * (batch.share * self.world.size)).backward()
         nn.utils.clip_grad_norm_(self.unit.parameters(), 10.0 * self.lambda_)
         self.optimizer.step()
         self.done += 1
         self._follow_target(coded)
         self.mean.update(self.unit, self.done)
-        return coded, task.item()
+        return coded, mean_task
 
     def _multiple(self) -> float:
         """The multiple of the step that this update is made at."""
@@ -238,11 +275,6 @@ class _UnitTrainer:
 
     def _seeded(self, stream: int) -> AbstractContextManager[None]:
         return seeded(self.training.seed * 2 + stream, self.done)
-
-    def _low_precision(self) -> torch.autocast:
-        """Lower the precision of what takes most of the time; see `BottleneckUnit.forward`."""
-        low = self.training.precision == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low)
 
     def _follow_target(self, bits: float) -> None:
         """Move lambda towards the target rate, once the rate term has settled.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitneck_models.units.geometry import Geometry
 
-__all__ = ["Activation", "Crop", "DepthToSpace", "Pad", "Residual", "SpaceToDepth", "Spread", "activation"]
+__all__ = ["Activation", "Crop", "DepthToSpace", "Means", "Pad", "Residual", "SpaceToDepth", "Spread", "activation"]
 
 _RESIDUAL_KERNEL = 5
 _RESIDUAL_WIDTH = 2
@@ -52,6 +52,18 @@ class Crop(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         """The padded size to (N, C, Hf, Wf)."""
         return self.geometry.crop(f)
+
+
+class Means(nn.AvgPool2d):
+    """Means over windows of P x P that tile a feature; a window that reaches beyond its edge counts what is inside.
+
+    Args:
+        side: P.
+        before: rows and columns of windows that lie outside, above and to the left.
+    """
+
+    def __init__(self, side: int, before: tuple[int, int]) -> None:
+        super().__init__(side, padding=before, ceil_mode=True, count_include_pad=False)
 
 
 class Residual(nn.Module):

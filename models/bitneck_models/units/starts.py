@@ -253,7 +253,7 @@ def _copy_block(unit: BottleneckUnit, tail: nn.Module, layers: Sequence[nn.Modul
     project = last.weight[:, :, 0, 0] * (last_norm.weight / torch.sqrt(variance + last_norm.eps))[:, None]  # (G, H)
     block, *rest = tail.children()
     g = _activations(block, features[: 64 * _PROBES])  # (n, G, h, w)
-    inner = _activations(unit.encoder.body[:-2], features[:_CHUNK])  # before the means
+    inner = _activations(unit.encoder.body[:-1], features[:_CHUNK])  # before the means
     if not torch.allclose(last_norm(last(inner)), g[:_CHUNK], rtol=1e-3, atol=1e-3):
         raise InvalidConfig("the network's next block is more than three layers: start from 'random'")
     metric = output_metric(Geometry((g.shape[2], g.shape[3]), 1), nn.Sequential(*rest), g, torch.ones(1, 1, 1), _PROBES)

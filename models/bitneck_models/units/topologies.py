@@ -27,7 +27,17 @@ from typing import Literal
 from torch import Tensor, nn
 
 from bitneck_models.units.geometry import Geometry
-from bitneck_models.units.layers import Activation, Crop, DepthToSpace, Pad, Residual, SpaceToDepth, Spread, activation
+from bitneck_models.units.layers import (
+    Activation,
+    Crop,
+    DepthToSpace,
+    Means,
+    Pad,
+    Residual,
+    SpaceToDepth,
+    Spread,
+    activation,
+)
 
 __all__ = ["TOPOLOGIES", "Decoder", "Encoder", "Plan", "Topology", "TopologyTraits"]
 
@@ -257,7 +267,7 @@ def _block(p: Plan) -> Halves:
     encoder = _named(
         expand=_conv(p.channels, h, 1), expand_norm=norm(h), expand_inner=nn.ReLU6(),
         pad=Pad(spatial), spatial=nn.Conv2d(h, h, spatial.kernel, spatial.stride, groups=h, bias=False),
-        spatial_norm=norm(h), inner=nn.ReLU6(), pad_means=Pad(means), means=nn.AvgPool2d(p.pool),
+        spatial_norm=norm(h), inner=nn.ReLU6(), means=Means(p.pool, means.before) if p.pool > 1 else nn.Identity(),
     )  # fmt: skip
     return Encoder(encoder, _conv(h, p.latent_channels, 1), p.outer), _separable_decoder(p)
 

@@ -77,6 +77,8 @@ class TrainingRecipe(Strict):
         ema: decay of the running mean of the weights. The mean is what is kept.
         precision: precision of the frozen tail and of the unit's layers at the feature's size. The layers at the latent
             and the rate term stay in float32. bfloat16 is faster on processors and GPUs that support it.
+        stream: take fresh views through the frozen head at every step, in place of a cache of features; `views` then
+            counts for nothing. For data sets whose features would fill a disk.
         seed: seed of everything random.
     """
 
@@ -91,6 +93,7 @@ class TrainingRecipe(Strict):
     mirror: bool = True
     ema: Decay = 0.998
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    stream: bool = False
     seed: int = 0
 
 
@@ -178,6 +181,7 @@ class UnitRecipe(UnitKind):
     mirror: bool | None = None
     ema: Decay | None = None
     precision: Literal["float32", "bfloat16"] | None = None
+    stream: bool | None = None
     seed: int | None = None
     curve: str = ""
     ship: bool = True

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bitneck_models.data.features import FeatureSpec, cached_features
 from bitneck_models.networks.backbone import Backbone
+from bitneck_models.training.given import stream_sample
 from bitneck_models.training.photo_sets import PhotoSets, feature_specs
 from bitneck_models.training.unit import StepReport, train_unit
 from bitneck_models.zoo.point import new_unit
@@ -35,7 +36,7 @@ class Forecast:
         views: features of the training views and of the photographs put aside, those in the cache included.
         missing: of these, features that are not in the cache yet.
         features_s: seconds to compute the missing ones.
-        training_s: seconds of all updates.
+        training_s: seconds of all updates; where views are streamed, with reading them one after the other.
         disk_bytes: of the missing features. The cache is kept below ``--runs``.
         memory_mib: peak of resident memory of the trial.
     """
@@ -77,7 +78,8 @@ def forecast(
         InvalidConfig, ModelFailure: see `bitneck_models.training.unit.train_unit`.
         ImageError: a photograph cannot be read.
     """
-    specs = feature_specs(unit.split, sets, training.seed)
+    train, held = feature_specs(unit.split, sets, training.seed)
+    specs = (stream_sample(unit.split, backbone, sets, training.seed) if training.stream else train, held)
     views = sum(count for spec in specs for _, count in spec.photos)
     missing = (
         0 if (unit.split, training.seed) in known else sum(_missing(spec, backbone, runs / "cache") for spec in specs)
@@ -90,6 +92,8 @@ def forecast(
         features = cached_features(backbone, second, Path(folder))
         each_s = (time.perf_counter() - begun) / len(features)
         training_s = _training_s(unit, training, backbone, np.array(features), device)
+        if training.stream:
+            training_s += (training.steps + training.finish_steps) * training.batch * each_s
     size = 2 * int(np.prod(backbone.feature_shape(unit.split)))
     return Forecast(
         unit=unit.id,
