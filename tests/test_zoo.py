@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitneck.bundle import Bundle
+from bitneck.coding.context_codec import ContextCodec
 from bitneck.coding.symbols import dequantize, quantize
 from bitneck.image import load_photo, preprocess
 from bitneck.manifest import sha256_hex
@@ -19,10 +20,10 @@ from bitneck_models.export.proof import proof_images, prove
 from bitneck_models.measure.evaluate import evaluate
 from bitneck_models.networks.registry import build_backbone
 from bitneck_models.training.steps import point_id
-from bitneck_models.zoo.entry import ZooEntry
+from bitneck_models.zoo.entry import ZooEntry, coding_digest
 from bitneck_models.zoo.network_training import NetworkTraining, load_network_training
 from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe
-from bitneck_models.zoo.records import ConditionalRecord, NetworkRecord, UnitRecord
+from bitneck_models.zoo.records import ConditionalRecord, ContextRecord, NetworkRecord, UnitRecord
 from bitneck_models.zoo.selection import successors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,7 @@ MAP_EVAL = DATA / "camvid" / "test"
 
 
 @pytest.mark.parametrize(
-    ("zoo", "wanted"), [(ZOO, {"s1": 9, "s2": 7, "s3": 7}), (MAP_ZOO, {"s1": 4, "s2": 3, "s3": 3})]
+    ("zoo", "wanted"), [(ZOO, {"s1": 9, "s2": 7, "s3": 7, "s4": 6}), (MAP_ZOO, {"s1": 4, "s2": 3, "s3": 3})]
 )
 def test_every_point_is_fitted_measured_and_as_its_record_says(zoo: Path, wanted: dict[str, int]) -> None:
     entry = ZooEntry(zoo)
@@ -63,7 +64,11 @@ def test_every_point_is_fitted_measured_and_as_its_record_says(zoo: Path, wanted
         assert (trained[point.unit].split, channels[point.unit]) == (point.split, tables.channels)
         assert name == point_id(point.unit, float(f"{point.step / trained[point.unit].step:.3g}"))
         assert point.tables_sha256 == sha256_hex((folder / "tables.npz").read_bytes())
-        assert ladder.points[name].tables_digest == tables.digest
+        assert ladder.points[name].tables_digest == coding_digest(tables, entry.contexts(name))
+        if (folder / "contexts.npz").is_file():
+            coded = ContextRecord.model_validate_json((folder / "contexts.json").read_bytes())
+            assert coded.contexts_sha256 == sha256_hex((folder / "contexts.npz").read_bytes())
+            assert coded.bytes_contexts < 0.97 * coded.bytes_factorized
         if zoo == ZOO:
             assert entry.conditional(name) is not None
             similar = ConditionalRecord.model_validate_json((folder / "conditional.json").read_bytes())
@@ -109,6 +114,9 @@ def test_units_for_class_maps_are_as_measured() -> None:
             symbols = np.stack([quantize(one, point.step, tables.lo, tables.hi) for one in y])
             answer = backbone.tail(split)(unit.decoder(torch.from_numpy(dequantize(symbols, point.step)))).argmax(1)
             ideal_bytes = np.mean([tables.ideal_bits(one) for one in symbols]) / 8
+            if (contexts := entry.contexts(point.id)) is not None:
+                codec = ContextCodec(tables, contexts, unit.latent_shape)
+                ideal_bytes = np.mean([codec.ideal_bits(one) for one in symbols]) / 8
             assert ideal_bytes == pytest.approx(ladder.points[point.id].payload_bytes, rel=0.25)
             assert (answer == teacher).float().mean().item() == pytest.approx(
                 ladder.points[point.id].agreement, abs=0.05
@@ -131,6 +139,9 @@ def test_the_bundle_is_the_zoos() -> None:
     for point in bundle.manifest.points:
         ours, theirs = entry.tables(point.id), bundle.tables(point.id)
         assert all(np.array_equal(a, b) for a, b in zip(ours.counts, theirs.counts, strict=True))
+        contexts, coded = entry.contexts(point.id), bundle.contexts(point.id, theirs)
+        assert (contexts is None) == (coded is None)
+        assert contexts is None or coded is None or contexts.digest == coded.digest
         conditional, shipped = entry.conditional(point.id), bundle.conditional(point.id)
         assert conditional is not None
         assert shipped is not None

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 import bitneck
 from bitneck.bundle import Bundle
-from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.coding.context_codec import ContextCodec
 from bitneck.coding.context_model import WEIGHT_ONE, ContextModel, check_symbols, neighbours, passes, table_rows
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel, to_counts
 from bitneck.errors import InvalidConfig
 from bitneck.image import load_photo, preprocess
 from bitneck.manifest import sha256_hex
+from bitneck_models.fitting.symbols import EveryPoint
 from bitneck_models.training.photo_sets import PhotoSets, sampled_photos
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.records import ContextRecord
@@ -151,18 +151,12 @@ def fit_points(
 def _symbols(
     bundle: Bundle, points: Sequence[str], photos: Sequence[Path], progress: Callable[[int], None]
 ) -> dict[str, NDArray[np.int16]]:
-    """Symbols of photographs for each point, (N, Cr, h, w) int16; one walk along the chain a photograph."""
-    chain, ladder, spec = SegmentChain(bundle), bundle.manifest.ladder, bundle.manifest.input
-    encoders = {name: PointEncoder(bundle, ladder[name]) for name in points}
-    lengths = {name: chain.head_length(ladder[name].split) for name in points}
+    """Symbols of photographs for each point, (N, Cr, h, w) int16."""
+    every, ladder, spec = EveryPoint(bundle, points), bundle.manifest.ladder, bundle.manifest.input
     found = {name: np.empty((len(photos), *ladder[name].latent_shape), np.int16) for name in points}
     for row, path in enumerate(photos):
-        f, at = preprocess(load_photo(path), spec), 0
-        for length in sorted(set(lengths.values())):
-            f, at = chain.run(f, at, length), length
-            for name in points:
-                if lengths[name] == length:
-                    found[name][row] = encoders[name].symbols(f)
+        for name, s in every.symbols(preprocess(load_photo(path), spec)):
+            found[name][row] = s
         progress(row + 1)
     return found
 

@@ -6,7 +6,7 @@ into symbols, as on a device.
 Dimensions: P pairs, Cr x h x w latent.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bitneck.bundle import Bundle
-from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.errors import InvalidConfig
 from bitneck.image import load_photo, preprocess
 from bitneck.manifest import InputSpec
 from bitneck_models.data.class_maps import mapped_photos
 from bitneck_models.data.photos import split_off_validation, unlabelled_photos
 from bitneck_models.data.scenes import Camera, Path2D, moving, still
+from bitneck_models.fitting.symbols import EveryPoint
 from bitneck_models.zoo.recipe import Recipe
 
 __all__ = ["MOTIONS", "ScenePhotos", "Symbols", "pair_symbols", "scene_photos"]
@@ -129,9 +129,7 @@ def pair_symbols(
     Raises:
         ImageError: a photograph cannot be read.
     """
-    chain = SegmentChain(bundle)
-    ladder = bundle.manifest.ladder
-    encoders = {name: PointEncoder(bundle, ladder[name]) for name in points}
+    every, ladder = EveryPoint(bundle, points), bundle.manifest.ladder
     spec = bundle.manifest.input
     # One array each: many small arrays that stay between large ones that go would fragment the heap.
     collected: dict[str, Symbols] = {
@@ -143,20 +141,7 @@ def pair_symbols(
         rng = np.random.default_rng([seed, row])
         for motion in MOTIONS:
             for k, frame in enumerate(pair(photo, spec, motion, rng)):
-                for name, s in _symbols(chain, encoders, spec, frame):
+                for name, s in every.symbols(preprocess(frame, spec)):
                     collected[motion][name][row, k] = s
         progress(row + 1)
     return collected
-
-
-def _symbols(
-    chain: SegmentChain, encoders: dict[str, PointEncoder], spec: InputSpec, frame: Image.Image
-) -> Iterator[tuple[str, NDArray[np.int32]]]:
-    """Symbols of a frame for every point, with one walk along the chain."""
-    lengths = {name: chain.head_length(encoder.point.split) for name, encoder in encoders.items()}
-    f, at = preprocess(frame, spec), 0
-    for length in sorted(set(lengths.values())):
-        f, at = chain.run(f, at, length), length
-        for name, encoder in encoders.items():
-            if lengths[name] == length:
-                yield name, encoder.symbols(f)

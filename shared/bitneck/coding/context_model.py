@@ -35,7 +35,8 @@ __all__ = ["NEIGHBOURS", "WEIGHT_ONE", "ContextModel", "check_symbols", "neighbo
 
 NEIGHBOURS = (((-1, -1), (-1, 1), (1, -1), (1, 1)), ((-1, 0), (0, -1), (0, 1), (1, 0)))
 """Rows and columns from a symbol to those that its class depends on, in passes 1 and 2."""
-WEIGHT_ONE = 256
+_WEIGHT_BITS = 8
+WEIGHT_ONE = 1 << _WEIGHT_BITS
 """A weight of one class for each symbol."""
 
 _MAX_SYMBOL = (1 << 15) - 1
@@ -215,5 +216,5 @@ def table_rows(
     for places, weight in zip(around, weights[number - 1].astype(np.int32), strict=True):
         total += weight[:, None] * padded[..., places]
     first = 1 + reach + (number - 1) * (2 * reach + 1)
-    found: NDArray[np.intp] = np.clip(total // WEIGHT_ONE, -reach, reach).astype(np.intp) + first
+    found: NDArray[np.intp] = np.clip(total >> _WEIGHT_BITS, -reach, reach).astype(np.intp) + first
     return found
