@@ -26,13 +26,15 @@ class _Part:
     """The symbols of one pass and band.
 
     Attributes:
-        place: channels and positions, as indices of (Cr, positions).
-        shift: the symbol that the table begins with.
-        index: the symbol's place in the table; anything before it is decoded.
+        positions: of the pass, P flat indices.
+        channels: of the band, in the codec's order.
+        shift: the symbol that each symbol's table begins with, (channels, P).
+        index: each symbol's place in its table, flat; anything before it is decoded.
         probabilities: the tables, (symbols, width) float32.
     """
 
-    place: tuple[NDArray[np.intp], ...]
+    positions: NDArray[np.intp]
+    channels: slice
     shift: NDArray[np.int32]
     index: NDArray[np.int32]
     probabilities: NDArray[np.float32]
@@ -58,17 +60,21 @@ class ContextCodec:
         contexts.check_fits(tables)
         self.tables = tables
         self.latent_shape = latent_shape
-        self._contexts = contexts
         self._lo, self._hi = tables.lo[:, None, None], tables.hi[:, None, None]
+        self._reach = contexts.reach
+        # Channels are coded band by band, so that a band is a slice.
+        self._order = np.argsort(contexts.band, kind="stable")
+        ends = np.cumsum(np.bincount(contexts.band))
+        self._bands = [slice(end - size, end) for end, size in zip(ends, np.bincount(contexts.band), strict=True)]
+        half_widths = np.array([bank.shape[1] // 2 for bank in contexts.banks])[contexts.band]
+        self._weights = np.ascontiguousarray(contexts.weights[:, :, self._order])
+        self._table = contexts.table[:, self._order].astype(np.intp).ravel()
+        self._shift = (contexts.middle.astype(np.int32) - half_widths)[:, self._order].astype(np.int32).ravel()
+        self._channel = np.arange(latent_shape[0])[:, None]
         self._positions = passes(latent_shape[1:])
         self._neighbours = [neighbours(latent_shape[1:], number, self._positions[number]) for number in (1, 2)]
-        self._bands = [np.flatnonzero(contexts.band == number) for number in range(len(contexts.banks))]
-        self._places = [[np.ix_(channels, positions) for channels in self._bands] for positions in self._positions]
-        self._half_widths = [bank.shape[1] // 2 for bank in contexts.banks]
-        self._channel = np.arange(latent_shape[0])[:, None]
+        self._alone = np.repeat(self._channel, len(self._positions[0]), axis=1)  # row 0 of each channel
         self._probabilities = [bank.astype(np.float32) / np.float32(TOTAL) for bank in contexts.banks]  # exact: 2**-16
-        self._middle = contexts.middle.astype(np.int32)
-        self._table = contexts.table.astype(np.intp)
         count = latent_shape[0] * latent_shape[1] * latent_shape[2]
         self.max_payload_bytes = -(-count * TOTAL_BITS * 101 // 800) + 4
         """An upper bound: no symbol costs more than `TOTAL_BITS`."""
@@ -86,7 +92,7 @@ class ContextCodec:
             raise InvalidConfig(f"symbols are {s.shape} {s.dtype}, expected {self.latent_shape} int32")
         if (s < self._lo).any() or (s > self._hi).any():
             raise InvalidConfig("a symbol is outside its table; quantize() clips to the tables")
-        return self._write(list(self._parts(s)))
+        return self._write(list(self._parts(self._flat(s))))
 
     def ideal_bits(self, s: NDArray[np.int32]) -> float:
         """Ideal code length of one latent's symbols.
@@ -96,7 +102,7 @@ class ContextCodec:
         """
         return -sum(
             float(np.log2(part.probabilities[np.arange(part.index.size), part.index], dtype=np.float64).sum())
-            for part in self._parts(s)
+            for part in self._parts(self._flat(s))
         )
 
     def decode(self, payload: bytes) -> NDArray[np.int32]:
@@ -116,13 +122,16 @@ class ContextCodec:
             raise MalformedFrame(
                 f"payload of {len(payload)} bytes, this operating point gives at most {self.max_payload_bytes}"
             )
-        s = np.zeros(self.latent_shape, dtype=np.int32)
+        flat = np.zeros((self.latent_shape[0], self.latent_shape[1] * self.latent_shape[2]), dtype=np.int32)
         parts = []
         with range_decoder(payload) as decoder:
-            for part in self._parts(s):  # each pass looks at what the passes before have put into s
+            for part in self._parts(flat):  # each pass looks at what the passes before have put into flat
                 part.index = decoder.decode(FAMILY, part.probabilities).astype(np.int32)
-                s.reshape(len(s), -1)[part.place] = (part.index + part.shift).reshape(part.place[0].size, -1)
+                flat[part.channels, part.positions] = part.index.reshape(part.shift.shape) + part.shift
                 parts.append(part)
+        s = np.empty_like(flat)
+        s[self._order] = flat
+        s = s.reshape(self.latent_shape)
         if (s < self._lo).any() or (s > self._hi).any():
             raise MalformedFrame(f"payload of {len(payload)} bytes holds a symbol outside its table")
         if len(self._write(parts)) < len(payload):
@@ -131,27 +140,25 @@ class ContextCodec:
             )
         return s
 
-    def _parts(self, s: NDArray[np.int32]) -> Iterator[_Part]:
+    def _flat(self, s: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Symbols in the codec's order of channels, (Cr, h * w)."""
+        return s.reshape(len(s), -1)[self._order]
+
+    def _parts(self, flat: NDArray[np.int32]) -> Iterator[_Part]:
         """What is coded, in order. Later parts depend on the symbols of earlier ones."""
-        flat = s.reshape(len(s), -1)
         for number, positions in enumerate(self._positions):
             if not positions.size:
                 continue
-            table, middle = self._rows(flat, number)
-            for band, channels in enumerate(self._bands):
-                place = self._places[number][band]
-                shift = middle[channels].ravel() - self._half_widths[band]
-                probabilities = self._probabilities[band][table[channels].ravel()]
-                yield _Part(place, shift, flat[place].ravel() - shift, probabilities)
-
-    def _rows(self, flat: NDArray[np.int32], number: int) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
-        """Number and middle of the table of each symbol of a pass, (Cr, positions) each."""
-        if number == 0:
-            shape = (len(flat), len(self._positions[0]))
-            return np.broadcast_to(self._table[0, :, None], shape), np.broadcast_to(self._middle[0, :, None], shape)
-        around, contexts = self._neighbours[number - 1], self._contexts
-        row = table_rows(flat, around, contexts.weights, number, contexts.reach)
-        return self._table[row, self._channel], self._middle[row, self._channel]
+            places = self._alone
+            if number:
+                around = self._neighbours[number - 1]
+                row = table_rows(flat, around, self._weights, number, self._reach)
+                places = row * len(flat) + self._channel
+            table, shift = np.take(self._table, places), np.take(self._shift, places)
+            index = np.take(flat, positions, axis=1) - shift
+            for channels, bank in zip(self._bands, self._probabilities, strict=True):
+                probabilities = np.take(bank, table[channels].ravel(), axis=0)
+                yield _Part(positions, channels, shift[channels], index[channels].ravel(), probabilities)
 
     def _write(self, parts: Sequence[_Part]) -> bytes:
         with range_encoder() as encoder:
