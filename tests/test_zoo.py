@@ -69,12 +69,11 @@ def test_every_point_is_fitted_measured_and_as_its_record_says(zoo: Path, wanted
             coded = ContextRecord.model_validate_json((folder / "contexts.json").read_bytes())
             assert coded.contexts_sha256 == sha256_hex((folder / "contexts.npz").read_bytes())
             assert coded.bytes_contexts < 0.97 * coded.bytes_factorized
-        if zoo == ZOO:
-            assert entry.conditional(name) is not None
-            similar = ConditionalRecord.model_validate_json((folder / "conditional.json").read_bytes())
-            assert similar.tables_sha256 == point.tables_sha256
-            assert similar.conditional_sha256 == sha256_hex((folder / "conditional.npz").read_bytes())
-            assert similar.bytes_similar["still"] < 0.5 * similar.bytes_alone["still"]
+        assert entry.conditional(name) is not None
+        similar = ConditionalRecord.model_validate_json((folder / "conditional.json").read_bytes())
+        assert similar.tables_sha256 == point.tables_sha256
+        assert similar.conditional_sha256 == sha256_hex((folder / "conditional.npz").read_bytes())
+        assert similar.bytes_similar["still"] < 0.5 * similar.bytes_alone["still"]
     for split, count in wanted.items():
         rungs = sorted((p for p in kept.values() if p.split == split), key=lambda p: p.validation_bytes)
         agreements = [point.validation_agreement for point in rungs]
