@@ -6,7 +6,6 @@ Both codecs code the same symbols in turn, in one process with one thread; the m
 """
 
 import argparse
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,9 +19,9 @@ from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.coding.context_codec import ContextCodec
 from bitneck.coding.factorized_codec import FactorizedCodec
 from bitneck.image import load_photo, preprocess
+from bitneck_models.data.photos import unlabelled_photos
 
 TURNS = 3
-ENDINGS = {".jpg", ".jpeg", ".png"}
 
 
 def milliseconds(function: Callable[[Any], Any], arguments: Sequence[Any]) -> float:
@@ -46,8 +45,8 @@ def main() -> None:
     chain, ladder = SegmentChain(bundle, threads=1), bundle.manifest.ladder
     encoders = {p.id: PointEncoder(bundle, p) for p in ladder}
     encoders = {name: encoder for name, encoder in encoders.items() if isinstance(encoder.codec, ContextCodec)}
-    found = (path for path in sorted(arguments.data.rglob("*")) if path.suffix.lower() in ENDINGS)
-    photos = [preprocess(load_photo(path), bundle.manifest.input) for path in itertools.islice(found, arguments.photos)]
+    found = unlabelled_photos([arguments.data])[: arguments.photos]
+    photos = [preprocess(load_photo(path), bundle.manifest.input) for path in found]
     print("point        bytes  contexts  saved | ms to encode  contexts  times | ms to decode  contexts  times")
     worst = {"encode": 0.0, "decode": 0.0}
     for name, encoder in encoders.items():

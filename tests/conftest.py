@@ -1,11 +1,16 @@
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from bitneck.bundle import Bundle
 from bitneck_testing.coco_folders import make_coco_folder
 from bitneck_testing.tiny_bundles import make_tiny_bundle
+
+if TYPE_CHECKING:
+    from bitneck_testing.processes import Server
+    from bitneck_testing.streams import Frames
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +23,23 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def scene_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A small real bundle for segmentation. All tests share it: do not change its files."""
     return make_tiny_bundle(tmp_path_factory.mktemp("scene") / "bundle", name="scene", task="segmentation")
+
+
+@pytest.fixture(scope="module")
+def frames(tiny_bundle: Bundle) -> "Frames":
+    """Right frames of the small bundle for classification, and the right answers to them."""
+    from bitneck_testing.streams import Frames
+
+    return Frames(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: Bundle, scene_bundle: Bundle) -> Iterator["Server"]:
+    """A server of both small bundles. Modules that need another one have their own."""
+    from bitneck_testing.processes import running_server
+
+    with running_server(tiny_bundle.root, scene_bundle.root) as running:
+        yield running
 
 
 @pytest.fixture

@@ -38,11 +38,6 @@ def bearer(token: str, **headers: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def frames(tiny_bundle: Bundle) -> Frames:
-    return Frames(tiny_bundle)
-
-
-@pytest.fixture(scope="module")
 def guarded(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose control API has tokens of each role."""
     file = tmp_path_factory.mktemp("tokens") / "operators.txt"

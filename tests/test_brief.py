@@ -48,11 +48,6 @@ def server(tiny_bundle: Bundle) -> Any:
         yield running
 
 
-@pytest.fixture(scope="module")
-def frames(tiny_bundle: Bundle) -> Frames:
-    return Frames(tiny_bundle)
-
-
 async def test_points_by_position_and_answers_without_names(
     server: Server, tiny_bundle: Bundle, frames: Frames
 ) -> None:

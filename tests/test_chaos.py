@@ -27,11 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUESTS = 10_000
 
 
-@pytest.fixture(scope="module")
-def frames(tiny_bundle: Bundle) -> Frames:
-    return Frames(tiny_bundle)
-
-
 @pytest.mark.timeout(240)
 async def test_ten_thousand_requests_of_which_a_third_is_bad(tiny_bundle: Bundle, frames: Frames) -> None:
     """Each frame is answered once, with a result or with its own fault; then a clean one succeeds."""

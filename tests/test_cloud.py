@@ -31,11 +31,6 @@ def server(tiny_bundle: Bundle) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def frames(tiny_bundle: Bundle) -> Frames:
-    return Frames(tiny_bundle)
-
-
 @pytest.fixture
 async def cloud(server: Server) -> AsyncIterator[Any]:
     async with stub(server.grpc) as it:

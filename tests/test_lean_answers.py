@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,11 @@ from bitneck.wire.messages import Answers
 from bitneck.wire.scores import unpacked_scores
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_testing.photographs import photo
-from bitneck_testing.processes import Server, running_server
+from bitneck_testing.processes import Server
 from bitneck_testing.rogue_servers import opened, rogue_server
 from bitneck_testing.streams import Frames, answers_of, edge_client, open_stream, stub
 
 HANG_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def server(tiny_bundle: Bundle, scene_bundle: Bundle) -> Iterator[Server]:
-    with running_server(tiny_bundle.root, scene_bundle.root) as running:
-        yield running
 
 
 @pytest.mark.parametrize(

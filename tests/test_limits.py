@@ -37,11 +37,6 @@ WAIT_S = 30.0
 
 
 @pytest.fixture(scope="module")
-def frames(tiny_bundle: Bundle) -> Frames:
-    return Frames(tiny_bundle)
-
-
-@pytest.fixture(scope="module")
 def impatient(tiny_bundle: Bundle) -> Iterator[Server]:
     with running_server(tiny_bundle.root, options=("--stall-s", str(STALL_S), "--resume-s", "1")) as server:
         yield server

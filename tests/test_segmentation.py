@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,12 @@ from bitneck_edge.answers.results import Answer, ClassShare, Failure, Segmentati
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
 from bitneck_testing.photographs import photo, photo_bytes
-from bitneck_testing.processes import BIN, Server, edge, running_server
+from bitneck_testing.processes import BIN, Server, edge
 from bitneck_testing.rogue_servers import opened, rogue_server
 from bitneck_testing.streams import Frames, open_stream, stub
 from bitneck_testing.tiny_bundles import SCENE_CLASSES, SCENE_INPUT
 
 H, W, K = SCENE_INPUT.height, SCENE_INPUT.width, len(SCENE_CLASSES)
-
-
-@pytest.fixture(scope="module")
-def server(tiny_bundle: Bundle, scene_bundle: Bundle) -> Iterator[Server]:
-    with running_server(tiny_bundle.root, scene_bundle.root) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,6 @@ from bitneck_testing.streams import Frames, answers_of, edge_client
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 HANG_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def server(tiny_bundle: Bundle, scene_bundle: Bundle) -> Iterator[Server]:
-    with running_server(tiny_bundle.root, scene_bundle.root) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def frames(tiny_bundle: Bundle) -> Frames:
-    return Frames(tiny_bundle)
 
 
 async def test_cuts_lose_nothing_without_answers_and_in_packs(server: Server, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Acknowledgements in place of answers, and several frames in a message: real servers, real streams."""
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,6 @@ from bitneck_testing.streams import Frames, Stream, answers_of, edge_client, ope
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 HANG_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def server(tiny_bundle: Bundle, scene_bundle: Bundle) -> Iterator[Server]:
-    with running_server(tiny_bundle.root, scene_bundle.root) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def frames(tiny_bundle: Bundle) -> Frames:
-    return Frames(tiny_bundle)
 
 
 async def open_silent(cloud: Any, bundle: Bundle, token: str = "") -> Stream:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from bitneck.coding.conditional_model import ConditionalModel
 from bitneck.coding.context_model import ContextModel
@@ -26,6 +26,9 @@ _MAX_LABEL = 200
 
 MANIFEST_NAME = "manifest.json"
 _MAX_MANIFEST_BYTES = _MAX_SMALL_BYTES = 8 << 20
+
+Fitting = TypeVar("Fitting", ContextModel, ConditionalModel)
+"""What goes with an operating point's tables."""
 
 
 class Bundle:
@@ -121,17 +124,7 @@ class Bundle:
         Raises:
             BundleCorrupt: unreadable, or it does not fit the point's tables.
         """
-        name = self.manifest.point(point_id).contexts
-        if name not in self.manifest.files:
-            return None
-        path = self.path(name)
-        data = self._read(path)
-        try:
-            contexts = ContextModel.from_npz(data)
-            contexts.check_fits(tables)
-        except (BundleCorrupt, InvalidConfig) as exc:
-            raise BundleCorrupt(f"{path}: {exc}") from exc
-        return contexts
+        return self._fitting(ContextModel, self.manifest.point(point_id).contexts, tables)
 
     @property
     def has_conditional(self) -> bool:
@@ -149,16 +142,20 @@ class Bundle:
             BundleCorrupt: unreadable, or it does not fit the point's tables.
         """
         name = self.manifest.point(point_id).conditional
+        return self._fitting(ConditionalModel, name, tables or self.tables(point_id))
+
+    def _fitting(self, kind: type[Fitting], name: str, tables: FactorizedModel) -> Fitting | None:
+        """A model of a point that goes with its tables; None if the bundle has no such file."""
         if name not in self.manifest.files:
             return None
         path = self.path(name)
         data = self._read(path)
         try:
-            conditional = ConditionalModel.from_npz(data)
-            conditional.check_fits(tables or self.tables(point_id))
+            model = kind.from_npz(data)
+            model.check_fits(tables)
         except (BundleCorrupt, InvalidConfig) as exc:
             raise BundleCorrupt(f"{path}: {exc}") from exc
-        return conditional
+        return model
 
     def labels(self) -> tuple[str, ...]:
         """The names of the classes, by index.

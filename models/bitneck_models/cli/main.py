@@ -93,8 +93,9 @@ def train(
         console.quiet = not world.leads
         for item in units:
             _train_one(
-                entry, item, backbone, sets, runs, console, again=again, device=own_place, workers=workers, world=world
-            )
+                entry, item, backbone, sets, runs, console,
+                again=again, edited=item.id in edited, device=own_place, workers=workers, world=world,
+            )  # fmt: skip
 
 
 def _train_one(
@@ -106,6 +107,7 @@ def _train_one(
     console: Console,
     *,
     again: bool,
+    edited: bool,
     device: str,
     workers: int,
     world: "World",
@@ -115,9 +117,8 @@ def _train_one(
     from bitneck_models.training.unit import StepReport, belongs_to
 
     checkpoint = runs / entry.recipe.name / f"{item.id}.pt"
-    edited = item.id in {p.id for p in entry.trained()} and bool(entry.edited(item))
     stale = again or (edited and not belongs_to(checkpoint, item, entry.recipe.training_of(item)))
-    world.wait()  # all have looked
+    world.wait()  # until all have looked
     if stale and world.leads:
         checkpoint.unlink(missing_ok=True)
     world.wait()
@@ -142,17 +143,9 @@ def _train_one(
                 last[:] = now, step.step
 
         made, record = train_point(
-            entry,
-            item,
-            backbone,
-            sets,
-            runs,
-            device=device,
-            workers=workers,
-            on_features=on_features,
-            on_step=on_step,
-            world=world,
-        )
+            entry, item, backbone, sets, runs,
+            device=device, workers=workers, on_features=on_features, on_step=on_step, world=world,
+        )  # fmt: skip
     console.print(
         f"{item.id}: {record.validation_bytes:.1f} bytes, agreement {record.validation_agreement:.3f} "
         f"on {record.validation_photos} validation photographs"

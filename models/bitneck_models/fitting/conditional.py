@@ -17,9 +17,9 @@ from bitneck.bundle import Bundle
 from bitneck.coding.conditional_codec import ConditionalCodec
 from bitneck.coding.conditional_model import KEEP_TOTAL, KERNEL_TOTAL, ConditionalModel, check_conditionable
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel
-from bitneck.errors import InvalidConfig
 from bitneck.manifest import sha256_hex
 from bitneck_models.fitting.pairs import MOTIONS, ScenePhotos, pair_symbols
+from bitneck_models.fitting.symbols import check_exported
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.records import ConditionalRecord
 
@@ -124,11 +124,9 @@ def fit_points(
         InvalidConfig: the bundle was not exported from this entry, or tables are too wide for a conditional model.
         ImageError: a photograph cannot be read.
     """
+    check_exported(entry, bundle, points)
     for name in points:
-        tables = bundle.tables(name)
-        check_conditionable(tables)
-        if entry.tables(name).digest != tables.digest:
-            raise InvalidConfig(f"{name}: the bundle's tables are not the zoo entry's; export the entry again")
+        check_conditionable(bundle.tables(name))
     train = pair_symbols(bundle, points, photos.train, seed, lambda done: progress("scenes", done, len(photos.train)))
     held = pair_symbols(
         bundle, points, photos.validation, seed + 1, lambda done: progress("validation", done, len(photos.validation))

@@ -20,10 +20,9 @@ from bitneck.bundle import Bundle
 from bitneck.coding.context_codec import ContextCodec
 from bitneck.coding.context_model import WEIGHT_ONE, ContextModel, check_symbols, neighbours, passes, table_rows
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel, to_counts
-from bitneck.errors import InvalidConfig
 from bitneck.image import load_photo, preprocess
 from bitneck.manifest import sha256_hex
-from bitneck_models.fitting.symbols import EveryPoint
+from bitneck_models.fitting.symbols import EveryPoint, check_exported
 from bitneck_models.training.photo_sets import PhotoSets, sampled_photos
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.records import ContextRecord
@@ -117,9 +116,8 @@ def fit_points(
         ImageError: a photograph cannot be read.
     """
     ladder = bundle.manifest.ladder
+    check_exported(entry, bundle, points)
     for name in points:
-        if entry.tables(name).digest != bundle.tables(name).digest:
-            raise InvalidConfig(f"{name}: the bundle's tables are not the zoo entry's; export the entry again")
         check_symbols(bundle.tables(name))
     points = [name for name in points if math.prod(ladder[name].latent_shape[1:]) > 1]
     chosen = [sets.train[k][0] for k in sampled_photos(sets, count, seed=2)]

@@ -8,8 +8,21 @@ from numpy.typing import NDArray
 from bitneck.bundle import Bundle
 from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.coding.symbols import quantize
+from bitneck.errors import InvalidConfig
+from bitneck_models.zoo.entry import ZooEntry
 
-__all__ = ["EveryPoint"]
+__all__ = ["EveryPoint", "check_exported"]
+
+
+def check_exported(entry: ZooEntry, bundle: Bundle, points: Sequence[str]) -> None:
+    """Check that operating points of a bundle have the tables of the zoo entry.
+
+    Raises:
+        InvalidConfig: the bundle was not exported from this entry, or before its last training.
+    """
+    for name in points:
+        if entry.tables(name).digest != bundle.tables(name).digest:
+            raise InvalidConfig(f"{name}: the bundle's tables are not the zoo entry's; export the entry again")
 
 
 class EveryPoint:

@@ -113,7 +113,8 @@ def train_point(
 def saved_records(entry: ZooEntry, unit_id: str) -> tuple[UnitRecord, PointRecord]:
     """The records of a unit and of its first operating point, as they were saved."""
     unit = (entry.unit_folder(unit_id) / "record.json").read_bytes()
-    return UnitRecord.model_validate_json(unit), entry.points()[unit_id]
+    point = (entry.point_folder(unit_id) / "point.json").read_bytes()
+    return UnitRecord.model_validate_json(unit), PointRecord.model_validate_json(point)
 
 
 def unit_record(

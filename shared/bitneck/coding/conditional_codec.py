@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from bitneck.coding.conditional_model import ConditionalModel
 from bitneck.coding.factorized_model import TOTAL, TOTAL_BITS, FactorizedModel
-from bitneck.coding.range_coder import FAMILY, range_decoder, range_encoder, shortest_payload
+from bitneck.coding.range_coder import (
+    FAMILY,
+    check_length,
+    check_padding,
+    range_decoder,
+    range_encoder,
+    shortest_payload,
+)
 from bitneck.errors import InvalidConfig, MalformedFrame
 
 __all__ = ["ConditionalCodec", "Reference", "symbols_crc32c"]
@@ -153,10 +160,7 @@ class ConditionalCodec:
             MalformedFrame: longer than any payload of this operating point, no range code, with bytes that no symbol
                 accounts for, or a reference of another operating point.
         """
-        if len(payload) > self.max_payload_bytes:
-            raise MalformedFrame(
-                f"payload of {len(payload)} bytes, this operating point gives at most {self.max_payload_bytes}"
-            )
+        check_length(payload, self.max_payload_bytes)
         rows = self._row_indices(reference)
         if rows is None:
             raise MalformedFrame(f"the reference is of {reference.point}, the frame of {self.point}")
@@ -170,10 +174,7 @@ class ConditionalCodec:
                 index[part] = decoder.decode(FAMILY, self._probabilities(motion, rows[part]))
         if (index >= self._widths).any():
             raise MalformedFrame(f"payload of {len(payload)} bytes holds a symbol outside its table")
-        if len(self._write(motion, index, rows)) < len(payload):
-            raise MalformedFrame(
-                f"payload of {len(payload)} bytes is longer than its symbols need; it was not made by this codec"
-            )
+        check_padding(payload, self._write(motion, index, rows))
         positions = self.latent_shape[1] * self.latent_shape[2]
         s = np.zeros((self.latent_shape[0], positions), dtype=np.int32)
         s[self._coded] = index.reshape(len(self._coded), positions)

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from bitneck.coding.context_model import ContextModel, neighbours, passes, table_rows
 from bitneck.coding.factorized_model import TOTAL, TOTAL_BITS, FactorizedModel
-from bitneck.coding.range_coder import FAMILY, range_decoder, range_encoder, shortest_payload
+from bitneck.coding.range_coder import (
+    FAMILY,
+    check_length,
+    check_padding,
+    range_decoder,
+    range_encoder,
+    shortest_payload,
+)
 from bitneck.errors import InvalidConfig, MalformedFrame
 
 __all__ = ["ContextCodec"]
@@ -66,10 +73,9 @@ class ContextCodec:
         self._order = np.argsort(contexts.band, kind="stable")
         ends = np.cumsum(np.bincount(contexts.band))
         self._bands = [slice(end - size, end) for end, size in zip(ends, np.bincount(contexts.band), strict=True)]
-        half_widths = np.array([bank.shape[1] // 2 for bank in contexts.banks])[contexts.band]
         self._weights = np.ascontiguousarray(contexts.weights[:, :, self._order])
         self._table = contexts.table[:, self._order].astype(np.intp).ravel()
-        self._shift = (contexts.middle.astype(np.int32) - half_widths)[:, self._order].astype(np.int32).ravel()
+        self._shift = (contexts.middle - contexts.half_widths)[:, self._order].astype(np.int32).ravel()
         self._channel = np.arange(latent_shape[0])[:, None]
         self._positions = passes(latent_shape[1:])
         self._neighbours = [neighbours(latent_shape[1:], number, self._positions[number]) for number in (1, 2)]
@@ -118,10 +124,7 @@ class ContextCodec:
             MalformedFrame: longer than any payload of this operating point, no range code, or with bytes that no symbol
                 accounts for.
         """
-        if len(payload) > self.max_payload_bytes:
-            raise MalformedFrame(
-                f"payload of {len(payload)} bytes, this operating point gives at most {self.max_payload_bytes}"
-            )
+        check_length(payload, self.max_payload_bytes)
         flat = np.zeros((self.latent_shape[0], self.latent_shape[1] * self.latent_shape[2]), dtype=np.int32)
         parts = []
         with range_decoder(payload) as decoder:
@@ -134,10 +137,7 @@ class ContextCodec:
         s = s.reshape(self.latent_shape)
         if (s < self._lo).any() or (s > self._hi).any():
             raise MalformedFrame(f"payload of {len(payload)} bytes holds a symbol outside its table")
-        if len(self._write(parts)) < len(payload):
-            raise MalformedFrame(
-                f"payload of {len(payload)} bytes is longer than its symbols need; it was not made by this codec"
-            )
+        check_padding(payload, self._write(parts))
         return s
 
     def _flat(self, s: NDArray[np.int32]) -> NDArray[np.int32]:

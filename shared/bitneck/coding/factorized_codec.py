@@ -17,7 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel
-from bitneck.coding.range_coder import FAMILY, range_decoder, range_encoder, shortest_payload
+from bitneck.coding.range_coder import (
+    FAMILY,
+    check_length,
+    check_padding,
+    range_decoder,
+    range_encoder,
+    shortest_payload,
+)
 from bitneck.errors import InvalidConfig, MalformedFrame
 
 __all__ = ["FactorizedCodec"]
@@ -108,10 +115,7 @@ class FactorizedCodec:
             MalformedFrame: longer than any payload of this operating point, no range code, or with bytes that no symbol
                 accounts for.
         """
-        if len(payload) > self.max_payload_bytes:
-            raise MalformedFrame(
-                f"payload of {len(payload)} bytes, this operating point gives at most {self.max_payload_bytes}"
-            )
+        check_length(payload, self.max_payload_bytes)
         positions = self.latent_shape[1] * self.latent_shape[2]
         coded = np.zeros((len(self._coded), positions), dtype=np.int32)
         with range_decoder(payload) as decoder:
@@ -122,10 +126,7 @@ class FactorizedCodec:
                 coded = decoder.decode(FAMILY, self._matrix).reshape(coded.shape)
         if (coded >= self._widths).any():
             raise MalformedFrame(f"payload of {len(payload)} bytes holds a symbol outside its table")
-        if len(self._write(coded)) < len(payload):
-            raise MalformedFrame(
-                f"payload of {len(payload)} bytes is longer than its symbols need; it was not made by this codec"
-            )
+        check_padding(payload, self._write(coded))
         index = np.zeros((self.latent_shape[0], positions), dtype=np.int32)
         index[self._coded] = coded
         return (index + self._lo_column).reshape(self.latent_shape)

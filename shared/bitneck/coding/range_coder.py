@@ -14,7 +14,7 @@ import numpy as np
 
 from bitneck.errors import MalformedFrame, ModelFailure
 
-__all__ = ["FAMILY", "range_decoder", "range_encoder", "shortest_payload"]
+__all__ = ["FAMILY", "check_length", "check_padding", "range_decoder", "range_encoder", "shortest_payload"]
 
 _WORD_BYTES = 4
 _STATE_WORDS = 2
@@ -77,3 +77,29 @@ def shortest_payload(encoder: Any) -> bytes:
         if rounded == 0:
             return b""
     return (value >> shift).to_bytes((bits - shift) // 8, "big")
+
+
+def check_length(payload: bytes, most: int) -> None:
+    """Refuse what is longer than any payload of an operating point, before anything is decoded.
+
+    Raises:
+        MalformedFrame: it is.
+    """
+    if len(payload) > most:
+        raise MalformedFrame(f"payload of {len(payload)} bytes, this operating point gives at most {most}")
+
+
+def check_padding(payload: bytes, again: bytes) -> None:
+    """Refuse a payload with bytes that no symbol accounts for.
+
+    Args:
+        payload: what was decoded.
+        again: its symbols, encoded again.
+
+    Raises:
+        MalformedFrame: the payload is longer.
+    """
+    if len(again) < len(payload):
+        raise MalformedFrame(
+            f"payload of {len(payload)} bytes is longer than its symbols need; it was not made by this codec"
+        )
