@@ -59,7 +59,7 @@ def test_components_import_shared_and_nothing_else_of_ours(component: str) -> No
 
 def test_tests_benchmarks_and_scripts_do_not_import_one_another() -> None:
     """What they share stands in `bitneck_testing`."""
-    folders = {name: sorted((ROOT / name).glob("*.py")) for name in ("tests", "benchmarks", "scripts")}
+    folders = {name: sorted((ROOT / name).rglob("*.py")) for name in ("tests", "benchmarks", "scripts")}
     theirs = {path.stem for paths in folders.values() for path in paths}
     assert {"conftest", "oracle", "serving", "demo"} <= theirs
     for folder, paths in folders.items():

@@ -14,6 +14,7 @@ Dimensions: N batch, Cr latent channels, Cz hyper-latent channels.
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
@@ -166,17 +167,18 @@ def _perturbed(v: Tensor, width: float = 1.0, *, hard: bool, noise: Noise | None
     return v + width * (torch.rand_like(v) - 0.5 if noise is None else noise(v))
 
 
-class RateTerm(nn.Module):
+class RateTerm(nn.Module, ABC):
     """Base of the rate terms."""
 
+    @abstractmethod
     def fit_scale(self, std: Tensor) -> None:
         """Set the width of the densities at the start of training to that of the latent.
 
         Args:
             std: standard deviation of each latent channel, (Cr,), in units of the step.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(
         self, y: Tensor, step: float, multiple: float = 1.0, *, hard: bool = False, noise: Noise | None = None
     ) -> Tensor:
@@ -193,7 +195,6 @@ class RateTerm(nn.Module):
         Returns:
             (N,), in bits; in steps for `L1Rate` if not ``hard``.
         """
-        raise NotImplementedError
 
 
 class FactorizedRate(RateTerm):

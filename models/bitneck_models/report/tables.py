@@ -4,10 +4,13 @@ Nothing is measured here. Every number on the page is in a JSON document, which 
 """
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 from bitneck_models.report.curves import IMAGE_CODECS, STUDIES, Results, bytes_at, rate_saving
 
 __all__ = ["markdown"]
+
+_COLUMNS = 100
 
 
 def markdown(
@@ -30,9 +33,13 @@ def markdown(
     """
     parts = [
         f"# {title}\n",
-        f"Written by `bitneck-models report`; every number is in `docs/{folder}/*.json`. Measured on "
-        f"{results.images} photographs of `{results.dataset}`, uncompressed {results.metric} "
-        f"{_percent(results.uncompressed)}. bpp is per input pixel, bytes are coded payloads. Intervals are 95 %.\n",
+        fill(
+            f"Written by `bitneck-models report`; every number is in `docs/{folder}/*.json`. Measured on "
+            f"{results.images} photographs of `{results.dataset}`, uncompressed {results.metric} "
+            f"{_percent(results.uncompressed)}. bpp is per input pixel, bytes are coded payloads. Intervals are 95 %.",
+            _COLUMNS,
+        )
+        + "\n",
         "```console",
         commands.strip(),
         "```\n",

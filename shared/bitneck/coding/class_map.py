@@ -4,7 +4,8 @@
 
 Down the columns, a map becomes pairs of bytes (run length 1 to 255, class). These go through raw LZMA2, which tells
 lengths from classes by their position (lp = pb = 1). On the label maps of CamVid's test set this takes an eighth less
-than lossless WebP, in a sixth of its time (`benchmarks/classmaps.py`). No image parser has to read what a server sends.
+than lossless WebP, in a sixth of its time (`benchmarks/coding/classmaps.py`). No image parser has to read what a server
+sends.
 
 Dimensions: K classes, H x W the network's input.
 """

@@ -1,6 +1,6 @@
 """What contexts save in bytes, and what they cost in time: every point that has some, with and without.
 
-    python benchmarks/contexts.py --bundle build/efficientnet_lite0 --data PHOTOGRAPHS [--photos 100]
+    python benchmarks/coding/contexts.py --bundle build/efficientnet_lite0 --data PHOTOGRAPHS [--photos 100]
 
 Both codecs code the same symbols in turn, in one process with one thread; the median of three turns counts.
 """

@@ -1,6 +1,6 @@
 """What --answers map/4 costs in mean IoU, and what it saves in bytes.
 
-    python benchmarks/coarse_maps.py --bundle build/deeplabv3_efficientnet_lite0 --data FOLDER [--every 3]
+    python benchmarks/coding/coarse_maps.py --bundle build/deeplabv3_efficientnet_lite0 --data FOLDER [--every 3]
 
 FOLDER is a test set such as CamVid's `test`. Each photograph is answered by the uncompressed network, and at the
 cheapest and the most accurate operating point with real bytes. Each answer is measured as it is, and after every fourth

@@ -1,6 +1,6 @@
 """Compare lossless codings of class maps: PNG, WebP, zlib, bz2, LZMA and bitneck's own.
 
-    python benchmarks/classmaps.py LABELS [--soften 4] [--every 5]
+    python benchmarks/coding/classmaps.py LABELS [--soften 4] [--every 5]
 
 LABELS is a folder of label maps (PNG files of class indices), such as CamVid's `test/labels`. `--soften 4` measures
 maps like those of a network: reduced to a fourth of the size and enlarged bilinearly. Prints for each coding the mean

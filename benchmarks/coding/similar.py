@@ -1,6 +1,6 @@
 """Bytes of similar frames: coded against a frame that was answered, compared with each frame coded by itself.
 
-    python benchmarks/similar.py --bundle build/efficientnet_lite0 [--point s1-r1 ...] [--json]
+    python benchmarks/coding/similar.py --bundle build/efficientnet_lite0 [--point s1-r1 ...] [--json]
 
 Scenes are made by `bitneck_models.data.scenes` from photographs that nothing was fitted to (`imagenet-eval-400`):
 - still: the camera stands still, under several kinds of light; `video` is such a scene through H.264;

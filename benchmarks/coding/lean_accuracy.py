@@ -1,6 +1,6 @@
 """What int8 and reduced decoding cost in top-1 together, paired, photograph by photograph.
 
-    python benchmarks/lean_accuracy.py --bundle build/efficientnet_lite0 --data FOLDER [--data FOLDER ...]
+    python benchmarks/coding/lean_accuracy.py --bundle build/efficientnet_lite0 --data FOLDER [--data FOLDER ...]
                                        [--enlarge 2048] [--limit N] [--json]
 
 Each photograph goes through real bytes twice. Once as in training: the whole picture is decoded, turned, resized and
