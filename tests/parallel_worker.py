@@ -1,6 +1,7 @@
 """Trains a small unit alone or, below `torchrun`, together with others: CHECKPOINT, STOP_AFTER, [PHOTOGRAPHS].
 
-With a folder of photographs it trains on fresh views of them, else on cached features.
+With a folder of photographs it trains on fresh views of them, else on cached features. Each process writes beside the
+checkpoint, under its rank, how many there were and whether training is complete.
 """
 
 import sys
@@ -49,7 +50,7 @@ def main() -> None:
             unit, tail, given, recipe, training, checkpoint=checkpoint, stop_after=stop_after, world=world
         )
         world.wait()
-        print(f"{world.rank} {world.size} {done}", flush=True)  # noqa: T201
+        checkpoint.with_suffix(f".{world.rank}").write_text(f"{world.size} {done}")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ def train(checkpoint: Path, processes: int, stop_after: int = 20, *given: str) -
         timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    told = sorted(result.stdout.split("\n")[:-1])
-    assert told == [f"{rank} {processes} {stop_after == 20}" for rank in range(processes)]
+    told = [checkpoint.with_suffix(f".{rank}") for rank in range(processes)]
+    assert [path.read_text() for path in told] == [f"{processes} {stop_after == 20}"] * processes
+    for path in told:
+        path.unlink()
     state = torch.load(checkpoint, weights_only=True)
     return {f"{part}.{name}": value for part in ("unit", "mean", "rate") for name, value in state[part].items()}
 
