@@ -1,13 +1,17 @@
 """Units with a light encoder and a heavy decoder, and units that serve a range of steps."""
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig
 from bitneck_models.losses.rate_terms import RateKind, build_rate
+from bitneck_models.networks.to_onnx import to_onnx
 from bitneck_models.training.unit import StepReport, train_unit
+from bitneck_models.units.layers import split_prelus
 from bitneck_models.units.prune import prune_channels
 from bitneck_models.units.starts import init_linear, init_next
 from bitneck_models.units.unit import BottleneckUnit
@@ -164,3 +168,21 @@ def test_wider_bins_cost_about_the_logarithm_less(kind: RateKind) -> None:
     with torch.no_grad():
         fine, coarse = (rate(y, 1.0, multiple, hard=True).mean().item() for multiple in (1.0, 2.0))
     assert fine - coarse == pytest.approx(100, rel=0.15)
+
+
+def test_a_decoder_is_exported_as_onnx_runtime_computes_it_fastest() -> None:
+    torch.manual_seed(0)
+    unit = unit_of(2, decoder_blocks=(1, 1))
+    prelus = [module for module in unit.decoder.modules() if isinstance(module, nn.PReLU)]
+    for prelu in prelus:
+        nn.init.uniform_(prelu.weight, -1, 2)
+    model = onnx.load_from_string(to_onnx(split_prelus(unit.decoder), unit.latent_shape))
+    kinds = {node.op_type for node in model.graph.node}
+    assert prelus
+    assert "ConvTranspose" in kinds
+    assert not kinds & {"PRelu", "Einsum"}
+    assert [module for module in unit.decoder.modules() if isinstance(module, nn.PReLU)] == prelus
+    y_hat = torch.randn(3, *unit.latent_shape)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": y_hat.numpy()})[0]), unit.decoder(y_hat))

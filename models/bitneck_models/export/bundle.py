@@ -22,6 +22,7 @@ from bitneck_models.export.int8 import int8_files, unpacked
 from bitneck_models.export.proof import Proof, prove
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.networks.to_onnx import to_onnx
+from bitneck_models.units.layers import split_prelus
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry, coding_digest
 from bitneck_models.zoo.records import MeasuredLadder, MeasuredPoint
@@ -193,7 +194,7 @@ def _write_unit(writer: BundleWriter, name: str, unit: BottleneckUnit, *, shared
         with torch.no_grad():
             shape = tuple(first(torch.zeros(1, *shape)).shape[1:])
     writer.add(f"units/{name}/encoder.onnx", to_onnx(encoder, shape), "edge")
-    writer.add(f"units/{name}/decoder.onnx", to_onnx(unit.decoder, unit.latent_shape), "cloud")
+    writer.add(f"units/{name}/decoder.onnx", to_onnx(split_prelus(unit.decoder), unit.latent_shape), "cloud")
 
 
 def _write_tables(
