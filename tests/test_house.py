@@ -26,8 +26,8 @@ TORCH = {"torch", "torchvision", "timm"}
 WITH_TORCH = ROOT / "testing" / "bitneck_testing" / "networks.py"
 """The one module outside models that may import torch; serving tests do without it."""
 ROOMS = (
-    "networks", "units", "losses", "data", "spic", "zoo", "training", "fitting", "search", "measure", "export",
-    "report", "cli",
+    "networks", "units", "losses", "data", "spic", "zoo", "training", "fitting", "search", "measure", "learned",
+    "export", "report", "cli",
 )  # fmt: skip
 """Of `bitneck_models`, in order: each imports only from itself and from those before it."""
 

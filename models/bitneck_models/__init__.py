@@ -12,6 +12,7 @@ The rooms, in order; each imports only from itself and from the rooms above it:
     fitting    contexts and conditional tables of operating points
     search     search for operating points
     measure    evaluation, complexity, baselines, and what a training will take
+    learned    baselines that learn: an image codec, and Entropic Student
     export     bundles, and the proof that they equal the network
     report     pictures and tables of what was measured
     cli        the command line ``bitneck-models``

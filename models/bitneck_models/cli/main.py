@@ -15,6 +15,7 @@ from rich.table import Table
 from bitneck.errors import ModelFailure
 from bitneck.settings.program import make_app, run_app
 from bitneck_models.cli.fitting import contexts, similar
+from bitneck_models.cli.learned import learned
 from bitneck_models.cli.measure import baselines, evaluate, report
 from bitneck_models.cli.new import new
 from bitneck_models.cli.options import Data, Json, Runs, Weights, Zoo, data_folder, progress_bars
@@ -38,7 +39,7 @@ _SHORT_OF_TARGET = 0.85
 
 app = make_app("Train, evaluate and export bottleneck units.")
 
-for _command in (new, steps, contexts, similar, quantize, import_spic, evaluate, baselines, report, upgrade):
+for _command in (new, steps, contexts, similar, quantize, import_spic, evaluate, baselines, learned, report, upgrade):
     app.command()(_command)
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitneck_models.report.curves import IMAGE_CODECS, STUDIES, Curve, Results, Sample
+from bitneck_models.report.curves import STUDIES, Curve, Results, Sample
+from bitneck_models.report.peers import PEERS, PEERS_KEY
 
 __all__ = ["draw"]
 
@@ -60,10 +61,12 @@ def _accuracy(results: Results) -> Any:
     colours = {name: f"C{k}" for k, (name, _) in enumerate(results.ladder_curves)}
     for name, curve in results.ladder_curves:
         _plot(axis, f"bitneck {name}", curve, linewidth=2, color=colours[name])
-    for k, (name, curve) in enumerate(sorted(results.baselines.items())):
-        split = curve[0].extra.get("split", "")
-        if name in IMAGE_CODECS:
-            _plot(axis, name, curve, linewidth=1, color=f"C{len(colours) + k % (10 - len(colours))}")
+    free = [f"C{k}" for k in range(len(colours), 10)]
+    for name, curve in sorted(results.baselines.items()):
+        split = curve[0].extra["split"]
+        if not split:  # codecs of pictures, and networks without a split
+            free.append(free.pop(0))
+            _plot(axis, name, curve, linewidth=1, color=free[-1])
         else:  # in the colour of its split point, and only settings on the Pareto front
             line = "--" if len(curve) > 2 else ":"
             _plot(axis, name, _front(curve), linewidth=1, linestyle=line, color=colours.get(split, "0.5"), alpha=0.6)
@@ -82,18 +85,30 @@ def _front(curve: Curve) -> Curve:
 
 
 def _encoder(results: Results) -> Any:
-    """A picture of three quantities: encoder size, data size, accuracy."""
-    figure, (axis,) = _axes(results, width=8.0)
+    """A picture of three quantities: encoder size, data size, accuracy. Peers have other networks: losses compare."""
+    from matplotlib.ticker import MultipleLocator
+
+    figure, (axis,) = _axes(results, width=9.0, accuracy=False)
     for name, curve in results.ladder_curves:
+        found = [(s.bpp, results.uncompressed - s.accuracy) for s in curve]
+        device = (_macs(curve[0], "head") + _macs(curve[0], "encoder")) / 1e6
         sizes = [_macs(s, "encoder") / 1e5 + 12 for s in curve]
-        axis.scatter([s.bpp for s in curve], [s.accuracy for s in curve], s=sizes, alpha=0.55, label=name)
-        for s in curve:
-            axis.annotate(
-                f"{_macs(s, 'encoder') / 1e6:.2g} M", (s.bpp, s.accuracy), fontsize=6, xytext=(0, -14),
-                textcoords="offset points", ha="center",
+        axis.scatter(*zip(*found, strict=True), s=sizes, alpha=0.55, label=f"bitneck {name}: {device:.0f} M in all")
+        axis.annotate(
+            f"{_macs(curve[-1], 'encoder') / 1e6:.2g} M", found[-1], fontsize=8, xytext=(6, -3),
+            textcoords="offset points",
+        )  # fmt: skip
+    if results.key == PEERS_KEY:
+        for peer, marker in zip(PEERS, "v^<sD", strict=True):
+            axis.plot(
+                *zip(*peer.lost, strict=True), label=f"{peer.name} (theirs, ResNet-50)", marker=marker, markersize=4,
+                linewidth=0.7, linestyle=":", color="0.45", fillstyle="none",
             )  # fmt: skip
-    axis.set_title("area and figure: multiply-adds of the encoder, after the head's")
-    axis.legend(loc="lower right", markerscale=0.4)
+    axis.set_ylabel(f"{results.metric} lost against the uncompressed network")
+    axis.invert_yaxis()
+    axis.yaxis.set_major_locator(MultipleLocator(0.02))
+    axis.set_title("area and figure: multiply-adds of the encoder; in all: with the head before it")
+    axis.legend(fontsize=8, loc="lower left", markerscale=0.5)
     return figure
 
 

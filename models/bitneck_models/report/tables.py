@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import fill
 
 from bitneck_models.report.curves import IMAGE_CODECS, STUDIES, Results, bytes_at, rate_saving
+from bitneck_models.report.peers import PEERS, PEERS_KEY, PEERS_UNCOMPRESSED
 
 __all__ = ["markdown"]
 
@@ -135,7 +136,28 @@ def _complexity(results: Results) -> list[str]:
                 for c in (s.extra["complexity"][part] for part in ("head", "encoder", "decoder", "tail"))
             ]
             rows.append(_row(f"`{s.name}`", *parts, f"{s.payload_bytes:.1f}", _percent(s.accuracy)))
-    return [*rows, "", "Millions of parameters / millions of multiply-adds for one photograph."]
+    rows += ["", "Millions of parameters / millions of multiply-adds for one photograph."]
+    return [*rows, *_peers()] if results.key == PEERS_KEY else rows
+
+
+def _peers() -> list[str]:
+    """What peers publish of the same three quantities."""
+    rows = [
+        "",
+        fill(
+            "Peers' own figures, not measured here: ResNet-50 on ImageNet's validation set, uncompressed "
+            f"{PEERS_UNCOMPRESSED} %. Only what is lost compares with the table above, and the photographs there are "
+            "easier.",
+            _COLUMNS,
+        ),
+        "",
+        "| system | source | bpp: top-1 lost, points |",
+        "|---|---|---|",
+    ]
+    for peer in PEERS:
+        curve = ", ".join(f"{bpp:g}: {100 * lost:.1f}" for bpp, lost in peer.lost)
+        rows.append(_row(f"{peer.name} (theirs)", peer.source, curve))
+    return rows
 
 
 def _study_table(results: Results, name: str) -> list[str]:

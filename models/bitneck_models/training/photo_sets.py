@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,10 @@ from bitneck_models.data.features import FeatureSpec, cached_features
 from bitneck_models.data.photos import labelled_photos, split_off_validation, unlabelled_photos
 from bitneck_models.losses.task_terms import NO_LABEL
 from bitneck_models.networks.backbone import Backbone
-from bitneck_models.zoo.recipe import Recipe
+from bitneck_models.zoo.recipe import Source
 
 __all__ = [
+    "HasSources",
     "PhotoSets",
     "affordable",
     "affordable_count",
@@ -36,6 +38,19 @@ __all__ = [
 
 _TABLE_FEATURES = 12000
 _TABLE_BYTES = 2 << 30
+
+
+class HasSources(Protocol):
+    """A recipe that names folders of photographs.
+
+    Attributes:
+        data: the folders.
+    """
+
+    @property
+    def data(self) -> tuple[Source, ...]:
+        """See the class."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +79,7 @@ class PhotoSets:
         return [path for path, _count in self.train], weights / weights.sum(), self.labels[first]
 
 
-def photo_sets(recipe: Recipe, data: Path, backbone: Backbone) -> PhotoSets:
+def photo_sets(recipe: HasSources, data: Path, backbone: Backbone) -> PhotoSets:
     """Find a recipe's photographs.
 
     Args:
