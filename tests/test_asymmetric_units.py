@@ -13,7 +13,7 @@ from bitneck_models.networks.to_onnx import to_onnx
 from bitneck_models.training.unit import StepReport, train_unit
 from bitneck_models.units.layers import split_prelus
 from bitneck_models.units.prune import prune_channels
-from bitneck_models.units.starts import init_linear, init_next
+from bitneck_models.units.starts import init_deeper, init_linear, init_next
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe
 
@@ -186,3 +186,19 @@ def test_a_decoder_is_exported_as_onnx_runtime_computes_it_fastest() -> None:
     session = onnxruntime.InferenceSession(model.SerializeToString())
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": y_hat.numpy()})[0]), unit.decoder(y_hat))
+
+
+@pytest.mark.parametrize(("channels", "stride", "kernel"), [(8, 2, 2), (5, 2, 3)])
+def test_a_deeper_unit_starts_as_the_unit_that_it_starts_from(channels: int, stride: int, kernel: int) -> None:
+    def made(latent: int, **options: object) -> BottleneckUnit:
+        return BottleneckUnit((6, 7, 7), latent, stride, kernel, 1 if kernel > stride else 4, **options).eval()  # type: ignore[arg-type]
+
+    torch.manual_seed(5)
+    source, unit = made(channels), made(channels, decoder_blocks=(2, 1), decoder_width=10)
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    init_deeper(unit, source)
+    f = features(3)
+    with torch.no_grad():
+        for got, expected in zip(unit(f, 0.5), source(f, 0.5), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=0.02)  # batch norms divide by sqrt(1 + 1e-5)

@@ -115,8 +115,8 @@ PURE = (
     *(
         f"shared/bitneck/coding/{name}.py"
         for name in (
-            "arrays", "class_map", "coarse_map", "conditional_model", "factorized_codec", "factorized_model",
-            "range_coder", "symbols",
+            "arrays", "class_map", "coarse_map", "conditional_model", "context_codec", "context_model",
+            "factorized_codec", "factorized_model", "range_coder", "symbols",
         )
     ),
     *(

@@ -13,9 +13,11 @@ from bitneck.errors import InvalidConfig
 from bitneck_models.cli.main import app
 from bitneck_models.learned.image_codec import ImageCodec, ImageCoder
 from bitneck_models.learned.layers import Gdn
-from bitneck_models.learned.recipe import load_learned
-from bitneck_models.losses.rate_terms import Noise
-from bitneck_testing.networks import run
+from bitneck_models.learned.recipe import ImageCodecRecipe, load_learned
+from bitneck_models.learned.training import LearnedStep, train_codecs
+from bitneck_models.losses.rate_terms import Noise, gaussian_bin_bits
+from bitneck_models.training.photo_sets import photo_sets
+from bitneck_testing.networks import run, small_backbone
 from bitneck_testing.photographs import photo
 
 SOURCES = """
@@ -71,23 +73,65 @@ def test_a_learned_baseline_is_trained_once_and_measured(name: str, parts: tuple
     assert {path: path.stat().st_mtime_ns for path in checkpoints} == checkpoints
 
 
-def test_what_is_decoded_is_the_rounded_latent_and_costs_what_the_densities_say() -> None:
+def large_codec() -> ImageCodec:
+    """A codec of random weights whose symbols and standard deviations are of many sizes."""
     torch.manual_seed(0)
     codec = ImageCodec(8, 12).eval()
     with torch.no_grad():
-        codec.g_a[-1].weight.mul_(300)  # type: ignore[operator, union-attr]  # symbols other than zero
-    pictures = torch.rand(6, 3, 40, 56)  # neither side a multiple of 16
+        for layer, factor in ((codec.h_a[-1], 30.0), (codec.h_s[-2], 60.0)):
+            layer.weight.mul_(factor)  # type: ignore[operator, union-attr]
+        codec.h_s[-2].bias.fill_(6.0)  # type: ignore[operator, union-attr]
+    return codec
+
+
+def test_what_is_decoded_is_the_rounded_latent_and_costs_what_the_densities_say() -> None:
+    codec, pictures = large_codec(), torch.rand(6, 3, 40, 56)  # neither side a multiple of 16
     y, z = codec.symbols(pictures)
+    sigma = codec.sigma(torch.from_numpy(z).float(), y.shape[2:]).detach()
     assert np.abs(y).max() > 3
-    coder = ImageCoder(codec, FactorizedModel.fit(z))
+    assert sigma.max() > 2
+    tables = FactorizedModel.fit(z)
+    coder = ImageCoder(codec, tables)
     for k, x in enumerate(pictures):
         payloads = coder.encode(x[None])
         with torch.no_grad():
             expected = codec.g_s(torch.from_numpy(y[k : k + 1]).float())[:, :, :40, :56].clamp(0, 1)
         assert torch.equal(coder.decode(payloads, (40, 56)), expected)
-    _, rate, _ = codec.loss(pictures, 0.01, Noise(range(6)))
-    coded = np.mean([8 * len(coder.encode(x[None])[1]) for x in pictures]) / (40 * 56)
-    assert coded == pytest.approx(rate, rel=0.5)
+        ideal = tables.ideal_bits(z[k]), gaussian_bin_bits(torch.from_numpy(y[k]).float(), sigma[k]).sum().item()
+        for payload, bits in zip(payloads, ideal, strict=True):
+            assert bits / 8 - 1 <= len(payload) <= 1.01 * bits / 8 + 4
+
+
+def test_every_weight_of_the_codec_learns_from_the_first_step_on() -> None:
+    torch.manual_seed(0)
+    codec = ImageCodec(8, 12)
+    loss, rate, error = codec.loss(torch.rand(2, 3, 64, 64), 0.01, Noise([1, 2]))
+    assert loss.item() == pytest.approx(rate + 0.01 * error)
+    loss.backward()
+    still = [name for name, p in codec.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not still
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_weights(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_learned(Path(write(home, CODEC, SOURCES)))
+    assert isinstance(recipe, ImageCodecRecipe)
+    backbone = small_backbone()
+    sets = photo_sets(recipe, home, backbone)
+    whole = train_codecs(recipe, backbone, sets, home / "whole", workers=0)
+    monkeypatch.setattr("bitneck_models.learned.training._SAVE_EVERY", 2)
+
+    for name, step in (("lambda-1", 5), ("lambda-2", 3)):
+
+        def cut_off(told: LearnedStep, at: tuple[str, int] = (name, step)) -> None:
+            if (told.run, told.step) == at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train_codecs(recipe, backbone, sets, home / "cut", workers=0, report=cut_off)
+    resumed = train_codecs(recipe, backbone, sets, home / "cut", workers=0)
+    for ours, theirs in zip(resumed, whole, strict=True):
+        for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("simple", [False, True])

@@ -152,6 +152,9 @@ def test_cross_entropy_alone_draws_only_what_has_a_label() -> None:
     assert train_unit(unit, tail, features, point, training, labels=labels)
     with pytest.raises(InvalidConfig, match="no feature has a label"):
         train_unit(unit, tail, features, point, training)
+    few = np.where(np.arange(40) < 3, 0, -1)
+    with pytest.raises(InvalidConfig, match="3 features with a label are fewer than a batch of 8"):
+        train_unit(unit, tail, features, point, training, labels=few)
     mixed = point.model_copy(update={"task": (TaskTerm(kind="ce"), TaskTerm(kind="mae"))})
     with pytest.raises(ModelFailure, match="not finite"):  # with a teacher the others are of use
         train_unit(unit, tail, features, mixed, TrainingRecipe(steps=30, batch=8, precision="float32"), labels=labels)

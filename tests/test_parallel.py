@@ -58,9 +58,9 @@ def test_two_processes_do_what_one_does_with_fresh_views(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("count", "mixed", "size"), [(16, 6, 2), (16, 0, 3), (15, 14, 4), (8, 8, 2), (4, 2, 8)])
 def test_shares_are_a_partition_and_keep_mixtures_together(count: int, mixed: int, size: int) -> None:
-    shares = [World(rank, size).share(count, mixed) for rank in range(size)]
+    shares = [World(rank, size).positions(count, mixed) for rank in range(size)]
     assert sorted(np.concatenate(shares).tolist()) == list(range(count))
     for share in shares:
         own = [k for k in share.tolist() if k < mixed]
         assert own == [mixed - 1 - k for k in reversed(own)]  # so that flipping finds each one's partner
-    assert ALONE.share(count, mixed).tolist() == list(range(count))
+    assert ALONE.positions(count, mixed).tolist() == list(range(count))

@@ -134,6 +134,12 @@ def test_from_a_trained_entry_to_a_bundle_with_contexts(home: Path, monkeypatch:
         assert model is not None
         assert record.contexts_sha256 == sha256_hex(model.to_npz())
         assert entry.points()[name].validation_bytes == record.bytes_contexts
+    folder = entry.point_folder(min(fitted))
+    whole = (folder / "contexts.npz").read_bytes()
+    (folder / "contexts.npz").write_bytes(whole[:-1])
+    with pytest.raises(BundleCorrupt, match=r"contexts\.npz is not what its record is about"):
+        entry.contexts(min(fitted))
+    (folder / "contexts.npz").write_bytes(whole)
     # Contexts of other tables, a record that is lost, and a point that is fitted anew.
     name = min(fitted)
     folder = entry.point_folder(name)

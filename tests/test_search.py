@@ -1,5 +1,6 @@
 """The search: its space, several workers on one storage, pruning, the front, and the way into a zoo entry."""
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -16,7 +17,7 @@ from bitneck_models.search.adopt import adopt
 from bitneck_models.search.front import front, pick_ladder
 from bitneck_models.search.space import load_space
 from bitneck_models.search.study import describe, open_study
-from bitneck_models.search.worker import is_hopeless, work
+from bitneck_models.search.worker import is_hopeless, prepare, work
 from bitneck_models.training.photo_sets import photo_sets
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.recipe import UnitKind
@@ -97,6 +98,14 @@ def test_two_workers_share_one_storage(home: Path) -> None:
     assert [t.number for t in trials] == list(range(len(trials)))
     assert sum(counts) == len(trials) - 1
     assert min(counts) >= 1
+
+
+def test_a_search_that_streams_caches_a_sample_and_the_photographs_put_aside(home: Path) -> None:
+    (home / "space.toml").write_text(SPACE.replace("[training]", "[training]\nstream = true"))
+    space, entry, backbone = load_space(home / "space.toml"), ZooEntry(home / "zoo"), small_backbone()
+    held, given = prepare(space, backbone, photo_sets(entry.recipe, home, backbone), home / "runs")
+    views = [json.loads(path.read_text())["views"] for path in (home / "runs").rglob("key.json")]
+    assert sorted(views) == [len(held), len(given.sample)] == [6, 18]  # not 18 photographs with 4 views each
 
 
 def test_a_search_goes_on_where_it_stopped(home: Path) -> None:

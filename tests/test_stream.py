@@ -9,10 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bitneck.errors import ImageError
+from bitneck.errors import ImageError, InvalidConfig
 from bitneck_models.data.class_maps import VOID
 from bitneck_models.data.features import random_input
+from bitneck_models.losses.task_terms import TaskTerm
 from bitneck_models.training.stream import ViewStream
+from bitneck_models.training.unit import train_unit
+from bitneck_models.units.unit import BottleneckUnit
+from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe
 from bitneck_testing.networks import RECIPE, run, small_backbone
 from bitneck_testing.photographs import add_photos
 
@@ -95,3 +99,23 @@ def test_a_photograph_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     broken.write_bytes(b"no photograph")
     with pytest.raises(ImageError, match=r"broken\.jpg"):
         stream([broken], None, tmp_path / "head").read_once(0, np.array([0]))
+
+
+def test_a_stream_on_another_device_leaves_the_network_where_it_is(tmp_path: Path) -> None:
+    network = small_backbone()
+    add_photos(tmp_path / "photos", range(2))
+    ViewStream(
+        network, "s1", sorted((tmp_path / "photos").iterdir()), None, seed=0, workers=0, device=torch.device("meta"),
+        precision="float32", folder=tmp_path,
+    )  # fmt: skip
+    assert {p.device.type for stage in network.stages.values() for p in stage.parameters()} == {"cpu"}
+
+
+def test_streamed_class_maps_are_not_mirrored(tmp_path: Path) -> None:
+    views = stream([tmp_path / "a.png", tmp_path / "b.png"], {}, tmp_path / "head", "segmentation")
+    unit = BottleneckUnit((12, 4, 4), 4, 2)
+    point = UnitRecipe(
+        id="p", split="s1", stride=2, channels=4, step=1.0, lambda_=1.0, init="random", task=(TaskTerm(kind="ce"),)
+    )
+    with pytest.raises(InvalidConfig, match="class maps are not mirrored"):
+        train_unit(unit, small_backbone().tail("s1"), views, point, TrainingRecipe(steps=2, batch=2))

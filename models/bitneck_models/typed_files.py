@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bitneck.errors import InvalidConfig
 from bitneck.ids import ID_PATTERN
@@ -42,11 +42,11 @@ def load_toml(path: Path, what: str) -> dict[str, Any]:
         raise InvalidConfig(f"{path}: not TOML ({exc})") from exc
 
 
-def validated(model: type[M], values: Mapping[str, Any], path: Path, top: str) -> M:
+def validated(model: type[M] | TypeAdapter[M], values: Mapping[str, Any], path: Path, top: str) -> M:
     """Check the values of a file and return them as a typed object.
 
     Args:
-        model: the type.
+        model: the type, or one of several types.
         values: the content of the file.
         path: the file, for the message.
         top: the name of the whole file in the message, used when a problem belongs to no single key.
@@ -55,7 +55,7 @@ def validated(model: type[M], values: Mapping[str, Any], path: Path, top: str) -
         InvalidConfig: an unknown key or a value out of range; the message names each.
     """
     try:
-        return model.model_validate(values)
+        return model.validate_python(values) if isinstance(model, TypeAdapter) else model.model_validate(values)
     except ValidationError as exc:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in e['loc']) or top}: {e['msg']}" for e in exc.errors(include_url=False)

@@ -1,6 +1,5 @@
 """``bitneck-models learned``: train a learned baseline, and measure it."""
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bitneck_models.cli.options import Data, Json, Runs, Weights, data_folder, dataset_name, progress_bars
+from bitneck_models.cli.measure import show_baselines
+from bitneck_models.cli.options import Data, Json, Runs, Weights, data_folder, progress_bars
 
 __all__ = ["learned"]
 
@@ -26,7 +26,7 @@ def learned(
 ) -> None:
     """Train a learned baseline on the recipe's photographs, and measure it on those of --data, as `baselines` does.
 
-    Interrupted training resumes from its last checkpoint; what is trained is only measured.
+    Interrupted training resumes from its last checkpoint; what is trained is only measured. It runs on the CPU.
     """
     from bitneck_models.learned import measure, training
     from bitneck_models.learned.recipe import ImageCodecRecipe, load_learned
@@ -66,17 +66,7 @@ def learned(
             students = training.train_students(wanted, net, sets, runs, workers=workers, report=on_step)
             judge = Judge(net, photos, runs / "cache")
             points = measure.student_points(wanted, students, judge, sets, on_photo)
-    document = {
-        "dataset": dataset_name(folder),
-        "images": len(photos),
-        "uncompressed": {metric.key: judge.uncompressed},
-        "recipe": wanted.model_dump(mode="json"),
-        "train_photos": len(sets.train),
-        "baselines": [point.to_dict(metric.key) for point in points],
-    }
-    if as_json:
-        print(json.dumps(document, indent=1))  # noqa: T201
-        return
-    print(f"uncompressed: {judge.uncompressed:.4f} on {len(photos)} photographs")  # noqa: T201
-    for p in points:
-        print(f"{p.codec} {p.setting}: {p.bytes_mean:.0f} bytes, {p.accuracy:.4f}, agreement {p.agreement:.4f}")  # noqa: T201
+    show_baselines(
+        metric, folder, len(photos), judge.uncompressed, points,
+        as_json=as_json, recipe=wanted.model_dump(mode="json"), train_photos=len(sets.train),
+    )  # fmt: skip

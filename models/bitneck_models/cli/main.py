@@ -225,8 +225,8 @@ def search(
     """Search (S, Cr, lambda, Q) for the best rate-accuracy curve. An interrupted search resumes, also elsewhere."""
     from bitneck_models.search.space import load_space
     from bitneck_models.search.study import describe, open_study
-    from bitneck_models.search.worker import work
-    from bitneck_models.training.photo_sets import photo_sets, split_features
+    from bitneck_models.search.worker import prepare, work
+    from bitneck_models.training.photo_sets import photo_sets
     from bitneck_models.training.run import choose_device
     from bitneck_models.zoo.entry import ZooEntry
 
@@ -242,10 +242,9 @@ def search(
     if workers > 1:
         with progress_bars(console) as progress:
             task = progress.add_task(f"{wanted.split}: features", total=None)
-            split_features(
-                backbone, wanted.split, sets, wanted.training.seed, runs,
-                lambda done, total: progress.update(task, completed=done, total=total),
-            )  # fmt: skip
+            prepare(
+                wanted, backbone, sets, runs, lambda done, total: progress.update(task, completed=done, total=total)
+            )  # workers that made the caches would be in each other's way
         _spawn(workers, zoo, space, folder, runs, url, trials, weights, device)
         return
 

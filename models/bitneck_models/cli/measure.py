@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,8 +16,10 @@ from bitneck_models.cli.options import Data, Json, Runs, Weights, data_folder, d
 if TYPE_CHECKING:
     from bitneck.bundle import Bundle
     from bitneck_models.measure.evaluate import Evaluation
+    from bitneck_models.measure.judge import BaselinePoint
+    from bitneck_models.measure.meter import Metric
 
-__all__ = ["baselines", "evaluate", "report"]
+__all__ = ["baselines", "evaluate", "report", "show_baselines"]
 
 
 def evaluate(
@@ -170,13 +172,38 @@ def baselines(
                     net, name, table_features(features, sets.weights)[::4], photos, runs / "cache",
                     sweep=metric.sweep.training_free, progress=counter(f"{name}: training-free"),
                 )  # fmt: skip
-    document = {
-        "dataset": dataset_name(folder),
-        "images": len(photos),
-        "uncompressed": {metric.key: uncompressed},
-        "baselines": [point.to_dict(metric.key) for point in points],
-    }
+    show_baselines(metric, folder, len(photos), uncompressed, points, as_json=as_json)
+
+
+def show_baselines(
+    metric: "Metric[Any]",
+    folder: Path,
+    images: int,
+    uncompressed: float,
+    points: "list[BaselinePoint]",
+    *,
+    as_json: bool,
+    **details: object,
+) -> None:
+    """Print measured baselines: a table, or the document that `report` reads.
+
+    Args:
+        metric: of the task.
+        folder: of the photographs.
+        images: their number.
+        uncompressed: accuracy of the uncompressed network.
+        points: what was measured.
+        as_json: print the document.
+        details: what else it says.
+    """
     if as_json:
+        document = {
+            "dataset": dataset_name(folder),
+            "images": images,
+            "uncompressed": {metric.key: uncompressed},
+            **details,
+            "baselines": [point.to_dict(metric.key) for point in points],
+        }
         print(json.dumps(document, indent=1))  # noqa: T201
         return
     table = Table("codec", "split", "setting", "bytes", "bpp", metric.title, "agreement")
@@ -186,7 +213,7 @@ def baselines(
             f"{p.agreement:.4f}",
         )  # fmt: skip
     Console().print(table)
-    print(f"uncompressed: {uncompressed:.4f} on {len(photos)} photographs")  # noqa: T201
+    print(f"uncompressed: {uncompressed:.4f} on {images} photographs")  # noqa: T201
 
 
 def report(

@@ -106,7 +106,7 @@ def fit_points(
     Args:
         entry: gets the contexts.
         bundle: the bundle exported from this entry.
-        points: ids of operating points. Those whose latent has one position are left out.
+        points: ids of operating points. Those whose latent has one position, and imported ones, are left out.
         sets: the photographs of the recipe.
         count: number of training photographs to fit to.
         progress: called with (what is being done, done, all).
@@ -117,9 +117,12 @@ def fit_points(
     """
     ladder = bundle.manifest.ladder
     check_exported(entry, bundle, points)
+    imported = entry.imported()
+    points = [n for n in points if n not in imported and math.prod(ladder[n].latent_shape[1:]) > 1]
     for name in points:
         check_symbols(bundle.tables(name))
-    points = [name for name in points if math.prod(ladder[name].latent_shape[1:]) > 1]
+    if not points:
+        return {}
     chosen = [sets.train[k][0] for k in sampled_photos(sets, count, seed=2)]
     train = _symbols(bundle, points, chosen, lambda done: progress("photographs", done, len(chosen)))
     held = _symbols(bundle, points, sets.validation, lambda done: progress("validation", done, len(sets.validation)))

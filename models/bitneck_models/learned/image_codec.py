@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from bitneck.coding.factorized_codec import FactorizedCodec
 from bitneck.coding.factorized_model import FactorizedModel
 from bitneck.coding.range_coder import range_decoder, range_encoder, shortest_payload
-from bitneck_models.learned.layers import Gdn, down, up
-from bitneck_models.losses.rate_terms import FactorizedDensity, Noise, gaussian_bin_bits
+from bitneck_models.learned.layers import Gdn, begin_large, down, up
+from bitneck_models.losses.rate_terms import FactorizedDensity, Noise, gaussian_bin_bits, lower_bound
 
 __all__ = ["ImageCodec", "ImageCoder"]
 
@@ -50,11 +50,12 @@ class ImageCodec(nn.Module):
             up(n, n), nn.ReLU(), up(n, n), nn.ReLU(), nn.Conv2d(n, m, 3, padding=1), nn.ReLU()
         )  # fmt: skip
         self.density = FactorizedDensity(n)
+        begin_large(self.g_a, self.g_s)
 
     def sigma(self, z_hat: Tensor, size: Sequence[int]) -> Tensor:
         """Standard deviations of the latent of height and width `size`."""
         scales: Tensor = self.h_s(z_hat)[:, :, : size[0], : size[1]]
-        return scales.clamp(min=_LEAST_SIGMA)
+        return lower_bound(scales, _LEAST_SIGMA)
 
     def loss(self, x: Tensor, lambda_: float, noise: Noise) -> tuple[Tensor, float, float]:
         """Bits a pixel plus lambda times the squared error, with noise in place of rounding.

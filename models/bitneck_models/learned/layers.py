@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Gdn", "down", "up"]
+__all__ = ["Gdn", "begin_large", "down", "up"]
 
 _FLOOR = 1e-6
+_LATENT_SIZE = 8.0
 _COUPLING = 1e-3
 """Square root of what a fresh layer takes from other channels."""
 
@@ -50,3 +51,24 @@ def down(inputs: int, outputs: int) -> nn.Conv2d:
 def up(inputs: int, outputs: int) -> nn.ConvTranspose2d:
     """Transposed 5x5 at stride 2, to twice the size."""
     return nn.ConvTranspose2d(inputs, outputs, 5, 2, padding=2, output_padding=1)
+
+
+@torch.no_grad()
+def begin_large(analysis: nn.Sequential, synthesis: nn.Sequential) -> None:
+    """Set the weights of two transforms so that they keep the size of what passes, and the latent is large.
+
+    Torch's own weights make a latent that drowns in the noise of rounding, and a short training is spent on raising it.
+
+    Args:
+        analysis: picture to latent; its last layer is a convolution.
+        synthesis: the way back; its first layer is a convolution.
+    """
+    for module in [*analysis, *synthesis]:
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            taps = float(module.kernel_size[0] * module.kernel_size[1])
+            if isinstance(module, nn.ConvTranspose2d):
+                taps /= module.stride[0] * module.stride[1]
+            nn.init.normal_(module.weight, std=(module.in_channels * taps) ** -0.5)
+    for layer, factor in ((analysis[-1], _LATENT_SIZE), (synthesis[0], 1 / _LATENT_SIZE)):
+        assert isinstance(layer.weight, Tensor)
+        layer.weight.mul_(factor)

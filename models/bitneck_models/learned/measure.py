@@ -37,11 +37,11 @@ def codec_points(
         progress: called with (photographs done, all).
     """
     photos, spec = sets.by_photo()[0], judge.backbone.input
-    train = [torch.from_numpy(evaluation_crop(photos[k], spec))[None] for k in sampled_photos(sets, _TABLE_PHOTOS, 2)]
+    chosen = [photos[k] for k in sampled_photos(sets, _TABLE_PHOTOS, 2)]
     points: list[BaselinePoint] = []
     total = len(codecs) * len(judge.crops)
     for lambda_, codec in zip(recipe.lambdas, codecs, strict=True):
-        hyper = np.concatenate([codec.symbols(x)[1] for x in train])
+        hyper = np.concatenate([codec.symbols(torch.from_numpy(evaluation_crop(p, spec))[None])[1] for p in chosen])
         coder = ImageCoder(codec, FactorizedModel.fit(hyper))
         sizes, pictures = [], []
         for image in judge.crops:
@@ -62,22 +62,23 @@ def student_points(
 ) -> list[BaselinePoint]:
     """The students' answers, at every lambda; see `codec_points`."""
     photos, spec = sets.by_photo()[0], judge.backbone.input
-    train = [preprocess(load_photo(photos[k]), spec) for k in sampled_photos(sets, _TABLE_PHOTOS, 2)]
-    x = judge.inputs(judge.crops)
+    chosen = [photos[k] for k in sampled_photos(sets, _TABLE_PHOTOS, 2)]
+    photographs = judge.inputs(judge.crops)
     points: list[BaselinePoint] = []
-    total = len(students) * len(x)
+    total = len(students) * len(photographs)
     for lambda_, tuned in zip(recipe.lambdas, students, strict=True):
         encoder, decoder = tuned.student.encoder, tuned.student.decoder
-        symbols = [encoder(torch.from_numpy(one)).round().int().numpy()[0] for one in train]
+        inputs = (torch.from_numpy(preprocess(load_photo(path), spec)) for path in chosen)
+        symbols = [encoder(x).round().int().numpy()[0] for x in inputs]
         tables = FactorizedModel.fit(np.stack(symbols))
         codec = FactorizedCodec(tables, symbols[0].shape)
         sizes, answers = [], []
-        for one in x:
+        for one in photographs:
             y = encoder(torch.from_numpy(one[None])).round().int().numpy()[0]
             payload = codec.encode(y.clip(tables.lo[:, None, None], tables.hi[:, None, None]))
             y_hat = torch.from_numpy(codec.decode(payload))[None].float()
             sizes.append(len(payload))
             answers.append(judge.metric.answer(tuned.rest(decoder(y_hat))[0].numpy()))
-            progress(len(points) * len(x) + len(sizes), total)
+            progress(len(points) * len(photographs) + len(sizes), total)
         points.append(judge.point(recipe.name, f"lambda {lambda_:g}", "", float(np.mean(sizes)), np.stack(answers)))
     return points

@@ -10,19 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from bitneck.image import crop, load_photo
 from bitneck.manifest import InputSpec
 from bitneck_models.data.features import random_input
+from bitneck_models.training.stream import Key, keyed_loader
 
 __all__ = ["Pictures", "batches", "evaluation_crop", "to_pixels"]
-
-Key = tuple[int, int]
-"""A step, and the number of a photograph."""
 
 
 def evaluation_crop(path: Path, spec: InputSpec) -> NDArray[np.float32]:
@@ -81,12 +78,4 @@ def batches(
         return [(step, int(row)) for row in rng.choice(len(weights), batch, replace=False, p=weights)]
 
     keys = (rows(step) for step in itertools.count(first_step))
-    # Forking would copy the locks of this process's threads.
-    loader: DataLoader[NDArray[np.float32]] = DataLoader(
-        pictures,
-        batch_sampler=keys,
-        num_workers=workers,
-        multiprocessing_context="spawn" if workers else None,
-    )
-    for found in loader:
-        yield torch.as_tensor(found)
+    yield from keyed_loader(pictures, keys, workers)

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
-from bitneck.errors import InvalidConfig
 from bitneck_models.networks.recipe import NetworkRecipe
-from bitneck_models.typed_files import Id, Positive, Strict, load_toml
-from bitneck_models.zoo.recipe import Source
+from bitneck_models.typed_files import Id, Positive, Strict, load_toml, validated
+from bitneck_models.zoo.recipe import Source, with_network
 
 __all__ = ["ImageCodecRecipe", "LearnedRecipe", "Schedule", "StudentRecipe", "load_learned"]
 
@@ -123,10 +122,5 @@ def load_learned(path: Path) -> ImageCodecRecipe | StudentRecipe:
         InvalidConfig: there is no such file, it is not TOML, or it has an unknown key or a value out of range, which
             the message names.
     """
-    try:
-        return _ADAPTER.validate_python(load_toml(path, "recipe of a learned baseline"))
-    except ValidationError as exc:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in e['loc']) or 'recipe'}: {e['msg']}" for e in exc.errors(include_url=False)
-        )
-        raise InvalidConfig(f"{path}: {problems}") from exc
+    values = load_toml(path, "recipe of a learned baseline")
+    return validated(_ADAPTER, with_network(values, path), path, "recipe")

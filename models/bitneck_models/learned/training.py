@@ -160,6 +160,16 @@ def _source(pictures: Pictures, sets: PhotoSets, batch: int, workers: int) -> Ca
     return lambda step: batches(pictures, weights, batch, step, workers)
 
 
+def _first(pictures: Pictures, sets: PhotoSets, schedule: Schedule) -> Tensor:
+    """The batch of the first step."""
+    return next(_source(pictures, sets, schedule.batch, 0)(0))
+
+
+def _spread(t: Tensor) -> Tensor:
+    """Standard deviation of each channel of (N, C, h, w)."""
+    return t.detach().std(dim=(0, 2, 3))
+
+
 def train_codecs(
     recipe: ImageCodecRecipe,
     backbone: Backbone,
@@ -203,10 +213,10 @@ def train_codecs(
         def loss(x: Tensor, noise: Noise, codec: ImageCodec = codec, lambda_: float = lambda_) -> Any:
             return codec.loss(x, lambda_, noise)
 
-        trainer = _LearnedTrainer(
-            f"lambda-{k + 1}", recipe, schedule, codec, others, density, loss,
-            _source(pictures, sets, schedule.batch, workers),
-        )  # fmt: skip
+        source = _source(pictures, sets, schedule.batch, workers)
+        if k == 0:
+            codec.density.fit_scale(_spread(codec.h_a(codec.g_a(_first(pictures, sets, schedule)).abs())))
+        trainer = _LearnedTrainer(f"lambda-{k + 1}", recipe, schedule, codec, others, density, loss, source)
         _complete(trainer, runs / recipe.name, report)
         found.append(codec)
     return found
@@ -283,10 +293,10 @@ def train_students(
         density = list(student.density.parameters())
         others = [*student.encoder.parameters(), *student.decoder.parameters()]
         pictures = Pictures(photos, backbone.input, None, hash_of(schedule.seed, k))
-        trainer = _LearnedTrainer(
-            f"lambda-{k + 1}", recipe, schedule, student, others, density, distil,
-            _source(pictures, sets, schedule.batch, workers),
-        )  # fmt: skip
+        source = _source(pictures, sets, schedule.batch, workers)
+        if k == 0:
+            student.density.fit_scale(_spread(student.encoder(_first(pictures, sets, schedule))))
+        trainer = _LearnedTrainer(f"lambda-{k + 1}", recipe, schedule, student, others, density, distil, source)
         _complete(trainer, runs / recipe.name, report)
         found.append(_tuned(f"tuned-{k + 1}", recipe, student, backbone, cut, sets, runs, workers, report))
     return found

@@ -32,6 +32,7 @@ __all__ = [
     "RateTerm",
     "build_rate",
     "gaussian_bin_bits",
+    "lower_bound",
 ]
 
 RateKind = Literal["hyperprior", "factorized", "l1"]
@@ -41,7 +42,7 @@ _LN2 = math.log(2.0)
 
 
 class _LowerBound(torch.autograd.Function):
-    """``max(x, bound)``, whose gradient still pushes values below the bound upwards."""
+    """See `lower_bound`."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, bound: float) -> Tensor:
@@ -56,9 +57,14 @@ class _LowerBound(torch.autograd.Function):
         return grad * passes, None
 
 
+def lower_bound(x: Tensor, bound: float) -> Tensor:
+    """``max(x, bound)``, whose gradient still pushes values below the bound upwards. Same shape."""
+    bounded: Tensor = _LowerBound.apply(x, bound)  # type: ignore[no-untyped-call]
+    return bounded
+
+
 def _bits(likelihood: Tensor) -> Tensor:
-    bounded: Tensor = _LowerBound.apply(likelihood, _MIN_LIKELIHOOD)  # type: ignore[no-untyped-call]
-    return -torch.log(bounded) / _LN2
+    return -torch.log(lower_bound(likelihood, _MIN_LIKELIHOOD)) / _LN2
 
 
 def gaussian_bin_bits(v: Tensor, sigma: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What a unit's training will take, from a short trial on this machine: time, memory, disk."""
 
+import copy
 import resource
 import sys
 import tempfile
@@ -130,8 +131,8 @@ def _training_s(
 
     alone = unit.model_copy(update={"init": "random", "target_bytes": None})
     train_unit(
-        new_unit(backbone, alone).to(device), backbone.tail(unit.split).to(device), features[rows], alone, short,
-        labels=labels, report=report,
+        new_unit(backbone, alone).to(device), copy.deepcopy(backbone.tail(unit.split)).to(device), features[rows],
+        alone, short, labels=labels, report=report,
     )  # fmt: skip
     spent = np.diff(times)
     first, last = (median(part) for part in (spent[1:_STEPS], spent[_STEPS + 1 :]))

@@ -1,4 +1,4 @@
-"""What other systems published, for the same network on the same photographs: not measured here.
+"""What other systems published: not measured here, and neither our network nor our photographs.
 
 All are ResNet-50 on ImageNet's validation set; the first source gives its top-1 without compression, 75.6 %. Figures of
 curves are read off pictures, within 0.2 points and 5 % of the bits.

@@ -146,8 +146,7 @@ def _peers() -> list[str]:
         "",
         fill(
             "Peers' own figures, not measured here: ResNet-50 on ImageNet's validation set, uncompressed "
-            f"{PEERS_UNCOMPRESSED} %. Only what is lost compares with the table above, and the photographs there are "
-            "easier.",
+            f"{PEERS_UNCOMPRESSED} %. Only what is lost compares with the table above, whose photographs are easier.",
             _COLUMNS,
         ),
         "",

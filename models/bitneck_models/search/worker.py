@@ -6,7 +6,9 @@ import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from bitneck.coding.factorized_model import FactorizedModel
@@ -14,7 +16,7 @@ from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck_models.data.features import cached_features
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.search.space import SearchSpace
-from bitneck_models.training.given import given_to
+from bitneck_models.training.given import Given, given_to
 from bitneck_models.training.photo_sets import PhotoSets, feature_specs, table_features
 from bitneck_models.training.point import point_record, unit_record
 from bitneck_models.training.start import initialized_unit
@@ -26,7 +28,7 @@ from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.point import new_unit, round_weights, save_point, save_unit
 from bitneck_models.zoo.recipe import UnitRecipe
 
-__all__ = ["is_hopeless", "work"]
+__all__ = ["is_hopeless", "prepare", "work"]
 
 _MAX_FAILURES = 8
 _READERS = 2
@@ -62,9 +64,7 @@ def work(
     Raises:
         ModelFailure: several trials in a row failed. A single failure does not end the search.
     """
-    held_out = feature_specs(space.split, sets, space.training.seed)[1]
-    held = cached_features(backbone, held_out, runs / "cache")
-    given = given_to(space, backbone, sets, space.training, runs, device=device, workers=_READERS)
+    held, given = prepare(space, backbone, sets, runs, device=device)
     tables = table_features(given.sample, given.sample_weights)
 
     def measured(unit: BottleneckUnit, point: UnitRecipe) -> tuple[BottleneckUnit, FactorizedModel, Validation]:
@@ -134,6 +134,35 @@ def work(
         raise ModelFailure(
             f"{_MAX_FAILURES} trials in a row failed, the last because: {failures[-1]}; change the space"
         )
+
+
+def prepare(
+    space: SearchSpace,
+    backbone: Backbone,
+    sets: PhotoSets,
+    runs: Path,
+    progress: Callable[[int, int], None] = lambda _done, _all: None,
+    *,
+    device: str = "cpu",
+) -> tuple[NDArray[np.float16], Given]:
+    """Compute what is missing in the caches of a search.
+
+    Args:
+        space: gives the split point and the schedule.
+        backbone: the frozen network.
+        sets: see `bitneck_models.training.photo_sets`.
+        runs: folder of the caches.
+        progress: of one cache after the other, (done, all).
+        device: where a stream's head runs.
+
+    Returns:
+        Features of the photographs put aside, and what units are trained on.
+    """
+    held_out = feature_specs(space.split, sets, space.training.seed)[1]
+    held = cached_features(backbone, held_out, runs / "cache", progress)
+    return held, given_to(
+        space, backbone, sets, space.training, runs, device=device, workers=_READERS, progress=progress
+    )
 
 
 def _copy(unit: BottleneckUnit, backbone: Backbone, point: UnitRecipe) -> BottleneckUnit:

@@ -17,7 +17,7 @@ from bitneck_models.training.parallel import ALONE, World
 from bitneck_models.training.stream import ViewStream
 from bitneck_models.zoo.recipe import TrainingRecipe
 
-__all__ = ["Batch", "Batches", "labelled"]
+__all__ = ["Batch", "Batches", "check_mirror", "labelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,27 @@ class Batch:
         features: (n, C, Hf, Wf) float32.
         labels: what is known of their classes; None if no task term needs labels.
         seeds: of each sample's noise, (n,).
-        share: n, as a share of the whole batch.
+        fraction: n, as a fraction of the whole batch.
     """
 
     features: Tensor
     labels: Labels | None
     seeds: list[int]
-    share: float
+    fraction: float
+
+
+def check_mirror(name: str, *, mirror: bool) -> None:
+    """Refuse to mirror features whose labels are class maps.
+
+    Args:
+        name: name of the operating point, for the message.
+        mirror: whether features are mirrored.
+
+    Raises:
+        InvalidConfig: they are.
+    """
+    if mirror:
+        raise InvalidConfig(f"{name}: class maps are not mirrored; set `mirror = false` in [training]")
 
 
 def labelled(labels: NDArray[np.integer] | None, count: int, name: str, *, mirror: bool) -> NDArray[np.bool_]:
@@ -55,8 +69,8 @@ def labelled(labels: NDArray[np.integer] | None, count: int, name: str, *, mirro
     known = np.zeros(count, np.bool_)
     if labels is not None:
         known = labels != NO_LABEL if labels.ndim == 1 else np.ones(count, np.bool_)
-    if labels is not None and labels.ndim > 1 and mirror:
-        raise InvalidConfig(f"{name}: class maps are not mirrored; set `mirror = false` in [training]")
+    if labels is not None and labels.ndim > 1:
+        check_mirror(name, mirror=mirror)
     if not np.any(known):
         raise InvalidConfig(f"{name} has a task term `ce`, and no feature has a label")
     return known
@@ -100,7 +114,7 @@ class Batches:
         self.features: NDArray[np.float16] | ViewStream
         self.features, self.training, self.weights, self.labels = features, training, weights, labels
         self.device, self.world = device, world
-        if min(len(World(rank, world.size).share(training.batch, 0)) for rank in range(world.size)) < 2:
+        if min(len(World(rank, world.size).positions(training.batch, 0)) for rank in range(world.size)) < 2:
             raise InvalidConfig(f"a batch of {training.batch} is too small for {world.size} processes: take fewer")
 
     def draw(self, step: int, *, whole: bool = False) -> Batch:
@@ -137,7 +151,7 @@ class Batches:
         return _Plan(rows, mirrored, mixed, share)
 
     def _own(self, plan: _Plan, world: World) -> NDArray[np.intp]:
-        return world.share(len(plan.rows), plan.mixed)
+        return world.positions(len(plan.rows), plan.mixed)
 
     def _own_rows(self, step: int) -> NDArray[np.intp]:
         """The features that this process takes at a step, in order."""

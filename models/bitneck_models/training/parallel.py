@@ -4,7 +4,8 @@
 
 Together they do what one process does with the same batch: each sample has its own source of noise, batch norms in the
 rate term see the statistics of the whole batch, and gradients are averaged over its samples. What is left is the order
-in which floats are added.
+in which floats are added. Two terms are not the same: cross-entropy is a mean over the labels of a process, and weights
+of rare classes come from its samples.
 """
 
 import os
@@ -44,7 +45,7 @@ class World:
         """Whether this process writes files and talks to people."""
         return self.rank == 0
 
-    def share(self, count: int, mixed: int) -> NDArray[np.intp]:
+    def positions(self, count: int, mixed: int) -> NDArray[np.intp]:
         """The samples of a batch that are this process's.
 
         Args:

@@ -95,10 +95,10 @@ def train_point(
             weights=given.weights, labels=given.labels, checkpoint=folder / f"{point.id}.pt", report=report,
             recent=last, world=world,
         )  # fmt: skip
+    unit, tail = unit.cpu(), tail.cpu()  # the tail is a part of the backbone, which the next unit needs
     if not world.leads:
         world.wait()  # until the unit is saved: the next one may start from it
         return saved_records(entry, point.id)
-    unit, tail = unit.cpu(), tail.cpu()
     round_weights(unit)
     unit, tables = prune_and_fit(unit, point, table_features(given.sample, given.sample_weights))
     truth = view_maps(backbone, held_out, sets.maps) if sets.maps else None

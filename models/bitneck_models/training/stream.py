@@ -9,9 +9,11 @@ processes does not matter.
 Dimensions: M photographs, n samples of a process, H x W input, C x Hf x Wf feature.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +27,31 @@ from bitneck_models.data.features import head_module, random_input, sized_class_
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.training.run import low_precision
 
-__all__ = ["ViewStream"]
+__all__ = ["Key", "ViewStream", "keyed_loader"]
 
 Key = tuple[int, int]
 """A step, and the number of a photograph."""
+
+
+def keyed_loader(
+    views: Dataset[Any], keys: Iterator[list[Key]], workers: int, *, pinned: bool = False
+) -> DataLoader[Any]:
+    """Reads views ahead, batch by batch.
+
+    Args:
+        views: by key. Worker processes get a copy of it.
+        keys: of each batch; may be endless.
+        workers: processes that read; 0 to read in this one.
+        pinned: put batches where a GPU copies them from fastest.
+
+    Returns:
+        The batches, collated into tensors.
+    """
+    # Forking would copy the locks of this process's threads.
+    method = "spawn" if workers else None
+    return DataLoader(
+        views, batch_sampler=keys, num_workers=workers, multiprocessing_context=method, pin_memory=pinned
+    )  # fmt: skip
 
 
 class _Views(Dataset[tuple[NDArray[np.float32], NDArray[np.uint8]]]):
@@ -95,7 +118,7 @@ class ViewStream:
             module = head_module(backbone, split, folder)
             self._head: Callable[[Tensor], Tensor] = lambda x: torch.from_numpy(module.run(x.numpy()))
         else:
-            head = backbone.head(split).to(device)
+            head = copy.deepcopy(backbone.head(split)).to(device)  # the backbone stays where it is
 
             def run(x: Tensor) -> Tensor:
                 with torch.no_grad(), low_precision(device, precision):
@@ -121,7 +144,7 @@ class ViewStream:
         """
         if self._coming is None or self._next != step:
             keys = ([(k, int(row)) for row in rows_of(k)] for k in itertools.count(step))
-            self._coming = iter(self._loader(keys))
+            self._coming = iter(keyed_loader(self._views, keys, self._workers, pinned=self._device.type == "cuda"))
         self._next = step + 1
         return self._features(*next(self._coming))
 
@@ -133,14 +156,3 @@ class ViewStream:
 
     def _features(self, x: Tensor, maps: Tensor) -> tuple[Tensor, NDArray[np.uint8] | None]:
         return self._head(x), maps.numpy() if self.has_maps else None
-
-    def _loader(self, keys: Iterator[list[Key]]) -> DataLoader[tuple[Tensor, Tensor]]:
-        # Forking would copy the locks of this process's threads.
-        method = "spawn" if self._workers else None
-        return DataLoader(
-            self._views,  # type: ignore[arg-type]  # collated into tensors
-            batch_sampler=keys,
-            num_workers=self._workers,
-            multiprocessing_context=method,
-            pin_memory=self._device.type == "cuda",
-        )

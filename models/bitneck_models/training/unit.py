@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bitneck.errors import InvalidConfig, ModelFailure
 from bitneck_models.losses.rate_terms import Noise, RateTerm, build_rate
 from bitneck_models.losses.task_terms import TaskLoss
-from bitneck_models.training.batches import Batch, Batches, labelled
+from bitneck_models.training.batches import Batch, Batches, check_mirror, labelled
 from bitneck_models.training.parallel import ALONE, World, broadcast_state, gather_norms, mean_over_world
 from bitneck_models.training.run import (
     RunningMean,
@@ -182,10 +182,17 @@ class _UnitTrainer:
         self.done = 0
         self.device = next(unit.parameters()).device
         self.task = TaskLoss(point.task, tail)
-        if self.task.needs_labels and not (isinstance(features, ViewStream) and features.has_maps):
+        if self.task.needs_labels and isinstance(features, ViewStream) and features.has_maps:
+            check_mirror(point.id, mirror=training.mirror)
+        elif self.task.needs_labels:
             known = labelled(labels, len(features), point.id, mirror=training.mirror)
             if not self.task.needs_teacher:  # then only features with a label teach anything
                 weights = np.where(known, weights if weights is not None else 1 / len(known), 0.0)
+                if (count := np.count_nonzero(weights)) < training.batch:
+                    raise InvalidConfig(
+                        f"{point.id}: {count} features with a label are fewer than a batch of {training.batch}; label "
+                        "more photographs, or add a task term that needs no labels"
+                    )
                 weights /= weights.sum()
         known_labels = labels if self.task.needs_labels else None
         self.batches = Batches(features, training, weights, known_labels, self.device, world)
@@ -244,7 +251,7 @@ class _UnitTrainer:
         y, bits, task = self.objective(batch, teacher, step, multiple)
         with torch.no_grad():
             means = torch.stack([self.rate(y, step, hard=True).mean(), (y.abs() > step / 2).float().mean(), bits, task])
-        coded, alive, mean_bits, mean_task = mean_over_world(means, batch.share, self.world).tolist()
+        coded, alive, mean_bits, mean_task = mean_over_world(means, batch.fraction, self.world).tolist()
         # eq. (2) with lambda / multiple^2, times the multiple: updates at all steps are then about as large.
         loss = multiple * bits + self.lambda_ / multiple * task
         if not math.isfinite(mean_bits + mean_task):
@@ -257,7 +264,7 @@ class _UnitTrainer:
                 f"{self.point.id}: every symbol is zero at step {self.done}: raise lambda or lower the step"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * (batch.share * self.world.size)).backward()
+        (loss * (batch.fraction * self.world.size)).backward()
         nn.utils.clip_grad_norm_(self.unit.parameters(), 10.0 * self.lambda_)
         self.optimizer.step()
         self.done += 1

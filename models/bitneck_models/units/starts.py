@@ -18,6 +18,8 @@ A nested unit starts as a separable one (``principal``, ``task`` or trained), fo
 of its groups of windows. The latents of a trained unit are already in the metric that counts: training made an error of
 one step cost the task about the same in each of them.
 
+A unit whose decoder has residual blocks may start from one whose decoder has none: a fresh block is the identity.
+
 Dimensions: N batch, C feature channels, D filters a channel, H hidden channels, Cr latent channels, K kernel.
 """
 
@@ -41,7 +43,7 @@ from bitneck_models.units.geometry import Geometry
 from bitneck_models.units.layers import SpaceToDepth
 from bitneck_models.units.unit import BottleneckUnit
 
-__all__ = ["init_linear", "init_nested", "init_next"]
+__all__ = ["init_deeper", "init_linear", "init_nested", "init_next"]
 
 _CHUNK = 200
 _PROBES = 24
@@ -170,6 +172,23 @@ def init_nested(unit: BottleneckUnit, inner: BottleneckUnit, latents: Tensor) ->
     encoder.mix_norm.bias.copy_(-analysis @ mean)
     decoder.mix.weight.copy_(synthesis[:, :, None, None])
     _norm(decoder.body, "mix_norm").bias.copy_(mean)
+
+
+@torch.no_grad()
+def init_deeper(unit: BottleneckUnit, source: BottleneckUnit) -> None:
+    """Set the weights of a unit with a deep decoder, in place, to those of a unit whose decoder has no blocks.
+
+    Args:
+        unit: a fresh separable or block unit, whose decoder has residual blocks.
+        source: a unit of the same sizes, whose decoder has none; both units then compute the same.
+    """
+    unit.encoder.load_state_dict(source.encoder.state_dict())
+    last, last_norm = _last_layer(unit)
+    last.weight.zero_()
+    last.weight[:, : source.latent_shape[0]].copy_(source.decoder.mix.weight)
+    last_norm.load_state_dict(_norm(source.decoder.body, "mix_norm").state_dict())
+    for name in ("inner", "spatial", "spatial_norm", "outer"):
+        unit.decoder.body.get_submodule(name).load_state_dict(source.decoder.body.get_submodule(name).state_dict())
 
 
 def init_next(unit: BottleneckUnit, tail: nn.Module, features: Tensor) -> None:

@@ -9,13 +9,14 @@
     block        1x1 to H, depthwise K x K at S/P, mean of P x P, to Cr  ours: starts from the network's next block
 
 Each decoder mirrors its encoder, except that ``inverted`` and ``block`` have the decoder of ``separable``. Every
-convolution has a batch norm. The names of the layers are the names of the tensors in units and bundles.
+convolution outside of residual blocks has a batch norm. The names of the layers are the names of the tensors in units
+and bundles.
 
 The encoder runs on the device, the decoder in the cloud, which can afford more: the decoders of ``separable`` and
 ``block`` may have residual blocks (a light encoder and a heavy decoder, as in Matsubara et al., 2108.11898).
 
 Dimensions: N batch, C x Hf x Wf feature, Cr x h x w latent, D filters a channel, H hidden channels, K kernel, S stride,
-(G1, G2) group of windows, P side of a mean.
+(G1, G2) group of windows, P side of a mean, W width of a deep decoder.
 """
 
 import math
@@ -51,7 +52,7 @@ class Encoder(nn.Module):
         body: the layers before the last convolution; may be empty.
         mix: the last convolution.
         outer: activation of the latent.
-        copied: number of layers of the body that can start as a copy of the network's next layer.
+        copied: number of first layers that encoders may have in common, as copies of the network's next layer.
     """
 
     def __init__(self, body: nn.Sequential, mix: nn.Conv2d, outer: Activation, copied: int = 0) -> None:

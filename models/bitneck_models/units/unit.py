@@ -35,7 +35,7 @@ class BottleneckUnit(nn.Module):
             what neighbouring places share is coded once.
         topology: see `bitneck_models.units.topologies`.
         hidden: H, channels between the layers of ``separable2``, ``conv2`` and ``nested`` (None for Cr) and of
-            ``inverted`` (None for 4 C).
+            ``inverted`` (None for 4 C) and ``block`` (None for 6 C).
         inner: activation between the layers of a half.
         outer: activation of the latent and of the decoder's output.
         group: (G1, G2), rows and columns of windows that ``nested`` codes together. The numbers of windows must be

@@ -56,6 +56,9 @@ __all__ = ["ZooEntry", "coding_digest", "tables_digests"]
 
 Fitted = TypeVar("Fitted", ContextRecord, ConditionalRecord)
 
+_COMMANDS = {"contexts": "contexts", "conditional": "similar"}
+"""Commands that fit what an operating point may have beside its tables."""
+
 
 class ZooEntry:
     """A folder of the zoo.
@@ -210,8 +213,8 @@ class ZooEntry:
         """
         if not (self.point_folder(point_id) / "contexts.npz").is_file():
             return None
-        self._fitted(point_id, "contexts", ContextRecord)
-        return ContextModel.from_npz((self.point_folder(point_id) / "contexts.npz").read_bytes())
+        record = self._fitted(point_id, "contexts", ContextRecord)
+        return ContextModel.from_npz(self._fitted_file(point_id, "contexts", record.contexts_sha256))
 
     def save_contexts(self, point_id: str, data: bytes | None, record: ContextRecord) -> None:
         """Write how a point's contexts were fitted and, if they are kept, the context model."""
@@ -228,11 +231,10 @@ class ZooEntry:
         Raises:
             BundleCorrupt: it is unreadable, or was fitted to other tables than the point's.
         """
-        path = self.point_folder(point_id) / "conditional.npz"
-        if not path.is_file():
+        if not (self.point_folder(point_id) / "conditional.npz").is_file():
             return None
-        self._fitted(point_id, "conditional", ConditionalRecord)
-        return ConditionalModel.from_npz(path.read_bytes())
+        record = self._fitted(point_id, "conditional", ConditionalRecord)
+        return ConditionalModel.from_npz(self._fitted_file(point_id, "conditional", record.conditional_sha256))
 
     def save_conditional(self, point_id: str, data: bytes, record: ConditionalRecord) -> None:
         """Write a point's conditional model, and how it was fitted."""
@@ -243,7 +245,7 @@ class ZooEntry:
     def _fitted(self, point_id: str, what: str, kind: type[Fitted]) -> Fitted:
         """The record of a point's contexts or conditional model, which must be fitted to the point's tables."""
         folder = self.point_folder(point_id)
-        path, command = folder / f"{what}.npz", {"contexts": "contexts", "conditional": "similar"}[what]
+        path, command = folder / f"{what}.npz", _COMMANDS[what]
         try:
             record = kind.model_validate_json((folder / f"{what}.json").read_bytes())
         except (OSError, ValidationError) as exc:
@@ -256,6 +258,16 @@ class ZooEntry:
                 f"{path} was fitted to other tables; remove it, or run `bitneck-models {command}` again"
             )
         return record
+
+    def _fitted_file(self, point_id: str, what: str, sha256: str) -> bytes:
+        """The model that a record is about."""
+        path = self.point_folder(point_id) / f"{what}.npz"
+        data = path.read_bytes()
+        if sha256_hex(data) != sha256:
+            raise BundleCorrupt(
+                f"{path} is not what its record is about; remove it, or run `bitneck-models {_COMMANDS[what]}` again"
+            )
+        return data
 
     def annotated(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         """Add this entry's name, and each point's recipe and training record, to the document of an evaluation.

@@ -1,7 +1,7 @@
 """Recipes: what to train, from a TOML file."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ __all__ = [
     "UnitKind",
     "UnitRecipe",
     "load_recipe",
+    "with_network",
 ]
 
 STARTS = ("task", "principal", "next", "random")
@@ -276,6 +277,20 @@ def load_recipe(path: Path) -> Recipe:
             f"{path} lists points, as recipes did before units and points were two things; run `bitneck-models upgrade "
             f"{path.parent}`"
         )
-    if isinstance(network := values.get("backbone"), str) and network.endswith(".toml"):
-        values["backbone"] = load_network(path.parent / network)
-    return validated(Recipe, values, path, "recipe")
+    return validated(Recipe, with_network(values, path), path, "recipe")
+
+
+def with_network(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The values of a recipe, with the network recipe that `backbone` names in its place.
+
+    Args:
+        values: of a file.
+        path: the file.
+
+    Raises:
+        InvalidConfig: there is no such network recipe, or it is none.
+    """
+    network = values.get("backbone")
+    if isinstance(network, str) and network.endswith(".toml"):
+        return values | {"backbone": load_network(path.parent / network)}
+    return values
