@@ -20,6 +20,7 @@ import numpy as np
 
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, SegmentChain
+from bitneck.errors import BitneckError
 from bitneck.image import crop, load_photo, preprocess
 from bitneck.ladder import most_accurate
 from bitneck.manifest import Precision
@@ -198,10 +199,15 @@ def main() -> None:
     parser.add_argument("--wire", type=Path)
     arguments = parser.parse_args()
     costs = json.loads(COSTS.read_text())
-    if arguments.bundle:
-        costs |= measure(Bundle.open(arguments.bundle))
-    if arguments.wire:
-        costs |= of_the_link(json.loads(arguments.wire.read_text()))
+    try:
+        if arguments.bundle:
+            costs |= measure(Bundle.open(arguments.bundle))
+        if arguments.wire:
+            costs |= of_the_link(json.loads(arguments.wire.read_text()))
+    except (BitneckError, OSError, ValueError) as exc:
+        parser.error(str(exc))
+    except KeyError as exc:
+        parser.error(f"{arguments.wire} is no document of benchmarks/wire.py --json: it has no {exc}")
     COSTS.write_text(json.dumps(costs, indent=1) + "\n")
     draw(costs)
     PAGE.write_text(MARKED.sub(lambda match: match[1] + table(costs) + match[2], PAGE.read_text()))

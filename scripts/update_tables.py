@@ -20,7 +20,11 @@ MARKED = re.compile(r"(<!-- measured ([\w.-]+): begin -->\n).*?(<!-- measured: e
 
 
 def table(entry: str) -> str:
-    ladder = json.loads((ZOO / entry / "ladder.json").read_text())
+    path = ZOO / entry / "ladder.json"
+    try:
+        ladder = json.loads(path.read_text())
+    except (OSError, ValueError) as exc:
+        sys.exit(f"{path}: not a measured ladder ({exc}); `bitneck-models evaluate --record` writes it")
     rows = [
         f"| operating point | payload bytes | bpp | {METRICS[entry]} | agreement with uncompressed |",
         "|---|---:|---:|---:|---:|",

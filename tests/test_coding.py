@@ -269,7 +269,7 @@ def test_damaged_tables_are_corrupt_and_never_unpickled(damage: str) -> None:
 
 def test_bad_tables_are_refused() -> None:
     lo = np.zeros(1, np.int32)
-    for row in ([TOTAL - 1], [0, TOTAL], [TOTAL + 1, -1]):
+    for row in ([TOTAL - 1], [0, TOTAL], [TOTAL + 1, -1], [1 << 62] * 4 + [TOTAL]):  # the last sum wraps around
         with pytest.raises(InvalidConfig, match="frequencies must be"):
             FactorizedModel(lo=lo, counts=(np.array(row),))
     with pytest.raises(InvalidConfig, match="int64"):

@@ -136,6 +136,11 @@ def test_contexts_as_a_file() -> None:
         ("banks", lambda a: a[:-1], "as many frequencies"),
         ("banks", lambda a: a + 1, f"sum to {TOTAL}"),
         ("banks", lambda a: a * 0, f"sum to {TOTAL}"),
+        (
+            "banks",
+            lambda a: a.astype(np.int64) + (np.arange(len(a)) < 4) * (1 << 62),
+            f"sum to {TOTAL}",
+        ),  # wraps around
     ],
 )
 def test_files_that_are_refused(name: str, change: object, message: str) -> None:
@@ -148,6 +153,21 @@ def test_files_that_are_refused(name: str, change: object, message: str) -> None
     arrays[name] = change(arrays[name])  # type: ignore[operator]
     with pytest.raises(BundleCorrupt, match=message):
         ContextModel.from_npz(written_arrays(**arrays))
+
+
+def test_tables_of_one_symbol_and_tables_that_are_too_wide_are_refused() -> None:
+    tables, contexts, _symbols = fitted(4, (5, 7, 7))
+    for width, message in ((1, "an odd width"), (60_001, "an odd width")):
+        bank = np.ones((1, width), np.int64)
+        bank[0, 0] += TOTAL - width
+        with pytest.raises(InvalidConfig, match=message):
+            replace(contexts, table=contexts.table * 0, band=contexts.band * 0, banks=(bank,))
+    bank = np.ones((1, 30_001), np.int64)
+    bank[0, 0] += TOTAL - 30_001
+    wide = replace(contexts, table=contexts.table * 0, band=contexts.band * 0, banks=(bank,))
+    ContextCodec(tables, wide, (5, 7, 7))
+    with pytest.raises(InvalidConfig, match="use a larger step"):  # gigabytes for each frame
+        ContextCodec(tables, wide, (5, 70, 70))
 
 
 def test_a_file_that_is_cut_is_refused() -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,18 @@ def test_tables_are_refused_before_they_take_memory(kind: str) -> None:
         data = tables([16384, *[2] * 4095], np.array([*[4] * 16384, *[32768] * 8190], np.int32))
     with pytest.raises(BundleCorrupt, match="more than"):
         FactorizedModel.from_npz(data)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_arrays_are_not_unpacked_by_methods_without_a_bound(method: int) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name in ("lo", "size", "counts"):
+            content = io.BytesIO()
+            np.save(content, np.zeros(3, np.int32))
+            archive.writestr(f"{name}.npy", content.getvalue())
+    with pytest.raises(BundleCorrupt, match="another method than deflate"):
+        FactorizedModel.from_npz(buffer.getvalue())
 
 
 def test_a_file_of_tables_or_names_is_not_read_if_it_is_huge(scene_bundle: Bundle, tmp_path: Path) -> None:

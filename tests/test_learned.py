@@ -151,7 +151,8 @@ def test_what_is_refused(home: Path) -> None:
         ("[1.0, 1e-4]", "[1e-4, 1.0]", "the largest first"),
         ("crop = 32", "crop = 48", "do not fit into the input of small"),
         ("crop = 32", "crops = 32", "crops"),
-        ('kind = "scale_hyperprior"', "", "kind"),
+        ('kind = "scale_hyperprior"', "", "kind must be one of scale_hyperprior, entropic_student"),
+        ("crop = 32", "crop = 32\nseed = 1", "seed"),
     ):
         recipe = write(home, CODEC.replace(old, new), SOURCES)
         result = CliRunner().invoke(app, ["learned", recipe, "--train-data", ".", "--data", "eval"])

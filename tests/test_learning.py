@@ -168,6 +168,8 @@ def test_cross_entropy_alone_draws_only_what_has_a_label() -> None:
         ('kind = "ce"', 'kind = "ce", weight = 0', "weight"),
         ('[{ kind = "ce" }]', "[]", "task"),
         ('rate = "l1"', 'topology = "magic"', "topology"),
+        ('rate = "l1"', "seed = -1", "seed"),
+        ('rate = "l1"', f"seed = {10**20}", "seed"),
     ],
 )
 def test_recipes_that_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -2,16 +2,18 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bitneck.errors import InvalidConfig
 from bitneck_models.cli.main import app
 from bitneck_models.zoo.entry import ZooEntry
-from bitneck_testing.networks import keep_every_point, run
+from bitneck_testing.networks import keep_every_point, make_home, run
 from bitneck_testing.photographs import add_photos
 
 SPACE = """
@@ -151,3 +153,56 @@ def test_starter_recipes_that_are_refused(home: Path, arguments: tuple[str, ...]
     with pytest.raises(InvalidConfig, match=text):
         run("new", *arguments)
     assert not (home / "other").exists()
+
+
+def refused(*arguments: str) -> str:
+    """What a command says that is refused."""
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, InvalidConfig), result.output
+    return str(result.exception)
+
+
+def test_a_checkpoint_of_other_contents_is_refused(home: Path) -> None:
+    train = ("train", "zoo", "--data", ".", "--unit", "s1-r2")
+    run(*train)
+    (path,) = (home / "runs").rglob("s1-r2.pt")
+    whole = torch.load(path, weights_only=True)
+    (home / "zoo" / "units" / "s1-r2" / "unit.safetensors").unlink()
+    for changed in (
+        {"done": 10**9}, {"done": "x"}, {"optimizer": {}}, {"unit": {}}, {"mean": {"a": torch.zeros(1)}},
+    ):  # fmt: skip
+        torch.save(whole | changed, path)
+        assert "remove it to train anew" in refused(*train)
+    torch.save({name: value for name, value in whole.items() if name != "unit"}, path)
+    assert "remove it to train anew" in refused(*train)
+
+
+def test_files_of_people_that_are_not_what_they_should_be(home: Path) -> None:
+    run("train", "zoo", "--data", ".")
+    run("export", "zoo", "--out", "bundle")
+    labelled = home / "mine"
+    labelled.mkdir()
+    (labelled / "labels.csv").write_bytes("file,index\n".encode("utf-16"))
+    assert "is not UTF-8" in refused("evaluate", "--bundle", "bundle", "--data", "mine")
+    assert "no recipe there" in refused("evaluate", "--bundle", "bundle", "--data", "mine", "--record", "mine")
+    (home / "other").mkdir()
+    make_home(home / "other")
+    run("train", "other/zoo", "--data", "other")
+    shutil.rmtree(home / "other" / "zoo" / "points" / "s1-r1")
+    shutil.copytree(home / "zoo" / "points" / "s1-r2", home / "other" / "zoo" / "points" / "s1-r1")
+    for command in (("evaluate", "--record", "other/zoo"), ("quantize", "other/zoo")):
+        assert "export the entry again" in refused(*command, "--bundle", "bundle", "--data", ".")
+    assert "no such folder of results" in refused("report", "nowhere")
+    (home / "results").mkdir()
+    (home / "results" / "ladder.json").write_text('{"uncompressed": 3}')
+    assert "no results of" in refused("report", "results", "--out", "page.md")
+    assert "a file in a folder that exists" in refused("report", "results", "--out", "nowhere/page.md")
+    empty = {"dataset": "mine", "images": 1, "uncompressed": {"top1": 1.0}, "baselines": []}
+    (home / "results" / "ladder.json").write_text(json.dumps(empty))
+    (home / "results" / "ladder.md").write_bytes(b"\xff\xfe")
+    assert "is not UTF-8" in refused("report", "results", "--out", "page.md")
+
+
+def test_a_starter_recipe_takes_any_name_of_a_folder(home: Path) -> None:
+    run("new", "quoted", "--backbone", "small", "--photos", 'a"b\\c', "--photos", "Bäume")
+    assert [source.folder for source in ZooEntry(home / "quoted").recipe.data] == ['a"b\\c', "Bäume"]

@@ -11,7 +11,7 @@ from PIL import Image
 from bitneck.bundle import Bundle
 from bitneck.coding.conditional_codec import ConditionalCodec
 from bitneck.coding.factorized_model import FactorizedModel
-from bitneck.errors import BundleCorrupt, InvalidConfig
+from bitneck.errors import BundleCorrupt, InvalidConfig, UnknownPoint
 from bitneck.manifest import InputSpec, sha256_hex
 from bitneck_models.data.scenes import Camera, Path2D, moving, still
 from bitneck_models.fitting.conditional import fit_conditional
@@ -117,7 +117,10 @@ def test_from_a_trained_entry_to_a_bundle_with_contexts(home: Path, monkeypatch:
     run("export", "zoo", "--out", "bundle")
     fit = ("contexts", "zoo", "--bundle", "bundle", "--data", ".", "--photos", "12")
     monkeypatch.setattr("bitneck_models.fitting.contexts._LEAST_SAVED", 1.0)
-    assert "no" in run(*fit)
+    assert "no" in run(*fit, "--point", "s1-r1", "--point", "s1-r1")
+    with pytest.raises(UnknownPoint, match="s1-r9"):
+        run(*fit, "--point", "s1-r9")
+    run(*fit)
     entry = ZooEntry(home / "zoo")
     before = entry.points()
     fitted = {name for name in before if (entry.point_folder(name) / "contexts.json").is_file()}

@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from bitneck.errors import InvalidConfig
 from bitneck.ids import ID_PATTERN
 
-__all__ = ["Id", "Positive", "Strict", "load_toml", "validated"]
+__all__ = ["Id", "Positive", "Seed", "Strict", "load_toml", "validated"]
 
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -1,6 +1,7 @@
 """``bitneck-models contexts`` and ``similar``: what codes the symbols of operating points in fewer bytes."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -39,10 +40,13 @@ def contexts(
     sets = photo_sets(entry.recipe, data_folder(data), entry.backbone(weights))
     with progress_bars(Console(stderr=True)) as progress:
         tasks = {what: progress.add_task(what, total=None) for what in ("photographs", "validation", "tables")}
-        records = fit_points(
+        records, left_out = fit_points(
             entry, exported, points, sets, photos,
             lambda what, done, total: progress.update(tasks[what], completed=done, total=total),
         )  # fmt: skip
+    for name, reason in left_out.items():
+        if point:  # it was asked for
+            print(f"{name} is left out: {reason}", file=sys.stderr)  # noqa: T201
     if as_json:
         print(json.dumps({name: record.model_dump(mode="json") for name, record in records.items()}))  # noqa: T201
         return

@@ -59,12 +59,16 @@ def evaluate(
     a folder of photographs, and --record records the agreement as the points' accuracy.
     """
     from bitneck.bundle import Bundle
+    from bitneck_models.fitting.symbols import check_exported
     from bitneck_models.measure.table import evaluation_line, evaluation_table
     from bitneck_models.zoo.entry import ZooEntry, tables_digests
 
     if precision != "float32" and record is not None:
         raise InvalidConfig("--record is for the points as float32; leave --precision out")
     opened = Bundle.open(bundle)
+    for entry in (ZooEntry(folder) for folder in (record, zoo) if folder is not None):
+        imported = entry.imported()
+        check_exported(entry, opened, [point.id for point in opened.manifest.points if point.id not in imported])
     digests = tables_digests(opened)  # before the measurement: another bundle may be written to the folder during it
     folder = data_folder(data)
     console = Console(stderr=True)
@@ -227,10 +231,16 @@ def report(
     from bitneck_models.report.pictures import draw
     from bitneck_models.report.tables import markdown
 
+    if not results.is_dir():
+        raise InvalidConfig(
+            f"{results}: no such folder of results; `evaluate --zoo` and `baselines` write them with --json"
+        )
+    if out.is_dir() or not out.parent.is_dir():
+        raise InvalidConfig(f"{out}: the page is a file in a folder that exists")
     parts, counts = [], [0, 0, 0]
     for folder in (results, *sorted(path for path in results.iterdir() if path.is_dir())):
         found = read_results(folder)
-        notes = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))}
+        notes = {path.stem: _text(path) for path in sorted(folder.glob("*.md"))}
         pictures = draw(found, folder)
         place, title = results.resolve().name, "Results"
         if folder != results:
@@ -240,3 +250,10 @@ def report(
             counts[k] += count
     out.write_text("\n".join(parts), encoding="utf-8")
     print(f"{out}: {counts[0]} studies, {counts[1]} baselines, {counts[2]} pictures")  # noqa: T201
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise InvalidConfig(f"{path} is not UTF-8 ({exc.reason} at byte {exc.start}); save it as UTF-8") from exc

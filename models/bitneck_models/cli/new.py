@@ -1,5 +1,6 @@
 """``bitneck-models new``: a starter recipe for a network and some folders of photographs."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,7 +53,11 @@ def new(
         path.write_text(text)
     except OSError as exc:
         raise InvalidConfig(f"{path}: cannot write it ({exc.strerror})") from exc
-    load_recipe(path)
+    try:
+        load_recipe(path)
+    except InvalidConfig:
+        path.unlink()
+        raise
     Console(stderr=True).print(
         f"wrote {path}; `bitneck-models train {zoo} --data FOLDER --dry-run` says what training takes",
         markup=False, highlight=False, soft_wrap=True,
@@ -70,7 +75,7 @@ def starter_recipe(name: str, network: str, backbone: "Backbone", photos: list[s
         splits: split points.
     """
     parts = [_HEAD.format(name=name, network=network)]
-    parts += [_SOURCE.format(folder=folder) for folder in photos]
+    parts += [_SOURCE.format(folder=json.dumps(folder, ensure_ascii=False)) for folder in photos]  # a TOML string too
     parts.append(_TRAINING)
     pixels = backbone.input.height * backbone.input.width
     for split in splits:
@@ -91,7 +96,7 @@ backbone = "{network}"
 """
 _SOURCE = """\
 [[data]]
-folder = "{folder}"
+folder = {folder}
 views = 8            # random views of each photograph
 validate_every = 10  # one photograph in ten is put aside; rate and agreement on these choose the ladder
 """

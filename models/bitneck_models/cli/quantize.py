@@ -27,10 +27,12 @@ def quantize(
     """
     from bitneck.bundle import Bundle
     from bitneck_models.export.int8 import calibrated, packed
+    from bitneck_models.fitting.symbols import check_exported
     from bitneck_models.training.photo_sets import photo_sets, sampled_photos
     from bitneck_models.zoo.entry import ZooEntry
 
     entry, exported = ZooEntry(zoo), Bundle.open(bundle)
+    check_exported(entry, exported, [point.id for point in exported.manifest.points])
     sets = photo_sets(entry.recipe, data_folder(data), entry.backbone())
     chosen = [sets.train[k][0] for k in sampled_photos(sets, photos, seed=0)]
     console = Console(stderr=True)

@@ -1,6 +1,7 @@
 """Photographs for training and evaluation: folders, labels, augmentation."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,11 @@ def labelled_photos(folder: Path, wnids: Sequence[str], labels: Sequence[str]) -
 
 def _from_table(folder: Path, table: Path, classes: int) -> list[LabelledPhoto]:
     photos = []
-    with table.open(newline="", encoding="utf-8") as file:
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as exc:
+        raise InvalidConfig(f"{table} is not UTF-8 ({exc.reason} at byte {exc.start}); save it as UTF-8") from exc
+    with io.StringIO(text, newline="") as file:
         rows = csv.DictReader(file)
         if not {"file", "index"} <= set(rows.fieldnames or ()):
             raise InvalidConfig(f"{table}: needs the columns file and index, has {rows.fieldnames}")

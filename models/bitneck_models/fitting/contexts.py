@@ -20,6 +20,7 @@ from bitneck.bundle import Bundle
 from bitneck.coding.context_codec import ContextCodec
 from bitneck.coding.context_model import WEIGHT_ONE, ContextModel, check_symbols, neighbours, passes, table_rows
 from bitneck.coding.factorized_model import TOTAL, FactorizedModel, to_counts
+from bitneck.errors import InvalidConfig
 from bitneck.image import load_photo, preprocess
 from bitneck.manifest import sha256_hex
 from bitneck_models.fitting.symbols import EveryPoint, check_exported
@@ -79,7 +80,7 @@ def fit_contexts(tables: FactorizedModel, s: NDArray[np.integer]) -> ContextMode
     banks = []
     for number in range(int(band.max()) + 1):
         channels = np.flatnonzero(band == number)
-        half = int(reach[channels].max())
+        half = max(1, int(reach[channels].max()))
         centred = np.zeros((count, len(channels), 2 * half + 1))
         for k, channel in enumerate(channels.tolist()):
             for a in range(count):
@@ -100,29 +101,42 @@ def fit_points(
     sets: PhotoSets,
     count: int,
     progress: Callable[[str, int, int], None] = lambda _what, _done, _all: None,
-) -> dict[str, ContextRecord]:
+) -> tuple[dict[str, ContextRecord], dict[str, str]]:
     """Fit contexts to operating points, and save them in the zoo entry where they save enough.
 
     Args:
         entry: gets the contexts.
         bundle: the bundle exported from this entry.
-        points: ids of operating points. Those whose latent has one position, and imported ones, are left out.
+        points: ids of operating points.
         sets: the photographs of the recipe.
         count: number of training photographs to fit to.
         progress: called with (what is being done, done, all).
 
+    Returns:
+        How they were fitted, by point, and why other points cannot have contexts.
+
     Raises:
-        InvalidConfig: the bundle was not exported from this entry, or it has no such point.
+        UnknownPoint: the bundle has no such point.
+        InvalidConfig: the bundle was not exported from this entry.
         ImageError: a photograph cannot be read.
     """
     ladder = bundle.manifest.ladder
-    check_exported(entry, bundle, points)
-    imported = entry.imported()
-    points = [n for n in points if n not in imported and math.prod(ladder[n].latent_shape[1:]) > 1]
-    for name in points:
-        check_symbols(bundle.tables(name))
+    shapes = {name: ladder[name].latent_shape for name in points}  # each once
+    check_exported(entry, bundle, list(shapes))
+    left_out, imported = {}, entry.imported()
+    for name, shape in shapes.items():
+        if name in imported:
+            left_out[name] = "an imported point"
+        elif math.prod(shape[1:]) == 1:
+            left_out[name] = "its latent has one position, and so no neighbours"
+        else:
+            try:
+                check_symbols(bundle.tables(name))
+            except InvalidConfig as exc:
+                left_out[name] = str(exc)
+    points = [name for name in shapes if name not in left_out]
     if not points:
-        return {}
+        return {}, left_out
     chosen = [sets.train[k][0] for k in sampled_photos(sets, count, seed=2)]
     train = _symbols(bundle, points, chosen, lambda done: progress("photographs", done, len(chosen)))
     held = _symbols(bundle, points, sets.validation, lambda done: progress("validation", done, len(sets.validation)))
@@ -130,7 +144,11 @@ def fit_points(
     for done, name in enumerate(points, start=1):
         tables = bundle.tables(name)
         contexts = fit_contexts(tables, train.pop(name))
-        codec = ContextCodec(tables, contexts, ladder[name].latent_shape)
+        try:
+            codec = ContextCodec(tables, contexts, shapes[name])
+        except InvalidConfig as exc:  # they would take too much memory
+            left_out[name] = str(exc)
+            continue
         frames = [s.astype(np.int32) for s in held[name]]
         alone, given = (float(np.mean([bits(s) for s in frames])) / 8 for bits in (tables.ideal_bits, codec.ideal_bits))
         data = contexts.to_npz() if given <= (1 - _LEAST_SAVED) * alone else None
@@ -146,7 +164,7 @@ def fit_points(
         )
         entry.save_contexts(name, data, records[name])
         progress("tables", done, len(points))
-    return records
+    return records, left_out
 
 
 def _symbols(

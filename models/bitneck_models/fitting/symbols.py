@@ -18,9 +18,14 @@ def check_exported(entry: ZooEntry, bundle: Bundle, points: Sequence[str]) -> No
     """Check that operating points of a bundle have the tables of the zoo entry.
 
     Raises:
+        UnknownPoint: the bundle has no such point.
         InvalidConfig: the bundle was not exported from this entry, or before its last training.
     """
+    own = {**entry.points(), **entry.imported()}
     for name in points:
+        bundle.manifest.ladder[name]
+        if name not in own:
+            raise InvalidConfig(f"{name}: {entry.folder} has no such operating point; it is not what was exported")
         if entry.tables(name).digest != bundle.tables(name).digest:
             raise InvalidConfig(f"{name}: the bundle's tables are not the zoo entry's; export the entry again")
 

@@ -5,8 +5,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, TypeAdapter, model_validator
 
+from bitneck.errors import InvalidConfig
 from bitneck_models.networks.recipe import NetworkRecipe
-from bitneck_models.typed_files import Id, Positive, Strict, load_toml, validated
+from bitneck_models.typed_files import Id, Positive, Seed, Strict, load_toml, validated
 from bitneck_models.zoo.recipe import Source, with_network
 
 __all__ = ["ImageCodecRecipe", "LearnedRecipe", "Schedule", "StudentRecipe", "load_learned"]
@@ -36,7 +37,7 @@ class Schedule(Strict):
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class _Learned(Strict):
@@ -112,6 +113,7 @@ class StudentRecipe(_Learned):
 
 LearnedRecipe = Annotated[ImageCodecRecipe | StudentRecipe, Field(discriminator="kind")]
 
+_KINDS = ("scale_hyperprior", "entropic_student")
 _ADAPTER: TypeAdapter[ImageCodecRecipe | StudentRecipe] = TypeAdapter(LearnedRecipe)
 
 
@@ -123,4 +125,6 @@ def load_learned(path: Path) -> ImageCodecRecipe | StudentRecipe:
             the message names.
     """
     values = load_toml(path, "recipe of a learned baseline")
+    if values.get("kind") not in _KINDS:
+        raise InvalidConfig(f"{path}: kind must be one of {', '.join(_KINDS)}, got {values.get('kind')!r}")
     return validated(_ADAPTER, with_network(values, path), path, "recipe")

@@ -103,7 +103,7 @@ def read_results(folder: Path) -> Results:
                 baselines |= _grouped(samples)
             else:
                 studies[document["name"]] = _grouped(samples)
-        except (KeyError, TypeError, ValueError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise InvalidConfig(
                 f"{path}: no results of `evaluate --zoo` or `baselines` ({type(exc).__name__}: {exc})"
             ) from exc

@@ -97,8 +97,13 @@ def run(
     """
     if checkpoint is not None and checkpoint.is_file():
         state = read_checkpoint(checkpoint, trainer.identity, trainer.device)
-        trainer.done = int(state["done"])
-        trainer.restore(state)
+        try:
+            trainer.done = int(state["done"])
+            if not 0 <= trainer.done <= steps:
+                raise ValueError(f"{trainer.done} updates of {steps} are done")
+            trainer.restore(state)
+        except (KeyError, ValueError, TypeError, RuntimeError) as exc:
+            raise _unreadable(checkpoint, exc) from exc
     for told in trainer.updates(steps if stop_after is None else min(steps, stop_after)):
         report(told)
         if checkpoint is not None and saves and due(trainer.done, save_every, steps):
@@ -146,11 +151,15 @@ def read_checkpoint(
             for name, recipe in identity.items()
         }
     except Exception as exc:  # torch.load raises many kinds for a broken file
-        reason = (str(exc).splitlines() or [repr(exc)])[0]
-        raise InvalidConfig(f"{path}: not readable as a checkpoint ({reason}); remove it to train anew") from exc
+        raise _unreadable(path, exc) from exc
     if kept != dict(identity):
         raise InvalidConfig(f"{path} belongs to another recipe; remove it to train anew")
     return state
+
+
+def _unreadable(path: Path, exc: Exception) -> InvalidConfig:
+    reason = repr(exc) if isinstance(exc, KeyError) else (str(exc).splitlines() or [repr(exc)])[0]
+    return InvalidConfig(f"{path}: not readable as a checkpoint ({reason}); remove it to train anew")
 
 
 class RunningMean:

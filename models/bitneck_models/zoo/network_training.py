@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from bitneck_models.typed_files import Positive, Strict, load_toml, validated
+from bitneck_models.typed_files import Positive, Seed, Strict, load_toml, validated
 
 __all__ = ["NetworkTraining", "load_network_training"]
 
@@ -50,7 +50,7 @@ class NetworkTraining(Strict):
     rare: Annotated[float, Field(gt=1)] = 1.05
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     validate_every: Annotated[int, Field(ge=1)] = 150
-    seed: int = 0
+    seed: Seed = 0
 
 
 def load_network_training(path: Path) -> NetworkTraining:

@@ -9,7 +9,7 @@ from bitneck.errors import InvalidConfig
 from bitneck_models.losses.rate_terms import RateKind
 from bitneck_models.losses.task_terms import TaskTerm
 from bitneck_models.networks.recipe import NetworkRecipe, load_network
-from bitneck_models.typed_files import Id, Positive, Strict, load_toml, validated
+from bitneck_models.typed_files import Id, Positive, Seed, Strict, load_toml, validated
 from bitneck_models.units.topologies import Topology
 
 __all__ = [
@@ -95,7 +95,7 @@ class TrainingRecipe(Strict):
     ema: Decay = 0.998
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     stream: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
 
 class UnitKind(Strict):
@@ -183,7 +183,7 @@ class UnitRecipe(UnitKind):
     ema: Decay | None = None
     precision: Literal["float32", "bfloat16"] | None = None
     stream: bool | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     curve: str = ""
     ship: bool = True
 

@@ -19,6 +19,8 @@ MAX_ARRAY_BYTES = 64 << 20
 
 _MAX_HEADER = 4096
 _UNIX = 3
+_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Methods of which `zipfile` unpacks no more than it is asked for."""
 
 
 def written_arrays(**arrays: NDArray[Any]) -> bytes:
@@ -46,8 +48,8 @@ def read_arrays(data: bytes, names: Sequence[str]) -> list[NDArray[np.generic]]:
         names: of the arrays, without ``.npy``.
 
     Raises:
-        BundleCorrupt: an array is missing, is not of integers, has another length than its header says, or they would
-            take more than `MAX_ARRAY_BYTES`.
+        BundleCorrupt: an array is missing, is not of integers, is packed by another method than deflate, has another
+            length than its header says, or they would take more than `MAX_ARRAY_BYTES`.
         zipfile.BadZipFile, ValueError, OSError: it is no ``.npz`` file.
     """
     arrays = []
@@ -58,6 +60,8 @@ def read_arrays(data: bytes, names: Sequence[str]) -> list[NDArray[np.generic]]:
         if sum(member.file_size for member in members.values()) > MAX_ARRAY_BYTES:
             raise BundleCorrupt(f"its arrays would take more than {MAX_ARRAY_BYTES} bytes")
         for name, member in members.items():
+            if member.compress_type not in _BOUNDED:
+                raise BundleCorrupt(f"array {name} is packed by another method than deflate")
             with archive.open(member) as file:
                 content = file.read(member.file_size)  # and no more, whatever the file unpacks to
             arrays.append(_array(name, content))

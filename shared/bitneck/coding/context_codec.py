@@ -27,6 +27,9 @@ from bitneck.errors import InvalidConfig, MalformedFrame
 
 __all__ = ["ContextCodec"]
 
+_MAX_GATHERED = 1 << 24
+"""Frequencies that the symbols of one latent look up: 64 MiB."""
+
 
 @dataclass(slots=True, eq=False)
 class _Part:
@@ -65,6 +68,12 @@ class ContextCodec:
         if len(latent_shape) != 3 or min(latent_shape) < 1 or latent_shape[0] != tables.channels:
             raise InvalidConfig(f"latent shape {latent_shape} does not match tables of {tables.channels} channels")
         contexts.check_fits(tables)
+        gathered = int((2 * contexts.half_widths + 1).sum()) * latent_shape[1] * latent_shape[2]
+        if gathered > _MAX_GATHERED:
+            raise InvalidConfig(
+                f"contexts look up {gathered} frequencies for a latent of {latent_shape}, more than {_MAX_GATHERED}: "
+                "use a larger step"
+            )
         self.tables = tables
         self.latent_shape = latent_shape
         self._lo, self._hi = tables.lo[:, None, None], tables.hi[:, None, None]

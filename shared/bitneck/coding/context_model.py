@@ -44,6 +44,8 @@ _MAX_CHANNELS = 4096
 _MAX_REACH = 64
 _MAX_ENTRIES = 1 << 20
 """Largest number of frequencies of all banks."""
+_MAX_WIDTH = (1 << 15) + 1
+"""Of a table. A factorized model's have at most 2**14 symbols, and each may be a table's middle."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +57,7 @@ class ContextModel:
         table: which table of its band a channel has in pass 0 and in each class of the others, (A, Cr) uint16.
         middle: the symbol that the table's middle stands for, (A, Cr) int16.
         band: of each channel, (Cr,) uint8.
-        banks: the tables of each band, (tables, odd width) int64; frequencies >= 1 that sum to `TOTAL`.
+        banks: the tables of each band, (tables, odd width >= 3) int64; frequencies >= 1 that sum to `TOTAL`.
     """
 
     weights: NDArray[np.int16]
@@ -79,10 +81,12 @@ class ContextModel:
         for number, bank in enumerate(self.banks):
             if not (self.band == number).any():
                 raise InvalidConfig(f"band {number} has no channel")
-            if bank.ndim != 2 or bank.shape[1] % 2 != 1 or bank.min() < 1 or (bank.sum(1) != TOTAL).any():
+            if bank.ndim != 2 or bank.shape[1] % 2 != 1 or bank.shape[1] < 3 or bank.shape[1] > _MAX_WIDTH:
                 raise InvalidConfig(
-                    f"band {number}: tables need an odd width, and frequencies >= 1 that sum to {TOTAL}"
+                    f"band {number}: tables are {bank.shape}, expected an odd width of 3 to {_MAX_WIDTH}"
                 )
+            if bank.min() < 1 or bank.max() > TOTAL or (bank.sum(1) != TOTAL).any():  # a sum may wrap around
+                raise InvalidConfig(f"band {number}: tables need frequencies >= 1 that sum to {TOTAL}")
             if (self.table[:, self.band == number] >= len(bank)).any():
                 raise InvalidConfig(f"band {number} has {len(bank)} tables, and a channel has a later one")
 

@@ -60,12 +60,13 @@ class FactorizedModel:
                 )
         # All channels in one call each: channel by channel, a server that reloads holds the interpreter lock too long.
         least, sums = _reduce_rows(np.minimum, self.counts), _reduce_rows(np.add, self.counts)
-        wrong = np.flatnonzero((least < 1) | (sums != TOTAL))
+        most = _reduce_rows(np.maximum, self.counts)  # a sum may wrap around
+        wrong = np.flatnonzero((least < 1) | (most > TOTAL) | (sums != TOTAL))
         if wrong.size:
             c = int(wrong[0])
             raise InvalidConfig(
                 f"table of channel {c}: frequencies must be >= 1 and sum to {TOTAL}, "
-                f"got a minimum of {least[c]} and a sum of {sums[c]}"
+                f"got {least[c]} to {most[c]} and a sum of {sums[c]}"
             )
 
     @property
