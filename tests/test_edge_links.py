@@ -247,6 +247,30 @@ def test_the_client_without_async(server: Server, tmp_path: Path) -> None:
         client.infer(PHOTO)
 
 
+def test_calls_of_other_threads_end_when_the_client_is_closed(server: Server, tmp_path: Path) -> None:
+    ended: list[BaseException] = []
+
+    def ask(client: SyncEdgeClient) -> None:
+        try:
+            while True:
+                client.infer(PHOTO)
+        except BaseException as exc:
+            ended.append(exc)
+
+    for _ in range(5):
+        with SyncEdgeClient(server.grpc, **settings(tmp_path, point="s1-r1")) as client:
+            threads = [threading.Thread(target=ask, args=(client,)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.1)
+            closer = threading.Thread(target=client.close)
+            closer.start()
+        for thread in (*threads, closer):
+            thread.join(20)
+            assert not thread.is_alive()
+    assert [type(exc) for exc in ended] == [Unavailable] * 20
+
+
 def test_the_client_without_async_and_without_a_server(tmp_path: Path) -> None:
     with pytest.raises(Unavailable), SyncEdgeClient("127.0.0.1:9", **settings(tmp_path, retries=0)):
         pass

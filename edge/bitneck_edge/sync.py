@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -53,6 +54,8 @@ class SyncEdgeClient:
         self.client = EdgeClient(server, settings=settings, on_switch=on_switch, **values)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # nothing is given to a loop that ends
+        self._waiting: set[Future[Any]] = set()
 
     def __enter__(self) -> Self:
         """See `EdgeClient.__aenter__`."""
@@ -73,9 +76,10 @@ class SyncEdgeClient:
         self.close()
 
     def close(self) -> None:
-        """End the session; frames that are not answered fail with `Unavailable`."""
+        """End the session; frames that are not answered fail with `Unavailable`, also those of other threads."""
         if self._loop is not None:
-            self._run(self.client.close())
+            with contextlib.suppress(Unavailable):  # another thread closes it
+                self._run(self.client.close())
             self._end()
 
     def infer(self, photo: PhotoLike | Capture) -> Answer:
@@ -117,29 +121,38 @@ class SyncEdgeClient:
         return self.client.session_id
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        loop = self._loop
-        if loop is None:
-            work.close()
-            raise Unavailable("the client is not open: use it inside `with`")
         try:
             check_process()  # in a fork the client's thread is not there
+            with self._lock:
+                loop = self._loop
+                if loop is None:
+                    raise Unavailable("the client is not open: use it inside `with`")
+                future = asyncio.run_coroutine_threadsafe(work, loop)
+                self._waiting.add(future)
         except BitneckError:
             work.close()
             raise
-        future = asyncio.run_coroutine_threadsafe(work, loop)
+        future.add_done_callback(self._waiting.discard)
         try:
             return future.result()
+        except CancelledError:
+            if self._loop is loop:
+                raise
+            raise Unavailable("the client was closed while a call waited for its answer") from None
         except BaseException:
             future.cancel()  # an interrupt in this thread ends the work in the client's thread too
             raise
 
     def _end(self) -> None:
-        loop, self._loop = self._loop, None
+        with self._lock:
+            loop, self._loop = self._loop, None
         if loop is not None and self._thread is not None:
             asyncio.run_coroutine_threadsafe(_finish(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             self._thread.join()
             loop.close()
+            for future in list(self._waiting):  # begun after the loop's last task
+                future.cancel()
 
 
 async def _finish() -> None:
