@@ -99,7 +99,7 @@ def _encoder(results: Results) -> Any:
             textcoords="offset points",
         )  # fmt: skip
     if results.key == PEERS_KEY:
-        for peer, marker in zip(PEERS, "v^<sD", strict=True):
+        for peer, marker in zip(PEERS, "v^<osD", strict=True):
             axis.plot(
                 *zip(*peer.lost, strict=True), label=f"{peer.name} (theirs, ResNet-50)", marker=marker, markersize=4,
                 linewidth=0.7, linestyle=":", color="0.45", fillstyle="none",
@@ -108,7 +108,7 @@ def _encoder(results: Results) -> Any:
     axis.invert_yaxis()
     axis.yaxis.set_major_locator(MultipleLocator(0.02))
     axis.set_title("area and figure: multiply-adds of the encoder; in all: with the head before it")
-    axis.legend(fontsize=8, loc="lower left", markerscale=0.5)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, markerscale=0.5)
     return figure
 
 
