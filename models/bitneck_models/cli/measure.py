@@ -235,8 +235,6 @@ def report(
         raise InvalidConfig(
             f"{results}: no such folder of results; `evaluate --zoo` and `baselines` write them with --json"
         )
-    if out.is_dir() or not out.parent.is_dir():
-        raise InvalidConfig(f"{out}: the page is a file in a folder that exists")
     parts, counts = [], [0, 0, 0]
     for folder in (results, *sorted(path for path in results.iterdir() if path.is_dir())):
         found = read_results(folder)
