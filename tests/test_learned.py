@@ -71,6 +71,10 @@ def test_a_learned_baseline_is_trained_once_and_measured(name: str, parts: tuple
     assert len(checkpoints) == (2 if name == "codec" else 4)
     assert json.loads(run(*arguments)) == document
     assert {path: path.stat().st_mtime_ns for path in checkpoints} == checkpoints
+    photo(50).save(home / "photos" / "another.png")
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, InvalidConfig)
+    assert "belongs to other photographs" in str(result.exception)
 
 
 def large_codec() -> ImageCodec:

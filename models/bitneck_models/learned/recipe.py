@@ -10,7 +10,7 @@ from bitneck_models.networks.recipe import NetworkRecipe
 from bitneck_models.typed_files import Id, Positive, Seed, Strict, load_toml, validated
 from bitneck_models.zoo.recipe import Source, with_network
 
-__all__ = ["ImageCodecRecipe", "LearnedRecipe", "Schedule", "StudentRecipe", "load_learned"]
+__all__ = ["ImageCodecRecipe", "LearnedRecipe", "Photographs", "Schedule", "StudentRecipe", "load_learned"]
 
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Width = Annotated[int, Field(ge=1, le=4096)]
@@ -38,6 +38,18 @@ class Schedule(Strict):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.99
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     seed: Seed = 0
+
+
+class Photographs(Strict):
+    """The photographs of a run. Its checkpoint is the result, so it must know them.
+
+    Attributes:
+        count: number of photographs.
+        sha256: digest of their names, folders and sizes.
+    """
+
+    count: int
+    sha256: str
 
 
 class _Learned(Strict):

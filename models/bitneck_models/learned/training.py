@@ -16,9 +16,10 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from bitneck.errors import InvalidConfig, ModelFailure
+from bitneck.manifest import sha256_hex
 from bitneck_models.learned.image_codec import ImageCodec
 from bitneck_models.learned.photos import Pictures, batches
-from bitneck_models.learned.recipe import ImageCodecRecipe, Schedule, StudentRecipe
+from bitneck_models.learned.recipe import ImageCodecRecipe, Photographs, Schedule, StudentRecipe
 from bitneck_models.learned.student import Student
 from bitneck_models.losses.rate_terms import Noise
 from bitneck_models.networks.backbone import Backbone
@@ -76,6 +77,7 @@ class _LearnedTrainer:
         self,
         name: str,
         recipe: BaseModel,
+        photographs: Photographs,
         schedule: Schedule,
         module: nn.Module,
         trained: list[nn.Parameter],
@@ -83,7 +85,8 @@ class _LearnedTrainer:
         loss: Loss,
         source: Callable[[int], Iterator[Tensor]],
     ) -> None:
-        self.name, self.recipe, self.schedule, self.module, self.loss = name, recipe, schedule, module, loss
+        self.name, self.schedule, self.module, self.loss = name, schedule, module, loss
+        self.identity: Mapping[str, BaseModel] = {"recipe": recipe, "photographs": photographs}
         self.source = source
         self.done, self.device = 0, torch.device("cpu")
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -94,10 +97,6 @@ class _LearnedTrainer:
             {"params": density, "peak": schedule.density_learning_rate},
         ]
         self.optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-
-    @property
-    def identity(self) -> Mapping[str, BaseModel]:
-        return {"recipe": self.recipe}
 
     def updates(self, stop: int) -> Iterator[LearnedStep]:
         if self.done >= stop:
@@ -160,6 +159,12 @@ def _source(pictures: Pictures, sets: PhotoSets, batch: int, workers: int) -> Ca
     return lambda step: batches(pictures, weights, batch, step, workers)
 
 
+def _photographs(sets: PhotoSets) -> Photographs:
+    photos = sets.by_photo()[0]
+    lines = [f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in photos]
+    return Photographs(count=len(photos), sha256=sha256_hex("\n".join(lines).encode()))
+
+
 def _first(pictures: Pictures, sets: PhotoSets, schedule: Schedule) -> Tensor:
     """The batch of the first step."""
     return next(_source(pictures, sets, schedule.batch, 0)(0))
@@ -202,7 +207,7 @@ def train_codecs(
     with torch.random.fork_rng():
         torch.manual_seed(recipe.first.seed)
         codec = ImageCodec(recipe.channels, recipe.latent_channels)
-    found = []
+    found, known = [], _photographs(sets)
     for k, lambda_ in enumerate(recipe.lambdas):
         schedule = recipe.further if k else recipe.first
         codec = copy.deepcopy(codec).train()
@@ -216,7 +221,7 @@ def train_codecs(
         source = _source(pictures, sets, schedule.batch, workers)
         if k == 0:
             codec.density.fit_scale(_spread(codec.h_a(codec.g_a(_first(pictures, sets, schedule)).abs())))
-        trainer = _LearnedTrainer(f"lambda-{k + 1}", recipe, schedule, codec, others, density, loss, source)
+        trainer = _LearnedTrainer(f"lambda-{k + 1}", recipe, known, schedule, codec, others, density, loss, source)
         _complete(trainer, runs / recipe.name, report)
         found.append(codec)
     return found
@@ -276,7 +281,7 @@ def train_students(
                 found.append(f)
         return found
 
-    found = []
+    found, known = [], _photographs(sets)
     for k, lambda_ in enumerate(recipe.lambdas):
         schedule = recipe.further if k else recipe.first
         student = copy.deepcopy(student).train()
@@ -296,7 +301,7 @@ def train_students(
         source = _source(pictures, sets, schedule.batch, workers)
         if k == 0:
             student.density.fit_scale(_spread(student.encoder(_first(pictures, sets, schedule))))
-        trainer = _LearnedTrainer(f"lambda-{k + 1}", recipe, schedule, student, others, density, distil, source)
+        trainer = _LearnedTrainer(f"lambda-{k + 1}", recipe, known, schedule, student, others, density, distil, source)
         _complete(trainer, runs / recipe.name, report)
         found.append(_tuned(f"tuned-{k + 1}", recipe, student, backbone, cut, sets, runs, workers, report))
     return found
@@ -331,7 +336,8 @@ def _tuned(
 
     pictures = Pictures(sets.by_photo()[0], backbone.input, None, hash_of(schedule.seed, len(recipe.lambdas)))
     trainer = _LearnedTrainer(
-        name, recipe, schedule, tuned, [*tuned.student.decoder.parameters(), *tuned.rest.parameters()], [], learn,
+        name, recipe, _photographs(sets), schedule, tuned,
+        [*tuned.student.decoder.parameters(), *tuned.rest.parameters()], [], learn,
         _source(pictures, sets, schedule.batch, workers),
     )  # fmt: skip
     _complete(trainer, runs / recipe.name, report)

@@ -152,8 +152,9 @@ def read_checkpoint(
         }
     except Exception as exc:  # torch.load raises many kinds for a broken file
         raise _unreadable(path, exc) from exc
-    if kept != dict(identity):
-        raise InvalidConfig(f"{path} belongs to another recipe; remove it to train anew")
+    if others := [name for name in identity if kept[name] != identity[name]]:
+        what = "other photographs" if others == ["photographs"] else "another recipe"
+        raise InvalidConfig(f"{path} belongs to {what}; remove it to train anew")
     return state
 
 
