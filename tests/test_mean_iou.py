@@ -1,6 +1,7 @@
 """Evaluation of segmentation: mean IoU against torchmetrics, void pixels, maps of other sizes, the command line."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from bitneck_models.data.class_maps import class_iou, load_class_map, mapped_pho
 from bitneck_models.measure.evaluate import Evaluation, evaluate
 from bitneck_models.networks.vision import import_torchvision
 from bitneck_models.zoo.entry import tables_digests
+from bitneck_models.zoo.point import save_point
+from bitneck_models.zoo.records import PointRecord
 from bitneck_testing.photographs import photo
 from bitneck_testing.tiny_bundles import SCENE_CLASSES, SCENE_INPUT
 
@@ -175,6 +178,12 @@ def test_the_command_line(
     scene_bundle: Bundle, tiny_bundle: Bundle, data: Path, result: Evaluation, tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.toml").write_text(RECIPE)
+    for point in scene_bundle.manifest.ladder:
+        record = PointRecord(
+            unit=point.unit, split=point.split, step=point.step, validation_photos=1, validation_bytes=1.0,
+            validation_agreement=1.0, fitted=date(2026, 1, 1),
+        )  # fmt: skip
+        save_point(tmp_path / "points" / point.id, scene_bundle.tables(point.id), record)
     command = ["evaluate", "--bundle", str(scene_bundle.root), "--data", str(data)]
     done = CliRunner().invoke(app, [*command, "--json", "--record", str(tmp_path)])
     assert done.exit_code == 0, done.output

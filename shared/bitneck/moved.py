@@ -79,6 +79,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     ),
     "bitneck_models.baselines": (
         "bitneck_models.measure.baselines",
+        "bitneck_models.measure.judge",
         "bitneck_models.measure.sweeps",
     ),
     "bitneck_models.class_maps": ("bitneck_models.data.class_maps",),
