@@ -109,7 +109,7 @@ def test_what_is_decoded_is_the_rounded_latent_and_costs_what_the_densities_say(
 def test_every_weight_of_the_codec_learns_from_the_first_step_on() -> None:
     torch.manual_seed(0)
     codec = ImageCodec(8, 12)
-    loss, rate, error = codec.loss(torch.rand(2, 3, 64, 64), 0.01, Noise([1, 2]))
+    loss, rate, error = codec.loss(0.01, torch.rand(2, 3, 64, 64), Noise([1, 2]))
     assert loss.item() == pytest.approx(rate + 0.01 * error)
     loss.backward()
     still = [name for name, p in codec.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]

@@ -44,9 +44,8 @@ def contexts(
             entry, exported, points, sets, photos,
             lambda what, done, total: progress.update(tasks[what], completed=done, total=total),
         )  # fmt: skip
-    for name, reason in left_out.items():
-        if point:  # it was asked for
-            print(f"{name} is left out: {reason}", file=sys.stderr)  # noqa: T201
+    for name in sorted(left_out.keys() & set(point or ())):
+        print(f"{name} is left out: {left_out[name]}", file=sys.stderr)  # noqa: T201
     if as_json:
         print(json.dumps({name: record.model_dump(mode="json") for name, record in records.items()}))  # noqa: T201
         return

@@ -23,10 +23,10 @@ def check_exported(entry: ZooEntry, bundle: Bundle, points: Sequence[str]) -> No
     """
     own = {**entry.points(), **entry.imported()}
     for name in points:
-        bundle.manifest.ladder[name]
+        exported = bundle.tables(name).digest
         if name not in own:
             raise InvalidConfig(f"{name}: {entry.folder} has no such operating point; it is not what was exported")
-        if entry.tables(name).digest != bundle.tables(name).digest:
+        if entry.tables(name).digest != exported:
             raise InvalidConfig(f"{name}: the bundle's tables are not the zoo entry's; export the entry again")
 
 

@@ -57,12 +57,17 @@ class ImageCodec(nn.Module):
         scales: Tensor = self.h_s(z_hat)[:, :, : size[0], : size[1]]
         return lower_bound(scales, _LEAST_SIGMA)
 
-    def loss(self, x: Tensor, lambda_: float, noise: Noise) -> tuple[Tensor, float, float]:
+    def coded(self, x: Tensor) -> Tensor:
+        """What the density codes: z of pictures (N, 3, H, W)."""
+        z: Tensor = self.h_a(self.g_a(x).abs())
+        return z
+
+    def loss(self, lambda_: float, x: Tensor, noise: Noise) -> tuple[Tensor, float, float]:
         """Bits a pixel plus lambda times the squared error, with noise in place of rounding.
 
         Args:
-            x: pictures, (N, 3, H, W), values from 0 to 1.
             lambda_: weight of the squared error of pixels from 0 to 255.
+            x: pictures, (N, 3, H, W), values from 0 to 1.
             noise: the noise.
 
         Returns:
@@ -101,7 +106,9 @@ class ImageCoder:
         self._hyper: dict[tuple[int, int, int], FactorizedCodec] = {}
 
     def _coder(self, shape: tuple[int, int, int]) -> FactorizedCodec:
-        return self._hyper.setdefault(shape, FactorizedCodec(self.tables, shape))
+        if shape not in self._hyper:
+            self._hyper[shape] = FactorizedCodec(self.tables, shape)
+        return self._hyper[shape]
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[bytes, bytes]:

@@ -60,6 +60,11 @@ class Student(nn.Module):
         )  # fmt: skip
         begin_large(self.encoder, self.decoder)
 
+    def coded(self, x: Tensor) -> Tensor:
+        """What the density codes: the latent of inputs (N, 3, H, W)."""
+        y: Tensor = self.encoder(x)
+        return y
+
     def forward(self, x: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         """What training sees, with noise in place of rounding.
 

@@ -5,10 +5,11 @@ Every run resumes from its checkpoint. What is kept are the running means of the
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,7 @@ class LearnedStep:
 
 
 Report = Callable[[LearnedStep], None]
+M = TypeVar("M", ImageCodec, Student)
 
 
 class TunedStudent(nn.Module):
@@ -76,8 +78,7 @@ class _LearnedTrainer:
     def __init__(
         self,
         name: str,
-        recipe: BaseModel,
-        photographs: Photographs,
+        identity: Mapping[str, BaseModel],
         schedule: Schedule,
         module: nn.Module,
         trained: list[nn.Parameter],
@@ -85,8 +86,7 @@ class _LearnedTrainer:
         loss: Loss,
         source: Callable[[int], Iterator[Tensor]],
     ) -> None:
-        self.name, self.schedule, self.module, self.loss = name, schedule, module, loss
-        self.identity: Mapping[str, BaseModel] = {"recipe": recipe, "photographs": photographs}
+        self.name, self.identity, self.schedule, self.module, self.loss = name, identity, schedule, module, loss
         self.source = source
         self.done, self.device = 0, torch.device("cpu")
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -141,38 +141,71 @@ class _LearnedTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def _complete(trainer: _LearnedTrainer, folder: Path, report: Report) -> None:
-    run(
-        trainer,
-        folder / f"{trainer.name}.pt",
-        steps=trainer.schedule.steps,
-        save_every=_SAVE_EVERY,
-        report=report,
-    )
-    trainer.keep_mean()
+class _Runs:
+    """What the runs of a recipe have in common: the photographs, and where and how they are trained."""
 
+    def __init__(
+        self,
+        recipe: ImageCodecRecipe | StudentRecipe,
+        backbone: Backbone,
+        sets: PhotoSets,
+        folder: Path,
+        workers: int,
+        report: Report,
+    ) -> None:
+        self.recipe, self.spec, self.workers, self.report = recipe, backbone.input, workers, report
+        self.folder = folder / recipe.name
+        self.photos, self.weights, _ = sets.by_photo()
+        lines = [f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in self.photos]
+        self.known = Photographs(count=len(lines), sha256=sha256_hex("\n".join(lines).encode()))
 
-def _source(pictures: Pictures, sets: PhotoSets, batch: int, workers: int) -> Callable[[int], Iterator[Tensor]]:
-    _, weights, _ = sets.by_photo()
-    if len(weights) < batch:
-        raise InvalidConfig(f"{len(weights)} photographs are fewer than a batch of {batch}; add photographs")
-    return lambda step: batches(pictures, weights, batch, step, workers)
+    def batches(self, schedule: Schedule, number: int, side: int | None, step: int, workers: int) -> Iterator[Tensor]:
+        """The batches of a run from a step on; see `Pictures`."""
+        if len(self.photos) < schedule.batch:
+            raise InvalidConfig(
+                f"{len(self.photos)} photographs are fewer than a batch of {schedule.batch}; add photographs"
+            )
+        pictures = Pictures(self.photos, self.spec, side, hash_of(schedule.seed, number))
+        return batches(pictures, self.weights, schedule.batch, step, workers)
 
+    def complete(
+        self,
+        name: str,
+        schedule: Schedule,
+        number: int,
+        side: int | None,
+        module: nn.Module,
+        trained: Iterable[nn.Parameter],
+        density: Iterable[nn.Parameter],
+        loss: Loss,
+    ) -> None:
+        """Train a module in one run, and put the running mean of its weights into it."""
 
-def _photographs(sets: PhotoSets) -> Photographs:
-    photos = sets.by_photo()[0]
-    lines = [f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in photos]
-    return Photographs(count=len(photos), sha256=sha256_hex("\n".join(lines).encode()))
+        def source(step: int) -> Iterator[Tensor]:
+            return self.batches(schedule, number, side, step, self.workers)
 
+        identity = {"recipe": self.recipe, "photographs": self.known}
+        trainer = _LearnedTrainer(name, identity, schedule, module, list(trained), list(density), loss, source)
+        checkpoint = self.folder / f"{name}.pt"
+        run(trainer, checkpoint, steps=schedule.steps, save_every=_SAVE_EVERY, report=self.report)
+        trainer.keep_mean()
 
-def _first(pictures: Pictures, sets: PhotoSets, schedule: Schedule) -> Tensor:
-    """The batch of the first step."""
-    return next(_source(pictures, sets, schedule.batch, 0)(0))
-
-
-def _spread(t: Tensor) -> Tensor:
-    """Standard deviation of each channel of (N, C, h, w)."""
-    return t.detach().std(dim=(0, 2, 3))
+    def each_lambda(
+        self, module: M, side: int | None, loss: Callable[[M, float, Tensor, Noise], tuple[Tensor, float, float]]
+    ) -> Iterator[M]:
+        """The module trained at every lambda, each from the one before it."""
+        for k, lambda_ in enumerate(self.recipe.lambdas):
+            schedule = self.recipe.further if k else self.recipe.first
+            module = copy.deepcopy(module).train()
+            if k == 0:
+                coded = module.coded(next(self.batches(schedule, k, side, 0, workers=0)))
+                module.density.fit_scale(coded.detach().std(dim=(0, 2, 3)))
+            others = [p for name, p in module.named_parameters() if not name.startswith("density.")]
+            self.complete(
+                f"lambda-{k + 1}", schedule, k, side, module, others, module.density.parameters(),
+                partial(loss, module, lambda_),
+            )  # fmt: skip
+            yield module
 
 
 def train_codecs(
@@ -207,24 +240,8 @@ def train_codecs(
     with torch.random.fork_rng():
         torch.manual_seed(recipe.first.seed)
         codec = ImageCodec(recipe.channels, recipe.latent_channels)
-    found, known = [], _photographs(sets)
-    for k, lambda_ in enumerate(recipe.lambdas):
-        schedule = recipe.further if k else recipe.first
-        codec = copy.deepcopy(codec).train()
-        pictures = Pictures(sets.by_photo()[0], backbone.input, recipe.crop, hash_of(schedule.seed, k))
-        density = list(codec.density.parameters())
-        others = [p for name, p in codec.named_parameters() if not name.startswith("density.")]
-
-        def loss(x: Tensor, noise: Noise, codec: ImageCodec = codec, lambda_: float = lambda_) -> Any:
-            return codec.loss(x, lambda_, noise)
-
-        source = _source(pictures, sets, schedule.batch, workers)
-        if k == 0:
-            codec.density.fit_scale(_spread(codec.h_a(codec.g_a(_first(pictures, sets, schedule)).abs())))
-        trainer = _LearnedTrainer(f"lambda-{k + 1}", recipe, known, schedule, codec, others, density, loss, source)
-        _complete(trainer, runs / recipe.name, report)
-        found.append(codec)
-    return found
+    together = _Runs(recipe, backbone, sets, runs, workers, report)
+    return list(together.each_lambda(codec, recipe.crop, ImageCodec.loss))
 
 
 def train_students(
@@ -268,7 +285,6 @@ def train_students(
         student = Student(
             recipe.encoder_channels, recipe.latent_channels, (shape[0], shape[1], shape[2]), backbone.input_shape[1:]
         )
-    photos = sets.by_photo()[0]
     stages = list(rest)[: max(compared) + 1 - cut]
     wanted = {index - cut for index in compared}
 
@@ -281,45 +297,23 @@ def train_students(
                 found.append(f)
         return found
 
-    found, known = [], _photographs(sets)
-    for k, lambda_ in enumerate(recipe.lambdas):
-        schedule = recipe.further if k else recipe.first
-        student = copy.deepcopy(student).train()
+    def distil(student: Student, lambda_: float, x: Tensor, noise: Noise) -> tuple[Tensor, float, float]:
+        with torch.no_grad():
+            teacher = outputs(head(x))
+        f_hat, bits = student(x, noise)
+        errors = [F.mse_loss(s.float(), t.float()) for s, t in zip(outputs(f_hat), teacher, strict=True)]
+        error = torch.stack(errors).sum()
+        return bits + lambda_ * error, bits.item(), error.item()
 
-        def distil(x: Tensor, noise: Noise, student: Student = student, lambda_: float = lambda_) -> Any:
-            with torch.no_grad():
-                teacher = outputs(head(x))
-            f_hat, bits = student(x, noise)
-            error = torch.stack(
-                [F.mse_loss(s.float(), t.float()) for s, t in zip(outputs(f_hat), teacher, strict=True)]
-            ).sum()
-            return bits + lambda_ * error, bits.item(), error.item()
-
-        density = list(student.density.parameters())
-        others = [*student.encoder.parameters(), *student.decoder.parameters()]
-        pictures = Pictures(photos, backbone.input, None, hash_of(schedule.seed, k))
-        source = _source(pictures, sets, schedule.batch, workers)
-        if k == 0:
-            student.density.fit_scale(_spread(student.encoder(_first(pictures, sets, schedule))))
-        trainer = _LearnedTrainer(f"lambda-{k + 1}", recipe, known, schedule, student, others, density, distil, source)
-        _complete(trainer, runs / recipe.name, report)
-        found.append(_tuned(f"tuned-{k + 1}", recipe, student, backbone, cut, sets, runs, workers, report))
-    return found
+    together = _Runs(recipe, backbone, sets, runs, workers, report)
+    trained = enumerate(together.each_lambda(student, None, distil), start=1)
+    return [_tuned(f"tuned-{k}", together, recipe, each, backbone, cut) for k, each in trained]
 
 
 def _tuned(
-    name: str,
-    recipe: StudentRecipe,
-    student: Student,
-    backbone: Backbone,
-    cut: int,
-    sets: PhotoSets,
-    runs: Path,
-    workers: int,
-    report: Report,
+    name: str, together: _Runs, recipe: StudentRecipe, student: Student, backbone: Backbone, cut: int
 ) -> TunedStudent:
     """The second part: decoder and the rest of the network learn, from the teacher's class probabilities."""
-    schedule = recipe.tuning
     tuned = TunedStudent(copy.deepcopy(student), copy.deepcopy(backbone.segment(cut)).requires_grad_())
     tuned.eval()  # batch norms keep their statistics
     network = backbone.segment(0)
@@ -334,11 +328,6 @@ def _tuned(
         divergence = F.kl_div(logits.float().log_softmax(1), teacher, reduction="batchmean", log_target=True)
         return divergence, bits, divergence.item()
 
-    pictures = Pictures(sets.by_photo()[0], backbone.input, None, hash_of(schedule.seed, len(recipe.lambdas)))
-    trainer = _LearnedTrainer(
-        name, recipe, _photographs(sets), schedule, tuned,
-        [*tuned.student.decoder.parameters(), *tuned.rest.parameters()], [], learn,
-        _source(pictures, sets, schedule.batch, workers),
-    )  # fmt: skip
-    _complete(trainer, runs / recipe.name, report)
+    trained = [*tuned.student.decoder.parameters(), *tuned.rest.parameters()]
+    together.complete(name, recipe.tuning, len(recipe.lambdas), None, tuned, trained, [], learn)
     return tuned

@@ -29,7 +29,7 @@ from bitneck.text import clean_text
 __all__ = ["FORMAT_VERSION", "Manifest"]
 
 FORMAT_VERSION: Literal[5] = 5
-MAX_LATENT = 1 << 22
+_MAX_LATENT = 1 << 22
 """Values of a latent. Both machines make arrays of that size before they have seen one."""
 _MAX_PLACE = 100
 """Characters of the key that a message names."""
@@ -91,10 +91,10 @@ class Manifest(Strict):
             if unit.channels != unit.latent_shape[0]:
                 raise ValueError(f"unit {unit.id}: channels differ from the latent shape")
             (_, *sent), (_, *size) = features[unit.split], unit.latent_shape
-            if any(n > m for n, m in zip(size, sent, strict=True)) or math.prod(unit.latent_shape) > MAX_LATENT:
+            if any(n > m for n, m in zip(size, sent, strict=True)) or math.prod(unit.latent_shape) > _MAX_LATENT:
                 raise ValueError(
                     f"unit {unit.id}: a latent of {unit.latent_shape} is too large for a feature of "
-                    f"{features[unit.split]}, or has more than {MAX_LATENT} values"
+                    f"{features[unit.split]}, or has more than {_MAX_LATENT} values"
                 )
             decoded = unit.decoded_shape
             if decoded is not None and (problem := decoded_problem(decoded, features[unit.split])) is not None:
