@@ -75,7 +75,7 @@ class Target:
 
     @contextlib.contextmanager
     def client(self, window: int = 65535) -> Iterator[BareClient]:
-        with BareClient(self.grpc, window=window, source=ATTACKER) as client:
+        with BareClient(self.grpc, window=window, source=ATTACKER, heeds_limit=False) as client:
             yield client
 
 
@@ -204,10 +204,10 @@ def reset(target: Target) -> None:
 
 def greedy(target: Target) -> None:
     """See the module."""
-    clients = []
-    for _ in range(0, GREEDY_SESSIONS, 20):
+    clients: list[tuple[BareClient, dict[int, int]]] = []
+    while (missing := GREEDY_SESSIONS - sum(len(streams) for _, streams in clients)) > 0:
         client = BareClient(target.grpc, source=ATTACKER)
-        streams = {client.call("Stream", target.opening): 0 for _ in range(20)}
+        streams = {client.call("Stream", target.opening): 0 for _ in range(min(missing, client.most_calls))}
         client.flush()
         clients.append((client, streams))
     for client, streams in clients:

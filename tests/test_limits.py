@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import h2.errors
 import httpx
 import pytest
 from hypothesis import given
@@ -29,6 +30,8 @@ from bitneck_testing.processes import Server, running_server
 from bitneck_testing.streams import Frames, open_stream, stub
 
 STALL_S = 2
+CALLS = 40
+"""That a connection may have open."""
 HALF_A_REQUEST = (
     b"PUT /v1/rate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 20\r\n\r\n{"
 )
@@ -38,7 +41,8 @@ WAIT_S = 30.0
 
 @pytest.fixture(scope="module")
 def impatient(tiny_bundle: Bundle) -> Iterator[Server]:
-    with running_server(tiny_bundle.root, options=("--stall-s", str(STALL_S), "--resume-s", "1")) as server:
+    options = ("--stall-s", str(STALL_S), "--resume-s", "1", "--max-calls-per-connection", str(CALLS))
+    with running_server(tiny_bundle.root, options=options) as server:
         yield server
 
 
@@ -176,6 +180,21 @@ def test_http_listens_on_all_that_a_name_means(host: str) -> None:
 
 
 # Calls
+
+
+def test_a_connection_has_few_calls_open_at_a_time(impatient: Server) -> None:
+    with BareClient(impatient.grpc, heeds_limit=False) as client:
+        assert client.most_calls == CALLS
+        calls = [client.call("Stream") for _ in range(CALLS + 1)]
+        client.flush()
+        assert client.status(calls[-1]) == f"reset {int(h2.errors.ErrorCodes.REFUSED_STREAM)}"
+
+
+async def test_more_clients_than_calls_of_a_connection_share_a_process(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with running_server(tiny_bundle.root, options=("--max-calls-per-connection", "2")) as server:
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(EdgeClient(server.grpc, cache_dir=tmp_path)) for _ in range(6)]
+            assert all([await client.infer(photo()) for client in clients])
 
 
 def test_a_stream_without_open_ends(impatient: Server) -> None:

@@ -136,6 +136,16 @@ class CloudSettings(Settings):
     max_calls_per_caller: Annotated[
         int, setting("Open gRPC calls of one caller; 0 for no limit.", _SESSIONS, ge=0, le=1_000_000)
     ] = 512
+    max_calls_per_connection: Annotated[
+        int,
+        setting(
+            "Open gRPC calls of one connection; more wait at the client, or open another connection. The more, the "
+            "longer a flood of calls that are reset at once keeps others waiting.",
+            _SESSIONS,
+            ge=2,
+            le=1_000_000,
+        ),
+    ] = 16
     max_connections: Annotated[
         int,
         setting(

@@ -31,9 +31,12 @@ class BareClient:
         window: bytes that the server may send on a stream before the client, which never does, gives more.
         timeout_s: for each step on the socket.
         source: the client's own address; empty for the system's choice.
+        heeds_limit: begin no more calls than the server allows at a time. Otherwise `call` never refuses.
     """
 
-    def __init__(self, address: str, *, window: int = 65535, timeout_s: float = 10.0, source: str = "") -> None:
+    def __init__(
+        self, address: str, *, window: int = 65535, timeout_s: float = 10.0, source: str = "", heeds_limit: bool = True
+    ) -> None:
         host, _, port = address.rpartition(":")
         self._address = address
         self.socket = socket.create_connection((host, int(port)), timeout_s, (source, 0) if source else None)
@@ -45,6 +48,11 @@ class BareClient:
         self.flush()
         while not any(isinstance(event, h2.events.RemoteSettingsChanged) for event in self.events()):
             pass
+        self.most_calls = self._http.remote_settings.max_concurrent_streams
+        """Calls that the server lets a connection have open."""
+        if not heeds_limit:
+            self._http.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 1 << 31
+            self._http.remote_settings.acknowledge()
 
     def __enter__(self) -> Self:
         return self

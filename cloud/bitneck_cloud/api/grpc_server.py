@@ -47,7 +47,6 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # Whoever resets calls may open fewer for a round trip, after each reset: a flood of them takes less from others.
     ("grpc.http.overload_protection", 1),
     ("grpc.http2.ping_on_rst_stream_percent", 100),
-    ("grpc.max_concurrent_streams", 256),  # of one connection; more wait at the client
     # In a flood of calls, gRPC cancels calls of everybody beyond these. More would take more memory.
     ("grpc.server.max_pending_requests", 5_000),
     ("grpc.server.max_pending_requests_hard_limit", 6_000),
@@ -87,7 +86,12 @@ def make_grpc_server(
     interceptors: list[grpc.aio.ServerInterceptor] = [CallLimits(limits, devices, metrics, refusals), TolerantParsing()]
     if devices.needed:
         interceptors.insert(0, DeviceTokens(devices, metrics, refusals))
-    options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
+    options = (
+        *_OPTIONS,
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        # gRPC takes all that a connection may begin in one go, and everybody else waits so long.
+        ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
+    )
     most = settings.max_sessions + _SINGLE_CALLS
     server = grpc.aio.server(options=options, interceptors=interceptors, maximum_concurrent_rpcs=most)
     pb_grpc.add_SplitInferenceServicer_to_server(service, server)
