@@ -26,7 +26,7 @@ from bitneck.coding.colours import colours
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck_testing.processes import Server, running_server
-from bitneck_testing.streams import Frames, Stream, open_stream, stub
+from bitneck_testing.streams import Frames, Stream, open_stream, sealed, stub
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "answer.schema.json").read_text()))
@@ -34,6 +34,8 @@ METRICS, READ, OPERATE, SHORT = (f"a-token-for-{name}" for name in ("metrics", "
 DEVICE = "a-token-for-devices"
 HANG_S = 60.0
 HEARTBEAT_S = 0.5
+NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+"""Options of a channel that takes 64 KiB before its client reads, not megabytes."""
 
 
 @dataclass
@@ -584,14 +586,19 @@ async def test_a_hundred_subscribers_that_read_nothing_slow_nobody(
     """They take places and nothing else: frames go on, memory stays, a reader misses nothing, and they are ended."""
     options = ("--http-tokens", str(token_file), "--stall-s", "2", "--max-subscribers", "102", "--log-format", "json",
                "--max-calls-per-connection", "64")  # fmt: skip
+    payload = scenes.payload("s1-r2", 0)
     with running_server(scene_bundle.root, options=options) as server, contextlib.ExitStack() as sockets:
-        async with asyncio.timeout(2 * HANG_S), stub(server.grpc) as cloud:
+        async with (
+            asyncio.timeout(2 * HANG_S),
+            stub(server.grpc) as cloud,
+            grpc.aio.insecure_channel(server.grpc, options=NARROW) as narrow,
+        ):
             for number in range(60):
                 address = "127.0.0.2" if number < 30 else "127.0.0.3"
                 sockets.enter_context(silent(server, address, "map=png"))
             metadata = (("authorization", f"Bearer {READ}"),)
             request = pb.SubscribeRequest(map=pb.MAP_FORM_PNG)
-            calls = [cloud.Subscribe(request, metadata=metadata) for _ in range(40)]
+            calls = [pb_grpc.SplitInferenceStub(narrow).Subscribe(request, metadata=metadata) for _ in range(40)]
             await eventually(lambda: metric(server, "bitneck_subscribers") == 100)
             async with events(server) as source, events(server):
                 full = ask(server, "/v1/answers")
@@ -601,31 +608,58 @@ async def test_a_hundred_subscribers_that_read_nothing_slow_nobody(
                 reading = asyncio.create_task(take(source, 600))
                 before = 0.0
                 for seq in range(1, 601):
-                    assert (await device.ask(scenes.frame(seq, seed=0) if seq == 1 else again(scenes, seq))).HasField(
-                        "result"
-                    )
+                    message = await device.ask(sealed(seq=seq, point="s1-r2", payload=payload))
+                    assert message.HasField("result")
                     if seq == 300:
                         before = server.resident_mib
                 assert [event.data["seq"] for event in await reading] == list(range(1, 601))
                 assert server.resident_mib < before + 30.0
-            await eventually(lambda: metric(server, "bitneck_subscribers") <= 40)  # those of HTTP are cut off
+            await eventually(lambda: metric(server, "bitneck_subscribers") == 0)
             await device.call.done_writing()
             for call in calls:
                 call.cancel()
-            await eventually(lambda: metric(server, "bitneck_subscribers") == 0)
 
 
-def again(frames: Frames, seq: int) -> pb.Frame:
-    """A further frame without the time to encode it."""
-    from bitneck_testing.streams import sealed
+async def test_a_slow_subscriber_is_told_what_it_missed(scene_bundle: Bundle, scenes: Frames, token_file: Path) -> None:
+    payload, many = scenes.payload("s1-r2", 0), 1500
+    options = ("--http-tokens", str(token_file), "--kept-answers", "20", "--log-format", "json")
+    with running_server(scene_bundle.root, options=options) as server, silent(server, "127.0.0.2") as slow:
+        async with asyncio.timeout(2 * HANG_S), stub(server.grpc) as cloud:
+            await eventually(lambda: metric(server, "bitneck_subscribers") == 1)
+            device = await open_stream(cloud, scene_bundle.bundle_id)
+            for seq in range(1, many + 1):
+                await device.send(sealed(seq=seq, point="s1-r2", payload=payload))
+                if seq > 10:
+                    await device.read()
+            for _ in range(10):
+                await device.read()
+            await device.call.done_writing()
+            reader, writer = await asyncio.open_connection(sock=slow)
+            while await reader.readline() != b"\r\n":
+                pass
+            source = _parsed(_lines(reader))
+            numbers, missed = [], 0
+            while not numbers or numbers[-1] < many:
+                (event,) = await take(source, 1)
+                if event.name == "missed":
+                    assert event.number == numbers[-1] + event.data["count"]
+                    missed += event.data["count"]
+                else:
+                    assert not missed or event.number > missed
+                    numbers.append(event.number)
+            writer.close()
+        assert missed > 0
+        assert len(numbers) + missed == many
+        assert numbers == sorted(set(numbers))
+        assert metric(server, "bitneck_missed_answers_total") == missed
 
-    return sealed(seq=seq, point="s1-r2", payload=_payload(frames))
 
-
-_PAYLOADS: dict[str, bytes] = {}
-
-
-def _payload(frames: Frames) -> bytes:
-    if frames.bundle.bundle_id not in _PAYLOADS:
-        _PAYLOADS[frames.bundle.bundle_id] = frames.payload("s1-r2", 0)
-    return _PAYLOADS[frames.bundle.bundle_id]
+async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[str]:
+    """The lines of a body in chunks."""
+    text = b""
+    while size := int(await reader.readline(), 16):
+        text += await reader.readexactly(size)
+        await reader.readexactly(2)
+        *lines, text = text.split(b"\n")
+        for line in lines:
+            yield line.decode()

@@ -31,6 +31,9 @@ _GRACE_S = 5
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 _RECEIVED = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
 
+_SEND_BUFFER_BYTES = 1 << 17
+"""That the kernel may keep for one connection; else it keeps up to 4 MB, which nobody counts."""
+
 MOST = 256
 """Connections that are open at once."""
 MOST_OF_ADDRESS = 64
@@ -230,8 +233,15 @@ class HttpServer(uvicorn.Server):
                 connection.close()
                 self._refusals.refused(f"address {host}", "too many HTTP connections")
                 continue
+            self._bound(connection)
             self._open[host] += 1
             self._start(self._serve_one(connection, host), name="connection")
+
+    def _bound(self, connection: socket.socket) -> None:
+        """Let the kernel keep little of what is not read, and end the connection of a client that is gone."""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        if self._stall_s and hasattr(socket, "TCP_USER_TIMEOUT"):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._stall_s * 1e3))
 
     async def _serve_one(self, connection: socket.socket, host: str) -> None:
         loop = asyncio.get_running_loop()
