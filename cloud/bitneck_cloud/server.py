@@ -6,6 +6,7 @@ import logging
 import resource
 import secrets
 import signal
+import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,10 @@ from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.access.security import tls_files_usable
 from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.answers.grpc_events import AnswerStream
+from bitneck_cloud.answers.hub import Hub
+from bitneck_cloud.answers.publishing import Publishing
+from bitneck_cloud.answers.subscriptions import Subscriptions
 from bitneck_cloud.api.grpc_server import HEALTH_NAMES, make_grpc_server
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.http_api import build_app
@@ -117,11 +122,20 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         adopt=settings.token_key is not None,
         ended=_record_end,
     )
+    subscriptions = Subscriptions(
+        Hub(secrets.token_hex(4), most=settings.kept_answers, most_bytes=settings.kept_answer_bytes),
+        most=settings.max_subscribers,
+        metrics=metrics,
+        heartbeat_s=settings.heartbeat_s,
+        stall_s=settings.stall_s,
+    )
+    publishing = Publishing(settings.server_name or socket.gethostname(), subscriptions, metrics)
     engine = Engine(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         decode_threads=settings.decode_threads,
         metrics=metrics,
+        answered=publishing.answered,
     )
     tracer = open_traces(settings.traces, settings.trace_ratio)
     limits = CallerLimits(
@@ -130,7 +144,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         max_bytes_per_s=settings.max_bytes_per_s,
     )
     service = InferenceService(
-        registry, engine, metrics, tracer, devices, limits,
+        registry, engine, metrics, tracer, devices, limits, AnswerStream(subscriptions, registry, operators),
         idle_s=settings.idle_s, stall_s=settings.stall_s, similar_bytes=settings.similar_bytes,
         tls=settings.tls_cert is not None,
     )  # fmt: skip
@@ -140,20 +154,21 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     metrics.gauge("streams", "Open streams.", lambda: service.streams)
     metrics.gauge("open_sessions", "Sessions, disconnected ones included.", lambda: registry.count)
     metrics.gauge("queue_frames", "Frames that wait for the engine.", lambda: engine.waiting)
+    metrics.gauge("subscribers", "Subscribers to answers.", lambda: len(subscriptions))
     metrics.gauge("ready", "1 while the server takes new work.", lambda: readiness.ready)
     app = HttpGuard(
-        build_app(registry, service, readiness, metrics=metrics, reloader=reloader),
+        build_app(registry, service, readiness, metrics=metrics, reloader=reloader, subscriptions=subscriptions),
         tokens=operators,
         hosts=KnownHosts(settings.http_hosts, Address.parse(settings.http)),
         metrics=metrics,
         refusals=refusals,
     )
     _warn_of_open_doors(settings, devices)
-    http = HttpServer(app, _http_tls(settings), refusals)
+    http = HttpServer(app, _http_tls(settings), refusals, stall_s=settings.stall_s)
     with contextlib.ExitStack() as stack:
         http_sockets = [stack.enter_context(listener) for listener in listen(Address.parse(settings.http))]
         server, health_servicer, port = make_grpc_server(
-            settings, service, limits, devices, metrics, refusals,
+            settings, service, limits, devices, operators, metrics, refusals,
             max_connections=_descriptors_for_grpc(settings.max_connections),
         )  # fmt: skip
         engine.start()
@@ -163,7 +178,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         for name in HEALTH_NAMES:
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         readiness.ready = not stopping.is_set()
-        keeping = asyncio.create_task(_keep_house(registry, service, (devices, operators), refusals))
+        keeping = asyncio.create_task(_keep_house(registry, service, subscriptions, devices, operators, refusals))
         grpc_host, http_host = Address.parse(settings.grpc).host, Address.parse(settings.http).host
         http_port = http_sockets[0].getsockname()[1]
         on_ready(Ready(str(Address(grpc_host, port)), str(Address(http_host, http_port)), models))
@@ -176,8 +191,10 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         _LOG.info("stopping: waiting up to %.1f s for unanswered frames", settings.drain_s)
         service.drain("the server is stopping")
         await _streams_end(service, settings.drain_s)
+        subscriptions.drain("the server is stopping")
         await server.stop(grace=1.0)
         await engine.stop()
+        await publishing.close()
         http.should_exit = True
         await http_task
         keeping.cancel()
@@ -186,15 +203,22 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
 
 
 async def _keep_house(
-    registry: Registry, service: InferenceService, books: Sequence[BearerTokens], refusals: RefusalLog
+    registry: Registry,
+    service: InferenceService,
+    subscriptions: Subscriptions,
+    devices: BearerTokens,
+    operators: BearerTokens,
+    refusals: RefusalLog,
 ) -> None:
     """What has to be done now and then: forget sessions, read token files again, log sums of refusals."""
     while True:
         await asyncio.sleep(_HOUSEKEEPING_S)
         try:
             registry.expire(time.monotonic())
-            if any([await asyncio.to_thread(book.refresh) for book in books]):
+            if await asyncio.to_thread(devices.refresh):
                 service.end_revoked()
+            if await asyncio.to_thread(operators.refresh):
+                subscriptions.end_revoked(operators)
             refusals.flush()
         except Exception:  # noqa: BLE001  a bug here must not stop what comes after it
             _LOG.exception("housekeeping failed; it goes on")

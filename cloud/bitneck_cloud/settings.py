@@ -12,8 +12,8 @@ from bitneck_cloud.access.bearers import MIN_SECRET_CHARACTERS
 
 __all__ = ["CloudSettings"]
 
-_SERVE, _ACCESS, _COMPUTE, _SESSIONS, _STOP, _OBSERVE = (
-    "Serving", "Access", "Computing", "Sessions", "Stopping", "Logs and traces",
+_SERVE, _ACCESS, _COMPUTE, _SESSIONS, _ANSWERS, _STOP, _OBSERVE = (
+    "Serving", "Access", "Computing", "Sessions", "Answers", "Stopping", "Logs and traces",
 )  # fmt: skip
 
 
@@ -209,6 +209,30 @@ class CloudSettings(Settings):
     assumed_fps: Annotated[
         float, setting("Frame rate that max_kbps assumes until a session has shown its own.", _SESSIONS, gt=0, le=1000)
     ] = 10.0
+
+    server_name: Annotated[
+        str,
+        setting("Name of this server in the documents of answers. Without it, the name of the host.", _ANSWERS,
+                pattern=r"^[A-Za-z0-9._-]{0,128}$"),
+    ] = ""  # fmt: skip
+    max_subscribers: Annotated[
+        int, setting("Subscribers to answers at once, over HTTP and gRPC together.", _ANSWERS, ge=1, le=100_000)
+    ] = 128
+    kept_answers: Annotated[
+        int,
+        setting(
+            "Newest answers that are kept in memory for subscribers that come back or are slow.", _ANSWERS, ge=1,
+            le=10_000_000,
+        ),
+    ] = 4096  # fmt: skip
+    kept_answer_bytes: Annotated[
+        int,
+        setting("Bytes of them at most, with their class maps and documents.", _ANSWERS, ge=1 << 16, le=1 << 40),
+    ] = 32 << 20
+    heartbeat_s: Annotated[
+        float,
+        setting("Seconds without an answer after which a subscriber gets a sign of life.", _ANSWERS, ge=0.1, le=3600),
+    ] = 15.0
 
     drain_delay_s: Annotated[
         float,

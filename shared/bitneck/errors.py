@@ -9,7 +9,8 @@
     |   |-- UnknownSession          NOT_FOUND            404  2
     |   |-- UnknownFile             NOT_FOUND            404  2   not a file that this bundle hands out
     |   |-- RateUnreachable         FAILED_PRECONDITION  409  2   no operating point fits the rate asked for
-    |   `-- Unauthenticated         UNAUTHENTICATED      401  2   no credential, or not the right one
+    |   |-- Unauthenticated         UNAUTHENTICATED      401  2   no credential, or not the right one
+    |   `-- PermissionDenied        PERMISSION_DENIED    403  2   a right credential, which does not allow this
     |-- BundleError                 INTERNAL             500  1   a bundle on this machine cannot be used
     |   |-- BundleCorrupt           DATA_LOSS            500  1   wrong digest, truncated, unreadable
     |   `-- BundleMismatch          FAILED_PRECONDITION  409  1   the peer runs another bundle
@@ -45,6 +46,7 @@ __all__ = [
     "ModelFailure",
     "Overloaded",
     "PeerError",
+    "PermissionDenied",
     "ProtocolError",
     "RateUnreachable",
     "ReferenceUnknown",
@@ -151,6 +153,13 @@ class Unauthenticated(CallerError):
 
     grpc_status = "UNAUTHENTICATED"
     http_status = 401
+
+
+class PermissionDenied(CallerError):
+    """The credential is right, and does not allow this."""
+
+    grpc_status = "PERMISSION_DENIED"
+    http_status = 403
 
 
 class BundleError(BitneckError):

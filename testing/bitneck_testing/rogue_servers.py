@@ -100,6 +100,10 @@ class Rogue(pb_grpc.SplitInferenceServicer):
         self.streams += 1
         await self.converse(context)
 
+    async def Subscribe(self, _request: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        """Refused: devices subscribe to nothing."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED)
+
 
 @asynccontextmanager
 async def rogue_server(

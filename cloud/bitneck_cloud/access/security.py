@@ -8,16 +8,21 @@ from typing import Any
 
 import grpc
 
-from bitneck.errors import BitneckError, InvalidConfig, Unauthenticated
+from bitneck.errors import BitneckError, InvalidConfig, PermissionDenied, Unauthenticated
 from bitneck_cloud.aborting import abort
-from bitneck_cloud.access.bearers import BearerTokens
+from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.access.callers import bearer_token, host_of
 from bitneck_cloud.observe.audit import RefusalLog
 from bitneck_cloud.observe.metrics import Metrics
 
-__all__ = ["DeviceTokens", "aborting", "grpc_credentials", "tls_files_usable"]
+__all__ = ["SUBSCRIBE", "DeviceTokens", "ReaderTokens", "aborting", "grpc_credentials", "tls_files_usable"]
 
 _GUARDED = re.compile(r"/(bitneck\.|grpc\.reflection\.)")
+
+SUBSCRIBE = "/Subscribe"
+"""End of the method that `ReaderTokens` guards, and no device's token opens."""
+
+_READERS = (Role.READ, Role.OPERATE)
 
 
 class DeviceTokens(grpc.aio.ServerInterceptor):
@@ -37,7 +42,8 @@ class DeviceTokens(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """Pass the call on, or replace it by a handler that aborts it."""
         handler = await continuation(handler_call_details)
-        if handler is None or not _GUARDED.match(handler_call_details.method):
+        method = handler_call_details.method
+        if handler is None or not _GUARDED.match(method) or method.endswith(SUBSCRIBE):
             return handler
         if self._tokens.find(bearer_token(handler_call_details.invocation_metadata)) is not None:
             return handler
@@ -47,6 +53,48 @@ class DeviceTokens(grpc.aio.ServerInterceptor):
     def _count(self, context: Any) -> None:
         self._metrics.refused("UNAUTHENTICATED")
         self._refusals.refused(f"address {host_of(context.peer() or '')}", "UNAUTHENTICATED")
+
+
+class ReaderTokens(grpc.aio.ServerInterceptor):
+    """Refuses ``Subscribe`` without a bearer token of the control API whose role may read.
+
+    A server that has no such token refuses every call: the port of gRPC may be reachable from where the control API is
+    not.
+
+    Args:
+        tokens: of the control API.
+        metrics: counts refusals.
+        refusals: logs them.
+    """
+
+    def __init__(self, tokens: BearerTokens, metrics: Metrics, refusals: RefusalLog) -> None:
+        self._tokens = tokens
+        self._metrics = metrics
+        self._refusals = refusals
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        """Pass the call on, or replace it by a handler that aborts it."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.endswith(SUBSCRIBE):
+            return handler
+        holder = self._tokens.find(bearer_token(handler_call_details.invocation_metadata))
+        exc: BitneckError
+        if holder is None:
+            setting = "" if self._tokens.needed else "; this server has none: set http_tokens or http_token"
+            exc = Unauthenticated(
+                "Subscribe asks for a bearer token of the control API with the role read or operate, not for a "
+                f"device's{setting}"
+            )
+        elif holder.role in _READERS:
+            return handler
+        else:
+            exc = PermissionDenied(f"a token of the role {holder.role} may not read answers; it needs read or operate")
+
+        def count(context: Any) -> None:
+            self._metrics.refused(exc.grpc_status)
+            self._refusals.refused(f"address {host_of(context.peer() or '')}", exc.grpc_status)
+
+        return aborting(handler, exc, count)
 
 
 def aborting(handler: Any, exc: BitneckError, refused: Callable[[Any], None]) -> Any:

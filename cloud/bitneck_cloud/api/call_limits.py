@@ -11,6 +11,7 @@ from bitneck_cloud.aborting import abort
 from bitneck_cloud.access.bearers import BearerTokens
 from bitneck_cloud.access.callers import caller_of
 from bitneck_cloud.access.limits import CallerLimits
+from bitneck_cloud.access.security import SUBSCRIBE
 from bitneck_cloud.observe.audit import RefusalLog
 from bitneck_cloud.observe.metrics import Metrics
 
@@ -18,8 +19,11 @@ __all__ = ["CallLimits"]
 
 _OURS = "/bitneck."
 _FETCHES = "/FetchFile"
+_SUBSCRIPTIONS = "subscriptions"
 _MOST_FETCHES = 8
 """Downloads of one caller at a time."""
+_MOST_SUBSCRIPTIONS = 64
+"""Subscriptions of one caller; HTTP has as many connections of one address."""
 _MOST_OTHERS = 16
 """Health watches and reflection calls of one caller. They need no token."""
 
@@ -30,13 +34,22 @@ class CallLimits(grpc.aio.ServerInterceptor):
     Args:
         limits: of the callers.
         tokens: of the devices, to know callers by name.
+        operators: tokens of the control API, to know subscribers by name.
         metrics: counts refusals.
         refusals: logs them.
     """
 
-    def __init__(self, limits: CallerLimits, tokens: BearerTokens, metrics: Metrics, refusals: RefusalLog) -> None:
+    def __init__(
+        self,
+        limits: CallerLimits,
+        tokens: BearerTokens,
+        operators: BearerTokens,
+        metrics: Metrics,
+        refusals: RefusalLog,
+    ) -> None:
         self._limits = limits
         self._tokens = tokens
+        self._operators = operators
         self._metrics = metrics
         self._refusals = refusals
 
@@ -51,6 +64,8 @@ class CallLimits(grpc.aio.ServerInterceptor):
             kind, most = "others", _MOST_OTHERS
         elif method.endswith(_FETCHES):
             kind, most = "fetches", _MOST_FETCHES
+        elif method.endswith(SUBSCRIBE):
+            kind, most = _SUBSCRIPTIONS, _MOST_SUBSCRIPTIONS
         parse, serialize = handler.request_deserializer, handler.response_serializer
         if handler.request_streaming:
             # Reflection's handler is a generator; ours is a coroutine that writes.
@@ -88,7 +103,7 @@ class CallLimits(grpc.aio.ServerInterceptor):
         return counted
 
     async def _begin(self, context: Any, kind: str, most: int | None) -> str:
-        caller = caller_of(context, self._tokens).name
+        caller = caller_of(context, self._operators if kind == _SUBSCRIPTIONS else self._tokens).name
         try:
             self._limits.begin(caller, kind, most)
         except BitneckError as exc:

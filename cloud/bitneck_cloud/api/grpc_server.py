@@ -12,7 +12,7 @@ from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_cloud.access.bearers import BearerTokens
 from bitneck_cloud.access.limits import CallerLimits
-from bitneck_cloud.access.security import DeviceTokens, grpc_credentials
+from bitneck_cloud.access.security import DeviceTokens, ReaderTokens, grpc_credentials
 from bitneck_cloud.api.call_limits import CallLimits
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.old_protocol import OldProtocol
@@ -58,6 +58,7 @@ def make_grpc_server(
     service: InferenceService,
     limits: CallerLimits,
     devices: BearerTokens,
+    operators: BearerTokens,
     metrics: Metrics,
     refusals: RefusalLog,
     *,
@@ -70,6 +71,7 @@ def make_grpc_server(
         service: of ours.
         limits: of the callers.
         devices: tokens.
+        operators: tokens of the control API, which subscribers need.
         metrics: counts refusals.
         refusals: logs them.
         max_connections: that are open at once.
@@ -83,7 +85,11 @@ def make_grpc_server(
     # grpc.aio makes a coroutine for the requests of each call; calls that are refused never read any.
     warnings.filterwarnings("ignore", "coroutine '_MessageReceiver", RuntimeWarning)
     address = Address.parse(settings.grpc)
-    interceptors: list[grpc.aio.ServerInterceptor] = [CallLimits(limits, devices, metrics, refusals), TolerantParsing()]
+    interceptors: list[grpc.aio.ServerInterceptor] = [
+        ReaderTokens(operators, metrics, refusals),
+        CallLimits(limits, devices, operators, metrics, refusals),
+        TolerantParsing(),
+    ]
     if devices.needed:
         interceptors.insert(0, DeviceTokens(devices, metrics, refusals))
     options = (

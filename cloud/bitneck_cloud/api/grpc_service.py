@@ -16,6 +16,7 @@ from bitneck_cloud.aborting import abort
 from bitneck_cloud.access.bearers import BearerTokens
 from bitneck_cloud.access.callers import caller_of
 from bitneck_cloud.access.limits import CallerLimits
+from bitneck_cloud.answers.grpc_events import AnswerStream
 from bitneck_cloud.api.grpc_peer import Context, GrpcPeer
 from bitneck_cloud.api.wire import frame_from_wire, result_to_wire, to_wire
 from bitneck_cloud.engine.engine import Engine
@@ -24,8 +25,8 @@ from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import FrameTracer
 from bitneck_cloud.sessions.answering import Answering
-from bitneck_cloud.sessions.conversation import Conversation, job_of, result_of
-from bitneck_cloud.sessions.registry import Registry
+from bitneck_cloud.sessions.conversation import Conversation, job_of, origin_of, result_of
+from bitneck_cloud.sessions.registry import Registry, new_session_id
 from bitneck_cloud.sessions.session import Event, Session, StreamState
 
 __all__ = ["InferenceService"]
@@ -44,6 +45,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         tracer: takes the frames' spans.
         tokens: of the devices, to know callers by name.
         limits: of the callers.
+        answers: serves subscriptions.
         idle_s: see `CloudSettings`.
         stall_s: likewise.
         similar_bytes: likewise.
@@ -58,6 +60,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         tracer: FrameTracer,
         tokens: BearerTokens,
         limits: CallerLimits,
+        answers: AnswerStream,
         *,
         idle_s: float,
         stall_s: float,
@@ -70,6 +73,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._tracer = tracer
         self._tokens = tokens
         self._limits = limits
+        self._answers = answers
         self._idle_s = idle_s
         self._stall_s = stall_s
         self._similar_bytes = similar_bytes
@@ -131,7 +135,8 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         received = time.time()
         await _identify(context)
         frame = frame_from_wire(request.frame)
-        caller = caller_of(context, self._tokens).name
+        known = caller_of(context, self._tokens)
+        caller, client = known.name, known.holder.name if known.holder is not None else ""
         name = "(none)"
         try:
             self._limits.frame(caller, time.monotonic())
@@ -141,7 +146,8 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             frame = model.named(frame)
             check_frame(frame)
             model.check(frame)
-            computing = self._engine.compute(job_of(model, frame, (caller, "")))
+            origin = origin_of(frame, client, new_session_id(), received, None)
+            computing = self._engine.compute(job_of(model, frame, (caller, ""), origin))
             self._metrics.accepted(name, frame.point, len(frame.payload))
             computed = await computing
         except BitneckError as exc:
@@ -220,6 +226,13 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             self._registry.forget(session.session_id)
         if failure is not None:  # gRPC cannot write a status before what the client does not read: this may take long
             await abort(context, failure)
+
+    async def Subscribe(  # type: ignore[override]  # noqa: N802  grpc.aio also takes a coroutine that writes
+        self, request: pb.SubscribeRequest, context: Context
+    ) -> None:
+        """The answers to all devices, for a reader."""
+        await _identify(context)
+        await self._answers.serve(request, context)
 
     def push_point(self, session: Session, point: str, reason: str) -> bool:
         """Ask a session's client for another operating point, now.

@@ -113,7 +113,7 @@ class HttpGuard:
         try:
             _check_size(request)
             if request.url.path not in _OPEN_PATHS or request.method not in _SAFE_METHODS:
-                holder = self._admit(request)
+                holder = request.state.holder = self._admit(request)
                 acting.set(f"{holder if holder is not None else 'anyone'} ({peer})")
         except _Refused as exc:
             self._metrics.refused(exc.reason)

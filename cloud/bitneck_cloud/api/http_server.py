@@ -1,7 +1,8 @@
 """The HTTP listener: uvicorn behind an accept loop that bounds the number of connections and their time.
 
 A connection has `patience_s` for its TLS handshake, and the same for each request, from its first byte to the end of
-its body. One that is silent, slow or one too many is closed, so strangers cannot use up the process's descriptors.
+its body. It has `stall_s` to read what waits for it; an answer that is read may take as long as it wants. One that is
+silent, slow or one too many is closed, so strangers cannot use up the process's descriptors.
 """
 
 import asyncio
@@ -29,6 +30,9 @@ _AFTER_ERROR_S = 0.2
 _GRACE_S = 5
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 _RECEIVED = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
+
+_SEND_BUFFER_BYTES = 1 << 17
+"""That the kernel may keep for one connection; else it keeps up to 4 MB, which nobody counts."""
 
 MOST = 256
 """Connections that are open at once."""
@@ -72,12 +76,13 @@ def listen(address: Address) -> list[socket.socket]:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol with a limit for the time in which a request arrives."""
+    """uvicorn's protocol with limits for the times in which a request arrives, and what waits is read."""
 
     def __init__(
         self,
         *args: Any,
         patience_s: float,
+        stall_s: float,
         lost: "asyncio.Future[None]",
         refused: Callable[[str], None],
         **values: Any,
@@ -85,8 +90,10 @@ class _Protocol(H11Protocol):
         super().__init__(*args, **values)
         self._refused = refused
         self._patience_s = patience_s
+        self._stall_s = stall_s
         self._lost = lost
         self._deadline: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -99,8 +106,18 @@ class _Protocol(H11Protocol):
         elif self._deadline is None:
             self._expect()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_s and self._unread is None:
+            self._unread = self.loop.call_later(self._stall_s, self._too_slow)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget_unread()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
+        self._forget_unread()
         super().connection_lost(exc)
         if not self._lost.done():
             self._lost.set_result(None)
@@ -122,6 +139,11 @@ class _Protocol(H11Protocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def _forget_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
     def _too_slow(self) -> None:
         self.transport.abort()
 
@@ -136,6 +158,7 @@ class HttpServer(uvicorn.Server):
         most: connections that are open at once.
         most_of_address: those of one address.
         patience_s: seconds for a handshake, and for a request to arrive.
+        stall_s: seconds that a client may leave unread what waits for it; 0 for ever.
     """
 
     def __init__(
@@ -147,6 +170,7 @@ class HttpServer(uvicorn.Server):
         most: int = MOST,
         most_of_address: int = MOST_OF_ADDRESS,
         patience_s: float = PATIENCE_S,
+        stall_s: float = 0.0,
     ) -> None:
         config = uvicorn.Config(
             app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=_GRACE_S, **tls
@@ -159,6 +183,7 @@ class HttpServer(uvicorn.Server):
         self._most = most
         self._most_of_address = most_of_address
         self._patience_s = patience_s
+        self._stall_s = stall_s
         self._open: Counter[str] = Counter()
         self._work: set[asyncio.Task[None]] = set()
 
@@ -208,8 +233,15 @@ class HttpServer(uvicorn.Server):
                 connection.close()
                 self._refusals.refused(f"address {host}", "too many HTTP connections")
                 continue
+            self._bound(connection)
             self._open[host] += 1
             self._start(self._serve_one(connection, host), name="connection")
+
+    def _bound(self, connection: socket.socket) -> None:
+        """Let the kernel keep little of what is not read, and end the connection of a client that is gone."""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        if self._stall_s and hasattr(socket, "TCP_USER_TIMEOUT"):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._stall_s * 1e3))
 
     async def _serve_one(self, connection: socket.socket, host: str) -> None:
         loop = asyncio.get_running_loop()
@@ -221,6 +253,7 @@ class HttpServer(uvicorn.Server):
                 server_state=self.server_state,
                 app_state=self.lifespan.state,
                 patience_s=self._patience_s,
+                stall_s=self._stall_s,
                 lost=lost,
                 refused=lambda reason: self._refusals.refused(f"address {host}", reason),
             )

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from bitneck.errors import BitneckError, ModelFailure, Overloaded, Unavailable
 from bitneck.wire.messages import Output
 from bitneck.workers import Workers
+from bitneck_cloud.answers.answered import Answered
 from bitneck_cloud.engine.fair_queue import FairQueue
 from bitneck_cloud.engine.job import INTERNAL_ERROR, Computed, Job
 from bitneck_cloud.observe.metrics import Metrics
@@ -37,11 +38,20 @@ class Engine:
         max_queue: frames that may wait.
         decode_threads: threads that decode beside the tail; 0 leaves decoding to the engine's own thread.
         metrics: counts what happens.
+        answered: takes the answers of each pass, and a function that settles its frames: it calls that once, then or
+            later. None settles them at once.
     """
 
     def __init__(
-        self, *, max_batch: int, max_queue: int, decode_threads: int = 1, metrics: Metrics | None = None
+        self,
+        *,
+        max_batch: int,
+        max_queue: int,
+        decode_threads: int = 1,
+        metrics: Metrics | None = None,
+        answered: Callable[[Sequence[Answered], Callable[[], None]], None] | None = None,
     ) -> None:
+        self._answered = answered
         self._max_batch = max_batch
         self._metrics = metrics or Metrics()
         self._queue: FairQueue[Job] = FairQueue(max_queue)
@@ -149,8 +159,12 @@ class Engine:
         self._begin()  # the thread goes on while answers are sent
         self.batches += 1
         self.frames += len(batch)
-        for job, result in zip(batch, results, strict=True):
-            job.settle(result)
+        settle = functools.partial(_settle, batch, results)
+        if self._answered is None:
+            settle()
+        else:
+            answers = (job.answered(result) for job, result in zip(batch, results, strict=True))
+            self._answered([answer for answer in answers if answer is not None], settle)
         asyncio.get_running_loop().call_soon(self._count, batch, results)  # behind the answers
 
     def _count(self, batch: list[Job], results: list[Computed | BitneckError]) -> None:
@@ -184,6 +198,11 @@ class Engine:
                 job.take(now)
                 batch.append(job)
         return batch
+
+
+def _settle(batch: list[Job], results: list[Computed | BitneckError]) -> None:
+    for job, result in zip(batch, results, strict=True):
+        job.settle(result)
 
 
 def _pass(batch: list[Job]) -> list[Computed | BitneckError]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, DeadlineExceeded, ModelFailure
 from bitneck.wire.messages import Output
+from bitneck_cloud.answers.answered import Answered, Origin
 from bitneck_cloud.engine.served_model import ServedModel
 
 __all__ = ["INTERNAL_ERROR", "Computed", "Job", "JobState"]
@@ -67,6 +68,7 @@ class Job:
         keep: whether later frames may refer to this one.
         turn: the caller and its session, which take turns with others.
         map_step: pixels of the input from one pixel of a class map to the next.
+        origin: where the frame came from; None if its answer is for nobody else.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class Job:
         keep: bool = False,
         turn: tuple[str, str] = ("", ""),
         map_step: int = 1,
+        origin: Origin | None = None,
     ) -> None:
+        self.origin = origin
         self.model = model
         self.map_step = map_step
         self.point = point
@@ -126,6 +130,21 @@ class Job:
         self.state = JobState.SETTLED
         if self._on_settled is not None:
             self._on_settled(self, result)
+
+    def answered(self, result: Computed | BitneckError) -> Answered | None:
+        """What others may know of its answer; None if there is none, or nobody waits for the result."""
+        if self.origin is None or not self.wanted or not isinstance(result, Computed):
+            return None
+        return Answered(
+            origin=self.origin,
+            model=self.model.name,
+            bundle=self.model.bundle.bundle_id,
+            point=self.point,
+            output=result.output,
+            queued_us=result.queued_us,
+            decode_us=result.decode_us,
+            compute_us=result.compute_us,
+        )
 
     def late(self, now: float) -> DeadlineExceeded | None:
         """The error of a frame whose deadline has passed."""

@@ -51,6 +51,8 @@ class Metrics:
         self._switches = counter("point_switches", "Frames at another operating point than the one before.", "model")
         self._sessions = counter("sessions", "Sessions, by how they began.", "model", "how")
         self._reloads = counter("reloads", "Reloads of a model, by outcome.", "model", "outcome")
+        self._published = counter("published_answers", "Answers that subscribers can get.", "model")
+        self._missed = counter("missed_answers", "Answers that subscribers were told they can get no more.")
         self._refused = counter("refused_calls", "Calls refused before any work.", "reason")
         self._wait = histogram("queue_wait_seconds", "From a frame's submission to its batch.", _SECONDS)
         self._decode = histogram("decode_seconds", "Range decoding of one frame.", _SECONDS)
@@ -115,6 +117,14 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """A call was refused before any work."""
         self._refused.labels(reason).inc()
+
+    def published(self, model: str, answers: int) -> None:
+        """Answers of a pass can be had by subscribers."""
+        self._of(self._published, model).inc(answers)
+
+    def missed_answers(self, answers: int) -> None:
+        """A subscriber was told that it can get some answers no more."""
+        self._missed.inc(answers)
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition, and its content type.

@@ -32,6 +32,7 @@ from bitneck.wire.messages import (
 )
 from bitneck_cloud.access.callers import ANONYMOUS, Caller
 from bitneck_cloud.access.limits import CallerLimits
+from bitneck_cloud.answers.answered import Origin
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import INTERNAL_ERROR, Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel
@@ -42,7 +43,7 @@ from bitneck_cloud.sessions.answering import Answering
 from bitneck_cloud.sessions.outbox import Outbox
 from bitneck_cloud.sessions.session import Event, Session, StreamState, Verdict
 
-__all__ = ["Conversation", "Peer", "job_of", "result_of"]
+__all__ = ["Conversation", "Peer", "job_of", "origin_of", "result_of"]
 
 _LOG = logging.getLogger(__name__)
 _SUPERSEDED_GRACE_S = 2.0
@@ -255,10 +256,11 @@ class Conversation:
         """The frames of one message."""
         received = _Moment(time.time(), time.monotonic())
         self._send(self._answering.expect(frames))
+        link_bytes = round(self._session.link_bytes_since_last(received.monotonic) / len(frames))
         for frame in frames:
-            self._frame(frame, received)
+            self._frame(frame, received, link_bytes)
 
-    def _frame(self, frame: Frame, received: "_Moment") -> None:
+    def _frame(self, frame: Frame, received: "_Moment", link_bytes: int) -> None:
         try:
             self._limits.frame(self.caller.name, received.monotonic)
             self._state.on(Event.FRAME)
@@ -278,7 +280,10 @@ class Conversation:
         elif verdict is Verdict.NEW:
             turn = self.caller.name, self._session.session_id
             step = self._answering.answers.map_step
-            job = job_of(self._model, frame, turn, reference=reference, keep=self._session.reach > 0, map_step=step)
+            origin = origin_of(frame, self._session.client, self._session.session_id, received.wall, link_bytes)
+            job = job_of(
+                self._model, frame, turn, origin, reference=reference, keep=self._session.reach > 0, map_step=step
+            )
             try:
                 self._engine.submit(job, self._answer)
             except BitneckError as exc:
@@ -341,6 +346,7 @@ def job_of(
     model: ServedModel,
     frame: Frame,
     turn: tuple[str, str],
+    origin: Origin,
     *,
     reference: Reference | None = None,
     keep: bool = False,
@@ -349,7 +355,21 @@ def job_of(
     """A frame as the engine takes it; its deadline begins now. For the other arguments see `Job`."""
     deadline = time.monotonic() + frame.deadline_ms / 1e3 if frame.deadline_ms else None
     return Job(
-        model, frame.point, frame.payload, deadline, reference=reference, keep=keep, turn=turn, map_step=map_step
+        model, frame.point, frame.payload, deadline, reference=reference, keep=keep, turn=turn, map_step=map_step,
+        origin=origin,
+    )  # fmt: skip
+
+
+def origin_of(frame: Frame, client: str, session: str, received: float, link_bytes: int | None) -> Origin:
+    """Where a frame came from; `received` is in seconds since 1970. For the others see `Origin`."""
+    return Origin(
+        client=client,
+        session=session,
+        seq=frame.seq,
+        received_us=round(received * 1e6),
+        captured_us=frame.captured_unix_us,
+        payload_bytes=len(frame.payload),
+        link_bytes=link_bytes,
     )
 
 

@@ -11,7 +11,7 @@ from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.rates import RatePolicy
 from bitneck_cloud.sessions.session import Session
 
-__all__ = ["Admission", "Registry"]
+__all__ = ["Admission", "Registry", "new_session_id"]
 
 _MAX_CLIENT_CHARACTERS = 128
 
@@ -161,7 +161,7 @@ class Registry:
         self._make_room(caller.name)
         adopted = said if self._adopt else None
         session = Session(
-            session_id=adopted.session_id if adopted is not None else "s-" + secrets.token_hex(6),
+            session_id=adopted.session_id if adopted is not None else new_session_id(),
             model=model.name,
             client=client[:_MAX_CLIENT_CHARACTERS],
             ladder=model.ladder,
@@ -249,3 +249,8 @@ class Registry:
         if session_id not in self._sessions:
             raise UnknownSession(f"no session {session_id[:80]!r} is open; GET /v1/sessions lists them")
         return self._sessions[session_id]
+
+
+def new_session_id() -> str:
+    """An id that no other session has."""
+    return "s-" + secrets.token_hex(6)

@@ -149,6 +149,7 @@ class Session:
         self.meter = LinkMeter()
         self._earlier = LinkBytes(), LinkBytes()  # on earlier streams' links, and their messages
         self._reported = LinkBytes(), LinkBytes()
+        self._seen = LinkBytes()
         self._kept: dict[int, Reference] = {}
         self._ladder = ladder
         self._assumed_fps = assumed_fps
@@ -194,6 +195,12 @@ class Session:
         """Link bytes and message bytes since the last call."""
         before, self._reported = self._reported, (self.link_bytes(now), self.message_bytes)
         return self._reported[0] - before[0], self._reported[1] - before[1]
+
+    def link_bytes_since_last(self, now: float) -> float:
+        """What has crossed the link since the last call, in both directions together."""
+        before, self._seen = self._seen, self.link_bytes(now)
+        since = self._seen - before
+        return since.up + since.down
 
     @property
     def seqs_in_flight(self) -> tuple[int, ...]:

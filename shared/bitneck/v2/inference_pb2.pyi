@@ -15,12 +15,21 @@ class Answers(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ANSWERS_SHARES: _ClassVar[Answers]
     ANSWERS_MAP: _ClassVar[Answers]
     ANSWERS_MAP_4: _ClassVar[Answers]
+
+class MapForm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MAP_FORM_NONE: _ClassVar[MapForm]
+    MAP_FORM_RUNS: _ClassVar[MapForm]
+    MAP_FORM_PNG: _ClassVar[MapForm]
 ANSWERS_ALL: Answers
 ANSWERS_NONE: Answers
 ANSWERS_LABELS: Answers
 ANSWERS_SHARES: Answers
 ANSWERS_MAP: Answers
 ANSWERS_MAP_4: Answers
+MAP_FORM_NONE: MapForm
+MAP_FORM_RUNS: MapForm
+MAP_FORM_PNG: MapForm
 
 class GetManifestRequest(_message.Message):
     __slots__ = ("model", "deflate")
@@ -313,3 +322,39 @@ class InferResponse(_message.Message):
     bundle_id: str
     result: Result
     def __init__(self, bundle_id: _Optional[str] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
+
+class SubscribeRequest(_message.Message):
+    __slots__ = ("after", "client", "model", "session", "classes", "min_score", "map")
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    MIN_SCORE_FIELD_NUMBER: _ClassVar[int]
+    MAP_FIELD_NUMBER: _ClassVar[int]
+    after: str
+    client: _containers.RepeatedScalarFieldContainer[str]
+    model: _containers.RepeatedScalarFieldContainer[str]
+    session: _containers.RepeatedScalarFieldContainer[str]
+    classes: _containers.RepeatedScalarFieldContainer[str]
+    min_score: float
+    map: MapForm
+    def __init__(self, after: _Optional[str] = ..., client: _Optional[_Iterable[str]] = ..., model: _Optional[_Iterable[str]] = ..., session: _Optional[_Iterable[str]] = ..., classes: _Optional[_Iterable[str]] = ..., min_score: _Optional[float] = ..., map: _Optional[_Union[MapForm, str]] = ...) -> None: ...
+
+class AnswerEvent(_message.Message):
+    __slots__ = ("id", "document", "missed")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    MISSED_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    document: str
+    missed: Missed
+    def __init__(self, id: _Optional[str] = ..., document: _Optional[str] = ..., missed: _Optional[_Union[Missed, _Mapping]] = ...) -> None: ...
+
+class Missed(_message.Message):
+    __slots__ = ("count", "reason")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    reason: str
+    def __init__(self, count: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...

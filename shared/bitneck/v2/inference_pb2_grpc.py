@@ -54,6 +54,11 @@ class SplitInferenceStub:
                 request_serializer=bitneck_dot_v2_dot_inference__pb2.ClientMessage.SerializeToString,
                 response_deserializer=bitneck_dot_v2_dot_inference__pb2.ServerMessage.FromString,
                 _registered_method=True)
+        self.Subscribe = channel.unary_stream(
+                '/bitneck.v2.SplitInference/Subscribe',
+                request_serializer=bitneck_dot_v2_dot_inference__pb2.SubscribeRequest.SerializeToString,
+                response_deserializer=bitneck_dot_v2_dot_inference__pb2.AnswerEvent.FromString,
+                _registered_method=True)
 
 
 class SplitInferenceServicer:
@@ -88,6 +93,15 @@ class SplitInferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Subscribe(self, request, context):
+        """The answers to all devices, for whoever works with them. It needs a bearer token of the control API with the role
+        `read` or `operate`; no device's token opens it. A subscriber that leaves an event unread ends with
+        DEADLINE_EXCEEDED. It ends with UNAVAILABLE when the server stops: subscribe again with the last id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SplitInferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +124,11 @@ def add_SplitInferenceServicer_to_server(servicer, server):
                     servicer.Stream,
                     request_deserializer=bitneck_dot_v2_dot_inference__pb2.ClientMessage.FromString,
                     response_serializer=bitneck_dot_v2_dot_inference__pb2.ServerMessage.SerializeToString,
+            ),
+            'Subscribe': grpc.unary_stream_rpc_method_handler(
+                    servicer.Subscribe,
+                    request_deserializer=bitneck_dot_v2_dot_inference__pb2.SubscribeRequest.FromString,
+                    response_serializer=bitneck_dot_v2_dot_inference__pb2.AnswerEvent.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -220,6 +239,33 @@ class SplitInference:
             '/bitneck.v2.SplitInference/Stream',
             bitneck_dot_v2_dot_inference__pb2.ClientMessage.SerializeToString,
             bitneck_dot_v2_dot_inference__pb2.ServerMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Subscribe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/bitneck.v2.SplitInference/Subscribe',
+            bitneck_dot_v2_dot_inference__pb2.SubscribeRequest.SerializeToString,
+            bitneck_dot_v2_dot_inference__pb2.AnswerEvent.FromString,
             options,
             channel_credentials,
             insecure,

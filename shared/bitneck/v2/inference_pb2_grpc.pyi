@@ -49,6 +49,11 @@ class SplitInferenceStub:
     """One frame, one answer, no session. A bad frame is a gRPC error status."""
     Stream: _grpc.StreamStreamMultiCallable[_inference_pb2.ClientMessage, _inference_pb2.ServerMessage]
     """The normal way: Open first, then frames; the cloud answers Opened first, then results and faults."""
+    Subscribe: _grpc.UnaryStreamMultiCallable[_inference_pb2.SubscribeRequest, _inference_pb2.AnswerEvent]
+    """The answers to all devices, for whoever works with them. It needs a bearer token of the control API with the role
+    `read` or `operate`; no device's token opens it. A subscriber that leaves an event unread ends with
+    DEADLINE_EXCEEDED. It ends with UNAVAILABLE when the server stops: subscribe again with the last id.
+    """
 
 @_typing.type_check_only
 class SplitInferenceAsyncStub(SplitInferenceStub):
@@ -63,6 +68,11 @@ class SplitInferenceAsyncStub(SplitInferenceStub):
     """One frame, one answer, no session. A bad frame is a gRPC error status."""
     Stream: _aio.StreamStreamMultiCallable[_inference_pb2.ClientMessage, _inference_pb2.ServerMessage]  # type: ignore[assignment]
     """The normal way: Open first, then frames; the cloud answers Opened first, then results and faults."""
+    Subscribe: _aio.UnaryStreamMultiCallable[_inference_pb2.SubscribeRequest, _inference_pb2.AnswerEvent]  # type: ignore[assignment]
+    """The answers to all devices, for whoever works with them. It needs a bearer token of the control API with the role
+    `read` or `operate`; no device's token opens it. A subscriber that leaves an event unread ends with
+    DEADLINE_EXCEEDED. It ends with UNAVAILABLE when the server stops: subscribe again with the last id.
+    """
 
 class SplitInferenceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -98,5 +108,16 @@ class SplitInferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.ServerMessage], _abc.AsyncIterator[_inference_pb2.ServerMessage]]:
         """The normal way: Open first, then frames; the cloud answers Opened first, then results and faults."""
+
+    @_abc_1.abstractmethod
+    def Subscribe(
+        self,
+        request: _inference_pb2.SubscribeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.AnswerEvent], _abc.AsyncIterator[_inference_pb2.AnswerEvent]]:
+        """The answers to all devices, for whoever works with them. It needs a bearer token of the control API with the role
+        `read` or `operate`; no device's token opens it. A subscriber that leaves an event unread ends with
+        DEADLINE_EXCEEDED. It ends with UNAVAILABLE when the server stops: subscribe again with the last id.
+        """
 
 def add_SplitInferenceServicer_to_server(servicer: SplitInferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

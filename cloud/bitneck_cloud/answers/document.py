@@ -1,0 +1,172 @@
+"""The document of an answer, version 1. ``docs/answer.schema.json`` describes it, ``docs/answers.md`` explains it.
+
+Answered --Published (number, server)--> answer_document --> JSON text, one line of ASCII
+"""
+
+import base64
+import io
+import json
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from PIL import Image
+
+from bitneck.coding.class_map import MAX_CLASSES, decode_map
+from bitneck.coding.coarse_map import coarse_size
+from bitneck.coding.colours import colours
+from bitneck.text import clean_text
+from bitneck.wire.messages import Classification, CodedMap, Output
+from bitneck_cloud.answers.answered import Answered
+
+__all__ = ["MAX_CLIENT", "VERSION", "MapForm", "Published", "answer_document"]
+
+VERSION = 1
+"""Of the document. A new key keeps it; a key that goes, or means something else, does not."""
+
+MAX_CLIENT = 128
+"""Characters of a client's name, and of a spool's id."""
+
+_LAST_US = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp()) * 1_000_000
+_BESIDE_TEXTS = 1500
+"""Bytes that an answer takes in memory beside its map and its texts: the values above, with five labels."""
+
+
+class MapForm(StrEnum):
+    """How a class map goes into the document."""
+
+    NONE = "none"
+    """Not at all: ``map`` is null."""
+    RUNS = "runs"
+    """As on the wire: run lengths down the columns, as raw LZMA2; see `bitneck.coding.class_map`."""
+    PNG = "png"
+    """An indexed PNG: a pixel's value is its class."""
+
+
+class Published:
+    """An answer with its number, and its document in each form that someone asked for.
+
+    Any thread may ask for a text. Two that ask at once both make it, and one of the equal texts is kept.
+
+    Attributes:
+        number: of this server, counting up in the order of answering.
+        server: name of the server.
+        answered: the answer.
+        accounted: bytes that its keeper has counted for it.
+    """
+
+    __slots__ = ("_client", "_texts", "accounted", "answered", "number", "server")
+
+    def __init__(self, number: int, server: str, answered: Answered) -> None:
+        self.number = number
+        self.server = server
+        self.answered = answered
+        self.accounted = 0
+        self._client: str | None = None
+        self._texts: dict[MapForm, str] = {}
+
+    @property
+    def client(self) -> str:
+        """The client's name, cleaned."""
+        if self._client is None:
+            self._client = clean_text(self.answered.origin.client, MAX_CLIENT)
+        return self._client
+
+    @property
+    def has_map(self) -> bool:
+        """Whether there is a class map."""
+        return isinstance(self.answered.output, CodedMap)
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory, about."""
+        output = self.answered.output
+        coded = len(output.map) if isinstance(output, CodedMap) else 0
+        return _BESIDE_TEXTS + coded + sum(map(len, list(self._texts.values())))
+
+    def ready(self, form: MapForm) -> bool:
+        """Whether the text is there, or made at once. A PNG or a large map takes a thread."""
+        output = self.answered.output
+        if form is MapForm.NONE or not isinstance(output, CodedMap) or form in self._texts:
+            return True
+        return form is MapForm.RUNS and len(output.map) <= 1 << 16
+
+    def text(self, form: MapForm) -> str:
+        """The document as JSON."""
+        if not self.has_map:
+            form = MapForm.NONE
+        made = self._texts.get(form)
+        if made is None:
+            made = self._texts[form] = json.dumps(answer_document(self, form), separators=(",", ":"))
+        return made
+
+
+def answer_document(published: Published, form: MapForm) -> dict[str, Any]:
+    """The document of an answer.
+
+    Args:
+        published: the answer.
+        form: of its class map.
+    """
+    answered = published.answered
+    origin = answered.origin
+    return {
+        "version": VERSION,
+        "server": published.server,
+        "number": published.number,
+        "client": published.client,
+        "model": answered.model,
+        "session": origin.session,
+        "spool": clean_text(origin.spool, MAX_CLIENT) or None,
+        "seq": origin.seq,
+        "captured": _time(origin.captured_us),
+        "received": _time(origin.received_us),
+        "bundle": answered.bundle,
+        "point": answered.point,
+        **_found(answered.output),
+        "map": _map(answered.output, form),
+        "payload_bytes": origin.payload_bytes,
+        "link_bytes": origin.link_bytes,
+        "ms": {
+            "queued": answered.queued_us / 1e3,
+            "decode": answered.decode_us / 1e3,
+            "compute": answered.compute_us / 1e3,
+        },
+    }
+
+
+def _time(unix_us: int) -> str | None:
+    """A moment as RFC 3339 in UTC; None if it is unknown, or beyond what can be written so."""
+    if not 0 < unix_us <= _LAST_US:
+        return None
+    seconds, micros = divmod(unix_us, 1_000_000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{micros:06d}Z"
+
+
+def _found(output: Output) -> dict[str, list[dict[str, Any]]]:
+    if isinstance(output, Classification):
+        return {
+            "labels": [
+                {"index": each.index, "name": each.name, "score": round(each.score, 6)} for each in output.labels
+            ]
+        }
+    return {
+        "shares": [{"index": each.index, "name": each.name, "share": round(each.share, 6)} for each in output.classes]
+    }
+
+
+def _map(output: Output, form: MapForm) -> dict[str, Any] | None:
+    if form is MapForm.NONE or not isinstance(output, CodedMap):
+        return None
+    height, width = coarse_size(output.height, output.step), coarse_size(output.width, output.step)
+    data = output.map if form is MapForm.RUNS else _png(output.map, height, width)
+    return {"height": height, "width": width, "encoding": form.value, "data": base64.b64encode(data).decode()}
+
+
+def _png(coded: bytes, height: int, width: int) -> bytes:
+    classes = decode_map(coded, height=height, width=width, number=MAX_CLASSES)  # (H, W) uint8
+    picture = Image.fromarray(classes)
+    picture.putpalette(colours().tobytes())  # makes it a palette picture
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return out.getvalue()

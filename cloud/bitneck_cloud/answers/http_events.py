@@ -1,0 +1,114 @@
+"""``GET /v1/answers``: answers as server-sent events."""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Header, Query, Request
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
+from starlette.types import Receive, Scope, Send
+
+from bitneck.errors import BitneckError
+from bitneck_cloud.answers.document import MapForm
+from bitneck_cloud.answers.filters import Wanted
+from bitneck_cloud.answers.hub import Missed
+from bitneck_cloud.answers.subscriptions import Subscription, Subscriptions
+from bitneck_cloud.faults import public_text
+from bitneck_cloud.sessions.registry import Registry
+
+__all__ = ["add_answers"]
+
+_EVENTS = "text/event-stream"
+_RETRY_MS = 2000
+"""Milliseconds after which a client connects again."""
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""No proxy keeps an event back."""
+_NONE: list[str] = []
+
+
+def add_answers(
+    app: FastAPI,
+    subscriptions: Subscriptions,
+    registry: Registry,
+    guarded: Sequence[Any],
+    problems: dict[int | str, dict[str, Any]],
+) -> None:
+    """Add the route.
+
+    Args:
+        app: the application.
+        subscriptions: to answers.
+        registry: models, for the names of their classes.
+        guarded: what every route depends on.
+        problems: what every route may answer.
+    """
+    events: dict[int | str, dict[str, Any]] = {
+        200: {"description": "events: answer, missed, end", "content": {_EVENTS: {}}}
+    }
+
+    @app.get(
+        "/v1/answers", dependencies=guarded, responses=problems | events, tags=["answers"],
+        response_class=StreamingResponse,
+    )  # fmt: skip
+    async def answers(
+        request: Request,
+        client: Annotated[list[str], Query(description="a client's name, or a pattern")] = _NONE,
+        model: Annotated[list[str], Query(description="id of a model")] = _NONE,
+        session: Annotated[list[str], Query(description="id of a session")] = _NONE,
+        classes: Annotated[list[str], Query(alias="class", description="name or index of a class")] = _NONE,
+        min_score: Annotated[float, Query(ge=0, le=1, description="least score or share of such a class")] = 0.0,
+        map_form: Annotated[MapForm, Query(alias="map", description="form of class maps")] = MapForm.NONE,
+        after: Annotated[str, Query(description="id of the last answer that you have; 0 for all that is kept")] = "",
+        last_event_id: Annotated[str, Header(description="the same; it counts more than after")] = "",
+    ) -> StreamingResponse:
+        """Every answer from now on, or from an earlier one on, as server-sent events."""
+        wanted = Wanted(
+            client=tuple(client),
+            model=tuple(model),
+            session=tuple(session),
+            classes=tuple(classes),
+            min_score=min_score,
+        )
+        subscription = subscriptions.open(
+            wanted,
+            {name: served.labels for name, served in registry.models.items()},
+            form=map_form,
+            after=last_event_id or after,
+            holder=getattr(request.state, "holder", None),
+        )
+        return _Events(subscriptions, subscription)
+
+
+class _Events(StreamingResponse):
+    """The events of one subscription. It ends when its client goes, or the subscription is over."""
+
+    def __init__(self, subscriptions: Subscriptions, subscription: Subscription) -> None:
+        super().__init__(_events(subscription, subscriptions.heartbeat_s), headers=_HEADERS, media_type=_EVENTS)
+        self._subscriptions = subscriptions
+        self._subscription = subscription
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._subscriptions.close(self._subscription)
+
+
+async def _events(subscription: Subscription, heartbeat_s: float) -> AsyncIterator[bytes]:
+    # An event without data is none: it only sets the id from which the client goes on.
+    yield format_sse_event(comment="answers", retry=_RETRY_MS, id=subscription.upto)
+    try:
+        while True:
+            news = await subscription.next(heartbeat_s)
+            parts: list[bytes] = []
+            if news.missed is not None:
+                parts.append(format_sse_event(event="missed", data_str=_missed(news.missed), id=news.missed_upto))
+            parts += [format_sse_event(event="answer", data_str=text, id=number) for number, text in news.answers]
+            yield b"".join(parts) or format_sse_event(comment="no news", id=news.upto)
+    except BitneckError as exc:
+        yield format_sse_event(event="end", data_str=json.dumps({"reason": public_text(exc)}), id=subscription.upto)
+
+
+def _missed(missed: Missed) -> str:
+    return json.dumps({"count": missed.count, "reason": missed.reason})

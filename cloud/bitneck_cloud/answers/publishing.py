@@ -1,0 +1,128 @@
+"""From a pass of the engine to devices, sinks and subscribers, in the order of answering.
+
+    pass --number--> (a publisher commits, in a thread) --> devices --> the hub and its subscribers
+
+Without a publisher the devices get their answers first and at once. With one, nothing of a pass is sent before the
+publisher has committed all of it. Passes that end while it is at work are committed together, next.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from bitneck.workers import Workers
+from bitneck_cloud.answers.answered import Answered
+from bitneck_cloud.answers.document import Published
+from bitneck_cloud.answers.subscriptions import Subscriptions
+from bitneck_cloud.observe.metrics import Metrics
+
+__all__ = ["Publisher", "Publishing"]
+
+_LOG = logging.getLogger(__name__)
+
+_CLOSE_S = 10.0
+"""Seconds that a stopping server waits for the last commit."""
+
+_Pass = tuple[tuple[Published, ...], Callable[[], None]]
+
+
+class Publisher(Protocol):
+    """Where answers are kept before any of them is sent, such as a queue on disk."""
+
+    def commit(self, answers: Sequence[Published]) -> None:
+        """Keep answers, so that they outlive this process. When it returns, they are sent to their devices.
+
+        It is always called in the same thread, and never twice at once. Every frame waits for it: a few milliseconds
+        are fine. It raises nothing: what it cannot keep, it counts itself.
+
+        Args:
+            answers: of one or more passes, their numbers following on.
+        """
+
+
+class Publishing:
+    """Numbers answers and hands them on, on one event loop.
+
+    Args:
+        server: name of the server.
+        subscriptions: to answers.
+        metrics: counts what happens.
+        publisher: commits answers before they are sent; None for none.
+    """
+
+    def __init__(
+        self, server: str, subscriptions: Subscriptions, metrics: Metrics, publisher: Publisher | None = None
+    ) -> None:
+        self._server = server
+        self._subscriptions = subscriptions
+        self._metrics = metrics
+        self._publisher = publisher
+        self._next = subscriptions.hub.end
+        self._thread = Workers(1, "bitneck-commit")
+        self._waiting: list[_Pass] = []
+        self._committing = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def answered(self, answers: Sequence[Answered], send: Callable[[], None]) -> None:
+        """A pass is done.
+
+        Args:
+            answers: of it, in order.
+            send: sends them, and the faults of the pass, to their devices; it is called once, on the event loop.
+        """
+        if not answers:
+            send()
+            return
+        published = tuple(
+            Published(number, self._server, answer) for number, answer in enumerate(answers, start=self._next)
+        )
+        self._next += len(published)
+        if self._publisher is None:
+            send()
+            self._keep(published)
+            return
+        self._waiting.append((published, send))
+        self._idle.clear()
+        if not self._committing:
+            self._begin(self._publisher)
+
+    async def close(self) -> None:
+        """Wait until everything is committed and handed on, within a bound. Nothing may come after it."""
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self._idle.wait()
+        except TimeoutError:
+            _LOG.error("answers are still not committed after %.0f s; the server stops", _CLOSE_S)
+            return
+        await asyncio.to_thread(self._thread.close, wait=True)
+
+    def _begin(self, publisher: Publisher) -> None:
+        passes, self._waiting = self._waiting, []
+        self._committing = True
+        loop = asyncio.get_running_loop()
+        answers = [published for answers, _ in passes for published in answers]
+
+        def commit() -> None:
+            try:
+                publisher.commit(answers)
+            except Exception:  # noqa: BLE001  a bug there must not keep answers from their devices
+                _LOG.exception("%d answers could not be committed; they are sent all the same", len(answers))
+            loop.call_soon_threadsafe(self._committed, publisher, passes)
+
+        self._thread.post(commit)
+
+    def _committed(self, publisher: Publisher, passes: Sequence[_Pass]) -> None:
+        self._committing = False
+        if self._waiting:
+            self._begin(publisher)  # the thread goes on while answers are sent
+        for answers, send in passes:
+            send()
+            self._keep(answers)
+        if not self._committing:
+            self._idle.set()
+
+    def _keep(self, answers: Sequence[Published]) -> None:
+        self._metrics.published(answers[0].answered.model, len(answers))
+        self._subscriptions.keep(answers)

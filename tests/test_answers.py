@@ -1,0 +1,253 @@
+"""Answers before anyone reads them: the order of committing and sending, the buffer, the filters. Real engine."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitneck.bundle import Bundle
+from bitneck.coding.class_map import encode_map
+from bitneck.errors import BitneckError, InvalidConfig, UnknownModel
+from bitneck.wire.messages import Classification, ClassShare, CodedMap, Label
+from bitneck_cloud.answers.answered import Answered, Origin
+from bitneck_cloud.answers.document import MapForm, Published
+from bitneck_cloud.answers.filters import AnswerFilter, Wanted
+from bitneck_cloud.answers.hub import Hub
+from bitneck_cloud.answers.publishing import Publishing
+from bitneck_cloud.answers.subscriptions import Subscriptions
+from bitneck_cloud.engine.engine import Engine
+from bitneck_cloud.engine.job import Computed, Job
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.observe.metrics import Metrics
+from bitneck_testing.streams import Frames
+
+EPOCH = "0123abcd"
+LABELS = {"tiny": ("cat", "dog", "7"), "scene": ("sky", "road")}
+
+
+def answered(seq: int = 1, *, client: str = "c", model: str = "tiny", map_bytes: int = 0) -> Answered:
+    output: Any = Classification((Label(1, "dog", 0.75), Label(0, "cat", 0.25)))
+    if map_bytes:
+        output = CodedMap(height=4, width=4, map=bytes(map_bytes), classes=(ClassShare(1, "road", 1.0),))
+    origin = Origin(client=client, session="s-1", seq=seq, received_us=1_700_000_000_000_000)
+    return Answered(origin=origin, model=model, bundle="sha256:0", point="p", output=output, queued_us=1, decode_us=2,
+                    compute_us=3)  # fmt: skip
+
+
+def published(number: int, **values: Any) -> Published:
+    return Published(number, "server", answered(number, **values))
+
+
+def subscriptions(most: int = 100, most_bytes: int = 1 << 30) -> Subscriptions:
+    hub = Hub(EPOCH, most=most, most_bytes=most_bytes)
+    return Subscriptions(hub, most=10, metrics=Metrics(), heartbeat_s=60.0, stall_s=0.0)
+
+
+def everything(_: Published) -> bool:
+    return True
+
+
+# The seam
+
+
+class Disk:
+    """A publisher that takes its time: `go` lets one commit end."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.commits: list[list[int]] = []
+        self.begun = threading.Semaphore(0)
+        self.go = threading.Semaphore(0)
+        self.threads: set[int] = set()
+        self.fails = fails
+
+    def commit(self, answers: Sequence[Published]) -> None:
+        self.threads.add(threading.get_ident())
+        self.commits.append([it.number for it in answers])
+        self.begun.release()
+        assert self.go.acquire(timeout=60)
+        if self.fails:
+            raise OSError("the disk is full")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Bundle) -> ServedModel:
+    return ServedModel(tiny_bundle, threads=1)
+
+
+def job(model: ServedModel, payload: bytes, seq: int, point: str = "s1-r2") -> Job:
+    origin = Origin(client="c", session="s-1", seq=seq, received_us=1)
+    return Job(model, point, payload, None, origin=origin)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_nothing_is_sent_before_its_pass_is_committed(model: ServedModel, frames: Frames, fails: bool) -> None:
+    disk, readers = Disk(fails=fails), subscriptions()
+    publishing = Publishing("server", readers, Metrics(), disk)
+    engine = Engine(max_batch=4, max_queue=100, answered=publishing.answered)
+    engine.start()
+    payload = frames.payload("s1-r2", 0)
+    sent: list[int] = []
+
+    def settled(done: Job, result: Computed | BitneckError) -> None:
+        assert isinstance(result, Computed)
+        assert done.origin is not None
+        sent.append(done.origin.seq)
+
+    async with asyncio.timeout(60):
+        for seq in range(1, 11):
+            engine.submit(job(model, payload, seq), settled)
+        assert await asyncio.to_thread(disk.begun.acquire)
+        while engine.batches < 3:  # the engine goes on while the disk works
+            await asyncio.sleep(0.01)
+        assert (sent, len(readers.hub)) == ([], 0)
+        disk.go.release()
+        assert await asyncio.to_thread(disk.begun.acquire)
+        assert sent == disk.commits[0] == [1, 2, 3, 4]
+        assert len(readers.hub) == 4
+        disk.go.release()
+        await publishing.close()
+    assert disk.commits == [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]]  # passes that waited, together
+    assert sent == list(range(1, 11))
+    assert [it.answered.origin.seq for it in readers.hub.read(1, everything, most=99, look_at=99).answers] == sent
+    assert len(disk.threads) == 1
+    await engine.stop()
+
+
+async def test_faults_and_frames_that_nobody_waits_for_are_no_answers(model: ServedModel, frames: Frames) -> None:
+    readers = subscriptions()
+    publishing = Publishing("server", readers, Metrics())
+    engine = Engine(max_batch=4, max_queue=100, answered=publishing.answered)
+    engine.start()
+    good = frames.payload("s1-r2", 0)
+    gone, bad, whole = job(model, good, 1), job(model, b"\xff" * 5, 2), job(model, good, 3)
+    done: list[int] = []
+    async with asyncio.timeout(60):
+        for it in (gone, bad, whole):
+            engine.submit(it, lambda each, _: done.append(each.origin.seq if each.origin else 0))
+        gone.abandon()
+        while done != [2, 3]:
+            await asyncio.sleep(0.01)
+    kept = readers.hub.read(1, everything, most=9, look_at=9).answers
+    assert [(it.number, it.answered.origin.seq) for it in kept] == [(1, 3)]
+    assert not kept[0]._texts  # nobody reads: no document is made
+    await engine.stop()
+    await publishing.close()
+
+
+# The buffer
+
+
+@given(
+    st.lists(st.one_of(st.integers(0, 5000), st.tuples(st.integers(0, 3), st.integers(1, 9))), max_size=60),
+    st.integers(1, 8),
+    st.integers(2000, 30_000),
+)
+def test_readers_get_everything_or_are_told(steps: list[int | tuple[int, int]], most: int, most_bytes: int) -> None:
+    """An int keeps an answer with a map of so many bytes; a pair lets a reader take some."""
+    hub = Hub(EPOCH, most=most, most_bytes=most_bytes)
+    positions, seen, missed = [1] * 4, [0] * 4, [0] * 4
+    for step in steps:
+        if isinstance(step, int):
+            hub.keep([published(hub.end, map_bytes=step)])
+            continue
+        who, count = step
+        reading = hub.read(positions[who], everything, most=count, look_at=99)
+        if reading.missed is not None:
+            assert reading.missed.before == positions[who] + (reading.missed.count or 0)
+            missed[who] += reading.missed.count or 0
+        for it in reading.answers:
+            it.text(MapForm.RUNS)
+            hub.count(it)
+        seen[who] += len(reading.answers)
+        positions[who] = reading.position
+        assert len(hub) <= most
+        assert hub.bytes <= most_bytes or len(hub) == 1
+    for who, position in enumerate(positions):
+        assert seen[who] + missed[who] == position - 1
+
+
+def test_documents_count_as_bytes() -> None:
+    hub = Hub(EPOCH, most=10, most_bytes=9000)
+    hub.keep([published(k, map_bytes=1000) for k in (1, 2, 3)])
+    assert (len(hub), hub.bytes) == (3, 7500)
+    newest = hub.read(3, everything, most=1, look_at=1).answers[0]
+    newest.text(MapForm.RUNS)  # more than 1333 bytes of base64
+    hub.count(newest)
+    assert len(hub) == 2
+    assert hub.bytes == sum(it.size for it in hub.read(2, everything, most=9, look_at=9).answers)
+
+
+@pytest.mark.parametrize("after", ["x", "5", "0123abcd", "0123abcd-", "0123ABCD-1", "0123abcd-1\n", "-1", "0" * 30])
+def test_only_ids_are_taken(after: str) -> None:
+    with pytest.raises(InvalidConfig, match="no id of an answer"):
+        Hub(EPOCH, most=1, most_bytes=1).begin(after)
+
+
+async def test_a_subscriber_looks_at_many_answers_without_keeping_the_loop() -> None:
+    readers = subscriptions(most=10_000)
+    readers.keep([published(k, client="other") for k in range(1, 5001)])
+    wanted = Wanted(client=("me",))
+    it = readers.open(wanted, LABELS, form=MapForm.NONE, after="0", holder=None, who="test")
+    readers.keep([published(5001, client="me")])
+    async with asyncio.timeout(30):
+        news = await it.next(30.0)
+    assert [json.loads(text)["number"] for _, text in news.answers] == [5001]
+    assert news.upto == f"{EPOCH}-5001"
+    readers.close(it)
+    assert len(readers) == 0
+
+
+# Filters
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [
+        (Wanted(classes=("dog",), min_score=0.75), True),
+        (Wanted(classes=("1",)), True),
+        (Wanted(classes=("cat",), min_score=0.26), False),
+        (Wanted(classes=("7",)), False),  # the name of a class that was not found, not an index
+        (Wanted(classes=("cat", "7"), min_score=0.2), True),
+        (Wanted(min_score=0.76), False),
+        (Wanted(client=("c",)), True),
+        (Wanted(client=("C",)), False),
+        (Wanted(client=("[abc]", "x*")), True),
+        (Wanted(client=("",)), False),
+        (Wanted(session=("s-2",)), False),
+        (Wanted(model=("scene",)), False),
+    ],
+)
+def test_a_filter_fits(wanted: Wanted, fits: bool) -> None:
+    assert AnswerFilter(wanted, LABELS)(published(1)) is fits
+
+
+def test_a_filter_names_what_it_does_not_know() -> None:
+    with pytest.raises(InvalidConfig, match="nearest names are 'road'"):
+        AnswerFilter(Wanted(classes=("raod",)), LABELS)
+    with pytest.raises(InvalidConfig, match="indices are 0 to 1"):
+        AnswerFilter(Wanted(classes=("2",), model=("scene",)), LABELS)
+    with pytest.raises(UnknownModel):
+        AnswerFilter(Wanted(model=("none",)), LABELS)
+
+
+def test_a_pattern_that_means_harm_is_matched_in_no_time() -> None:
+    hard = AnswerFilter(Wanted(client=("*a" * 100,)), LABELS)
+    assert not hard(published(1, client="a" * 127 + "b"))
+
+
+def test_a_picture_of_a_map_is_made_once() -> None:
+    import numpy as np
+
+    coded = encode_map(np.arange(16, dtype=np.uint8).reshape(4, 4))
+    output = CodedMap(height=4, width=4, map=coded, classes=())
+    it = Published(1, "server", answered(map_bytes=1))
+    object.__setattr__(it.answered, "output", output)
+    assert not it.ready(MapForm.PNG)
+    text = it.text(MapForm.PNG)
+    assert it.ready(MapForm.PNG)
+    assert it.text(MapForm.PNG) is text
