@@ -344,7 +344,7 @@ async def test_the_audit_log_says_who_changed_what(guarded: Server, tiny_bundle:
         "tiny", tiny_bundle.bundle_id, tiny_bundle.bundle_id,
     )  # fmt: skip
     begun = [x for x in logged(guarded, "session begin") if stream.opened.session_id in x["target"]]
-    assert begun[0]["after"] == {"how": "new", "model": "tiny", "client": "gate\n2"}
+    assert begun[0]["after"] == {"how": "new", "model": "tiny", "client": "gate\N{REPLACEMENT CHARACTER}2"}
     refusals = [x for x in logged(guarded, "refusal") if x["after"] == "UNAUTHENTICATED"]
     assert 1 <= len(refusals) <= 3  # not one for each of the calls
     assert CAMERA not in guarded.read_log()

@@ -308,7 +308,8 @@ async def test_the_rate_of_new_sessions(tiny_bundle: Bundle, frames: Frames) -> 
         ("GET", "/v1/sessions/s-0", None, 404, "no session"),
         ("GET", "/v1/models/nope", None, 404, "there are: tiny"),
         ("GET", "/nowhere", None, 404, "Not Found"),
-        ("DELETE", "/v1/rate", None, 405, "Method Not Allowed"),
+        ("DELETE", "/v1/models", None, 405, "Method Not Allowed"),
+        ("DELETE", "/v1/rate", None, 404, "GET /v1/rate lists them"),
     ],
 )
 def test_refused_requests_are_problem_details(

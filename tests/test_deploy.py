@@ -59,7 +59,7 @@ def test_dockerfiles_copy_what_is_there_and_run_as_nobody(name: str) -> None:
 
 
 MANIFESTS = sorted((DEPLOY / "kubernetes").rglob("*.yaml"))
-NO_SCHEMA = ("Kustomization", "PodMonitor")
+NO_SCHEMA = ("Kustomization", "PodMonitor", "PrometheusRule")
 """Kinds that Kubernetes itself does not have."""
 
 
@@ -203,12 +203,33 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
     used: set[str] = set()
     for path in (
         DEPLOY / "grafana" / "dashboards" / "bitneck.json",
+        DEPLOY / "prometheus-alerts.yml",
         OVERLAY / "adapter-rule.yaml",
     ):
         used |= set(re.findall(r"\bbitneck_[a-z_]+", path.read_text()))
     assert used - {"bitneck_queue_wait_seconds_mean"} <= known  # the adapter makes that one
     server = (ROOT / "cloud" / "bitneck_cloud" / "server.py").read_text()
     assert all(f'metrics.gauge("{name}"' in server for name in ("streams", "open_sessions", "queue_frames", "ready"))
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool, of the Debian package prometheus")
+def test_alerts_come_when_they_should() -> None:
+    done = subprocess.run(
+        ["promtool", "test", "rules", DEPLOY / "prometheus-alerts-test.yml"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_alerts_are_wired_in() -> None:
+    """Compose mounts the file where Prometheus looks for it, and Kubernetes has the same groups."""
+    groups = yaml.safe_load((DEPLOY / "prometheus-alerts.yml").read_text())["groups"]
+    assert yaml.safe_load((OVERLAY / "alerts.yaml").read_text())["spec"]["groups"] == groups
+    mounts = dict(volume.split(":")[:2] for volume in compose()["services"]["prometheus"]["volumes"])
+    (read,) = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["rule_files"]
+    assert mounts["./deploy/prometheus-alerts.yml"] == read
+    tested = yaml.safe_load((DEPLOY / "prometheus-alerts-test.yml").read_text())["tests"]
+    fired = {case["alertname"] for test in tested for case in test["alert_rule_test"] if case["exp_alerts"]}
+    assert fired == {rule["alert"] for group in groups for rule in group["rules"]}
 
 
 def _sample_names(family: Any) -> set[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import resource
 import secrets
@@ -37,6 +38,9 @@ from bitneck_cloud.api.http_server import MOST, HttpServer, listen
 from bitneck_cloud.api.readiness import Readiness
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.fleet.control import Fleet
+from bitneck_cloud.fleet.patterns import Groups
+from bitneck_cloud.fleet.tables import book_of
 from bitneck_cloud.observe.audit import RefusalLog, record
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import open_traces
@@ -98,6 +102,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     Raises:
         InvalidConfig: a port is taken, or a folder has no bundle.
         BundleError, ModelFailure: see `load_models`.
+        StateUnusable: the state database cannot be used.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -109,6 +114,10 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     metrics, refusals = Metrics(), RefusalLog()
     devices = BearerTokens(Role.DEVICE, _secret(settings.device_token), settings.device_tokens)
     operators = BearerTokens(Role.OPERATE, _secret(settings.http_token), settings.http_tokens)
+    groups = Groups(settings.groups)
+    fixed = book_of(settings.rates, groups) if settings.rates is not None else None
+    fleet = Fleet(groups, fixed, settings.state_db, settings.max_clients)
+    await fleet.open()
     key = settings.token_key.get_secret_value().encode() if settings.token_key is not None else secrets.token_bytes(32)
     registry = Registry(
         models.values(),
@@ -120,7 +129,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         max_bytes_per_s=settings.max_bytes_per_s,
         signer=TokenSigner(key, max_age_s=settings.token_max_age_s),
         adopt=settings.token_key is not None,
-        ended=_record_end,
+        ended=functools.partial(_record_end, fleet),
     )
     subscriptions = Subscriptions(
         Hub(secrets.token_hex(4), most=settings.kept_answers, most_bytes=settings.kept_answer_bytes),
@@ -148,6 +157,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         idle_s=settings.idle_s, stall_s=settings.stall_s, similar_bytes=settings.similar_bytes,
         tls=settings.tls_cert is not None,
     )  # fmt: skip
+    fleet.serve(registry, service)
     folders = {model.name: model.bundle.root for model in models.values()}
     reloader = Reloader(registry, folders, pool, settings.threads, metrics)
     readiness = Readiness()
@@ -157,7 +167,9 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     metrics.gauge("subscribers", "Subscribers to answers.", lambda: len(subscriptions))
     metrics.gauge("ready", "1 while the server takes new work.", lambda: readiness.ready)
     app = HttpGuard(
-        build_app(registry, service, readiness, metrics=metrics, reloader=reloader, subscriptions=subscriptions),
+        build_app(
+            registry, service, readiness, metrics=metrics, reloader=reloader, subscriptions=subscriptions, fleet=fleet,
+        ),  # fmt: skip
         tokens=operators,
         hosts=KnownHosts(settings.http_hosts, Address.parse(settings.http)),
         metrics=metrics,
@@ -178,7 +190,10 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         for name in HEALTH_NAMES:
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         readiness.ready = not stopping.is_set()
-        keeping = asyncio.create_task(_keep_house(registry, service, subscriptions, devices, operators, refusals))
+        keeping = [
+            asyncio.create_task(_keep_house(registry, service, subscriptions, devices, operators, refusals)),
+            asyncio.create_task(fleet.keep()),
+        ]
         grpc_host, http_host = Address.parse(settings.grpc).host, Address.parse(settings.http).host
         http_port = http_sockets[0].getsockname()[1]
         on_ready(Ready(str(Address(grpc_host, port)), str(Address(http_host, http_port)), models))
@@ -197,7 +212,9 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         await publishing.close()
         http.should_exit = True
         await http_task
-        keeping.cancel()
+        for task in keeping:
+            task.cancel()
+        await fleet.close()
         refusals.flush(all_of_it=True)
         await asyncio.to_thread(tracer.close)
 
@@ -224,7 +241,8 @@ async def _keep_house(
             _LOG.exception("housekeeping failed; it goes on")
 
 
-def _record_end(session: Session) -> None:
+def _record_end(fleet: Fleet, session: Session) -> None:
+    fleet.ended(session)
     before = {"client": session.client, "answered": session.answered, "payload_bytes": session.payload_bytes}
     record("session end", f"session {session.session_id}", who="server", before=before)
 

@@ -6,14 +6,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from bitneck.errors import InvalidConfig
 from bitneck.runtime import CPU
-from bitneck.settings.model import Address, Names, Paths, Settings, setting
+from bitneck.settings.model import Address, Names, Paths, Settings, Table, Tables, setting
 from bitneck_cloud.access.bearers import MIN_SECRET_CHARACTERS
+from bitneck_cloud.fleet.patterns import Groups
+from bitneck_cloud.fleet.tables import RateTable, book_of
 
 __all__ = ["CloudSettings"]
 
-_SERVE, _ACCESS, _COMPUTE, _SESSIONS, _ANSWERS, _STOP, _OBSERVE = (
-    "Serving", "Access", "Computing", "Sessions", "Answers", "Stopping", "Logs and traces",
+_SERVE, _ACCESS, _COMPUTE, _SESSIONS, _FLEET, _ANSWERS, _STOP, _OBSERVE = (
+    "Serving", "Access", "Computing", "Sessions", "Fleet", "Answers", "Stopping", "Logs and traces",
 )  # fmt: skip
 
 
@@ -233,6 +236,32 @@ class CloudSettings(Settings):
         float,
         setting("Seconds without an answer after which a subscriber gets a sign of life.", _ANSWERS, ge=0.1, le=3600),
     ] = 15.0
+    state_db: Annotated[
+        Path | None,
+        setting(
+            "SQLite file on a local disk, where this server alone keeps rules of rates and what it knows of clients. "
+            "Without it, both are forgotten when the server ends.",
+            _FLEET,
+        ),
+    ] = None
+    rates: Annotated[
+        Tables[RateTable],
+        setting(
+            "Rule of rates: a table with one of point, max_bytes_per_frame, max_kbps, min_accuracy and auto, and if "
+            "wanted clients and model (patterns). If it is given, be it an empty list, the control API cannot change "
+            "rules. As a flag, repeat it, each time a JSON object.",
+            _FLEET,
+            flag="--rate",
+        ),
+    ] = None
+    groups: Annotated[
+        Table[tuple[str, ...]],
+        setting("Lists of patterns of clients' names, by the name of a group, for rules. As a flag, JSON.", _FLEET),
+    ] = None
+    max_clients: Annotated[
+        int,
+        setting("Clients that are remembered after they are gone. The oldest are forgotten.", _FLEET, ge=0, le=100_000),
+    ] = 10_000
 
     drain_delay_s: Annotated[
         float,
@@ -286,6 +315,10 @@ class CloudSettings(Settings):
                 f"{' and '.join(open_to_others)} would send plaintext over the network: give tls_cert and tls_key, "
                 "listen on 127.0.0.1, or allow it with insecure (--insecure) where you trust the network"
             )
+        try:
+            book_of(self.rates or (), Groups(self.groups))
+        except InvalidConfig as exc:
+            raise ValueError(str(exc)) from exc
         for name in ("http_token", "device_token", "token_key"):
             secret: SecretStr | None = getattr(self, name)
             if secret is not None and len(secret.get_secret_value()) < MIN_SECRET_CHARACTERS:

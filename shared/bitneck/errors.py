@@ -8,6 +8,8 @@
     |   |-- UnknownPoint            NOT_FOUND            404  2
     |   |-- UnknownSession          NOT_FOUND            404  2
     |   |-- UnknownFile             NOT_FOUND            404  2   not a file that this bundle hands out
+    |   |-- UnknownRule             NOT_FOUND            404  2   no rule of rates has these patterns
+    |   |-- FixedByFile             FAILED_PRECONDITION  409  2   the config file decides this, not the control API
     |   |-- RateUnreachable         FAILED_PRECONDITION  409  2   no operating point fits the rate asked for
     |   |-- Unauthenticated         UNAUTHENTICATED      401  2   no credential, or not the right one
     |   `-- PermissionDenied        PERMISSION_DENIED    403  2   a right credential, which does not allow this
@@ -23,6 +25,7 @@
     |-- DeadlineExceeded            DEADLINE_EXCEEDED    504  1
     |-- Unavailable                 UNAVAILABLE          503  1   no server, or it is going away
     |   `-- Unreachable             UNAVAILABLE          503  2   one side wants TLS, or refuses a certificate
+    |-- StateUnusable               INTERNAL             500  1   the state database is damaged, foreign or in use
     `-- ModelFailure                INTERNAL             500  1   ONNX Runtime failed, or gave impossible numbers
 
 A message says what happened, what was received and what was expected, where, and what to do. Foreign exceptions are
@@ -40,6 +43,7 @@ __all__ = [
     "CallerError",
     "CorruptPayload",
     "DeadlineExceeded",
+    "FixedByFile",
     "ImageError",
     "InvalidConfig",
     "MalformedFrame",
@@ -50,11 +54,13 @@ __all__ = [
     "ProtocolError",
     "RateUnreachable",
     "ReferenceUnknown",
+    "StateUnusable",
     "Unauthenticated",
     "Unavailable",
     "UnknownFile",
     "UnknownModel",
     "UnknownPoint",
+    "UnknownRule",
     "UnknownSession",
     "Unreachable",
     "error_from_status",
@@ -139,6 +145,20 @@ class UnknownFile(CallerError):
 
     grpc_status = "NOT_FOUND"
     http_status = 404
+
+
+class UnknownRule(CallerError):
+    """No rule of rates has these patterns."""
+
+    grpc_status = "NOT_FOUND"
+    http_status = 404
+
+
+class FixedByFile(CallerError):
+    """The config file decides this, so a change over the control API would be lost."""
+
+    grpc_status = "FAILED_PRECONDITION"
+    http_status = 409
 
 
 class RateUnreachable(CallerError):
@@ -239,6 +259,10 @@ class Unreachable(Unavailable):
 
     exit_code = 2
     transient = False
+
+
+class StateUnusable(BitneckError):
+    """The state database is damaged, belongs to another program or server, or cannot be written."""
 
 
 class ModelFailure(BitneckError):

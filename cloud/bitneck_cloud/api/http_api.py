@@ -16,10 +16,12 @@ from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.open_inference import add_open_inference
 from bitneck_cloud.api.problems import PROBLEM_TYPE, add_error_handlers
 from bitneck_cloud.api.readiness import Readiness
+from bitneck_cloud.fleet.control import Fleet
+from bitneck_cloud.fleet.routes import add_fleet
+from bitneck_cloud.fleet.tables import RateRequest, policy_dict
 from bitneck_cloud.observe.audit import record
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.reload import Reloader
-from bitneck_cloud.sessions.rates import choose
 from bitneck_cloud.sessions.registry import Registry
 
 __all__ = ["build_app"]
@@ -33,6 +35,7 @@ def build_app(
     metrics: Metrics,
     reloader: Reloader,
     subscriptions: Subscriptions,
+    fleet: Fleet,
 ) -> FastAPI:
     """The application. It lets everybody in: `bitneck_cloud.api.http_guard.HttpGuard` stands before it.
 
@@ -43,6 +46,7 @@ def build_app(
         metrics: for ``/metrics``.
         reloader: of models.
         subscriptions: to answers.
+        fleet: rules of rates, and clients.
     """
     app = FastAPI(
         title="bitneck cloud", version=bitneck.__version__, description="Models, sessions, and the rates they run at."
@@ -118,41 +122,18 @@ def build_app(
         return schemas.session_info(found, connected=service.connected(found), now=now)
 
     @app.put("/v1/sessions/{session_id}/rate", dependencies=guarded, responses=problems, tags=["rate"])
-    async def put_session_rate(session_id: str, request: schemas.RateRequest) -> schemas.RateAnswer:
+    async def put_session_rate(session_id: str, request: RateRequest) -> schemas.RateAnswer:
         """Change a session's rate: its client uses the new point from its next frame on."""
         found = registry.session(session_id, time.monotonic())
         policy, before = request.policy(), found.policy
         point = found.set_policy(policy)
         record(
-            "PUT rate", f"session {session_id}", before=schemas.policy_dict(before) if before is not None else None,
-            after=schemas.policy_dict(policy),
+            "PUT rate", f"session {session_id}", before=policy_dict(before) if before is not None else None,
+            after=policy_dict(policy),
         )  # fmt: skip
-        text = ", ".join(f"{k}={v}" for k, v in schemas.policy_dict(policy).items())
+        text = ", ".join(f"{k}={v}" for k, v in policy_dict(policy).items())
         pushed = service.push_point(found, point or "", f"control API: {text}")
-        return schemas.RateAnswer(policy=schemas.policy_dict(policy), point=point, pushed=pushed)
+        return schemas.RateAnswer(policy=policy_dict(policy), point=point, pushed=pushed)
 
-    @app.put("/v1/rate", dependencies=guarded, responses=problems, tags=["rate"])
-    async def put_rate(request: schemas.RateRequest) -> schemas.NewSessionsRate:
-        """Set the rate for new sessions. Open sessions keep theirs."""
-        policy = request.policy()
-        points: dict[str, str | None] = {}
-        refused: dict[str, BitneckError] = {}
-        fps = registry.assumed_fps
-        remedy = f"New sessions are weighed at {fps:g} frames a second (--assumed-fps), each in a message of its own"
-        for name, served in registry.models.items():
-            try:
-                chosen = choose(served.ladder, policy, frames_per_s=fps, remedy=remedy)
-                points[name] = chosen.id if chosen is not None else None
-            except BitneckError as exc:
-                refused[name] = exc
-        if not points:
-            first = next(iter(refused.values()))
-            raise first if len(refused) == 1 else type(first)("; ".join(f"{n}: {exc}" for n, exc in refused.items()))
-        before, registry.new_session_policy = registry.new_session_policy, policy
-        record(
-            "PUT rate", "new sessions", before=schemas.policy_dict(before) if before is not None else None,
-            after=schemas.policy_dict(policy),
-        )  # fmt: skip
-        return schemas.NewSessionsRate(policy=schemas.policy_dict(policy), points=points)
-
+    add_fleet(app, fleet, guarded, problems)
     return app

@@ -1,67 +1,24 @@
 """The JSON documents of the control API, and how they are made from sessions and models."""
 
-from typing import Literal
+from pydantic import BaseModel, Field
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from bitneck.errors import InvalidConfig
 from bitneck_cloud.engine.outputs import output_tensors
 from bitneck_cloud.engine.served_model import ServedModel
-from bitneck_cloud.sessions.rates import ClientChooses, FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, RatePolicy
+from bitneck_cloud.fleet.tables import policy_dict
 from bitneck_cloud.sessions.session import Session
 
 __all__ = [
     "ModelInfo",
     "ModelMetadata",
-    "NewSessionsRate",
     "PointInfo",
     "RateAnswer",
-    "RateRequest",
     "ReloadAnswer",
     "SessionInfo",
     "TensorInfo",
     "model_info",
     "model_metadata",
-    "policy_dict",
     "session_info",
 ]
-
-
-class RateRequest(BaseModel):
-    """A rate: exactly one of these fields."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    point: str | None = Field(None, description="id of an operating point")
-    max_bytes_per_frame: float | None = Field(None, gt=0, description="mean payload bytes of a frame, at most")
-    max_kbps: float | None = Field(
-        None, gt=0, description="mean rate on the link at the session's frame rate, of the busier direction, kbit/s"
-    )
-    min_accuracy: float | None = Field(None, ge=0, le=1, description="measured accuracy, at least, a fraction")
-    auto: Literal[True] | None = Field(None, description="the client chooses")
-
-    def policy(self) -> RatePolicy:
-        """The policy that the request gives.
-
-        Raises:
-            InvalidConfig: none, or more than one.
-        """
-        given = self.model_dump(exclude_none=True)
-        if len(given) != 1:
-            raise InvalidConfig(
-                f"give exactly one of point, max_bytes_per_frame, max_kbps, min_accuracy and auto; got {len(given)}"
-            )
-        match given:
-            case {"point": str(point)}:
-                return FixedPoint(point)
-            case {"max_bytes_per_frame": float(limit)}:
-                return MaxBytesPerFrame(limit)
-            case {"max_kbps": float(limit)}:
-                return MaxKbps(limit)
-            case {"auto": True}:
-                return ClientChooses()
-            case _:
-                return MinAccuracy(given["min_accuracy"])
 
 
 class RateAnswer(BaseModel):
@@ -70,13 +27,6 @@ class RateAnswer(BaseModel):
     policy: dict[str, str | float | bool]
     point: str | None = Field(description="the chosen operating point; null if the client chooses")
     pushed: bool = Field(description="whether a connected client was told at once")
-
-
-class NewSessionsRate(BaseModel):
-    """The rate for new sessions."""
-
-    policy: dict[str, str | float | bool]
-    points: dict[str, str | None] = Field(description="the operating point chosen, by model")
 
 
 class PointInfo(BaseModel):
@@ -164,21 +114,6 @@ class SessionInfo(BaseModel):
     link_bytes_up: int = Field(description="the same with the headers of packets, as they cross the client's interface")
     link_bytes_down: int
     frames_per_s: float | None = Field(description="over the last messages; null until there are four")
-
-
-def policy_dict(policy: RatePolicy) -> dict[str, str | float | bool]:
-    """A policy as the request that asks for it."""
-    match policy:
-        case FixedPoint(point):
-            return {"point": point}
-        case MaxBytesPerFrame(limit):
-            return {"max_bytes_per_frame": limit}
-        case MaxKbps(limit):
-            return {"max_kbps": limit}
-        case MinAccuracy(accuracy):
-            return {"min_accuracy": accuracy}
-        case ClientChooses():
-            return {"auto": True}
 
 
 def _outputs(served: ServedModel) -> list[TensorInfo]:

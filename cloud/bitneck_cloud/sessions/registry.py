@@ -1,19 +1,20 @@
-"""The served models with their generations, the open sessions, and the rate for new sessions."""
+"""The served models with their generations, the open sessions, and the rules of their rates."""
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from bitneck.errors import BundleMismatch, Overloaded, RateUnreachable, UnknownModel, UnknownPoint, UnknownSession
+from bitneck.errors import BundleMismatch, Overloaded, UnknownModel, UnknownSession
+from bitneck.text import clean_text
 from bitneck_cloud.access.callers import ANONYMOUS, Caller
 from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
 from bitneck_cloud.engine.served_model import ServedModel
-from bitneck_cloud.sessions.rates import RatePolicy
+from bitneck_cloud.fleet.rules import RateRule, RuleBook
 from bitneck_cloud.sessions.session import Session
 
-__all__ = ["Admission", "Registry", "new_session_id"]
+__all__ = ["MAX_CLIENT_CHARACTERS", "Admission", "Registry", "new_session_id"]
 
-_MAX_CLIENT_CHARACTERS = 128
+MAX_CLIENT_CHARACTERS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Registry:
         max_sessions_per_caller: int = 0,
         ended: Callable[[Session], None] = lambda _session: None,
     ) -> None:
-        self.new_session_policy: RatePolicy | None = None
+        self.rules = RuleBook()
         self._generations: dict[str, list[ServedModel]] = {model.name: [model] for model in models}
         self._window = window
         self._max_sessions = max_sessions
@@ -163,7 +164,7 @@ class Registry:
         session = Session(
             session_id=adopted.session_id if adopted is not None else new_session_id(),
             model=model.name,
-            client=client[:_MAX_CLIENT_CHARACTERS],
+            client=clean_text(client[:MAX_CLIENT_CHARACTERS]),
             ladder=model.ladder,
             window=self._window,
             assumed_fps=self.assumed_fps,
@@ -175,12 +176,14 @@ class Registry:
         if adopted is not None:
             session.token_number = session.oldest_token = adopted.number
         self._sessions[session.session_id] = session
-        if self.new_session_policy is not None:
-            try:
-                session.set_policy(self.new_session_policy)
-            except (RateUnreachable, UnknownPoint):
-                session.policy = None  # another model's ladder: the client's own choice stands
+        if (rule := self.rule_for(session)) is not None:
+            session.set_policy(rule.policy)
         return self._admission(session, "adopted" if adopted is not None else "new", wall, caller)
+
+    def rule_for(self, session: Session) -> RateRule | None:
+        """The rule that gives a session its rate; None if none does, and the client's own choice stands."""
+        matching = self.rules.matching(session.model, session.client)
+        return next((rule for rule in matching if session.fits(rule.policy)), None)
 
     def _make_room(self, caller: str) -> None:
         """Forget a session that gives way to a new one of this caller, if there are too many.

@@ -105,6 +105,7 @@ class Session:
         caller: name of who opened it.
 
     Attributes:
+        last_heard: when a stream of it began, or a frame came; `now`'s clock.
         told: whether the client knows the rate that was asked for last.
         token_number: of the resume token that was issued last.
         oldest_token: number of the oldest resume token that is still good.
@@ -132,7 +133,7 @@ class Session:
         self.bundle_id = bundle_id
         self.client = client
         self.window = window
-        self.created = now
+        self.created = self.last_heard = now
         self.disconnected_at: float | None = None
         self.policy: RatePolicy | None = None
         self.asked_point: str | None = None
@@ -180,7 +181,7 @@ class Session:
             now: seconds, on the meters' clock.
         """
         self._earlier = self.link_bytes(now), self.message_bytes
-        self.meter = meter
+        self.meter, self.last_heard = meter, now
 
     def link_bytes(self, now: float) -> LinkBytes:
         """What has crossed the client's link for this session's messages."""
@@ -240,7 +241,7 @@ class Session:
             self._arrivals.append((now, self._taken))
         self._taken += 1
         self._in_flight.add(seq)
-        self.last_point = point
+        self.last_point, self.last_heard = point, now
         self.payload_bytes += payload_bytes
         return Verdict.NEW
 
@@ -352,6 +353,14 @@ class Session:
         point = chosen.id if chosen is not None else None
         self.policy, self.asked_point, self._weighed = policy, point, self._load(fps)
         return point
+
+    def fits(self, policy: RatePolicy) -> bool:
+        """Whether `set_policy` would take it."""
+        try:
+            choose(self._ladder, policy, frames_per_s=self.frames_per_s, link=self._link_bytes_of)
+        except (RateUnreachable, UnknownPoint):
+            return False
+        return True
 
     def _link_bytes_of(self, payload_bytes: float, interval_s: float) -> LinkBytes:
         """What a frame of so many bytes costs on this session's link, as it has been used so far."""

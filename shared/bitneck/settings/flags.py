@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
@@ -118,7 +118,10 @@ def _flag_type(annotation: Any) -> Any:
     if annotation is SecretStr:
         return str
     if get_origin(annotation) is tuple:
-        return list[get_args(annotation)[0]]  # type: ignore[misc]
+        item = get_args(annotation)[0]
+        return list[str if issubclass(item, BaseModel) else item]  # type: ignore[misc]
+    if get_origin(annotation) is dict:
+        return str
     if get_origin(annotation) is Annotated:
         return _flag_type(get_args(annotation)[0])
     if get_origin(annotation) is Literal or annotation in (bool, int, float, str, Path):

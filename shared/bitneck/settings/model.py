@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import (
@@ -29,7 +29,7 @@ from pydantic_settings import (
 
 from bitneck.errors import InvalidConfig
 
-__all__ = ["Address", "Names", "Paths", "Settings", "setting"]
+__all__ = ["Address", "Names", "Paths", "Settings", "Table", "Tables", "setting"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,6 +54,27 @@ Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 """Texts; in the environment separated by commas, or a JSON list."""
+
+
+def _parse(value: Any) -> Any:
+    """JSON texts as what they say, also in a list; other values as they are."""
+    if isinstance(value, list | tuple):
+        return [_parse(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as exc:
+        raise ValueError("not JSON") from exc
+
+
+Item = TypeVar("Item")
+
+Tables = Annotated[tuple[Item, ...] | None, NoDecode, BeforeValidator(_parse)]
+"""Tables of the file (``[[name]]``); in the environment a JSON list, as flags JSON objects. None if not given."""
+
+Table = Annotated[dict[str, Item] | None, NoDecode, BeforeValidator(_parse)]
+"""A table of the file (``[name]``); elsewhere a JSON object. None if not given."""
 
 
 def setting(text: str, group: str, *, flag: str = "", **bounds: Any) -> Any:

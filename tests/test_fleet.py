@@ -1,0 +1,569 @@
+"""Rules of rates by patterns, groups, what is kept over restarts, and clients that are gone. Real servers and files."""
+
+import asyncio
+import json
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from bitneck.bundle import Bundle
+from bitneck.errors import InvalidConfig, StateUnusable, UnknownRule
+from bitneck_cloud.fleet.patterns import Groups, Pattern
+from bitneck_cloud.fleet.records import ClientBook, ClientRecord, RateChange
+from bitneck_cloud.fleet.rules import MAX_RULES, RateRule, RuleBook
+from bitneck_cloud.fleet.state_file import MAX_CHANGES, StateFile
+from bitneck_cloud.fleet.tables import RateTable, book_of
+from bitneck_cloud.sessions.rates import FixedPoint
+from bitneck_testing.photographs import photo
+from bitneck_testing.processes import BIN, Server, running_server, start_server
+from bitneck_testing.streams import Frames, answers_of, edge_client, open_stream, stub
+
+GROUPS = {"doors": ("door-*", "gate"), "night": ("cam-1?",)}
+CONFIG = '[groups]\ndoors = ["door-*", "gate"]\nnight = ["cam-1?"]\n'
+
+
+async def eventually(true: Any, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not await true():
+        assert time.monotonic() < end, "it did not come true in time"
+        await asyncio.sleep(0.05)
+
+
+# Patterns, and which rule counts
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names", "others"),
+    [
+        ("*", ["", "x", "a\nb"], []),
+        ("cam-*", ["cam-", "cam-1"], ["cam", "Cam-1", "xcam-1"]),
+        ("cam-?", ["cam-1"], ["cam-", "cam-12"]),
+        ("cam-[0-3]", ["cam-0", "cam-3"], ["cam-4", "cam-"]),
+        ("cam-[!0-3]", ["cam-4", "cam-x"], ["cam-3"]),
+        ("[@]door", ["@door"], ["door"]),
+        ("a[*]b", ["a*b"], ["axb"]),
+        ("a.b", ["a.b"], ["axb"]),
+        ("[]", ["[]"], [""]),
+        ("[z-a]x", [], ["zx", "ax", "x"]),
+        ("[abc", ["[abc"], ["a"]),
+    ],
+)
+def test_patterns(pattern: str, names: list[str], others: list[str]) -> None:
+    assert [name for name in [*names, *others] if Pattern(pattern).matches(name)] == names
+
+
+@pytest.mark.parametrize("text", ["", "x" * 129, "cam\n", "\x1b[2J", "a\u202eb"])
+def test_patterns_that_no_name_can_have_are_refused(text: str) -> None:
+    with pytest.raises(InvalidConfig):
+        Pattern(text)
+
+
+def test_no_pattern_takes_long() -> None:
+    begin = time.process_time()
+    assert not Pattern("*a" * 63 + "b").matches("a" * 128)
+    assert not Pattern("?*" * 64).matches("a" * 63)
+    assert time.process_time() - begin < 1.0
+
+
+def test_the_most_specific_rule_counts() -> None:
+    texts = ["*", "cam-*", "cam-1*", "@night", "cam-12", "*-12"]
+    book = book_of(tuple(RateTable(clients=text, point=f"p{k}") for k, text in enumerate(texts)), Groups(GROUPS))
+    assert [rule.clients.text for rule in book.rules] == ["cam-12", "@night", "cam-1*", "cam-*", "*-12", "*"]
+
+    def first(client: str, model: str = "tiny") -> str:
+        rule = next(iter(book.matching(model, client)))
+        assert isinstance(rule.policy, FixedPoint)
+        return rule.policy.point
+
+    assert [first(name) for name in ("cam-12", "cam-13", "cam-134", "cam-2", "x-12", "x")] == [
+        "p4", "p3", "p2", "p1", "p5", "p0",
+    ]  # fmt: skip
+    book = book.put(RateTable(clients="cam-*", model="tiny", point="p6").rule(Groups()))
+    assert (first("cam-2"), first("cam-2", "other"), first("cam-134")) == ("p6", "p1", "p2")
+    later = book.put(RateTable(clients="*-2", point="p7").rule(Groups()))  # as many characters as... fewer than cam-*
+    assert [r.clients.text for r in later.rules][-3:] == ["*-12", "*-2", "*"]
+    equal = book.put(RateTable(clients="*am-2", point="p8").rule(Groups()))
+    assert next(equal.matching("other", "cam-2")).clients.text == "*am-2"  # the later one of equals
+
+
+def test_books_are_bounded_and_have_one_rule_for_the_same_patterns() -> None:
+    book = RuleBook()
+    for k in range(MAX_RULES):
+        book = book.put(RateTable(clients=f"cam-{k}", auto=True).rule(Groups()))
+    with pytest.raises(InvalidConfig, match=f"there may be {MAX_RULES} rules"):
+        book.put(RateTable(clients="one more", auto=True).rule(Groups()))
+    again = book.put(RateTable(clients="cam-7", point="x").rule(Groups()))
+    assert len(again.rules) == MAX_RULES
+    assert len(again.without(("*", "cam-7")).rules) == MAX_RULES - 1
+    with pytest.raises(UnknownRule, match="GET /v1/rate"):
+        again.without(("*", "cam-x"))
+    with pytest.raises(InvalidConfig, match="two rules have the model '\\*' and the clients 'a'"):
+        book_of((RateTable(clients="a", auto=True), RateTable(clients="a", point="x")), Groups())
+
+
+@pytest.mark.parametrize(
+    ("groups", "text"),
+    [({"Doors": ("x",)}, "group id 'Doors' is malformed"), ({"doors": ()}, "1 to 1024 patterns"),
+     ({"doors": ("",)}, "a pattern has"), ({f"g{k}": ("x",) for k in range(257)}, "256 groups")],
+)  # fmt: skip
+def test_groups_that_are_refused(groups: dict[str, tuple[str, ...]], text: str) -> None:
+    with pytest.raises(InvalidConfig, match=text):
+        Groups(groups)
+
+
+def known(client: str, last_seen: float, **values: Any) -> ClientRecord:
+    return ClientRecord(client=client, model="tiny", caller="address 10.0.0.7", last_seen=last_seen, **values)
+
+
+def test_the_clients_that_ended_longest_ago_fall_out() -> None:
+    book = ClientBook(2, [known("b", 20.0, frames=1), known("c", 30.0), known("a", 10.0)])
+    found = book.all([], lambda _: False, 0.0, 100.0)
+    assert set(found) == {("b", "tiny"), ("c", "tiny")}
+    assert book.to_write(found) == ([], [])
+    assert book.to_write({}) == ([], [("b", "tiny"), ("c", "tiny")])
+    both = known("b", 20.0, frames=1, point="s1-r1") + known("b", 40.0, frames=2, faults=1)
+    assert (both.frames, both.faults, both.last_seen, both.point) == (3, 1, 40.0, "s1-r1")
+
+
+# A server
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("fleet") / "cloud.toml"
+    file.write_text(CONFIG)
+    return file
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_bundle: Bundle, scene_bundle: Bundle, config: Path) -> Iterator[Server]:
+    """A server of both small bundles that keeps its state, with groups. Tests clean their rules up."""
+    options = ("--config", str(config), "--state-db", str(config.parent / "state.db"), "--log-format", "json")
+    with running_server(tiny_bundle.root, scene_bundle.root, options=options) as running:
+        yield running
+
+
+@pytest.fixture
+async def http(fleet: Server) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=fleet.http, headers={"X-Bitneck-Request": "1"}) as client:
+        yield client
+        for rule in (await client.get("/v1/rate")).json()["rules"]:
+            key = {"model": rule["model"], "clients": rule["clients"]}
+            assert (await client.delete("/v1/rate", params=key)).status_code == 200
+
+
+async def point_of(cloud: Any, bundle: Bundle, client: str) -> str:
+    """The point that a new session of this client is asked for; empty if the client chooses."""
+    stream = await open_stream(cloud, bundle.bundle_id, client=client, model=bundle.manifest.name)
+    stream.call.cancel()
+    return str(stream.opened.point)
+
+
+async def test_new_sessions_get_the_rate_of_their_rule(
+    fleet: Server, http: httpx.AsyncClient, tiny_bundle: Bundle, scene_bundle: Bundle
+) -> None:
+    for body in (
+        {"max_bytes_per_frame": 13},  # as clients of the API before patterns: for everybody
+        {"clients": "cam-*", "model": "tiny", "point": "s1-r1"},
+        {"clients": "@doors", "auto": True},
+        {"clients": "cam-7", "point": "s1-r2"},
+    ):
+        reply = await http.put("/v1/rate", json=body)
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["running"] is None
+    async with stub(fleet.grpc) as cloud:
+        asked = {name: await point_of(cloud, tiny_bundle, name) for name in ("x", "cam-1", "cam-7", "door-1", "gate")}
+        assert asked == {"x": "s2-r1", "cam-1": "s1-r1", "cam-7": "s1-r2", "door-1": "", "gate": ""}
+        shown = (await http.get("/v1/rate")).json()
+        assert (shown["source"], shown["changeable"]) == ("database", True)
+        assert shown["groups"] == {name: list(patterns) for name, patterns in GROUPS.items()}
+        assert [rule["clients"] for rule in shown["rules"]] == ["cam-7", "@doors", "cam-*", "*"]
+        assert shown["rules"][2]["policy"] == {"point": "s1-r1"}
+        assert shown["rules"][2]["points"] == {"tiny": "s1-r1"}
+        assert shown["rules"][0]["by"] == "anyone (127.0.0.1)"
+        # a rule whose point the other model lacks is passed over there
+        (await http.put("/v1/rate", json={"clients": "cam-*", "model": "sc*", "min_accuracy": 0.0})).raise_for_status()
+        scene = [await point_of(cloud, scene_bundle, name) for name in ("cam-1", "x")]
+        assert scene[0] != ""
+        assert (await http.delete("/v1/rate", params={"clients": "cam-7"})).json()["policy"] == {"point": "s1-r2"}
+        assert await point_of(cloud, tiny_bundle, "cam-7") == "s1-r1"
+        newest = (await http.get("/v1/rate/changes", params={"limit": 1})).json()
+        assert newest[0]["before"] == {"point": "s1-r2"}
+        assert (newest[0]["after"], newest[0]["clients"], newest[0]["running"]) == (None, "cam-7", False)
+
+
+@pytest.mark.parametrize(
+    ("method", "query", "body", "status", "text"),
+    [
+        ("PUT", {}, {"clients": "@nobody", "auto": True}, 400, "no group 'nobody' in the settings; there are: doors"),
+        ("PUT", {}, {"clients": "x" * 129, "auto": True}, 422, "clients"),
+        ("PUT", {}, {"clients": "cam\n*", "auto": True}, 400, "control characters"),
+        ("PUT", {}, {"clients": "", "auto": True}, 422, "clients"),
+        ("PUT", {}, {"model": "nope", "auto": True}, 404, "there are: tiny, scene"),
+        ("PUT", {}, {"clients": "cam-*"}, 400, "exactly one"),
+        ("PUT", {}, {"client": "cam-*", "auto": True}, 422, "client"),
+        ("PUT", {}, {"clients": "cam-*", "point": "nope"}, 404, "tiny: "),
+        ("PUT", {}, {"clients": "cam-*", "auto": True, "running": "perhaps"}, 422, "running"),
+        ("DELETE", {"clients": "cam-x"}, None, 404, "no rule has the model '*' and the clients 'cam-x'"),
+        ("DELETE", {"clients": "x" * 129}, None, 422, "clients"),
+        ("GET", {"client": "x" * 129}, None, 422, "client"),
+        ("GET", {"client": "a\x07"}, None, 400, "control characters"),
+        ("GET", {"limit": 5000}, None, 422, "limit"),
+    ],
+)
+async def test_what_is_refused(
+    http: httpx.AsyncClient, method: str, query: dict[str, Any], body: Any, status: int, text: str
+) -> None:
+    path = "/v1/clients" if method == "GET" else "/v1/rate"
+    reply = await http.request(method, path, params=query, json=body)
+    assert (reply.status_code, text in reply.json()["detail"]) == (status, True), reply.text
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert (await http.get("/v1/rate")).json()["rules"] == []
+
+
+async def test_running_sessions_are_told_at_once(
+    fleet: Server, http: httpx.AsyncClient, tiny_bundle: Bundle, frames: Frames
+) -> None:
+    (await http.put("/v1/rate", json={"clients": "run-9", "point": "s1-r2"})).raise_for_status()
+    async with stub(fleet.grpc) as cloud:
+        one, nine, other, away = [
+            await open_stream(cloud, tiny_bundle.bundle_id, client=name, model="tiny")
+            for name in ("run-1", "run-9", "other", "run-away")
+        ]
+        assert (await away.ask(frames.frame(1))).HasField("result")
+        await away.call.done_writing()
+        assert await away.call.read() is grpc.aio.EOF
+        path = f"/v1/sessions/{one.opened.session_id}/rate"
+        (await http.put(path, json={"point": "s2-r1"})).raise_for_status()
+        assert (await one.read()).set_point.point == "s2-r1"
+        await asyncio.sleep(0.2)
+        reply = await http.put("/v1/rate", json={"clients": "run-*", "point": "s1-r1", "running": True})
+        assert reply.json()["running"] == {"told": 1, "waiting": 1, "unreachable": 0, "overruled": 1}, reply.text
+        told = await one.read()  # without a frame in between
+        assert (told.set_point.point, told.set_point.reason) == ("s1-r1", "control API: point=s1-r1")
+        back = await open_stream(cloud, tiny_bundle.bundle_id, away.opened.resume_token, "run-away", "tiny")
+        assert (back.opened.session_id, back.opened.point) == (away.opened.session_id, "s1-r1")
+        for stream in (nine, other):  # neither was told anything: the next message is the answer
+            assert (await stream.ask(frames.frame(1))).HasField("result")
+        unreachable = {"clients": "run-1", "max_kbps": 16.0, "model": "tiny", "running": True}
+        for seq in range(1, 20):  # hundreds of frames a second: 16 kbit/s is not enough for them
+            assert (await one.ask(frames.frame(seq, "s1-r1"))).HasField("result")
+        assert (await http.put("/v1/rate", json=unreachable)).json()["running"]["unreachable"] == 1
+        removed = await http.delete("/v1/rate", params={"clients": "run-*", "running": True})
+        assert removed.json()["running"]["told"] == 2, removed.text
+        assert (await one.read()).set_point.point == ""  # no rule is left that fits: the client chooses
+
+
+async def test_a_pattern_reaches_a_running_client_from_the_first_frame_encoded_after_it_arrives(
+    fleet: Server, http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    arrived, paused = asyncio.Event(), asyncio.Event()
+
+    async def camera() -> AsyncIterator[Any]:
+        for k in range(40):
+            if k == 20:
+                paused.set()
+                await arrived.wait()
+            yield photo(k % 3)
+            await asyncio.sleep(0.01)
+
+    async def operator() -> None:
+        await paused.wait()
+        body = {"clients": "moving-[0-9]", "point": "s1-r1", "running": True}
+        assert (await http.put("/v1/rate", json=body)).json()["running"]["told"] == 1
+        await asyncio.sleep(0.3)  # on loopback it has arrived by then, although no frame was sent
+        arrived.set()
+
+    async with asyncio.timeout(60):
+        async with edge_client(fleet.grpc, tmp_path, point="s1-r1") as client:
+            await client.infer(photo(0))  # the device has the files of that point from here on
+        async with edge_client(fleet.grpc, tmp_path, client="moving-1") as client:
+            _, answers = await asyncio.gather(operator(), answers_of(client, camera()))
+    assert [answer.point for answer in answers] == ["s1-r2"] * 20 + ["s1-r1"] * 20
+
+
+def logged(server: Server, action: str) -> list[dict[str, Any]]:
+    lines = (json.loads(line) for line in server.read_log().splitlines() if line.startswith("{"))
+    return [line for line in lines if line.get("action") == action]
+
+
+async def test_changes_are_audited(fleet: Server, http: httpx.AsyncClient) -> None:
+    for body in ({"point": "s1-r1"}, {"max_kbps": 50.0, "running": True}):
+        (await http.put("/v1/rate", json={"clients": "audited-*", **body})).raise_for_status()
+    (await http.delete("/v1/rate", params={"clients": "audited-*"})).raise_for_status()
+    put = [line for line in logged(fleet, "PUT rate") if "audited-*" in line["target"]]
+    assert [(line["before"], line["after"], line["who"]) for line in put] == [
+        (None, {"point": "s1-r1"}, "anyone (127.0.0.1)"),
+        ({"point": "s1-r1"}, {"max_kbps": 50.0}, "anyone (127.0.0.1)"),
+    ]
+    assert [line["target"].partition(" of ")[0] for line in put] == ["new sessions", "sessions"]
+    (deleted,) = [line for line in logged(fleet, "DELETE rate") if "audited-*" in line["target"]]
+    assert (deleted["before"], deleted["after"]) == ({"max_kbps": 50.0}, None)
+
+
+async def test_clients_are_listed_when_they_are_gone(
+    fleet: Server, http: httpx.AsyncClient, tiny_bundle: Bundle, frames: Frames
+) -> None:
+    async with stub(fleet.grpc) as cloud:
+        stream = await open_stream(cloud, tiny_bundle.bundle_id, client="gone\x1b[2J-1", model="tiny")
+        size = 0
+        for seq in range(1, 4):
+            frame = frames.frame(seq, "s1-r1")
+            size += len(frame.payload)
+            assert (await stream.ask(frame)).HasField("result")
+        assert (await stream.ask(frames.frame(4, "s1-r1", seed=1, deadline_ms=0))).HasField("result")
+        broken = frames.frame(5)
+        broken.crc32c += 1
+        assert (await stream.ask(broken)).HasField("fault")
+        here = (await http.get("/v1/clients", params={"client": "gone*"})).json()["clients"]
+        await stream.call.done_writing()
+        assert await stream.call.read() is grpc.aio.EOF
+
+    async def gone() -> bool:
+        found = (await http.get("/v1/clients", params={"client": "gone*", "connected": False})).json()
+        return int(found["total"]) == 1
+
+    await eventually(gone)
+    (client,) = (await http.get("/v1/clients", params={"client": "gone*"})).json()["clients"]
+    assert client["client"] == "gone\N{REPLACEMENT CHARACTER}[2J-1"
+    assert (here[0]["connected"], client["connected"], client["point"]) == (True, False, "s1-r1")
+    assert (client["frames"], client["faults"], client["model"]) == (4, 1, "tiny")
+    assert client["payload_bytes"] > size > 0
+    assert client["link_bytes_up"] > client["payload_bytes"]
+    assert client["link_bytes_down"] > 0
+    assert client["caller"] == "address 127.0.0.1"
+    assert client["last_seen"] >= here[0]["last_seen"]
+    assert (await http.get("/v1/clients", params={"client": "gone*", "offset": 1})).json() == {
+        "total": 1,
+        "clients": [],
+    }
+
+
+async def test_roles(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("metrics m a-token-for-metrics\nread r a-token-for-reading\noperate o a-token-for-alice\n")
+    with running_server(tiny_bundle.root, options=("--http-tokens", str(tokens))) as own:
+        async with httpx.AsyncClient(base_url=own.http) as http:
+            for token, read, change in (("metrics", 403, 403), ("reading", 200, 403), ("alice", 200, 200)):
+                headers = {"Authorization": f"Bearer a-token-for-{token}"}
+                for path in ("/v1/clients", "/v1/rate", "/v1/rate/changes"):
+                    assert (await http.get(path, headers=headers)).status_code == read
+                assert (await http.put("/v1/rate", json={"auto": True}, headers=headers)).status_code == change
+                assert (await http.delete("/v1/rate", headers=headers)).status_code == change
+            shown = (await http.get("/v1/rate", headers=headers)).json()
+            assert (shown["source"], "state_db" in shown["note"]) == ("memory", True)
+            paths = (await http.get("/openapi.json", headers=headers)).json()["paths"]
+            assert set(paths["/v1/rate"]) == {"get", "put", "delete"}
+            assert {"get"} == set(paths["/v1/clients"])
+            body = paths["/v1/rate"]["put"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+            schema = (await http.get("/openapi.json", headers=headers)).json()["components"]["schemas"]
+            assert {"point", "max_kbps", "auto", "clients", "model", "running"} <= set(
+                schema[body.rpartition("/")[2]]["properties"]
+            )
+
+
+# What is kept
+
+
+async def test_rules_changes_and_clients_survive_a_restart(
+    tiny_bundle: Bundle, frames: Frames, config: Path, tmp_path: Path
+) -> None:
+    options = ("--config", str(config), "--state-db", str(tmp_path / "state.db"))
+    first = start_server(tiny_bundle.root, options=options)
+    try:
+        async with httpx.AsyncClient(base_url=first.http) as http, stub(first.grpc) as cloud:
+            for body in ({"clients": "@night", "point": "s1-r1"}, {"clients": "cam-*", "point": "s1-r2"}):
+                (await http.put("/v1/rate", json=body)).raise_for_status()
+            before = (await http.get("/v1/rate")).json()
+            stream = await open_stream(cloud, tiny_bundle.bundle_id, client="cam-11")
+            assert (await stream.ask(frames.frame(1, "s1-r1"))).HasField("result")
+
+            async def written() -> bool:
+                return "cam-11" in (tmp_path / "state.db-wal").read_bytes().decode(errors="replace")
+
+            await eventually(written)  # every few seconds
+            first.kill()  # no chance to write anything more
+    finally:
+        first.close()
+    with running_server(tiny_bundle.root, options=options) as second:
+        async with httpx.AsyncClient(base_url=second.http) as http, stub(second.grpc) as cloud:
+            assert (await http.get("/v1/rate")).json() == before
+            assert [x["clients"] for x in (await http.get("/v1/rate/changes")).json()] == ["cam-*", "@night"]
+            assert await point_of(cloud, tiny_bundle, "cam-12") == "s1-r1"
+            (gone,) = (await http.get("/v1/clients", params={"client": "cam-11"})).json()["clients"]
+            assert (gone["connected"], gone["frames"], gone["point"]) == (False, 1, "s1-r1")
+            again = await open_stream(cloud, tiny_bundle.bundle_id, client="cam-11")
+            assert (await again.ask(frames.frame(1, "s1-r1"))).HasField("result")
+            (back,) = (await http.get("/v1/clients", params={"client": "cam-11"})).json()["clients"]
+            assert (back["connected"], back["frames"]) == (True, 2)
+            again.call.cancel()
+    state = StateFile.open(tmp_path / "state.db")  # what was left is written at the end
+    assert [record.frames for record in state.clients() if record.client == "cam-11"] == [2]
+    state.close()
+    shorter = ("--state-db", str(tmp_path / "state.db"), "--max-clients", "1")
+    with running_server(tiny_bundle.root, options=shorter) as third:  # without its groups, and with less room
+        async with httpx.AsyncClient(base_url=third.http) as http:
+            assert (await http.get("/v1/clients")).json()["total"] == 1
+        assert "@night, but the settings have no such group" in third.read_log()
+
+
+@pytest.mark.parametrize("rates", ['[[rates]]\nclients = "cam-*"\npoint = "s1-r1"\n', "rates = []\n"])
+async def test_rules_of_the_config_file_are_fixed(tiny_bundle: Bundle, tmp_path: Path, rates: str) -> None:
+    file = tmp_path / "replica.toml"
+    file.write_text(f'token_key = "a shared key of some length"\n{rates}')
+    with running_server(tiny_bundle.root, options=("--config", str(file))) as own:
+        async with httpx.AsyncClient(base_url=own.http, headers={"X-Bitneck-Request": "1"}) as http:
+            for reply in (await http.put("/v1/rate", json={"auto": True}), await http.delete("/v1/rate")):
+                assert (reply.status_code, reply.json()["title"]) == (409, "FixedByFile")
+                assert "this change would be lost" in reply.json()["detail"]
+            shown = (await http.get("/v1/rate")).json()
+            assert (shown["source"], shown["changeable"], "config file" in shown["note"]) == ("file", False, True)
+            assert [rule["clients"] for rule in shown["rules"]] == (["cam-*"] if "cam" in rates else [])
+            async with stub(own.grpc) as cloud:
+                assert await point_of(cloud, tiny_bundle, "cam-1") == ("s1-r1" if "cam" in rates else "")
+                stream = await open_stream(cloud, tiny_bundle.bundle_id)
+                path = f"/v1/sessions/{stream.opened.session_id}/rate"
+                assert (await http.put(path, json={"point": "s1-r1"})).status_code == 200  # a session's own rate
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ('[[rates]]\nclients = "cam-*"\n', "rates, number 1: give exactly one of"),
+        ('[[rates]]\nclients = "@doors"\nauto = true\n', "rates, number 1: there is no group 'doors'"),
+        ('[[rates]]\nclient = "cam-*"\nauto = true\n', "rates.0.client"),
+        ('[[rates]]\nauto = true\n[[rates]]\npoint = "x"\n', "two rules have"),
+        ("[groups]\ndoors = []\n", "group doors: 1 to 1024 patterns, got 0"),
+    ],
+)
+def test_config_files_that_are_refused(tmp_path: Path, content: str, text: str) -> None:
+    file = tmp_path / "cloud.toml"
+    file.write_text(content)
+    command = [BIN / "bitneck-cloud", "serve", "--bundle", "nowhere", "--config", file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, text in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
+
+
+def foreign(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    connection.close()
+
+
+def newer(path: Path) -> None:
+    StateFile.open(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 7")
+        connection.execute("UPDATE meta SET value = '7' WHERE key = 'oldest_program'")
+    connection.close()
+
+
+def damaged(path: Path) -> None:
+    state = StateFile.open(path)
+    state.save_clients([known(f"client {k}", 1.0) for k in range(1000)], [])
+    state.close()
+    data = bytearray(path.read_bytes())
+    data[4096:] = bytes(b ^ 0x5A for b in data[4096:])
+    path.write_bytes(data)
+
+
+def bad_row(path: Path) -> None:
+    StateFile.open(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("INSERT INTO rate_rules VALUES ('*', '*', '{\"auto\": 7}', '', '', 1)")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda path: path.write_bytes(b"not a database at all" * 50), "is damaged, or no state database"),
+        (damaged, "is damaged, or no state database"),
+        (foreign, "is a database of another program"),
+        (newer, "was written by a newer version of bitneck (schema 7, this one has 1)"),
+        (bad_row, "a rule cannot be read"),
+        (lambda path: path.mkdir(), "unable to open"),
+    ],
+    ids=["text", "damaged", "foreign", "newer", "bad row", "folder"],
+)
+def test_a_state_database_that_cannot_be_used_ends_the_start(
+    tiny_bundle: Bundle, tmp_path: Path, make: Any, text: str
+) -> None:
+    path = tmp_path / "state.db"
+    make(path)
+    before = path.read_bytes() if path.is_file() else b""
+    command = [BIN / "bitneck-cloud", "serve", "--bundle", tiny_bundle.root, "--state-db", path]
+    addresses = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    done = subprocess.run([*command, *addresses], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, text in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
+    if make is foreign:
+        assert path.read_bytes() == before
+
+
+def test_two_servers_cannot_have_one_database(tiny_bundle: Bundle, fleet: Server, config: Path) -> None:
+    assert fleet.process.poll() is None
+    command = [BIN / "bitneck-cloud", "serve", "--bundle", tiny_bundle.root, "--state-db", config.parent / "state.db"]
+    addresses = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    done = subprocess.run([*command, *addresses], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "is open in another process" in done.stderr) == (1, True), done.stderr
+
+
+def a_rule(client: str) -> tuple[RateRule, RateChange]:
+    rule = RateTable(clients=client, point="s1-r1").rule(Groups(), since="now", by="me", number=3)
+    change = RateChange(
+        at="now", who="me", model="*", clients=client, before=None, after={"point": "s1-r1"}, running=True
+    )
+    return rule, change
+
+
+def test_the_state_file_reads_what_it_wrote_and_what_a_compatible_newer_program_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    state = StateFile.open(path)
+    rule, change = a_rule("cam-*")
+    for _ in range(MAX_CHANGES + 3):
+        state.save_rule(rule.key, rule, change)
+    assert (state.rules(Groups()), state.changes()) == ([rule], [change] * MAX_CHANGES)
+    state.save_clients([known("a", 1.0, frames=3), known("b", 2.0)], [])
+    state.save_clients([known("a", 5.0, frames=4)], [("b", "tiny")])
+    state.close()
+    with sqlite3.connect(path) as connection:  # a newer program that adds what this one need not know
+        connection.execute("ALTER TABLE clients ADD COLUMN place TEXT NOT NULL DEFAULT ''")
+        connection.execute("CREATE TABLE more (x)")
+        connection.execute("PRAGMA user_version = 2")
+    connection.close()
+    state = StateFile.open(path)
+    assert state.clients() == [known("a", 5.0, frames=4)]
+    state.save_clients([known("c", 6.0)], [])
+    state.save_rule(rule.key, None, change)
+    assert (state.rules(Groups()), len(state.clients())) == ([], 2)
+    state.close()
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_what_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
+    state = StateFile.open(tmp_path / "state.db")
+    rule, change = a_rule("cam-*")
+    state.save_rule(rule.key, rule, change)
+    (pages,) = state._connection.execute("PRAGMA page_count").fetchone()
+    state._connection.execute(f"PRAGMA max_page_count = {pages}")  # as if the disk were full
+    with pytest.raises(StateUnusable, match="is the disk full"):
+        state.save_clients([known(f"client {k}", 1.0) for k in range(1000)], [])
+    assert (state.clients(), state.rules(Groups())) == ([], [rule])
+    state._connection.execute("PRAGMA max_page_count = 100000")
+    state.save_clients([known("a", 1.0)], [])
+    assert len(state.clients()) == 1
+    state.close()
+
+
+def test_a_server_whose_folder_is_gone_says_so(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "nowhere", ignore_errors=True)
+    with pytest.raises(StateUnusable, match="its folder must be there"):
+        StateFile.open(tmp_path / "nowhere" / "state.db")
