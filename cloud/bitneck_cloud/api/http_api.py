@@ -14,7 +14,9 @@ from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.open_inference import add_open_inference
 from bitneck_cloud.api.problems import PROBLEM_TYPE, add_error_handlers
 from bitneck_cloud.api.readiness import Readiness
-from bitneck_cloud.observe.audit import record
+from bitneck_cloud.console.routes import add_console
+from bitneck_cloud.engine.engine import Engine
+from bitneck_cloud.observe.audit import RecentChanges, record
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.reload import Reloader
 from bitneck_cloud.sessions.rates import choose
@@ -30,6 +32,9 @@ def build_app(
     *,
     metrics: Metrics,
     reloader: Reloader,
+    engine: Engine,
+    changes: RecentChanges,
+    try_photos: bool = False,
 ) -> FastAPI:
     """The application. It lets everybody in: `bitneck_cloud.api.http_guard.HttpGuard` stands before it.
 
@@ -39,6 +44,9 @@ def build_app(
         readiness: for ``/readyz``.
         metrics: for ``/metrics``.
         reloader: of models.
+        engine: for the console.
+        changes: likewise.
+        try_photos: whether photographs may be tried in the console.
     """
     app = FastAPI(
         title="bitneck cloud", version=bitneck.__version__, description="Models, sessions, and the rates they run at."
@@ -98,6 +106,10 @@ def build_app(
         return Response(body, media_type=media_type)
 
     add_open_inference(app, registry, readiness, guarded)
+    add_console(
+        app, registry, engine, readiness, changes,
+        streams=lambda: service.streams, try_photos=try_photos, guarded=guarded, problems=problems,
+    )  # fmt: skip
 
     @app.get("/v1/sessions", dependencies=guarded, responses=problems, tags=["sessions"])
     async def sessions() -> list[schemas.SessionInfo]:

@@ -43,6 +43,7 @@ class Engine:
         self, *, max_batch: int, max_queue: int, decode_threads: int = 1, metrics: Metrics | None = None
     ) -> None:
         self._max_batch = max_batch
+        self.max_queue = max_queue
         self._metrics = metrics or Metrics()
         self._queue: FairQueue[Job] = FairQueue(max_queue)
         self._thread = Workers(1, "bitneck-engine")
