@@ -82,7 +82,7 @@ def add_console(
 
     @app.post("/v1/models/{name}/try", tags=["models"], **shared)
     async def try_photo(name: str, request: Request) -> Trial:
-        """One photograph, sent as the body, at every operating point; one at a time. Off unless the operator allows it."""
+        """One photograph, sent as the body, at every operating point; one at a time, and only where that is allowed."""
         if not try_photos:
             raise HTTPException(403, "photographs cannot be tried here; its operator can allow it with --try-photos")
         served = registry.model(name)
