@@ -49,7 +49,11 @@ def build_app(
         try_photos: whether photographs may be tried in the console.
     """
     app = FastAPI(
-        title="bitneck cloud", version=bitneck.__version__, description="Models, sessions, and the rates they run at."
+        title="bitneck cloud",
+        version=bitneck.__version__,
+        description="Models, sessions, and the rates they run at.",
+        docs_url=None,  # the console has the page, without scripts from elsewhere
+        redoc_url=None,
     )
     guarded = [Depends(HTTPBearer(auto_error=False))]  # says in openapi.json what the guard asks for
     problems: dict[int | str, dict[str, Any]] = {

@@ -74,7 +74,7 @@ function show() {
   if (!me) return;
   const name = location.hash.slice(1).split("/")[0];
   const page = Object.hasOwn(PAGES, name) ? name : "fleet";
-  for (const link of document.querySelectorAll("nav a")) {
+  for (const link of document.querySelectorAll('nav a[href^="#"]')) {
     if (link.getAttribute("href") === `#${page}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }

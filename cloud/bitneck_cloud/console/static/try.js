@@ -7,7 +7,7 @@ export function tryPage(main, { operate, complain, fine }) {
   const model = element("select");
   const file = element("input", { type: "file", accept: "image/*", onchange: () => file.files[0] && tried(file.files[0]) });
   const drop = element(
-    "div", { class: "drop" }, element("p", {}, "Drop a photograph here, or"), field("choose one", file),
+    "div", { class: "drop" }, element("p", {}, "Drop a photograph here, or"), field("choose a file", file),
     element("p", { class: "quiet" }, "It is computed on this server and not kept."),
   );
   const state = element("p", { role: "status" });
@@ -56,7 +56,7 @@ export function tryPage(main, { operate, complain, fine }) {
     const slider = element("input", { type: "range", min: "0", max: String(points.length - 1), value: String(Math.floor(points.length / 2)), oninput: move });
     const ours = element("figure", { class: "card" });
     const jpeg = element("figure", { class: "card" });
-    const whole = element("figure", { class: "card" }, caption("Without compression", trial.uncompressed),
+    const whole = element("figure", { class: "card" }, caption("Without compression", trial.uncompressed, false),
       element("img", { src: `data:image/jpeg;base64,${trial.picture}`, alt: "what the network sees" }), ...mapOf(trial.uncompressed), list(trial.uncompressed));
     const table = new Table("Every point", [
       { name: "Point", value: (point) => point.id },
@@ -81,9 +81,14 @@ export function tryPage(main, { operate, complain, fine }) {
     shown.replaceChildren(field("Rate", slider), element("div", { class: "side" }, ours, jpeg, whole), element("h2", {}, "All points"), table.element);
   }
 
-  function caption(text, answer) {
-    const same = answer.agreement === 1 ? "the same answer as without compression" : `${percent(answer.agreement, 0)} agreement`;
-    return element("figcaption", {}, element("strong", {}, text), element("br"), element("span", { class: answer.agreement === 1 ? "good" : "quiet" }, same));
+  function caption(text, answer, compared = true) {
+    const made = element("figcaption", {}, element("strong", {}, text));
+    if (compared) {
+      const parts = answer.map ? `${percent(answer.agreement, 0)} of the pixels as without compression` : "another answer than without compression";
+      const same = answer.agreement === 1 ? "the same answer as without compression" : parts;
+      made.append(element("br"), element("span", { class: answer.agreement === 1 ? "good" : "quiet" }, same));
+    }
+    return made;
   }
 
   function mapOf(answer) {
