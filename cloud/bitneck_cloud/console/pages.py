@@ -45,6 +45,7 @@ def add_pages(app: FastAPI) -> None:
     found += [files("fastapi_offline") / "static" / name for name in _SWAGGER]
     pages = {entry.name: (entry.read_bytes(), _TYPES[PurePosixPath(entry.name).suffix]) for entry in found}
 
+    @app.get("/redoc", include_in_schema=False)
     @app.get("/docs", include_in_schema=False)
     def docs() -> Response:
         return RedirectResponse(f"{CONSOLE_PATH}/{_DOCS}", 307, _HEADERS)
