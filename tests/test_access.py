@@ -74,7 +74,7 @@ async def eventually(true: Callable[[], bool], seconds: float = 15.0) -> None:
     [(METRICS, 200, 403, 403), (READ, 200, 200, 403), (OPERATE, 200, 200, 200), (ALICE, 200, 200, 200)],
 )
 def test_a_token_does_what_its_role_allows(guarded: Server, token: str, metrics: int, read: int, change: int) -> None:
-    with httpx.Client(base_url=guarded.http, headers=bearer(token)) as http:
+    with httpx.Client(base_url=guarded.http, headers=bearer(token), follow_redirects=True) as http:
         assert http.get("/metrics").status_code == metrics
         for path in ("/v1/models", "/v1/sessions", "/v2", "/docs", "/redoc", "/openapi.json"):
             assert http.get(path).status_code == read, path

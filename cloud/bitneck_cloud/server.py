@@ -41,7 +41,7 @@ from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.fleet.control import Fleet
 from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.fleet.tables import book_of
-from bitneck_cloud.observe.audit import RefusalLog, record
+from bitneck_cloud.observe.audit import RecentChanges, RefusalLog, record
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import open_traces
 from bitneck_cloud.reload import Reloader
@@ -111,7 +111,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     check_providers(settings.providers)
     pool = ModulePool(settings.providers)
     models = await asyncio.to_thread(load_models, bundles, settings.threads, pool)
-    metrics, refusals = Metrics(), RefusalLog()
+    metrics, refusals, changes = Metrics(), RefusalLog(), RecentChanges()
     devices = BearerTokens(Role.DEVICE, _secret(settings.device_token), settings.device_tokens)
     operators = BearerTokens(Role.OPERATE, _secret(settings.http_token), settings.http_tokens)
     groups = Groups(settings.groups)
@@ -168,8 +168,17 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     metrics.gauge("ready", "1 while the server takes new work.", lambda: readiness.ready)
     app = HttpGuard(
         build_app(
-            registry, service, readiness, metrics=metrics, reloader=reloader, subscriptions=subscriptions, fleet=fleet,
-        ),  # fmt: skip
+            registry,
+            service,
+            readiness,
+            subscriptions=subscriptions,
+            fleet=fleet,
+            metrics=metrics,
+            reloader=reloader,
+            engine=engine,
+            changes=changes,
+            try_photos=settings.try_photos,
+        ),
         tokens=operators,
         hosts=KnownHosts(settings.http_hosts, Address.parse(settings.http)),
         metrics=metrics,
@@ -178,6 +187,8 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     _warn_of_open_doors(settings, devices)
     http = HttpServer(app, _http_tls(settings), refusals, stall_s=settings.stall_s)
     with contextlib.ExitStack() as stack:
+        changes.listen()
+        stack.callback(changes.close)
         http_sockets = [stack.enter_context(listener) for listener in listen(Address.parse(settings.http))]
         server, health_servicer, port = make_grpc_server(
             settings, service, limits, devices, operators, metrics, refusals,

@@ -58,6 +58,14 @@ class CloudSettings(Settings):
             flag="--http-host",
         ),
     ] = ()
+    try_photos: Annotated[
+        bool,
+        setting(
+            "Let operators try photographs in the console: the server then runs the edge's half too, on all cores, one "
+            "photograph at a time.",
+            _ACCESS,
+        ),
+    ] = False
     device_token: Annotated[
         SecretStr | None, setting("Bearer token that gRPC asks devices for, one for all devices.", _ACCESS)
     ] = None

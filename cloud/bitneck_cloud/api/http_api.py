@@ -16,10 +16,12 @@ from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.open_inference import add_open_inference
 from bitneck_cloud.api.problems import PROBLEM_TYPE, add_error_handlers
 from bitneck_cloud.api.readiness import Readiness
+from bitneck_cloud.console.routes import add_console
+from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.fleet.control import Fleet
 from bitneck_cloud.fleet.routes import add_fleet
 from bitneck_cloud.fleet.tables import RateRequest, policy_dict
-from bitneck_cloud.observe.audit import record
+from bitneck_cloud.observe.audit import RecentChanges, record
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.reload import Reloader
 from bitneck_cloud.sessions.registry import Registry
@@ -36,6 +38,9 @@ def build_app(
     reloader: Reloader,
     subscriptions: Subscriptions,
     fleet: Fleet,
+    engine: Engine,
+    changes: RecentChanges,
+    try_photos: bool = False,
 ) -> FastAPI:
     """The application. It lets everybody in: `bitneck_cloud.api.http_guard.HttpGuard` stands before it.
 
@@ -47,9 +52,16 @@ def build_app(
         reloader: of models.
         subscriptions: to answers.
         fleet: rules of rates, and clients.
+        engine: for the console.
+        changes: likewise.
+        try_photos: whether photographs may be tried in the console.
     """
     app = FastAPI(
-        title="bitneck cloud", version=bitneck.__version__, description="Models, sessions, and the rates they run at."
+        title="bitneck cloud",
+        version=bitneck.__version__,
+        description="Models, sessions, and the rates they run at.",
+        docs_url=None,  # the console has the page, without scripts from elsewhere
+        redoc_url=None,
     )
     guarded = [Depends(HTTPBearer(auto_error=False))]  # says in openapi.json what the guard asks for
     problems: dict[int | str, dict[str, Any]] = {
@@ -107,6 +119,10 @@ def build_app(
 
     add_open_inference(app, registry, readiness, guarded)
     add_answers(app, subscriptions, registry, guarded, problems)
+    add_console(
+        app, registry, engine, readiness, changes,
+        streams=lambda: service.streams, try_photos=try_photos, guarded=guarded, problems=problems,
+    )  # fmt: skip
 
     @app.get("/v1/sessions", dependencies=guarded, responses=problems, tags=["sessions"])
     async def sessions() -> list[schemas.SessionInfo]:

@@ -1,6 +1,7 @@
 """The door of the control API, before any route: request id, size, host, origin, and the caller's role."""
 
 import ipaddress
+import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
@@ -10,19 +11,24 @@ from bitneck.errors import BitneckError
 from bitneck.settings.model import Address
 from bitneck_cloud.access.bearers import HTTP_ROLES, BearerTokens, Holder, Role
 from bitneck_cloud.api.problems import problem
+from bitneck_cloud.console.pages import is_page
 from bitneck_cloud.observe.audit import RefusalLog, acting
 from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
 
-__all__ = ["MARK_HEADER", "MAX_BODY_BYTES", "HttpGuard", "KnownHosts"]
+__all__ = ["MARK_HEADER", "MAX_BODY_BYTES", "MAX_PHOTO_BYTES", "HttpGuard", "KnownHosts"]
 
 MAX_BODY_BYTES = 16384
 """Largest body of a request. It is checked before anything is read, and before the credential."""
+
+MAX_PHOTO_BYTES = 8 << 20
+"""The same where a photograph is sent. Only operators send any."""
 
 MARK_HEADER = "x-bitneck-request"
 """A header that no web page can send to another origin without being asked first. Its value does not matter."""
 
 _OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
+_TRY_PATH = re.compile(r"/v1/models/[^/]+/try")
 _SAFE_METHODS = frozenset({"GET", "HEAD"})
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -112,7 +118,7 @@ class HttpGuard:
         acting.set(f"anyone ({peer})")
         try:
             _check_size(request)
-            if request.url.path not in _OPEN_PATHS or request.method not in _SAFE_METHODS:
+            if not _open(request):
                 holder = request.state.holder = self._admit(request)
                 acting.set(f"{holder if holder is not None else 'anyone'} ({peer})")
         except _Refused as exc:
@@ -161,12 +167,19 @@ class HttpGuard:
         return holder
 
 
+def _open(request: Request) -> bool:
+    """Whether everybody may see this: health, and the console's files."""
+    path = request.url.path
+    return request.method in _SAFE_METHODS and (path in _OPEN_PATHS or is_page(path))
+
+
 def _check_size(request: Request) -> None:
     size = request.headers.get("content-length", "0")
     if "transfer-encoding" in request.headers:
         raise _Refused(411, "NO_LENGTH", "send the body with a Content-Length")
-    if not size.isdecimal() or int(size) > MAX_BODY_BYTES:
-        raise _Refused(413, "TOO_LARGE", f"a body has at most {MAX_BODY_BYTES} bytes here")
+    most = MAX_PHOTO_BYTES if _TRY_PATH.fullmatch(request.url.path) else MAX_BODY_BYTES
+    if not size.isdecimal() or int(size) > most:
+        raise _Refused(413, "TOO_LARGE", f"a body has at most {most} bytes here")
 
 
 def _role_for(request: Request) -> Role:

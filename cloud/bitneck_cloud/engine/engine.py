@@ -53,6 +53,7 @@ class Engine:
     ) -> None:
         self._answered = answered
         self._max_batch = max_batch
+        self.max_queue = max_queue
         self._metrics = metrics or Metrics()
         self._queue: FairQueue[Job] = FairQueue(max_queue)
         self._thread = Workers(1, "bitneck-engine")

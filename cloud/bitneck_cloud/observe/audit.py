@@ -3,13 +3,18 @@
 import json
 import logging
 import time
+from collections import deque
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["RefusalLog", "acting", "record"]
+__all__ = ["RecentChange", "RecentChanges", "RefusalLog", "acting", "record"]
 
 _LOG = logging.getLogger("bitneck_cloud.audit")
 
+_MOST_RECENT = 200
+_LONGEST = 500
+"""Characters of a text that is kept."""
 _PERIOD_S = 60.0
 _MOST_KEYS = 256
 _OTHERS = ("other callers", "")
@@ -35,6 +40,60 @@ def record(action: str, target: str, *, who: str | None = None, before: Any = No
 
 def _short(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value, ensure_ascii=True, default=str)
+
+
+@dataclass(frozen=True, slots=True)
+class RecentChange:
+    """One line of the audit log.
+
+    Attributes:
+        unix_s: when, seconds since 1970.
+        action: see `record`.
+        target: likewise.
+        who: likewise.
+        before: as JSON; None for nothing.
+        after: likewise.
+    """
+
+    unix_s: float
+    action: str
+    target: str
+    who: str
+    before: str | None
+    after: str | None
+
+
+class RecentChanges(logging.Handler):
+    """Keeps the newest lines of the audit log that are changes, for the console."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._kept: deque[RecentChange] = deque(maxlen=_MOST_RECENT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line; refusals are not kept."""
+        values = vars(record)
+        if "target" not in values:
+            return
+        texts = {
+            name: None if values[name] is None else _short(values[name])[:_LONGEST] for name in ("before", "after")
+        }
+        self._kept.append(
+            RecentChange(record.created, values["action"], values["target"][:_LONGEST], values["who"], **texts)
+        )
+
+    def newest(self) -> list[RecentChange]:
+        """What is kept, the newest first."""
+        return list(reversed(self._kept))
+
+    def listen(self) -> None:
+        """Begin to keep what is logged, until `close`."""
+        _LOG.addHandler(self)
+
+    def close(self) -> None:
+        """Keep nothing more."""
+        _LOG.removeHandler(self)
+        super().close()
 
 
 class RefusalLog:

@@ -1,0 +1,225 @@
+"""One photograph at every operating point: the edge's half runs here too, for the console's page *Try*.
+
+    photograph -> input x -> whole network                               -> the answer without compression
+                          -> each point's encoder -> payload -> decoder, tail -> its answer
+                          -> JPEG of at most as many bytes -> whole network   -> what the same bytes give as JPEG
+
+It takes seconds of every core, so one runs at a time.
+"""
+
+import base64
+import colorsys
+import io
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bitneck.bundle import Bundle
+from bitneck.chain import PointEncoder, SegmentChain
+from bitneck.coding.class_map import MAX_CLASSES, decode_map
+from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
+from bitneck.image import opened_reduced, to_input, view
+from bitneck.runtime import ModulePool
+from bitneck.wire.messages import Classification, CodedMap, Output
+from bitneck_cloud.console.schemas import Trial, TriedAnswer, TriedJpeg, TriedLabel, TriedPoint
+from bitneck_cloud.engine.outputs import output_of
+from bitneck_cloud.engine.served_model import ServedModel
+
+__all__ = ["Trials"]
+
+_SIDES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_QUALITIES = (5, 10, 20, 35, 50, 75, 90)
+
+
+@dataclass(frozen=True, slots=True)
+class _Jpeg:
+    """A JPEG of the picture.
+
+    Attributes:
+        data: the file.
+        error: mean squared error of the picture that it gives, enlarged again.
+        shown: that picture.
+    """
+
+    data: bytes
+    error: float
+    shown: Image.Image
+
+
+class _EdgeHalf:
+    """The edge's half of a bundle, loaded when it is first used."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle_id = bundle.bundle_id
+        try:
+            whole = Bundle.open(bundle.root)
+        except BitneckError as exc:
+            raise InvalidConfig(f"this server's folder has no edge's half of {bundle.manifest.name} ({exc})") from exc
+        if whole.bundle_id != bundle.bundle_id:
+            raise InvalidConfig(f"{bundle.root} holds another bundle than the one that is served; reload it first")
+        pool = ModulePool()
+        self.chain = SegmentChain(whole, pool=pool, precision="float32")
+        self.encoders = {point.id: PointEncoder(whole, point, pool=pool) for point in whole.manifest.ladder}
+
+
+class Trials:
+    """Runs photographs through both halves. `run` blocks; call it in a thread, one at a time."""
+
+    def __init__(self) -> None:
+        self._halves: dict[str, _EdgeHalf] = {}
+        self.busy = threading.Lock()
+
+    def run(self, served: ServedModel, data: bytes) -> Trial:
+        """What each operating point makes of a photograph.
+
+        Args:
+            served: the model; its folder must have the edge's half.
+            data: the photograph's file.
+
+        Raises:
+            ImageError: it is no photograph, or too large.
+            InvalidConfig: the folder has no edge's half, or another bundle by now.
+            ModelFailure: ONNX Runtime failed.
+        """
+        half = self._halves.get(served.name)
+        if half is None or half.bundle_id != served.bundle.bundle_id:
+            half = self._halves[served.name] = _EdgeHalf(served.bundle)
+        spec = served.manifest.input
+        with opened_reduced(data, spec) as (image, orientation):
+            picture = view(image, spec, orientation).convert("RGB")
+        x = to_input(picture, spec)
+        whole = _answers(served, half.chain.run(x, 0, len(half.chain)))[0]
+        features = _features(half.chain, x, (point.split for point in served.ladder))
+        payloads, latents, times = [], [], []
+        for point in served.ladder:
+            begin = time.perf_counter()
+            payload = half.encoders[point.id].encode(features[point.split]).payload
+            times.append((time.perf_counter() - begin) * 1e3)
+            payloads.append(payload)
+            latents.append(served.decode(point.id, payload))
+        outputs: list[Output] = []
+        ids = [point.id for point in served.ladder]
+        for start in range(0, len(ids), served.max_frames):
+            part = slice(start, start + served.max_frames)
+            for output in served.compute(ids[part], latents[part]):
+                if isinstance(output, BitneckError):
+                    raise output
+                outputs.append(output)
+        jpegs = _jpegs(picture)
+        chosen = [_of_size(jpegs, len(payload)) for payload in payloads]
+        distinct = list(dict.fromkeys(chosen))
+        answers = [
+            _answers(served, half.chain.run(to_input(jpegs[k].shown, spec), 0, len(half.chain)))[0] for k in distinct
+        ]
+        return Trial(
+            model=served.name,
+            bundle_id=served.bundle.bundle_id,
+            picture=_as_text(_jpeg_file(picture, 90)),
+            uncompressed=_tried(whole, whole),
+            points=[
+                TriedPoint(
+                    id=point.id, split=point.split, payload_bytes=len(payload), encode_ms=ms,
+                    answer=_tried(output, whole), jpeg=distinct.index(k),
+                )
+                for point, payload, ms, output, k in zip(served.ladder, payloads, times, outputs, chosen, strict=True)
+            ],
+            jpegs=[
+                TriedJpeg(bytes=len(jpegs[k].data), picture=_as_text(jpegs[k].data), answer=_tried(answer, whole))
+                for k, answer in zip(distinct, answers, strict=True)
+            ],
+            classes=[list(colour) for colour in _colours(len(served.labels))] if isinstance(whole, CodedMap) else [],
+        )  # fmt: skip
+
+
+def _features(chain: SegmentChain, x: NDArray[np.float32], splits: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+    """The feature at each split point; each segment of the head runs once."""
+    lengths = {split: chain.head_length(split) for split in splits}
+    features, done, f = {}, 0, x
+    for split, length in sorted(lengths.items(), key=lambda item: item[1]):
+        f = chain.run(f, done, length)
+        features[split], done = f, length
+    return features
+
+
+def _answers(served: ServedModel, logits: NDArray[np.float32]) -> list[Output]:
+    found = []
+    for one in logits:
+        output = output_of(served.manifest, served.labels, one, 1)
+        if isinstance(output, BitneckError):
+            raise output
+        found.append(output)
+    return found
+
+
+def _jpegs(picture: Image.Image) -> list[_Jpeg]:
+    """JPEGs of the picture at many sizes and qualities."""
+    found = []
+    largest = max(picture.size)
+    original = np.asarray(picture, dtype=np.float32)
+    for side in (*(side for side in _SIDES if side < largest), largest):
+        size = (max(1, picture.width * side // largest), max(1, picture.height * side // largest))
+        small = picture.resize(size, Image.Resampling.BOX, reducing_gap=None)
+        for quality in _QUALITIES:
+            data = _jpeg_file(small, quality)
+            shown = Image.open(io.BytesIO(data), formats=("JPEG",)).resize(picture.size, Image.Resampling.BICUBIC)
+            error = float(np.square(np.asarray(shown, dtype=np.float32) - original).mean())
+            found.append(_Jpeg(data, error, shown))
+    return found
+
+
+def _of_size(jpegs: Sequence[_Jpeg], size: int) -> int:
+    """The one that is nearest to the picture among those of at most `size` bytes; the smallest if none is so small."""
+    fitting = [k for k, jpeg in enumerate(jpegs) if len(jpeg.data) <= size]
+    if fitting:
+        return min(fitting, key=lambda k: jpegs[k].error)
+    return min(range(len(jpegs)), key=lambda k: len(jpegs[k].data))
+
+
+def _jpeg_file(picture: Image.Image, quality: int) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality, optimize=True)
+    return file.getvalue()
+
+
+def _as_text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _tried(output: Output, whole: Output) -> TriedAnswer:
+    """An answer beside the uncompressed network's."""
+    if isinstance(output, Classification) and isinstance(whole, Classification):
+        labels = [TriedLabel(index=label.index, name=label.name, score=label.score) for label in output.labels]
+        return TriedAnswer(labels=labels, map=None, agreement=float(labels[0].index == whole.labels[0].index))
+    if not isinstance(output, CodedMap) or not isinstance(whole, CodedMap):
+        raise ModelFailure("the answers of one model are of different kinds; please report this")
+    classes = _classes(output)
+    same = float((classes == _classes(whole)).mean())
+    labels = [TriedLabel(index=c.index, name=c.name, score=c.share) for c in output.classes]
+    return TriedAnswer(labels=labels, map=_as_text(_map_file(classes)), agreement=same)
+
+
+def _classes(coded: CodedMap) -> NDArray[np.uint8]:
+    return decode_map(coded.map, height=coded.height, width=coded.width, number=MAX_CLASSES)
+
+
+def _map_file(classes: NDArray[np.uint8]) -> bytes:
+    """A class map as a PNG with a palette."""
+    picture = Image.fromarray(classes)
+    picture.putpalette([value for colour in _colours(256) for value in colour])
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _colours(count: int) -> list[tuple[int, int, int]]:
+    """Colours that differ: golden-angle hues, in three strengths; class 0 is nearly black."""
+    found = [(24, 24, 32)]
+    for k in range(1, count):
+        red, green, blue = colorsys.hsv_to_rgb(k * 0.618034 % 1.0, (0.75, 0.5, 0.95)[k % 3], (0.95, 0.8, 0.65)[k % 3])
+        found.append((round(red * 255), round(green * 255), round(blue * 255)))
+    return found
