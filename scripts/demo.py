@@ -2,11 +2,13 @@
 
 First it prints, for every photograph and operating point, bytes, label and time, beside JPEG at the lowest quality that
 keeps the label. Then it changes the rate over HTTP in the middle of a running stream. Then it sends a street scene to
-the second model of the same server and gets a class map back; one picture shows the photograph and the overlays. It
-exits with 0 only if all of it happened.
+the second model of the same server and gets a class map back; one picture shows the photograph and the overlays. In
+the end it says how to see the console, with a picture of it where a browser is installed. It exits with 0 only if all
+of it happened.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -27,6 +29,7 @@ from rich.table import Table
 from bitneck.bundle import Bundle
 from bitneck.chain import SegmentChain
 from bitneck.image import crop, load_photo, normalize, preprocess
+from bitneck_testing.browser import BROWSER, browser
 from bitneck_testing.photographs import sample_photo
 from bitneck_testing.processes import (
     QUIET,
@@ -220,6 +223,28 @@ def show_class_maps(console: Console, bundle: Bundle, edge: Edge, photo: Path, o
     )
 
 
+def show_console(console: Console, edge: Edge, photos: list[Path], out: Path) -> None:
+    """A picture of the console while two devices send, if there is a browser; and how to see it."""
+    if None in BROWSER:
+        console.print("\nNo picture of the console: chromium and chromedriver are not installed.")
+    else:
+        with contextlib.ExitStack() as stack:
+            for name, fps in (("gate", "5"), ("yard", "2")):
+                command = edge.command("--client", name, "--fps", fps, "--repeat", "1000")
+                stack.enter_context(child_process([*command, *photos]))
+                wait_for_session(edge.cloud, name)
+            window = stack.enter_context(browser(1200, 1000))
+            window.open(f"{edge.cloud.http}/console/#rates")
+            window.find("svg.ladder .here")
+            window.picture(out / "console.png")
+        console.print(f"\n{out / 'console.png'}: the server's console, while two devices send")
+    console.print(
+        "To see the console of a server of your own: bitneck-cloud serve --bundle build/efficientnet_lite0 "
+        "--try-photos, then http://127.0.0.1:8080/console/",
+        soft_wrap=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True, help="a bundle for classification")
@@ -242,6 +267,7 @@ def main() -> None:
             streets = Edge(server, Path(cache), scenes.manifest.name)
             console.print(f"\n{scenes.manifest.name}, on the same server:")
             show_class_maps(console, scenes, streets, street(), arguments.out)
+            show_console(console, edge, photos, arguments.out)
     except (DemoError, ProcessFailed, httpx.HTTPError) as exc:
         sys.exit(f"demo failed: {exc}")
     except KeyboardInterrupt:

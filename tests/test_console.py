@@ -53,7 +53,7 @@ def sender(open_server: Server, tmp_path: Path) -> Iterator[str]:
     photo().save(picture)
     command = edge_run(
         open_server.grpc, tmp_path / "cache", "--client", HOSTILE, "--model", "tiny", "--point", "s1-r1", "--fps", "10",
-        "--repeat", "100000", "--json-lines", picture,
+        "--repeat", "100000", picture,
     )  # fmt: skip
     with child_process(command):
         yield wait_for_session(open_server, HOSTILE)
@@ -203,7 +203,9 @@ def test_a_rate_is_changed_and_the_frames_sizes_change(open_server: Server, wind
     assert after["point_last_used"] == "s2-r1"
     assert after["payload_bytes_mean"] != before
     assert "broken" not in window.driver.title
-    httpx.delete(f"{open_server.http}/v1/rate", params={"clients": "<img*", "model": "tiny"}).raise_for_status()
+    httpx.delete(
+        f"{open_server.http}/v1/rate", params={"clients": "<img*", "model": "tiny"}, headers=MARKED
+    ).raise_for_status()
 
 
 @needs_browser
