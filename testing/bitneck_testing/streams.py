@@ -118,8 +118,8 @@ class Stream:
 
 @asynccontextmanager
 async def stub(address: str) -> AsyncIterator[Any]:
-    """A stub of the service, on a channel of its own."""
-    async with grpc.aio.insecure_channel(address) as channel:
+    """A stub of the service, on a connection of its own."""
+    async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         yield pb_grpc.SplitInferenceStub(channel)
 
 
