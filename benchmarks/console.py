@@ -30,7 +30,8 @@ OF_A_CONNECTION = 16
 
 _WHEN_COMPLETE = """
 const [wanted, done] = arguments;
-const look = () => document.querySelectorAll("tbody tr").length >= wanted ? done(performance.now()) : setTimeout(look, 5);
+const rows = () => document.querySelectorAll("tbody tr").length;
+const look = () => rows() >= wanted ? done(performance.now()) : setTimeout(look, 5);
 look();
 """
 _LOADED = """
