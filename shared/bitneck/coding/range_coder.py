@@ -65,18 +65,15 @@ def shortest_payload(encoder: Any) -> bytes:
     bits = 32 * (words_written + _STATE_WORDS)
     # `words`, read as one number, is some point of [low, low + interval); low is known modulo 2**64.
     point = int.from_bytes(words.astype(">u4").tobytes(), "big") << (bits - 32 * len(words))
-    low = point - ((point - low_state) & 0xFFFF_FFFF_FFFF_FFFF)
-    end = low + interval
-    value: int = point
-    shift = 0
-    while shift < bits:
-        rounded = -(-low >> (shift + 8)) << (shift + 8)  # low, rounded up to 8 more zero bits
-        if rounded >= end:
-            break
-        value, shift = rounded, shift + 8
-        if rounded == 0:
-            return b""
-    return (value >> shift).to_bytes((bits - shift) // 8, "big")
+    low: int = point - ((point - low_state) & 0xFFFF_FFFF_FFFF_FFFF)
+    if low == 0:
+        return b""
+    last = low + interval - 1
+    zeros = (
+        (low - 1) ^ last
+    ).bit_length() - 1  # some number of low .. last ends with so many zero bits, none with more
+    shift = zeros // 8 * 8
+    return (-(-low >> shift)).to_bytes((bits - shift) // 8, "big")  # low, rounded up
 
 
 def check_length(payload: bytes, most: int) -> None:
