@@ -72,7 +72,7 @@ def shortest_payload(encoder: Any) -> bytes:
     zeros = (
         (low - 1) ^ last
     ).bit_length() - 1  # some number of low .. last ends with so many zero bits, none with more
-    shift = zeros // 8 * 8
+    shift: int = zeros // 8 * 8
     return (-(-low >> shift)).to_bytes((bits - shift) // 8, "big")  # low, rounded up
 
 
