@@ -19,9 +19,8 @@ from bitneck.coding.range_coder import (
     FAMILY,
     check_length,
     check_padding,
+    range_coded,
     range_decoder,
-    range_encoder,
-    shortest_payload,
 )
 from bitneck.errors import InvalidConfig, MalformedFrame
 
@@ -111,6 +110,10 @@ class ContextCodec:
             raise InvalidConfig(f"symbols are {s.shape} {s.dtype}, expected {self.latent_shape} int32")
         if self._outside(s):
             raise InvalidConfig("a symbol is outside its table; quantize() clips to the tables")
+        return self.encode_clipped(s)
+
+    def encode_clipped(self, s: NDArray[np.int32]) -> bytes:
+        """The same for symbols of `bitneck.coding.symbols.quantize`, which are not checked again."""
         return self._write(self._parts(self._ordered(s)))
 
     def ideal_bits(self, s: NDArray[np.int32]) -> float:
@@ -178,7 +181,4 @@ class ContextCodec:
                 yield _Part(places, channels, shift[channels], index[channels].ravel(), probabilities)
 
     def _write(self, parts: Iterable[_Part]) -> bytes:
-        with range_encoder() as encoder:
-            for part in parts:
-                encoder.encode(part.index, FAMILY, part.probabilities)
-        return shortest_payload(encoder)
+        return range_coded((part.index, FAMILY, part.probabilities) for part in parts)
