@@ -1,6 +1,7 @@
 """What the edge client costs and gains, against the real bundle and a server process on this machine.
 
     python benchmarks/edge.py --bundle build/efficientnet_lite0 [--cuts] [--json]
+    python benchmarks/edge.py --bundle build/efficientnet_lite0 --processor [POINT ...] [--json]
 
 Prints:
 - pipelining: frames a second of `EdgeClient.stream`, divided by those of `EdgeClient.infer` called one after the other;
@@ -10,6 +11,8 @@ Prints:
   thread everywhere (the picture is already decoded); beside it the same for a bare gRPC exchange after the same
   computation, without anything of bitneck;
 - memory: the peak of resident memory of `bitneck-edge run` at each split point;
+- with --processor: only the processor time, at some points or the best one, as medians of pairs: the client and the
+  bare exchange take turns;
 - with --cuts: how often each of 1,000 frames is answered through a link that is cut every 50 frames for 2 s.
 
 Compare timings within one run only, because the machines that run this are shared.
@@ -18,6 +21,7 @@ Compare timings within one run only, because the machines that run this are shar
 import argparse
 import asyncio
 import json
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -39,6 +43,7 @@ from bitneck_testing.processes import QUIET, edge_run, run_json, running_server
 
 DELAY_S = 0.02
 FRAMES, WARM = 200, 20
+PAIRS = 5
 CUT_FRAMES, CUT_EVERY, CUT_S = 1000, 50, 2.0
 
 
@@ -99,6 +104,42 @@ async def bare_processor_time(bundle: Bundle, address: str, point: str) -> float
     return (total - (inside.seconds[0] - onnx)) / FRAMES * 1e3
 
 
+async def processor_pairs(
+    bundle: Bundle, address: str, bare: str, cache: Path, image: Image.Image, point: str
+) -> dict[str, Any]:
+    """The client and the bare exchange in turns: the median of each, and of the ratio of the two in a turn."""
+    pairs = []
+    for _ in range(PAIRS):
+        ours = await processor_time(address, cache, image, point)
+        alone = ours["cpu_outside_onnx_and_preprocessing_ms"]
+        pairs.append((alone, await bare_processor_time(bundle, bare, point)))
+    return {
+        "cpu_outside_onnx_and_preprocessing_ms": statistics.median(ours for ours, _ in pairs),
+        "bare_exchange_cpu_ms": statistics.median(bare_ms for _, bare_ms in pairs),
+        "ratio": statistics.median(ours / bare_ms for ours, bare_ms in pairs),
+        "pairs": pairs,
+    }
+
+
+async def only_processor(bundle: Bundle, points: list[str], image: Image.Image) -> dict[str, Any]:
+    """`processor_pairs` at some points."""
+    with (
+        running_server(bundle.root, options=QUIET) as server,
+        bare_server() as bare,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        return {point: await processor_pairs(bundle, server.grpc, bare, Path(folder), image, point) for point in points}
+
+
+def processor_line(point: str, figures: dict[str, Any]) -> str:
+    """The figures of one point for people."""
+    return (
+        f"{point}: processor time outside ONNX Runtime and preprocessing, per frame: "
+        f"{figures['cpu_outside_onnx_and_preprocessing_ms']:.2f} ms; a bare gRPC exchange: "
+        f"{figures['bare_exchange_cpu_ms']:.2f} ms; {figures['ratio']:.2f} times"
+    )
+
+
 def peak_mib(address: str, cache: Path, photo: Path, point: str) -> float:
     """Peak of resident memory of `bitneck-edge run`."""
     document = run_json(edge_run(address, cache, "--json", "--point", point, "--repeat", 50, photo))
@@ -136,12 +177,17 @@ def main() -> None:
     parser.add_argument(
         "--cuts", action="store_true", help="also send 1,000 frames through a link that is cut (a minute)"
     )
+    parser.add_argument("--processor", nargs="*", metavar="POINT", help="only the processor time, at these points")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.bundle)
     photo = sample_photo()
     image = load_photo(photo)
     best = bundle.manifest.ladder.best.id
+    if arguments.processor is not None:
+        found = asyncio.run(only_processor(bundle, arguments.processor or [best], image))
+        print(json.dumps(found) if arguments.json else "\n".join(processor_line(*each) for each in found.items()))
+        return
     result: dict[str, Any] = {"point": best, "frames": FRAMES, "delay_s": DELAY_S}
     with running_server(bundle.root, options=QUIET) as server, tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)

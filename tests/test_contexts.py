@@ -68,12 +68,11 @@ def test_each_position_is_coded_once_and_looks_only_at_earlier_passes() -> None:
 def test_the_class_is_the_rounded_prediction() -> None:
     size = (3, 3)
     places = passes(size)
-    s = np.arange(9).reshape(1, 9)  # the middle is diagonal to 0, 2, 6 and 8
-    weights = np.zeros((2, 4, 1), np.int16)
-    weights[0, :, 0] = (256, 128, -64, 32)
+    s = np.array([[*range(9), 0]], np.int32).T  # the middle is diagonal to 0, 2, 6 and 8
+    weights = np.array([[256], [128], [-64], [32]], np.int32)
     rows = table_rows(s, neighbours(size, 1, places[1]), weights, 1, reach=4)
     assert rows.tolist() == [[1 + 4 + int(np.floor(0 + 1 - 1.5 + 1 + 0.5))]]
-    weights[0, :, 0] = 3000
+    weights[:] = 3000
     assert table_rows(s, neighbours(size, 1, places[1]), weights, 1, reach=4).tolist() == [[1 + 4 + 4]]  # clipped
 
 

@@ -60,19 +60,19 @@ class Passage:
         with contextlib.suppress(BitneckError):  # `send` meets it again, and knows what to do
             self._begin()
 
-    async def send(self, *, prompt: bool = False) -> None:
+    def send(self, *, prompt: bool = False) -> Awaitable[None]:
         """Wait until it is encoded, and send it; see `EdgeSession.send`."""
         self._prompt = prompt
-        await self._through(self._send, self._encode)
+        return self._through(self._send, self._encode)
 
     def drop(self) -> None:
         """Do not encode it, if that has not begun."""
         if self._encoding is not None:
             self._encoding.photo.cancel()
 
-    async def answer(self) -> Answer:
+    def answer(self) -> Awaitable[Answer]:
         """Wait for its answer."""
-        return await self._through(self._answer, self._encode, self._send)
+        return self._through(self._answer, self._encode, self._send)
 
     def failed(self, error: BitneckError) -> Failure:
         """It was not answered."""

@@ -26,13 +26,13 @@ class Job(Protocol[R_co]):
     def encode(self) -> None:
         """Begin the first stage; other jobs may be in it at the same time."""
 
-    async def send(self) -> None:
+    def send(self) -> Awaitable[None]:
         """The end of the first stage, then the second one, which the jobs before this one have left already."""
 
     def drop(self) -> None:
         """It is encoded, or waits to be, and will not be sent."""
 
-    async def answer(self) -> R_co:
+    def answer(self) -> Awaitable[R_co]:
         """The last stage; gives the result."""
 
     def failed(self, error: BitneckError) -> R_co:
@@ -111,7 +111,11 @@ async def pipeline(
 
     async def send_all() -> None:
         while (job := await encoding.get()) is not None:
-            error = await _error_of(job.send)
+            error: BitneckError | None = None
+            try:
+                await job.send()
+            except BitneckError as exc:
+                error = exc
             free_encoders.release()
             task = asyncio.create_task(_answer(job, error))
             tasks.add(task)
@@ -141,15 +145,6 @@ async def pipeline(
         while not encoding.empty():
             if (unsent := encoding.get_nowait()) is not None:
                 unsent.drop()
-
-
-async def _error_of(stage: Callable[[], Awaitable[None]]) -> BitneckError | None:
-    """The error that ends a job at this stage, if any."""
-    try:
-        await stage()
-    except BitneckError as exc:
-        return exc
-    return None
 
 
 async def _answer(job: Job[R], error: BitneckError | None) -> R:

@@ -181,7 +181,7 @@ class PointEncoder:
         similar = None
         if reference is not None and self.conditional is not None:
             similar = self.conditional.encode(s, reference)
-        return Encoded(symbols=s, payload=self.codec.encode(s), similar=similar)
+        return Encoded(symbols=s, payload=self.codec.encode_clipped(s), similar=similar)
 
 
 class PointDecoder:

@@ -86,24 +86,35 @@ class OnnxModule:
         Raises:
             ModelFailure: ONNX Runtime refused the input, or the first run took too long.
         """
-        with contextlib.ExitStack() as stack:
-            options = None
-            if (limit_s := self._first_run_s) is not None:
-                options = ort.RunOptions()
-                timer = threading.Timer(limit_s, setattr, (options, "terminate", True))
-                timer.daemon = True
-                timer.start()
-                stack.callback(timer.cancel)
-            try:
-                (y,) = self._session.run(self._outputs, {self._input: x}, options)
-            except Exception as exc:
-                if options is not None and options.terminate:
-                    raise ModelFailure(
-                        f"{self.name}: its first run took longer than {limit_s:g} s and was ended; this machine is too "
-                        "slow for it, or the file is not what it should be"
-                    ) from exc
-                raise ModelFailure(f"{self.name}: ONNX Runtime failed on an input of shape {x.shape} ({exc})") from exc
+        if self._first_run_s is not None:
+            return self._run_first(x, self._first_run_s)
+        return self._run(x, None)
+
+    def _run_first(self, x: NDArray[np.float32], limit_s: float) -> NDArray[np.float32]:
+        """The first run, which is ended when it takes too long."""
+        options = ort.RunOptions()
+        timer = threading.Timer(limit_s, setattr, (options, "terminate", True))
+        timer.daemon = True
+        timer.start()
+        try:
+            y = self._run(x, options)
+        except ModelFailure as exc:
+            if not options.terminate:
+                raise
+            raise ModelFailure(
+                f"{self.name}: its first run took longer than {limit_s:g} s and was ended; this machine is too "
+                "slow for it, or the file is not what it should be"
+            ) from exc
+        finally:
+            timer.cancel()
         self._first_run_s = None
+        return y
+
+    def _run(self, x: NDArray[np.float32], options: ort.RunOptions | None) -> NDArray[np.float32]:
+        try:
+            (y,) = self._session.run(self._outputs, {self._input: x}, options)
+        except Exception as exc:
+            raise ModelFailure(f"{self.name}: ONNX Runtime failed on an input of shape {x.shape} ({exc})") from exc
         result: NDArray[np.float32] = y
         return result
 

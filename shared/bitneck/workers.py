@@ -66,13 +66,9 @@ class Workers:
             try:
                 result = function(*args)
             except BaseException as exc:  # noqa: BLE001  raised where it is awaited
-                tell(_set_exception, exc)
+                _tell(loop, _set_exception, done, exc)
             else:
-                tell(_set_result, result)
-
-        def tell(how: Callable[[asyncio.Future[T], Any], None], what: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(how, done, what)
+                _tell(loop, _set_result, done, result)
 
         self.post(call, lambda: _set_exception(done, Unavailable(f"closed: {self._name} takes no more calls")))
         return done
@@ -98,6 +94,11 @@ class Workers:
         while (taken := self._calls.get()) is not None:
             taken[0]()
             del taken  # what it holds is free while the thread waits
+
+
+def _tell(loop: asyncio.AbstractEventLoop, how: Callable[..., None], *what: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(how, *what)
 
 
 def _set_result(done: asyncio.Future[T], result: T) -> None:

@@ -39,13 +39,20 @@ def labels_of(result: Result, names: Sequence[str]) -> tuple[Label, ...]:
         ProtocolError: there are none, a score is not a finite number, or a label has neither a name nor a known index.
     """
     labels = result.output.labels if isinstance(result.output, Classification) else ()
-    if not labels or not all(math.isfinite(label.score) for label in labels):
-        raise ProtocolError(
-            f"the answer to frame {result.seq} has {len(labels)} labels, expected one or more, each with a finite score"
-        )
-    if any(not label.name and label.index >= len(names) for label in labels):
-        raise ProtocolError(f"the answer to frame {result.seq} has a class that none of the {len(names)} labels is for")
-    return tuple(label if label.name else Label(label.index, names[label.index], label.score) for label in labels)
+    if not labels:
+        raise ProtocolError(f"the answer to frame {result.seq} has no labels, expected one or more")
+    return tuple(_named(label, names, result.seq) for label in labels)
+
+
+def _named(label: Label, names: Sequence[str], seq: int) -> Label:
+    """A label of the answer to a frame, with its name."""
+    if not math.isfinite(label.score):
+        raise ProtocolError(f"the answer to frame {seq} has the score {label.score}, expected a finite number")
+    if label.name:
+        return label
+    if label.index >= len(names):
+        raise ProtocolError(f"the answer to frame {seq} has a class that none of the {len(names)} labels is for")
+    return Label(label.index, names[label.index], label.score)
 
 
 def segmentation_of(

@@ -68,7 +68,7 @@ class Exchange:
         self._packer = Packer(pack)
         self._pack_s = pack_s
         self._pack_due: asyncio.Task[None] | None = None
-        self._room = asyncio.Condition()
+        self._changed = asyncio.Event()  # there may be room, or the session has failed
         self._write_lock = asyncio.Lock()
         self._connection: Connection | None = None
         self._failure: BitneckError | None = None
@@ -162,29 +162,29 @@ class Exchange:
             Overloaded: the frame is larger than any server takes; the session is not harmed.
             BitneckError: the session has failed for good.
         """
-        async with self._room:
-            await self._room.wait_for(lambda: self._records.has_room(in_flight) or self._failure is not None)
-            if self._failure is not None:
-                raise self._failure
-            answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
-            added_s = time.perf_counter()
-            record = self._records.add(
-                point,
-                payload,
-                answer=_Waiting(answer, on_sent),
-                now_s=added_s,
-                deadline_ms=deadline_ms,
-                captured_unix_us=captured_unix_us,
-                similar=similar,
-                ask=ask or prompt,
-                in_flight=in_flight,
-                waits=self._packer.most > 1,
-            )
-            frame = record.frame
-            messages = self._packer.add(frame)
-            if prompt or not self._records.has_room(in_flight):
-                messages += self._packer.take()
-            connections = self._connections
+        while self._failure is None and not self._records.has_room(in_flight):
+            self._changed.clear()
+            await self._changed.wait()
+        if self._failure is not None:
+            raise self._failure
+        answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
+        added_s = time.perf_counter()
+        frame = self._records.add(
+            point,
+            payload,
+            answer=_Waiting(answer, on_sent),
+            now_s=added_s,
+            deadline_ms=deadline_ms,
+            captured_unix_us=captured_unix_us,
+            similar=similar,
+            ask=ask or prompt,
+            in_flight=in_flight,
+            waits=self._packer.most > 1,
+        ).frame
+        messages = self._packer.add(frame)
+        if prompt or not self._records.has_room(in_flight):
+            messages += self._packer.take()
+        connections = self._connections
         self._added.set()
         for message in messages:
             if isinstance(message, Pack):  # frames of other callers, too: they go even if this one gives up
@@ -274,7 +274,7 @@ class Exchange:
                 self._records.asked(time.perf_counter())
                 await connection.write(Acknowledge())
             self._connection = connection
-        await self._wake()
+        self._changed.set()
 
     async def release(self) -> None:
         """Send what waits for others, and ask for what is not acknowledged; new frames wait for the next connection."""
@@ -291,18 +291,18 @@ class Exchange:
         if self._connection is not None:
             await self._connection.finish()
 
-    async def take(self, message: Result | Results | Ack | Fault) -> None:
+    def take(self, message: Result | Results | Ack | Fault) -> None:
         """The answers of frames, or why one could not be answered."""
         match message:
             case Result():
-                await self._answered((message,))
+                self._answered((message,))
                 return
             case Results(results):
-                await self._answered(results)
+                self._answered(results)
                 return
             case Ack():
                 self._records.asked(time.perf_counter())
-                await self._answered(self._acknowledged(message))
+                self._answered(self._acknowledged(message))
                 return
         error = error_from_status(message.code, message.message)
         if message.code in _REFERENCE:
@@ -316,7 +316,7 @@ class Exchange:
             _LOG.warning("frame %d is sent again in %.1f s: %s", frame.seq, pause_s, error)
             self._keep(self._write_later(frame, pause_s, self._connections))
         elif message.seq:
-            await self._failed(message.seq, error)
+            self._failed(message.seq, error)
         else:
             _LOG.warning("the server refused a message: %s", error)
 
@@ -325,7 +325,7 @@ class Exchange:
         seqs = [seq for seq in self._records.seqs if ack.seq - ack.before <= seq <= ack.seq]
         return tuple(Result(seq, None, None, ack.cloud_us if seq == ack.seq else 0) for seq in seqs)
 
-    async def _answered(self, results: Sequence[Result]) -> None:
+    def _answered(self, results: Sequence[Result]) -> None:
         """Results that came in one message; they share the link bytes since the last one."""
         now_s = time.perf_counter()
         known = [result for result in results if result.seq in self._records]
@@ -338,9 +338,9 @@ class Exchange:
             if record is not None and not record.answer.answer.done():
                 received = Received(result, now_s, record.sent_s, record.message_bytes, link)
                 record.answer.answer.set_result(received)
-        await self._wake()
+        self._changed.set()
 
-    async def fail(self, error: BitneckError) -> None:
+    def fail(self, error: BitneckError) -> None:
         """No more frames: everyone who waits learns why. The first error counts."""
         self._failure = self._failure or error
         for task in self._later:
@@ -349,7 +349,7 @@ class Exchange:
             self._pack_due.cancel()
         for record in self._records.give_up():
             _fail_answer(record.answer.answer, error)
-        await self._wake()
+        self._changed.set()
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that ends with the exchange, at the latest."""
@@ -374,17 +374,12 @@ class Exchange:
             if self._connection is not None and connections == self._connections:
                 await self._connection.write(message)
 
-    async def _failed(self, seq: int, error: BitneckError) -> None:
+    def _failed(self, seq: int, error: BitneckError) -> None:
         """A frame has no answer; what comes for it later is ignored."""
         record = self._records.settle(seq, answered=False)
         if record is not None:
             _fail_answer(record.answer.answer, error)
-            await self._wake()
-
-    async def _wake(self) -> None:
-        """Let those who wait for room look again."""
-        async with self._room:
-            self._room.notify_all()
+            self._changed.set()
 
 
 def _fail_answer(answer: asyncio.Future[Received], error: BitneckError) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from bitneck.backoff import Backoff
@@ -160,13 +160,13 @@ class Link:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._exchange.fail(Unavailable("the link was closed before the answer came"))
+        self._exchange.fail(Unavailable("the link was closed before the answer came"))
 
     def candidate(self, point: str) -> Candidate | None:
         """What the next frame at a point may be coded against; None if it has to be coded by itself."""
         return self._exchange.candidate(point)
 
-    async def send(
+    def send(
         self,
         point: str,
         payload: bytes,
@@ -178,9 +178,9 @@ class Link:
         prompt: bool = False,
         ask: bool = False,
         on_sent: Callable[[MessageSent], None] = lambda _written: None,
-    ) -> Sent:
+    ) -> Awaitable[Sent]:
         """Send a frame; waits while the window is full. See `Exchange.send`."""
-        return await self._exchange.send(
+        return self._exchange.send(
             point,
             payload,
             deadline_ms=deadline_ms,
@@ -197,15 +197,15 @@ class Link:
         try:
             await self._keep_connected(opened)
         except BitneckError as exc:
-            await self._fail(exc, opened)
+            self._fail(exc, opened)
         except Exception as exc:  # noqa: BLE001  whoever waits for an answer must not wait for ever
             _LOG.exception("the link failed")
-            await self._fail(BitneckError(f"the link failed: {exc!r}"), opened)
+            self._fail(BitneckError(f"the link failed: {exc!r}"), opened)
 
-    async def _fail(self, error: BitneckError, opened: asyncio.Future[None]) -> None:
+    def _fail(self, error: BitneckError, opened: asyncio.Future[None]) -> None:
         if not opened.done():
             opened.set_exception(error)
-        await self._exchange.fail(error)
+        self._exchange.fail(error)
 
     async def _keep_connected(self, opened: asyncio.Future[None]) -> None:
         """One connection after another.
@@ -347,7 +347,7 @@ class Link:
         """One message of the server."""
         match message:
             case Result() | Results() | Ack() | Fault():
-                await self._exchange.take(message)
+                self._exchange.take(message)
             case SetPoint():
                 self._asked_point = message.point
                 self._on_point(message.point, message.reason)

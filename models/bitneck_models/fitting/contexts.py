@@ -63,8 +63,10 @@ def fit_contexts(tables: FactorizedModel, s: NDArray[np.integer]) -> ContextMode
     weights = _weights(flat, places, around)
     count = 3 + 4 * REACH
     row_of = np.zeros(flat.shape, np.uint8)  # of the channel's tables, by symbol
+    padded = np.pad(flat.astype(np.int32).swapaxes(1, 2), [(0, 0), (0, 1), (0, 0)])  # (N, h * w + 1, Cr)
     for number in (1, 2):
-        row_of[:, :, places[number]] = table_rows(flat, around[number - 1], weights, number, REACH)
+        weight = weights[number - 1].astype(np.int32)
+        row_of[:, :, places[number]] = table_rows(padded, around[number - 1], weight, number, REACH)
     middle = np.empty((count, channels), np.int64)
     histograms = []
     for c, own in enumerate(tables.counts):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bitneck.coding.factorized_codec import FactorizedCodec
 from bitneck.coding.factorized_model import FactorizedModel
-from bitneck.coding.range_coder import range_decoder, range_encoder, shortest_payload
+from bitneck.coding.range_coder import range_coded, range_decoder
 from bitneck_models.learned.layers import Gdn, begin_large, down, up
 from bitneck_models.losses.rate_terms import FactorizedDensity, Noise, gaussian_bin_bits, lower_bound
 
@@ -115,9 +115,8 @@ class ImageCoder:
         """The two payloads of one picture (1, 3, H, W): of z, and of y."""
         y, z = (symbols[0] for symbols in self.codec.symbols(x))
         z = z.clip(self.tables.lo[:, None, None], self.tables.hi[:, None, None])
-        with range_encoder() as encoder:
-            encoder.encode(y.ravel(), _SYMBOLS, *self._gaussians(z, y.shape[1:]))
-        return self._coder(z.shape).encode(z), shortest_payload(encoder)
+        symbols = range_coded([(y.ravel(), _SYMBOLS, *self._gaussians(z, y.shape[1:]))])
+        return self._coder(z.shape).encode(z), symbols
 
     @torch.no_grad()
     def decode(self, payloads: tuple[bytes, bytes], size: tuple[int, int]) -> Tensor:

@@ -9,7 +9,9 @@ place. As in `FactorizedCodec`, shapes and tables never come from the payload, a
 """
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import constriction
 import google_crc32c
@@ -22,9 +24,8 @@ from bitneck.coding.range_coder import (
     FAMILY,
     check_length,
     check_padding,
+    range_coded,
     range_decoder,
-    range_encoder,
-    shortest_payload,
 )
 from bitneck.errors import InvalidConfig, MalformedFrame
 
@@ -215,10 +216,11 @@ class ConditionalCodec:
         return TOTAL_BITS * len(counts) - float(np.log2(counts).sum(dtype=np.float64))
 
     def _write(self, motion: int, index: NDArray[np.int32], rows: NDArray[np.int32]) -> bytes:
-        with range_encoder() as encoder:
-            if self._motion is not None:
-                encoder.encode(motion, self._motion)
-            for start in range(0, len(rows), self._chunk):
-                part = slice(start, start + self._chunk)
-                encoder.encode(index[part], FAMILY, self._probabilities(motion, rows[part]))
-        return shortest_payload(encoder)
+        return range_coded(self._parts(motion, index, rows))
+
+    def _parts(self, motion: int, index: NDArray[np.int32], rows: NDArray[np.int32]) -> Iterator[tuple[Any, ...]]:
+        if self._motion is not None:
+            yield motion, self._motion
+        for start in range(0, len(rows), self._chunk):
+            part = slice(start, start + self._chunk)
+            yield index[part], FAMILY, self._probabilities(motion, rows[part])

@@ -7,7 +7,7 @@ the bands follow one another, each with one call of the range coder. As in `Fact
 come from the payload, and the frame's CRC detects damage.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,8 @@ from bitneck.coding.range_coder import (
     FAMILY,
     check_length,
     check_padding,
+    range_coded,
     range_decoder,
-    range_encoder,
-    shortest_payload,
 )
 from bitneck.errors import InvalidConfig, MalformedFrame
 
@@ -36,14 +35,14 @@ class _Part:
     """The symbols of one pass and band.
 
     Attributes:
-        positions: of the pass, P flat indices.
-        channels: of the band, in the codec's order.
+        places: of the pass, P of them in the codec's order.
+        channels: of the band, likewise.
         shift: the symbol that each symbol's table begins with, (channels, P).
         index: each symbol's place in its table, flat; anything before it is decoded.
         probabilities: the tables, (symbols, width) float32.
     """
 
-    positions: NDArray[np.intp]
+    places: slice
     channels: slice
     shift: NDArray[np.int32]
     index: NDArray[np.int32]
@@ -76,19 +75,23 @@ class ContextCodec:
             )
         self.tables = tables
         self.latent_shape = latent_shape
-        self._lo, self._hi = tables.lo[:, None, None], tables.hi[:, None, None]
+        self._lo, self._span = tables.lo[:, None, None], (tables.hi - tables.lo).astype(np.uint32)[:, None, None]
         self._reach = contexts.reach
-        # Channels are coded band by band, so that a band is a slice.
-        self._order = np.argsort(contexts.band, kind="stable")
-        ends = np.cumsum(np.bincount(contexts.band))
-        self._bands = [slice(end - size, end) for end, size in zip(ends, np.bincount(contexts.band), strict=True)]
-        self._weights = np.ascontiguousarray(contexts.weights[:, :, self._order])
-        self._table = contexts.table[:, self._order].astype(np.intp).ravel()
-        self._shift = (contexts.middle - contexts.half_widths)[:, self._order].astype(np.int32).ravel()
+        # Channels are coded band by band, and positions pass by pass, so that a band and a pass are slices.
+        sizes = np.bincount(contexts.band)
+        self._bands = [slice(end - size, end) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
+        positions = passes(latent_shape[1:])
+        ends = np.cumsum([len(places) for places in positions])
+        self._passes = [slice(end - len(places), end) for end, places in zip(ends, positions, strict=True)]
+        channels, order = np.argsort(contexts.band, kind="stable"), np.concatenate(positions)
+        self._order = channels * len(order) + order[:, None]  # (h * w, Cr), indices of flat symbols
+        place_of = np.append(np.argsort(order), len(order))  # by position; the last one is outside
+        self._around = [place_of[neighbours(latent_shape[1:], number, positions[number])] for number in (1, 2)]
+        self._weights = contexts.weights[:, :, channels].astype(np.int32)
+        self._table = contexts.table[:, channels].astype(np.intp).ravel()
+        self._shift = (contexts.middle - contexts.half_widths)[:, channels].astype(np.int32).ravel()
         self._channel = np.arange(latent_shape[0])[:, None]
-        self._positions = passes(latent_shape[1:])
-        self._neighbours = [neighbours(latent_shape[1:], number, self._positions[number]) for number in (1, 2)]
-        self._alone = np.repeat(self._channel, len(self._positions[0]), axis=1)  # row 0 of each channel
+        self._alone = np.repeat(self._channel, len(positions[0]), axis=1)  # row 0 of each channel
         self._probabilities = [bank.astype(np.float32) / np.float32(TOTAL) for bank in contexts.banks]  # exact: 2**-16
         count = latent_shape[0] * latent_shape[1] * latent_shape[2]
         self.max_payload_bytes = -(-count * TOTAL_BITS * 101 // 800) + 4
@@ -105,9 +108,13 @@ class ContextCodec:
         """
         if s.shape != self.latent_shape or s.dtype != np.int32:
             raise InvalidConfig(f"symbols are {s.shape} {s.dtype}, expected {self.latent_shape} int32")
-        if (s < self._lo).any() or (s > self._hi).any():
+        if self._outside(s):
             raise InvalidConfig("a symbol is outside its table; quantize() clips to the tables")
-        return self._write(list(self._parts(self._flat(s))))
+        return self.encode_clipped(s)
+
+    def encode_clipped(self, s: NDArray[np.int32]) -> bytes:
+        """The same for symbols of `bitneck.coding.symbols.quantize`, which are not checked again."""
+        return self._write(self._parts(self._ordered(s)))
 
     def ideal_bits(self, s: NDArray[np.int32]) -> float:
         """Ideal code length of one latent's symbols.
@@ -117,7 +124,7 @@ class ContextCodec:
         """
         return -sum(
             float(np.log2(part.probabilities[np.arange(part.index.size), part.index], dtype=np.float64).sum())
-            for part in self._parts(self._flat(s))
+            for part in self._parts(self._ordered(s))
         )
 
     def decode(self, payload: bytes) -> NDArray[np.int32]:
@@ -134,43 +141,44 @@ class ContextCodec:
                 accounts for.
         """
         check_length(payload, self.max_payload_bytes)
-        flat = np.zeros((self.latent_shape[0], self.latent_shape[1] * self.latent_shape[2]), dtype=np.int32)
+        ordered = np.zeros((len(self._order) + 1, self.latent_shape[0]), dtype=np.int32)
         parts = []
         with range_decoder(payload) as decoder:
-            for part in self._parts(flat):  # each pass looks at what the passes before have put into flat
-                part.index = decoder.decode(FAMILY, part.probabilities).astype(np.int32)
-                flat[part.channels, part.positions] = part.index.reshape(part.shift.shape) + part.shift
+            for part in self._parts(ordered):  # each pass looks at what the passes before have put into ordered
+                part.index = decoder.decode(FAMILY, part.probabilities)
+                ordered[part.places, part.channels] = (part.index.reshape(part.shift.shape) + part.shift).T
                 parts.append(part)
-        s = np.empty_like(flat)
-        s[self._order] = flat
-        s = s.reshape(self.latent_shape)
-        if (s < self._lo).any() or (s > self._hi).any():
+        s = np.empty(self.latent_shape, dtype=np.int32)
+        s.reshape(-1)[self._order] = ordered[:-1]
+        if self._outside(s):
             raise MalformedFrame(f"payload of {len(payload)} bytes holds a symbol outside its table")
         check_padding(payload, self._write(parts))
         return s
 
-    def _flat(self, s: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Symbols in the codec's order of channels, (Cr, h * w)."""
-        return s.reshape(len(s), -1)[self._order]
+    def _outside(self, s: NDArray[np.int32]) -> bool:
+        """Whether a symbol is outside its table; what is below lo wraps around."""
+        return bool(((s - self._lo).view(np.uint32) > self._span).any())
 
-    def _parts(self, flat: NDArray[np.int32]) -> Iterator[_Part]:
+    def _ordered(self, s: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Symbols in the order of coding, (h * w + 1, Cr); the last place is outside."""
+        ordered = np.zeros((len(self._order) + 1, self.latent_shape[0]), dtype=np.int32)
+        s.take(self._order, out=ordered[:-1])
+        return ordered
+
+    def _parts(self, ordered: NDArray[np.int32]) -> Iterator[_Part]:
         """What is coded, in order. Later parts depend on the symbols of earlier ones."""
-        for number, positions in enumerate(self._positions):
-            if not positions.size:
+        for number, places in enumerate(self._passes):
+            if places.start == places.stop:
                 continue
-            places = self._alone
+            entries = self._alone
             if number:
-                around = self._neighbours[number - 1]
-                row = table_rows(flat, around, self._weights, number, self._reach)
-                places = row * len(flat) + self._channel
-            table, shift = np.take(self._table, places), np.take(self._shift, places)
-            index = np.take(flat, positions, axis=1) - shift
+                row = table_rows(ordered, self._around[number - 1], self._weights[number - 1], number, self._reach)
+                entries = row * len(self._channel) + self._channel  # (Cr, P)
+            table, shift = self._table.take(entries), self._shift.take(entries)
+            index = ordered[places].T - shift
             for channels, bank in zip(self._bands, self._probabilities, strict=True):
-                probabilities = np.take(bank, table[channels].ravel(), axis=0)
-                yield _Part(positions, channels, shift[channels], index[channels].ravel(), probabilities)
+                probabilities = bank.take(table[channels].ravel(), axis=0)
+                yield _Part(places, channels, shift[channels], index[channels].ravel(), probabilities)
 
-    def _write(self, parts: Sequence[_Part]) -> bytes:
-        with range_encoder() as encoder:
-            for part in parts:
-                encoder.encode(part.index, FAMILY, part.probabilities)
-        return shortest_payload(encoder)
+    def _write(self, parts: Iterable[_Part]) -> bytes:
+        return range_coded((part.index, FAMILY, part.probabilities) for part in parts)

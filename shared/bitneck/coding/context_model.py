@@ -201,24 +201,22 @@ def neighbours(size: tuple[int, int], number: int, positions: NDArray[np.intp]) 
 
 
 def table_rows(
-    flat: NDArray[np.integer], around: NDArray[np.intp], weights: NDArray[np.int16], number: int, reach: int
+    s: NDArray[np.integer], around: NDArray[np.intp], weights: NDArray[np.int32], number: int, reach: int
 ) -> NDArray[np.intp]:
     """The row of `ContextModel.table` and `ContextModel.middle` that each symbol of pass 1 or 2 has.
 
     Args:
-        flat: symbols, (..., Cr, h * w); those of later passes do not matter.
+        s: symbols, (..., h * w + 1, Cr) int32; those of later passes do not matter. The last place stands for those
+            outside, and holds 0.
         around: see `neighbours`, (4, P).
-        weights: see `ContextModel`, (2, 4, Cr).
+        weights: of the pass, (4, Cr); see `ContextModel`.
         number: of the pass.
         reach: R.
 
     Returns:
         (..., Cr, P), 1 .. A - 1.
     """
-    padded = np.concatenate([flat, np.zeros((*flat.shape[:-1], 1), flat.dtype)], axis=-1).astype(np.int32)
-    total = np.full((*flat.shape[:-1], around.shape[1]), WEIGHT_ONE // 2, np.int32)
-    for places, weight in zip(around, weights[number - 1].astype(np.int32), strict=True):
-        total += weight[:, None] * padded[..., places]
+    total = np.einsum("kc,...kpc->...cp", weights, s.take(around, axis=-2))
     first = 1 + reach + (number - 1) * (2 * reach + 1)
-    found: NDArray[np.intp] = np.clip(total >> _WEIGHT_BITS, -reach, reach).astype(np.intp) + first
+    found: NDArray[np.intp] = ((total + WEIGHT_ONE // 2) >> _WEIGHT_BITS).clip(-reach, reach) + np.intp(first)
     return found

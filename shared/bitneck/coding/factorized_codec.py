@@ -21,9 +21,8 @@ from bitneck.coding.range_coder import (
     FAMILY,
     check_length,
     check_padding,
+    range_coded,
     range_decoder,
-    range_encoder,
-    shortest_payload,
 )
 from bitneck.errors import InvalidConfig, MalformedFrame
 
@@ -86,19 +85,19 @@ class FactorizedCodec:
             raise InvalidConfig("a symbol is outside its table; quantize() clips to the tables")
         return self._write(index[self._coded])
 
+    def encode_clipped(self, s: NDArray[np.int32]) -> bytes:
+        """The same for symbols of `bitneck.coding.symbols.quantize`, which are not checked again."""
+        return self._write((s.reshape(self.latent_shape[0], -1) - self._lo_column)[self._coded])
+
     def ideal_bits(self, s: NDArray[np.int32]) -> float:
         """Ideal code length of one latent's symbols; see `FactorizedModel.ideal_bits`."""
         return self.tables.ideal_bits(s)
 
     def _write(self, index: NDArray[np.int32]) -> bytes:
         """The payload of the coded channels' table indices, (coded, positions)."""
-        with range_encoder() as encoder:
-            if self._matrix is None:
-                for symbols, model in zip(index, self._models, strict=True):
-                    encoder.encode(symbols, model)
-            elif index.size:
-                encoder.encode(index.ravel(), FAMILY, self._matrix)
-        return shortest_payload(encoder)
+        if self._matrix is None:
+            return range_coded(zip(index, self._models, strict=True))
+        return range_coded([(index.ravel(), FAMILY, self._matrix)] if index.size else [])
 
     def decode(self, payload: bytes) -> NDArray[np.int32]:
         """The symbols of a payload.

@@ -6,7 +6,7 @@ are not sent (measured: 3 bytes less a frame than whole words).
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import constriction
@@ -14,7 +14,7 @@ import numpy as np
 
 from bitneck.errors import MalformedFrame, ModelFailure
 
-__all__ = ["FAMILY", "check_length", "check_padding", "range_decoder", "range_encoder", "shortest_payload"]
+__all__ = ["FAMILY", "check_length", "check_padding", "range_coded", "range_decoder"]
 
 _WORD_BYTES = 4
 _STATE_WORDS = 2
@@ -24,19 +24,24 @@ FAMILY = constriction.stream.model.Categorical(lazy=True, perfect=False)
 """Models that are given as a matrix of probabilities, one row for each symbol."""
 
 
-@contextlib.contextmanager
-def range_encoder() -> Iterator[Any]:
-    """A fresh range encoder. Its `clear` would not reset it fully.
+def range_coded(parts: Iterable[tuple[Any, ...]]) -> bytes:
+    """The shortest payload of symbols, one part after the other.
+
+    Args:
+        parts: arguments of `RangeEncoder.encode`: symbols that their models have, and the models.
 
     Raises:
-        ModelFailure: it failed; its PanicException is a BaseException.
+        ModelFailure: the range coder failed; its PanicException is a BaseException.
     """
+    encoder = constriction.stream.queue.RangeEncoder()  # a fresh one: `clear` would not reset it fully
     try:
-        yield constriction.stream.queue.RangeEncoder()
+        for part in parts:
+            encoder.encode(*part)
     except BaseException as exc:
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             raise
         raise ModelFailure(f"the range coder failed on checked symbols ({exc}); please report this") from exc
+    return _shortest_payload(encoder)
 
 
 @contextlib.contextmanager
@@ -46,7 +51,7 @@ def range_decoder(payload: bytes) -> Iterator[Any]:
     Zeros replace the bytes that were left out, up to whole words and the decoder's state.
 
     Raises:
-        MalformedFrame: it failed; see `range_encoder`.
+        MalformedFrame: it failed; see `range_coded`.
     """
     padding = -len(payload) % _WORD_BYTES + _STATE_WORDS * _WORD_BYTES
     words = np.frombuffer(payload + bytes(padding), dtype=">u4").astype(np.uint32)
@@ -58,25 +63,22 @@ def range_decoder(payload: bytes) -> Iterator[Any]:
         raise MalformedFrame(f"payload of {len(payload)} bytes is no range code ({exc})") from exc
 
 
-def shortest_payload(encoder: Any) -> bytes:
+def _shortest_payload(encoder: Any) -> bytes:
     """The shortest byte string that, followed by zeros, lies in the encoder's last interval."""
     words_written, (low_state, interval) = encoder.pos()
     words = encoder.get_compressed()
     bits = 32 * (words_written + _STATE_WORDS)
     # `words`, read as one number, is some point of [low, low + interval); low is known modulo 2**64.
     point = int.from_bytes(words.astype(">u4").tobytes(), "big") << (bits - 32 * len(words))
-    low = point - ((point - low_state) & 0xFFFF_FFFF_FFFF_FFFF)
-    end = low + interval
-    value: int = point
-    shift = 0
-    while shift < bits:
-        rounded = -(-low >> (shift + 8)) << (shift + 8)  # low, rounded up to 8 more zero bits
-        if rounded >= end:
-            break
-        value, shift = rounded, shift + 8
-        if rounded == 0:
-            return b""
-    return (value >> shift).to_bytes((bits - shift) // 8, "big")
+    low: int = point - ((point - low_state) & 0xFFFF_FFFF_FFFF_FFFF)
+    if low == 0:
+        return b""
+    last = low + interval - 1
+    zeros = (
+        (low - 1) ^ last
+    ).bit_length() - 1  # some number of low .. last ends with so many zero bits, none with more
+    shift: int = zeros // 8 * 8
+    return (-(-low >> shift)).to_bytes((bits - shift) // 8, "big")  # low, rounded up
 
 
 def check_length(payload: bytes, most: int) -> None:

@@ -17,6 +17,8 @@ __all__ = ["dequantize", "quantize"]
 _SMALLEST_STEP = float(np.finfo(np.float32).tiny)
 _LARGEST_STEP = float(np.finfo(np.float32).max)
 
+_LARGEST = np.float32(2**31 - 128)  # the largest float32 that int32 holds
+
 
 def quantize(y: NDArray[np.float32], step: float, lo: NDArray[np.int32], hi: NDArray[np.int32]) -> NDArray[np.int32]:
     """Quantize a latent to the symbols that its tables cover.
@@ -43,9 +45,10 @@ def quantize(y: NDArray[np.float32], step: float, lo: NDArray[np.int32], hi: NDA
             "the bottleneck encoder gave a latent that is not finite; check the photograph and the bundle"
         )
     with np.errstate(over="ignore"):  # infinity is clipped like any large number
-        s = np.rint(y / np.float32(step))  # (Cr, h, w) float32
-    clipped: NDArray[np.int32] = np.clip(s, lo[:, None, None], hi[:, None, None]).astype(np.int32)
-    return clipped
+        rounded = np.rint(y / np.float32(step))  # (Cr, h, w) float32
+    s: NDArray[np.int32] = rounded.clip(-_LARGEST, _LARGEST).astype(np.int32)
+    np.maximum(s, lo[:, None, None], out=s)
+    return np.minimum(s, hi[:, None, None], out=s)
 
 
 def dequantize(s: NDArray[np.int32], step: float) -> NDArray[np.float32]:

@@ -84,10 +84,13 @@ def wire_bytes(frame: Frame) -> int:
     A field that has its default takes no bytes; every field number fits into a tag of one byte.
     """
     point_bytes = 0 if frame.position else len(frame.point.encode())
-    varints = (frame.seq, frame.deadline_ms, frame.captured_unix_us, frame.reference, frame.position)
-    size = sum(1 + _varint_bytes(value) for value in varints if value)
-    size += sum(1 + _varint_bytes(length) + length for length in (point_bytes, len(frame.payload)) if length)
-    size += (5 if frame.crc32c else 0) + (2 if frame.acknowledge else 0)
+    size = (5 if frame.crc32c else 0) + (2 if frame.acknowledge else 0)
+    for value in (frame.seq, frame.deadline_ms, frame.captured_unix_us, frame.reference, frame.position):
+        if value:
+            size += 1 + _varint_bytes(value)
+    for length in (point_bytes, len(frame.payload)):
+        if length:
+            size += 1 + _varint_bytes(length) + length
     return 1 + _varint_bytes(size) + size
 
 
