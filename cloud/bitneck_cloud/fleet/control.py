@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,8 +26,8 @@ __all__ = ["Fleet", "Streams", "Told"]
 
 _LOG = logging.getLogger(__name__)
 _KEEP_EVERY_S = 5.0
-_PAUSE_AFTER = 32
-"""Sessions that are looked at before other work has its turn."""
+_TURN_S = 0.003
+"""Seconds of work with many sessions, after which other work has its turn."""
 
 
 class Streams(Protocol):
@@ -196,9 +196,7 @@ class Fleet:
         assert self._streams is not None
         counts = {"told": 0, "waiting": 0, "unreachable": 0, "overruled": 0}
         present = self.registry.rules.get(changed.key)
-        for number, session in enumerate(self.registry.sessions(time.monotonic()), 1):
-            if number % _PAUSE_AFTER == 0:
-                await asyncio.sleep(0)
+        async for session in self._sessions():
             if not changed.matches(session.model, session.client):
                 continue
             governing = self.registry.rule_for(session)
@@ -232,23 +230,39 @@ class Fleet:
         """A session was forgotten."""
         self.clients.ended(session, time.monotonic(), time.time())
 
-    def known_clients(self) -> dict[tuple[str, str], ClientRecord]:
-        """Every client that is here, or was; see `ClientBook.all`."""
+    async def known_clients(self) -> dict[tuple[str, str], ClientRecord]:
+        """Every client that is here, or was, by its name and its model's."""
         assert self._streams is not None
-        now = time.monotonic()
-        return self.clients.all(self.registry.sessions(now), self._streams.connected, now, time.time())
+        self.registry.expire(time.monotonic())  # which adds to what is gone
+        records = self.clients.gone()  # at the moment that `_sessions` begins: each session counts once
+        async for session in self._sessions():
+            connected = self._streams.connected(session)
+            self.clients.include(records, session, connected=connected, now=time.monotonic(), wall=time.time())
+        return records
+
+    async def _sessions(self) -> AsyncIterator[Session]:
+        """The sessions of this moment. Other work has its turn in between."""
+        begin = time.monotonic()
+        for session in self.registry.sessions(begin):
+            yield session
+            if time.monotonic() - begin > _TURN_S:
+                await asyncio.sleep(0)
+                begin = time.monotonic()
 
     async def keep(self) -> None:
         """Write what is known of the clients now and then, for ever."""
         while True:
             await asyncio.sleep(_KEEP_EVERY_S)
-            await self._keep_clients()
+            try:
+                await self._keep_clients()
+            except Exception:  # noqa: BLE001  a bug here must not end it for good
+                _LOG.exception("keeping what is known of clients failed; it goes on")
 
     async def _keep_clients(self) -> None:
         if self._state is None:
             return
         async with self._keeping:
-            records = self.known_clients()
+            records = await self.known_clients()
             try:
                 await self._on_disk(self._write_clients, records)
                 if self._failing:
