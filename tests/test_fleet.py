@@ -15,6 +15,7 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck.errors import FixedByFile, InvalidConfig, StateUnusable, UnknownRule
+from bitneck_cloud.access.tokens import TokenSigner
 from bitneck_cloud.fleet import state_file
 from bitneck_cloud.fleet.control import Fleet
 from bitneck_cloud.fleet.patterns import Groups, Pattern
@@ -23,6 +24,8 @@ from bitneck_cloud.fleet.rules import MAX_RULES, RateRule, RuleBook
 from bitneck_cloud.fleet.state_file import StateFile
 from bitneck_cloud.fleet.tables import RateTable, book_of
 from bitneck_cloud.sessions.rates import FixedPoint
+from bitneck_cloud.sessions.registry import Registry
+from bitneck_cloud.sessions.session import Session
 from bitneck_cloud.settings import CloudSettings
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import BIN, Server, running_server, start_server
@@ -262,6 +265,28 @@ async def test_running_sessions_are_told_at_once(
         removed = await http.delete("/v1/rate", params={"clients": "run-*", "running": True})
         assert removed.json()["running"]["told"] == 2, removed.text
         assert (await one.read()).set_point.point == ""  # no rule is left that fits: the client chooses
+
+
+async def test_a_session_that_opens_while_a_rule_changes_gets_the_rule(
+    fleet: Server, http: httpx.AsyncClient, tiny_bundle: Bundle
+) -> None:
+    """What is asked for after `Opened` was made, and before the stream counts as running, is not lost."""
+    async with stub(fleet.grpc) as cloud:
+
+        async def opened_with(name: str, point: str) -> None:
+            stream = await open_stream(cloud, tiny_bundle.bundle_id, client=name, model="tiny")
+            got = stream.opened.point
+            async with asyncio.timeout(10):
+                while got != point:
+                    got = (await stream.read()).set_point.point
+            stream.call.cancel()
+
+        for k in range(8):
+            point = ("s1-r1", "s2-r1")[k % 2]
+            put = http.put("/v1/rate", json={"clients": "race-*", "point": point, "running": True})
+            names = [f"race-{k}-{n}" for n in range(8)]
+            reply, *_ = await asyncio.gather(put, *(opened_with(name, point) for name in names))
+            assert reply.status_code == 200
 
 
 async def test_a_pattern_reaches_a_running_client_from_the_first_frame_encoded_after_it_arrives(
@@ -567,10 +592,44 @@ def test_the_state_file_reads_what_it_wrote_and_what_a_compatible_newer_program_
     assert path.stat().st_mode & 0o077 == 0
 
 
+async def test_a_rule_that_cannot_be_kept_is_not_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="bitneck_cloud")
+    registry = Registry(
+        [], window=1, max_sessions=1, resume_s=1, assumed_fps=1, max_bytes_per_s=0, adopt=False,
+        signer=TokenSigner(b"a key of the test", max_age_s=1),
+    )  # fmt: skip
+    fleet = Fleet(Groups(), None, tmp_path / "state.db", 10)
+    await fleet.open()
+    fleet.serve(registry, Nobody())
+    first = RateTable(clients="cam-*", point="s1-r1").rule(Groups())
+    await fleet.put(first, running=True)
+    assert fleet._state is not None
+    await fleet._on_disk(fleet._state._connection.execute, "PRAGMA query_only = ON")
+    with pytest.raises(StateUnusable, match="readonly"):
+        await fleet.put(RateTable(clients="cam-*", auto=True).rule(Groups()), running=True)
+    with pytest.raises(StateUnusable, match="readonly"):
+        await fleet.delete(first.key, running=False)
+    assert [rule.policy for rule in registry.rules.rules] == [first.policy]
+    assert len(fleet.changes) == 1
+    assert "could not be kept, so nothing is changed" in caplog.text
+    assert '"failed: StateUnusable"' in caplog.text
+    await fleet.close()
+
+
+class Nobody:
+    """No client is connected."""
+
+    def push_point(self, session: Session, point: str, reason: str) -> bool:
+        return False
+
+    def connected(self, session: Session) -> bool:
+        return False
+
+
 def test_a_kept_rule_whose_group_is_gone_is_for_nobody(tmp_path: Path) -> None:
     state = StateFile.open(tmp_path / "state.db")
     rule = RateTable(clients="@night", auto=True).rule(Groups(GROUPS))
-    state.save_rule(rule.key, rule, a_rule("@night")[1])
+    state.save_rule(rule.key, rule, a_rule("*")[1])
     assert [kept.matches("tiny", "cam-11") for kept in state.rules(Groups(GROUPS))] == [True]
     assert [kept.matches("tiny", "cam-11") for kept in state.rules(Groups())] == [False]
     state.close()

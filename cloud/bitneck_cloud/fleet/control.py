@@ -180,14 +180,18 @@ class Fleet:
             after=policy_dict(rule.policy) if rule is not None else None,
             running=running,
         )
+        target = f"{'' if running else 'new '}sessions of model {key[0]}, clients {key[1]}"
         if self._state is not None:
-            await self._on_disk(self._state.save_rule, key, rule, change)
+            try:
+                await self._on_disk(self._state.save_rule, key, rule, change)
+            except BitneckError as exc:
+                _LOG.error("a rule could not be kept, so nothing is changed: %s", exc)
+                record(action, target, before=change.before, after=f"failed: {type(exc).__name__}")
+                raise
         self.registry.rules = book
         self.changes.append(change)
         told = await self._tell(rule or before) if running else None
-        target = f"model {key[0]}, clients {key[1]}"
-        record(action, f"sessions of {target}" if running else f"new sessions of {target}",
-               before=change.before, after=change.after)  # fmt: skip
+        record(action, target, before=change.before, after=change.after)
         return told
 
     async def _tell(self, changed: RateRule | None) -> Told:
