@@ -19,7 +19,8 @@ the variable that ends in `_CONFIG`). A flag wins over the environment, the envi
 the file over the default. Unknown keys are errors.
 
 The key in the file is the setting's name, such as `tls_ca = "ca.pem"`. Lists are arrays in the file; in the
-environment they are separated by commas, or a JSON list.
+environment they are separated by commas, or a JSON list. Tables of the file (`[groups]`, `[[rates]]`) are
+JSON in flags and in the environment.
 
 Variables that Kubernetes makes for a service with a name such as `bitneck-cloud` are passed over
 (`BITNECK_CLOUD_SERVICE_HOST`, `BITNECK_CLOUD_PORT`, ...).

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 import sqlite3
 import subprocess
 import time
@@ -15,13 +14,19 @@ import httpx
 import pytest
 
 from bitneck.bundle import Bundle
-from bitneck.errors import InvalidConfig, StateUnusable, UnknownRule
+from bitneck.errors import FixedByFile, InvalidConfig, StateUnusable, UnknownRule
+from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.fleet import state_file
+from bitneck_cloud.fleet.control import Fleet
 from bitneck_cloud.fleet.patterns import Groups, Pattern
 from bitneck_cloud.fleet.records import ClientBook, ClientRecord, RateChange
 from bitneck_cloud.fleet.rules import MAX_RULES, RateRule, RuleBook
-from bitneck_cloud.fleet.state_file import MAX_CHANGES, StateFile
+from bitneck_cloud.fleet.state_file import StateFile
 from bitneck_cloud.fleet.tables import RateTable, book_of
 from bitneck_cloud.sessions.rates import FixedPoint
+from bitneck_cloud.sessions.registry import Registry
+from bitneck_cloud.sessions.session import Session
+from bitneck_cloud.settings import CloudSettings
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import BIN, Server, running_server, start_server
 from bitneck_testing.streams import Frames, answers_of, edge_client, open_stream, stub
@@ -125,7 +130,7 @@ def known(client: str, last_seen: float, **values: Any) -> ClientRecord:
 
 def test_the_clients_that_ended_longest_ago_fall_out() -> None:
     book = ClientBook(2, [known("b", 20.0, frames=1), known("c", 30.0), known("a", 10.0)])
-    found = book.all([], lambda _: False, 0.0, 100.0)
+    found = book.gone()
     assert set(found) == {("b", "tiny"), ("c", "tiny")}
     assert book.to_write(found) == ([], [])
     assert book.to_write({}) == ([], [("b", "tiny"), ("c", "tiny")])
@@ -260,6 +265,28 @@ async def test_running_sessions_are_told_at_once(
         removed = await http.delete("/v1/rate", params={"clients": "run-*", "running": True})
         assert removed.json()["running"]["told"] == 2, removed.text
         assert (await one.read()).set_point.point == ""  # no rule is left that fits: the client chooses
+
+
+async def test_a_session_that_opens_while_a_rule_changes_gets_the_rule(
+    fleet: Server, http: httpx.AsyncClient, tiny_bundle: Bundle
+) -> None:
+    """What is asked for after `Opened` was made, and before the stream counts as running, is not lost."""
+    async with stub(fleet.grpc) as cloud:
+
+        async def opened_with(name: str, point: str) -> None:
+            stream = await open_stream(cloud, tiny_bundle.bundle_id, client=name, model="tiny")
+            got = stream.opened.point
+            async with asyncio.timeout(10):
+                while got != point:
+                    got = (await stream.read()).set_point.point
+            stream.call.cancel()
+
+        for k in range(8):
+            point = ("s1-r1", "s2-r1")[k % 2]
+            put = http.put("/v1/rate", json={"clients": "race-*", "point": point, "running": True})
+            names = [f"race-{k}-{n}" for n in range(8)]
+            reply, *_ = await asyncio.gather(put, *(opened_with(name, point) for name in names))
+            assert reply.status_code == 200
 
 
 async def test_a_pattern_reaches_a_running_client_from_the_first_frame_encoded_after_it_arrives(
@@ -408,16 +435,11 @@ async def test_rules_changes_and_clients_survive_a_restart(
     state = StateFile.open(tmp_path / "state.db")  # what was left is written at the end
     assert [record.frames for record in state.clients() if record.client == "cam-11"] == [2]
     state.close()
-    shorter = ("--state-db", str(tmp_path / "state.db"), "--max-clients", "1")
-    with running_server(tiny_bundle.root, options=shorter) as third:  # without its groups, and with less room
-        async with httpx.AsyncClient(base_url=third.http) as http:
-            assert (await http.get("/v1/clients")).json()["total"] == 1
-        assert "@night, but the settings have no such group" in third.read_log()
 
 
-@pytest.mark.parametrize("rates", ['[[rates]]\nclients = "cam-*"\npoint = "s1-r1"\n', "rates = []\n"])
-async def test_rules_of_the_config_file_are_fixed(tiny_bundle: Bundle, tmp_path: Path, rates: str) -> None:
+async def test_rules_of_the_config_file_are_fixed(tiny_bundle: Bundle, tmp_path: Path) -> None:
     file = tmp_path / "replica.toml"
+    rates = '[[rates]]\nclients = "cam-*"\npoint = "s1-r1"\n'
     file.write_text(f'token_key = "a shared key of some length"\n{rates}')
     with running_server(tiny_bundle.root, options=("--config", str(file))) as own:
         async with httpx.AsyncClient(base_url=own.http, headers={"X-Bitneck-Request": "1"}) as http:
@@ -426,12 +448,23 @@ async def test_rules_of_the_config_file_are_fixed(tiny_bundle: Bundle, tmp_path:
                 assert "this change would be lost" in reply.json()["detail"]
             shown = (await http.get("/v1/rate")).json()
             assert (shown["source"], shown["changeable"], "config file" in shown["note"]) == ("file", False, True)
-            assert [rule["clients"] for rule in shown["rules"]] == (["cam-*"] if "cam" in rates else [])
+            assert [(rule["clients"], rule["by"]) for rule in shown["rules"]] == [("cam-*", "the config file")]
             async with stub(own.grpc) as cloud:
-                assert await point_of(cloud, tiny_bundle, "cam-1") == ("s1-r1" if "cam" in rates else "")
+                assert await point_of(cloud, tiny_bundle, "cam-1") == "s1-r1"
                 stream = await open_stream(cloud, tiny_bundle.bundle_id)
+                assert stream.opened.point == ""
                 path = f"/v1/sessions/{stream.opened.session_id}/rate"
                 assert (await http.put(path, json={"point": "s1-r1"})).status_code == 200  # a session's own rate
+
+
+async def test_an_empty_list_of_rates_is_fixed_too(tmp_path: Path) -> None:
+    file = tmp_path / "replica.toml"
+    file.write_text("rates = []\n")
+    settings = CloudSettings.load({}, file)
+    assert (settings.rates, CloudSettings.load({}).rates) == ((), None)
+    fixed = Fleet(Groups(), RuleBook(), None, 10)
+    with pytest.raises(FixedByFile):
+        await fixed.delete(("*", "*"), running=False)
 
 
 @pytest.mark.parametrize(
@@ -447,9 +480,9 @@ async def test_rules_of_the_config_file_are_fixed(tiny_bundle: Bundle, tmp_path:
 def test_config_files_that_are_refused(tmp_path: Path, content: str, text: str) -> None:
     file = tmp_path / "cloud.toml"
     file.write_text(content)
-    command = [BIN / "bitneck-cloud", "serve", "--bundle", "nowhere", "--config", file]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, text in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
+    with pytest.raises(InvalidConfig) as caught:
+        CloudSettings.load({}, file)
+    assert text in str(caught.value)
 
 
 def foreign(path: Path) -> None:
@@ -494,26 +527,34 @@ def bad_row(path: Path) -> None:
     ],
     ids=["text", "damaged", "foreign", "newer", "bad row", "folder"],
 )
-def test_a_state_database_that_cannot_be_used_ends_the_start(
-    tiny_bundle: Bundle, tmp_path: Path, make: Any, text: str
-) -> None:
+def test_state_databases_that_are_refused(tmp_path: Path, make: Any, text: str) -> None:
     path = tmp_path / "state.db"
     make(path)
     before = path.read_bytes() if path.is_file() else b""
-    command = [BIN / "bitneck-cloud", "serve", "--bundle", tiny_bundle.root, "--state-db", path]
-    addresses = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-    done = subprocess.run([*command, *addresses], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, text in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
+    with pytest.raises(StateUnusable) as caught:
+        StateFile.open(path).rules(Groups())
+    assert text in str(caught.value)
     if make is foreign:
         assert path.read_bytes() == before
 
 
-def test_two_servers_cannot_have_one_database(tiny_bundle: Bundle, fleet: Server, config: Path) -> None:
-    assert fleet.process.poll() is None
-    command = [BIN / "bitneck-cloud", "serve", "--bundle", tiny_bundle.root, "--state-db", config.parent / "state.db"]
+def refused_start(bundle: Bundle, path: Path) -> str:
+    """The one sentence with which a server ends that cannot use its state database."""
+    command = [BIN / "bitneck-cloud", "serve", "--bundle", bundle.root, "--state-db", path]
     addresses = ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
     done = subprocess.run([*command, *addresses], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, "is open in another process" in done.stderr) == (1, True), done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    return done.stderr
+
+
+def test_a_damaged_database_ends_the_start(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    damaged(tmp_path / "state.db")
+    assert "is damaged, or no state database" in refused_start(tiny_bundle, tmp_path / "state.db")
+
+
+def test_two_servers_cannot_have_one_database(tiny_bundle: Bundle, fleet: Server, config: Path) -> None:
+    assert fleet.process.poll() is None
+    assert "is open in another process" in refused_start(tiny_bundle, config.parent / "state.db")
 
 
 def a_rule(client: str) -> tuple[RateRule, RateChange]:
@@ -524,13 +565,16 @@ def a_rule(client: str) -> tuple[RateRule, RateChange]:
     return rule, change
 
 
-def test_the_state_file_reads_what_it_wrote_and_what_a_compatible_newer_program_wrote(tmp_path: Path) -> None:
+def test_the_state_file_reads_what_it_wrote_and_what_a_compatible_newer_program_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_file, "MAX_CHANGES", 4)
     path = tmp_path / "state.db"
     state = StateFile.open(path)
     rule, change = a_rule("cam-*")
-    for _ in range(MAX_CHANGES + 3):
+    for _ in range(7):
         state.save_rule(rule.key, rule, change)
-    assert (state.rules(Groups()), state.changes()) == ([rule], [change] * MAX_CHANGES)
+    assert (state.rules(Groups()), state.changes()) == ([rule], [change] * 4)
     state.save_clients([known("a", 1.0, frames=3), known("b", 2.0)], [])
     state.save_clients([known("a", 5.0, frames=4)], [("b", "tiny")])
     state.close()
@@ -548,6 +592,49 @@ def test_the_state_file_reads_what_it_wrote_and_what_a_compatible_newer_program_
     assert path.stat().st_mode & 0o077 == 0
 
 
+async def test_a_rule_that_cannot_be_kept_is_not_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="bitneck_cloud")
+    registry = Registry(
+        [], window=1, max_sessions=1, resume_s=1, assumed_fps=1, max_bytes_per_s=0, adopt=False,
+        signer=TokenSigner(b"a key of the test", max_age_s=1),
+    )  # fmt: skip
+    fleet = Fleet(Groups(), None, tmp_path / "state.db", 10)
+    await fleet.open()
+    fleet.serve(registry, Nobody())
+    first = RateTable(clients="cam-*", point="s1-r1").rule(Groups())
+    await fleet.put(first, running=True)
+    assert fleet._state is not None
+    await fleet._on_disk(fleet._state._connection.execute, "PRAGMA query_only = ON")
+    with pytest.raises(StateUnusable, match="readonly"):
+        await fleet.put(RateTable(clients="cam-*", auto=True).rule(Groups()), running=True)
+    with pytest.raises(StateUnusable, match="readonly"):
+        await fleet.delete(first.key, running=False)
+    assert [rule.policy for rule in registry.rules.rules] == [first.policy]
+    assert len(fleet.changes) == 1
+    assert "could not be kept, so nothing is changed" in caplog.text
+    assert '"failed: StateUnusable"' in caplog.text
+    await fleet.close()
+
+
+class Nobody:
+    """No client is connected."""
+
+    def push_point(self, session: Session, point: str, reason: str) -> bool:
+        return False
+
+    def connected(self, session: Session) -> bool:
+        return False
+
+
+def test_a_kept_rule_whose_group_is_gone_is_for_nobody(tmp_path: Path) -> None:
+    state = StateFile.open(tmp_path / "state.db")
+    rule = RateTable(clients="@night", auto=True).rule(Groups(GROUPS))
+    state.save_rule(rule.key, rule, a_rule("*")[1])
+    assert [kept.matches("tiny", "cam-11") for kept in state.rules(Groups(GROUPS))] == [True]
+    assert [kept.matches("tiny", "cam-11") for kept in state.rules(Groups())] == [False]
+    state.close()
+
+
 def test_what_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
     state = StateFile.open(tmp_path / "state.db")
     rule, change = a_rule("cam-*")
@@ -563,7 +650,6 @@ def test_what_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
     state.close()
 
 
-def test_a_server_whose_folder_is_gone_says_so(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "nowhere", ignore_errors=True)
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StateUnusable, match="its folder must be there"):
         StateFile.open(tmp_path / "nowhere" / "state.db")

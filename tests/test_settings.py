@@ -37,7 +37,8 @@ def sample(model: type[Settings], name: str) -> Any:
         "traces": "http://collector:4317", "token_key": "0123456789abcdef", "http_token": "0123456789abcdef",
         "device_token": "0123456789abcdef", "providers": ["One", "Two"],
         "similar": "off", "answers": "map/4", "precision": "int8", "log_level": "debug", "log_format": "json",
-        "trace_ratio": 0.5,
+        "trace_ratio": 0.5, "rates": [{"clients": "cam-*", "point": "s1-r1"}, {"auto": True}],
+        "groups": {"doors": ["door-*", "gate"]},
     }  # fmt: skip
     if name in known:
         return known[name]
@@ -48,6 +49,13 @@ def sample(model: type[Settings], name: str) -> Any:
     if isinstance(field.default, int | float):
         return field.default + 1
     return "some-text"
+
+
+def texts(value: Any) -> list[str]:
+    """A value as a variable or a flag may give it."""
+    if isinstance(value, list) and isinstance(value[0], str):
+        return [",".join(value), json.dumps(value)]
+    return [json.dumps(value) if isinstance(value, list | dict) else str(value)]
 
 
 def partners(model: type[Settings], name: str) -> dict[str, Any]:
@@ -68,7 +76,7 @@ def test_every_setting_works_from_flag_environment_and_file(
     from_file, origins = model.load_with_origins({}, file)
     assert origins[name] == f"{file}: {name}"
     assert getattr(from_file, name) != model.model_fields[name].default
-    for text in [",".join(value), json.dumps(value)] if isinstance(value, list) else [str(value)]:
+    for text in texts(value):
         with monkeypatch.context() as environment:
             environment.setenv(model.variable(name), text)
             from_environment, origins = model.load_with_origins(others)
@@ -80,7 +88,7 @@ def test_every_setting_works_from_flag_environment_and_file(
     def command(*, settings: Settings, origins: dict[str, str]) -> None:
         loaded.append((settings, origins[name]))
 
-    arguments = [] if value is True else [str(each) for each in (value if isinstance(value, list) else [value])]
+    arguments = [] if value is True else [texts(each)[-1] for each in (value if isinstance(value, list) else [value])]
     flags = [model.flag(name)] if value is True else [x for a in arguments for x in (model.flag(name), a)]
     flags += [x for other, path in others.items() for x in (model.flag(other), path)]
     done = CliRunner().invoke(app, flags)
@@ -165,6 +173,9 @@ def test_a_refused_value_names_where_it_came_from(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("BITNECK_CLOUD_PROVIDERS", '["One"')
     with pytest.raises(InvalidConfig, match=r"BITNECK_CLOUD_PROVIDERS.*neither a JSON list nor"):
         CloudSettings.load({})
+    monkeypatch.delenv("BITNECK_CLOUD_PROVIDERS")
+    with pytest.raises(InvalidConfig, match=r"setting rates \(--rate\): not JSON"):
+        CloudSettings.load_with_origins({"rates": ["cam-*"]}, flags=True)
 
 
 def test_secrets_are_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,16 +108,16 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopping.set)
+    groups = Groups(settings.groups)
+    fixed = book_of(settings.rates, groups) if settings.rates is not None else None
+    fleet = Fleet(groups, fixed, settings.state_db, settings.max_clients)
+    await fleet.open()
     check_providers(settings.providers)
     pool = ModulePool(settings.providers)
     models = await asyncio.to_thread(load_models, bundles, settings.threads, pool)
     metrics, refusals, changes = Metrics(), RefusalLog(), RecentChanges()
     devices = BearerTokens(Role.DEVICE, _secret(settings.device_token), settings.device_tokens)
     operators = BearerTokens(Role.OPERATE, _secret(settings.http_token), settings.http_tokens)
-    groups = Groups(settings.groups)
-    fixed = book_of(settings.rates, groups) if settings.rates is not None else None
-    fleet = Fleet(groups, fixed, settings.state_db, settings.max_clients)
-    await fleet.open()
     key = settings.token_key.get_secret_value().encode() if settings.token_key is not None else secrets.token_bytes(32)
     registry = Registry(
         models.values(),

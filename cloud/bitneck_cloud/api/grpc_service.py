@@ -210,7 +210,10 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             async with self._in_time():
                 await context.write(to_wire(opened))
             self._tell_if_draining(conversation)
-            if not session.told and session.asked_point is None:  # `Opened` cannot say that the client chooses again
+            asked = session.asked_point or ""
+            if asked != opened.point:  # since `Opened` was made
+                conversation.push(SetPoint(asked, "asked for while the session began"))
+            elif not session.told and not asked:  # `Opened` cannot say that the client chooses again
                 conversation.push(SetPoint("", "asked for while the link was down"))
             session.told = True
             session.attach(peer.serve(session.window, tls=self._tls), time.monotonic())

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -26,8 +26,8 @@ __all__ = ["Fleet", "Streams", "Told"]
 
 _LOG = logging.getLogger(__name__)
 _KEEP_EVERY_S = 5.0
-_PAUSE_AFTER = 32
-"""Sessions that are looked at before other work has its turn."""
+_TURN_S = 0.003
+"""Seconds of work with many sessions, after which other work has its turn."""
 
 
 class Streams(Protocol):
@@ -180,14 +180,18 @@ class Fleet:
             after=policy_dict(rule.policy) if rule is not None else None,
             running=running,
         )
+        target = f"{'' if running else 'new '}sessions of model {key[0]}, clients {key[1]}"
         if self._state is not None:
-            await self._on_disk(self._state.save_rule, key, rule, change)
+            try:
+                await self._on_disk(self._state.save_rule, key, rule, change)
+            except BitneckError as exc:
+                _LOG.error("a rule could not be kept, so nothing is changed: %s", exc)
+                record(action, target, before=change.before, after=f"failed: {type(exc).__name__}")
+                raise
         self.registry.rules = book
         self.changes.append(change)
         told = await self._tell(rule or before) if running else None
-        target = f"model {key[0]}, clients {key[1]}"
-        record(action, f"sessions of {target}" if running else f"new sessions of {target}",
-               before=change.before, after=change.after)  # fmt: skip
+        record(action, target, before=change.before, after=change.after)
         return told
 
     async def _tell(self, changed: RateRule | None) -> Told:
@@ -196,9 +200,7 @@ class Fleet:
         assert self._streams is not None
         counts = {"told": 0, "waiting": 0, "unreachable": 0, "overruled": 0}
         present = self.registry.rules.get(changed.key)
-        for number, session in enumerate(self.registry.sessions(time.monotonic()), 1):
-            if number % _PAUSE_AFTER == 0:
-                await asyncio.sleep(0)
+        async for session in self._sessions():
             if not changed.matches(session.model, session.client):
                 continue
             governing = self.registry.rule_for(session)
@@ -232,23 +234,39 @@ class Fleet:
         """A session was forgotten."""
         self.clients.ended(session, time.monotonic(), time.time())
 
-    def known_clients(self) -> dict[tuple[str, str], ClientRecord]:
-        """Every client that is here, or was; see `ClientBook.all`."""
+    async def known_clients(self) -> dict[tuple[str, str], ClientRecord]:
+        """Every client that is here, or was, by its name and its model's."""
         assert self._streams is not None
-        now = time.monotonic()
-        return self.clients.all(self.registry.sessions(now), self._streams.connected, now, time.time())
+        self.registry.expire(time.monotonic())  # which adds to what is gone
+        records = self.clients.gone()  # at the moment that `_sessions` begins: each session counts once
+        async for session in self._sessions():
+            connected = self._streams.connected(session)
+            self.clients.include(records, session, connected=connected, now=time.monotonic(), wall=time.time())
+        return records
+
+    async def _sessions(self) -> AsyncIterator[Session]:
+        """The sessions of this moment. Other work has its turn in between."""
+        begin = time.monotonic()
+        for session in self.registry.sessions(begin):
+            yield session
+            if time.monotonic() - begin > _TURN_S:
+                await asyncio.sleep(0)
+                begin = time.monotonic()
 
     async def keep(self) -> None:
         """Write what is known of the clients now and then, for ever."""
         while True:
             await asyncio.sleep(_KEEP_EVERY_S)
-            await self._keep_clients()
+            try:
+                await self._keep_clients()
+            except Exception:  # noqa: BLE001  a bug here must not end it for good
+                _LOG.exception("keeping what is known of clients failed; it goes on")
 
     async def _keep_clients(self) -> None:
         if self._state is None:
             return
         async with self._keeping:
-            records = self.known_clients()
+            records = await self.known_clients()
             try:
                 await self._on_disk(self._write_clients, records)
                 if self._failing:

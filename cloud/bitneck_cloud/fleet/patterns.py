@@ -9,7 +9,7 @@ Upper and lower case differ. A pattern stands for the whole name.
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bitneck.errors import InvalidConfig
@@ -41,7 +41,7 @@ class Pattern:
 
     text: str
     specificity: tuple[int, int] = field(init=False, compare=False, repr=False)
-    _regex: re.Pattern[str] = field(init=False, compare=False, repr=False)
+    _match: Callable[[str], object] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.text) <= MAX_PATTERN_CHARACTERS:
@@ -52,11 +52,12 @@ class Pattern:
         rank = _EXACT if _WILD.search(self.text) is None else _PATTERN if self.text.strip("*") else _NOTHING
         object.__setattr__(self, "specificity", (rank, literal if rank == _PATTERN else 0))
         # What stands before each `*` is not tried again once it has matched: no pattern takes exponential time.
-        object.__setattr__(self, "_regex", re.compile(fnmatch.translate(self.text)))
+        match = self.text.__eq__ if rank == _EXACT else re.compile(fnmatch.translate(self.text)).match
+        object.__setattr__(self, "_match", match)
 
     def matches(self, name: str) -> bool:
         """Whether it stands for this name."""
-        return self._regex.match(name) is not None
+        return bool(self._match(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,10 @@ class Clients:
 
     def matches(self, name: str) -> bool:
         """Whether a client of this name is meant."""
-        return any(pattern.matches(name) for pattern in self.patterns)
+        for pattern in self.patterns:  # noqa: SIM110  no generator: this runs for each rule and session
+            if pattern.matches(name):
+                return True
+        return False
 
 
 class Groups:

@@ -1,8 +1,8 @@
 """What is kept of clients and of changed rules. Pure: times come in as arguments."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from bitneck_cloud.sessions.session import Session
 
@@ -56,7 +56,7 @@ class ClientRecord:
     client: str
     model: str
     caller: str
-    connected: bool = False
+    connected: bool = field(default=False, compare=False)
     point: str = ""
     last_seen: float = 0.0
     frames: int = 0
@@ -72,9 +72,12 @@ class ClientRecord:
 
     def __add__(self, later: "ClientRecord") -> "ClientRecord":
         """Both together. What is no sum is that of the one that was seen last."""
-        older, newer = sorted((self, later), key=lambda record: record.last_seen)
-        return replace(
-            newer,
+        older, newer = (self, later) if self.last_seen <= later.last_seen else (later, self)
+        return ClientRecord(
+            client=newer.client,
+            model=newer.model,
+            caller=newer.caller,
+            last_seen=newer.last_seen,
             point=newer.point or older.point,
             connected=self.connected or later.connected,
             frames=self.frames + later.frames,
@@ -110,32 +113,35 @@ class ClientBook:
         """
         self._add(_record(session, False, now, wall))
 
-    def all(
-        self, sessions: Iterable[Session], connected: Callable[[Session], bool], now: float, wall: float
-    ) -> dict[Key, ClientRecord]:
-        """Every client by name and model, with what its open sessions have done so far.
+    def gone(self) -> dict[Key, ClientRecord]:
+        """What sessions that were forgotten have done, by client and model. The caller may change the dictionary."""
+        return dict(self._ended)
+
+    @staticmethod
+    def include(
+        records: dict[Key, ClientRecord], session: Session, *, connected: bool, now: float, wall: float
+    ) -> None:
+        """Add what an open session has done so far.
 
         Args:
-            sessions: the open ones.
-            connected: whether a session has a stream.
+            records: such as `gone` gives.
+            session: an open one.
+            connected: whether it has a stream.
             now: see `ended`.
             wall: likewise.
         """
-        found: dict[Key, ClientRecord] = dict(self._ended)
-        for session in sessions:
-            record = _record(session, connected(session), now, wall)
-            before = found.get(record.key)
-            found[record.key] = before + record if before is not None else record
-        return found
+        record = _record(session, connected, now, wall)
+        before = records.get(record.key)
+        records[record.key] = before + record if before is not None else record
 
     def to_write(self, records: dict[Key, ClientRecord]) -> tuple[list[ClientRecord], list[Key]]:
         """What differs from what `written` was told last: records that are new or changed, and keys that are gone."""
-        changed = [r for key, r in records.items() if replace(r, connected=False) != self._written.get(key)]
+        changed = [record for key, record in records.items() if record != self._written.get(key)]
         return changed, [key for key in self._written if key not in records]
 
     def written(self, records: dict[Key, ClientRecord]) -> None:
         """These records are on the disk now."""
-        self._written = {key: replace(record, connected=False) for key, record in records.items()}
+        self._written = dict(records)
 
     def _add(self, record: ClientRecord) -> None:
         before = self._ended.pop(record.key, None)

@@ -187,7 +187,7 @@ def add_fleet(app: FastAPI, fleet: Fleet, guarded: Sequence[Any], problems: dict
         offset: Annotated[int, Query(ge=0)] = 0,
     ) -> Response:
         """Clients that are here and clients that are gone, the ones that were seen last first."""
-        pattern, records = Pattern(client), fleet.known_clients()
+        pattern, records = Pattern(client), await fleet.known_clients()
         page = await asyncio.to_thread(_page, records.values(), pattern, connected, limit, offset)
         return Response(page, media_type="application/json")
 

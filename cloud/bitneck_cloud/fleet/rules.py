@@ -44,7 +44,7 @@ class RateRule:
 
     def matches(self, model: str, client: str) -> bool:
         """Whether it is for this client's sessions with this model."""
-        return self.model.matches(model) and self.clients.matches(client)
+        return self.clients.matches(client) and self.model.matches(model)
 
     @property
     def rank(self) -> tuple[tuple[int, int], tuple[int, int], int]:

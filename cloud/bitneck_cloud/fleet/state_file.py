@@ -211,7 +211,7 @@ class StateFile:
 
 
 def _refused(path: Path, cause: object) -> StateUnusable:
-    text = str(cause)
+    text = " ".join(str(cause).split())
     if isinstance(cause, OSError):
         return StateUnusable(f"state_db {path}: {cause.strerror}; its folder must be there, and this user may write it")
     if isinstance(cause, sqlite3.OperationalError):
