@@ -102,7 +102,7 @@ async def test_nothing_is_sent_before_its_pass_is_committed(model: ServedModel, 
         for seq in range(1, 11):
             engine.submit(job(model, payload, seq), settled)
         assert await asyncio.to_thread(disk.begun.acquire)
-        while engine.batches < 3:  # the engine goes on while the disk works
+        while engine.batches < 3:  # noqa: ASYNC110  the engine goes on while the disk works
             await asyncio.sleep(0.01)
         assert (sent, len(readers.hub)) == ([], 0)
         disk.go.release()
@@ -130,7 +130,7 @@ async def test_faults_and_frames_that_nobody_waits_for_are_no_answers(model: Ser
         for it in (gone, bad, whole):
             engine.submit(it, lambda each, _: done.append(each.origin.seq if each.origin else 0))
         gone.abandon()
-        while done != [2, 3]:
+        while done != [2, 3]:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     kept = readers.hub.read(1, everything, most=9, look_at=9).answers
     assert [(it.number, it.answered.origin.seq) for it in kept] == [(1, 3)]
@@ -247,7 +247,8 @@ def test_a_picture_of_a_map_is_made_once() -> None:
     output = CodedMap(height=4, width=4, map=coded, classes=())
     it = Published(1, "server", answered(map_bytes=1))
     object.__setattr__(it.answered, "output", output)
-    assert not it.ready(MapForm.PNG)
+    assert it.takes_long(MapForm.PNG)
+    assert it.made(MapForm.PNG) is None
     text = it.text(MapForm.PNG)
-    assert it.ready(MapForm.PNG)
+    assert it.made(MapForm.PNG) is text
     assert it.text(MapForm.PNG) is text

@@ -207,8 +207,8 @@ class CloudSettings(Settings):
     stall_s: Annotated[
         float,
         setting(
-            "Seconds that a client may take to open its stream, and to read one message; then its call ends. 0 for "
-            "ever.",
+            "Seconds that a client may take to open its stream, to read one message, and to read what waits on a "
+            "connection of HTTP; then its call or connection ends. 0 for ever.",
             _SESSIONS,
             ge=0,
             le=3600,

@@ -4,6 +4,7 @@ Answered --Published (number, server)--> answer_document --> JSON text, one line
 """
 
 import base64
+import functools
 import io
 import json
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ MAX_CLIENT = 128
 """Characters of a client's name, and of a spool's id."""
 
 _LAST_US = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp()) * 1_000_000
+_LARGE_MAP_BYTES = 1 << 16
 _BESIDE_TEXTS = 1500
 """Bytes that an answer takes in memory beside its map and its texts: the values above, with five labels."""
 
@@ -69,7 +71,7 @@ class Published:
     def client(self) -> str:
         """The client's name, cleaned."""
         if self._client is None:
-            self._client = clean_text(self.answered.origin.client, MAX_CLIENT)
+            self._client = _clean(self.answered.origin.client)
         return self._client
 
     @property
@@ -84,19 +86,22 @@ class Published:
         coded = len(output.map) if isinstance(output, CodedMap) else 0
         return _BESIDE_TEXTS + coded + sum(map(len, list(self._texts.values())))
 
-    def ready(self, form: MapForm) -> bool:
-        """Whether the text is there, or made at once. A PNG or a large map takes a thread."""
+    def made(self, form: MapForm) -> str | None:
+        """The document as JSON, if it was made before."""
+        return self._texts.get(form if self.has_map else MapForm.NONE)
+
+    def takes_long(self, form: MapForm) -> bool:
+        """Whether `text` should have a thread: for a picture, and for a large map."""
         output = self.answered.output
-        if form is MapForm.NONE or not isinstance(output, CodedMap) or form in self._texts:
-            return True
-        return form is MapForm.RUNS and len(output.map) <= 1 << 16
+        if form is MapForm.NONE or not isinstance(output, CodedMap):
+            return False
+        return form is MapForm.PNG or len(output.map) > _LARGE_MAP_BYTES
 
     def text(self, form: MapForm) -> str:
         """The document as JSON."""
-        if not self.has_map:
-            form = MapForm.NONE
-        made = self._texts.get(form)
+        made = self.made(form)
         if made is None:
+            form = form if self.has_map else MapForm.NONE
             made = self._texts[form] = json.dumps(answer_document(self, form), separators=(",", ":"))
         return made
 
@@ -117,7 +122,7 @@ def answer_document(published: Published, form: MapForm) -> dict[str, Any]:
         "client": published.client,
         "model": answered.model,
         "session": origin.session,
-        "spool": clean_text(origin.spool, MAX_CLIENT) or None,
+        "spool": _clean(origin.spool) or None,
         "seq": origin.seq,
         "captured": _time(origin.captured_us),
         "received": _time(origin.received_us),
@@ -133,6 +138,11 @@ def answer_document(published: Published, form: MapForm) -> dict[str, Any]:
             "compute": answered.compute_us / 1e3,
         },
     }
+
+
+@functools.lru_cache(maxsize=1024)
+def _clean(text: str) -> str:
+    return clean_text(text, MAX_CLIENT)
 
 
 def _time(unix_us: int) -> str | None:

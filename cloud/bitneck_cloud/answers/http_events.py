@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import StreamingResponse
-from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from bitneck.errors import BitneckError
@@ -97,17 +96,21 @@ class _Events(StreamingResponse):
 
 async def _events(subscription: Subscription, heartbeat_s: float) -> AsyncIterator[bytes]:
     # An event without data is none: it only sets the id from which the client goes on.
-    yield format_sse_event(comment="answers", retry=_RETRY_MS, id=subscription.upto)
+    yield f": answers\nretry: {_RETRY_MS}\nid: {subscription.upto}\n\n".encode()
     try:
         while True:
             news = await subscription.next(heartbeat_s)
-            parts: list[bytes] = []
+            parts = [_event("answer", text, number) for number, text in news.answers]
             if news.missed is not None:
-                parts.append(format_sse_event(event="missed", data_str=_missed(news.missed), id=news.missed_upto))
-            parts += [format_sse_event(event="answer", data_str=text, id=number) for number, text in news.answers]
-            yield b"".join(parts) or format_sse_event(comment="no news", id=news.upto)
+                parts.insert(0, _event("missed", _missed(news.missed), news.missed_upto))
+            yield ("".join(parts) or f": no news\nid: {news.upto}\n\n").encode()
     except BitneckError as exc:
-        yield format_sse_event(event="end", data_str=json.dumps({"reason": public_text(exc)}), id=subscription.upto)
+        yield _event("end", json.dumps({"reason": public_text(exc)}), subscription.upto).encode()
+
+
+def _event(name: str, data: str, upto: str) -> str:
+    """An event. Its data is JSON in ASCII, so it has one line."""
+    return f"event: {name}\ndata: {data}\nid: {upto}\n\n"
 
 
 def _missed(missed: Missed) -> str:

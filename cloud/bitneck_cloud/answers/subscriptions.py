@@ -144,12 +144,15 @@ class Subscription:
         return News(tuple(documents), missed, missed_upto, self.upto)
 
     async def _text(self, published: Published) -> str:
-        if published.ready(self._form):
-            text = published.text(self._form)
+        made = published.made(self._form)
+        if made is not None:
+            return made
+        if published.takes_long(self._form):
+            made = await asyncio.to_thread(published.text, self._form)
         else:
-            text = await asyncio.to_thread(published.text, self._form)
+            made = published.text(self._form)
         self._hub.count(published)
-        return text
+        return made
 
     async def _woken(self, within_s: float) -> bool:
         """Whether something came in time."""
