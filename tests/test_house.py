@@ -115,7 +115,7 @@ PURE = (
     *(
         f"shared/bitneck/coding/{name}.py"
         for name in (
-            "arrays", "class_map", "coarse_map", "conditional_model", "context_codec", "context_model",
+            "arrays", "class_map", "coarse_map", "colours", "conditional_model", "context_codec", "context_model",
             "factorized_codec", "factorized_model", "range_coder", "symbols",
         )
     ),
@@ -127,6 +127,7 @@ PURE = (
         )
     ),
     "models/bitneck_models/zoo/selection.py",
+    *(f"cloud/bitneck_cloud/answers/sinks/{name}.py" for name in ("filters", "seen", "topics")),
     *(f"cloud/bitneck_cloud/engine/{name}.py" for name in ("chain_plan", "fair_queue")),
     *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("acknowledging", "answering", "session", "rates")),
     *(f"cloud/bitneck_cloud/{name}.py" for name in ("faults", "access/tokens", "access/limits")),

@@ -6,6 +6,7 @@ import logging
 import resource
 import secrets
 import signal
+import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.access.security import tls_files_usable
 from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.answers.sinks.outgoing import Outgoing
+from bitneck_cloud.answers.sinks.showing import SinkMetrics
 from bitneck_cloud.api.grpc_server import HEALTH_NAMES, make_grpc_server
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.http_api import build_app
@@ -137,12 +140,16 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     folders = {model.name: model.bundle.root for model in models.values()}
     reloader = Reloader(registry, folders, pool, settings.threads, metrics)
     readiness = Readiness()
+    outgoing = Outgoing(
+        settings.sinks, settings.sinks_queue, server=socket.gethostname(), sync=settings.sinks_sync == "always"
+    )
+    metrics.registry.register(SinkMetrics(outgoing))
     metrics.gauge("streams", "Open streams.", lambda: service.streams)
     metrics.gauge("open_sessions", "Sessions, disconnected ones included.", lambda: registry.count)
     metrics.gauge("queue_frames", "Frames that wait for the engine.", lambda: engine.waiting)
     metrics.gauge("ready", "1 while the server takes new work.", lambda: readiness.ready)
     app = HttpGuard(
-        build_app(registry, service, readiness, metrics=metrics, reloader=reloader),
+        build_app(registry, service, readiness, metrics=metrics, reloader=reloader, outgoing=outgoing),
         tokens=operators,
         hosts=KnownHosts(settings.http_hosts, Address.parse(settings.http)),
         metrics=metrics,
@@ -151,6 +158,8 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     _warn_of_open_doors(settings, devices)
     http = HttpServer(app, _http_tls(settings), refusals)
     with contextlib.ExitStack() as stack:
+        await asyncio.to_thread(outgoing.start)
+        stack.callback(outgoing.close)
         http_sockets = [stack.enter_context(listener) for listener in listen(Address.parse(settings.http))]
         server, health_servicer, port = make_grpc_server(
             settings, service, limits, devices, metrics, refusals,
@@ -181,6 +190,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         http.should_exit = True
         await http_task
         keeping.cancel()
+        await asyncio.to_thread(outgoing.close)
         refusals.flush(all_of_it=True)
         await asyncio.to_thread(tracer.close)
 

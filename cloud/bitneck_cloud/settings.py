@@ -9,11 +9,12 @@ from pydantic_settings import SettingsConfigDict
 from bitneck.runtime import CPU
 from bitneck.settings.model import Address, Names, Paths, Settings, setting
 from bitneck_cloud.access.bearers import MIN_SECRET_CHARACTERS
+from bitneck_cloud.answers.sinks.settings import SinkTables, check_sinks
 
 __all__ = ["CloudSettings"]
 
-_SERVE, _ACCESS, _COMPUTE, _SESSIONS, _STOP, _OBSERVE = (
-    "Serving", "Access", "Computing", "Sessions", "Stopping", "Logs and traces",
+_SERVE, _ACCESS, _COMPUTE, _SESSIONS, _SINKS, _STOP, _OBSERVE = (
+    "Serving", "Access", "Computing", "Sessions", "Sinks", "Stopping", "Logs and traces",
 )  # fmt: skip
 
 
@@ -210,6 +211,23 @@ class CloudSettings(Settings):
         float, setting("Frame rate that max_kbps assumes until a session has shown its own.", _SESSIONS, gt=0, le=1000)
     ] = 10.0
 
+    sinks: Annotated[
+        tuple[SinkTables, ...],
+        setting("Where answers go in the cloud: a table [[sinks]] for each. See docs/sinks.md.", _SINKS, tables=True),
+    ] = ()
+    sinks_queue: Annotated[
+        Path | None, setting("File of the queue of all sinks, on a local disk. Sinks need it.", _SINKS)
+    ] = None
+    sinks_sync: Annotated[
+        Literal["second", "always"],
+        BeforeValidator(_lower),
+        setting(
+            "When queued answers are forced to the disk: once a second, or always before their devices get them. "
+            "Either way they outlive the server's process; with second, a power cut may cost the last second of them.",
+            _SINKS,
+        ),
+    ] = "second"
+
     drain_delay_s: Annotated[
         float,
         setting(
@@ -253,6 +271,7 @@ class CloudSettings(Settings):
                 "the control API would be open to the network: set http_token (BITNECK_CLOUD_HTTP_TOKEN) or "
                 "http_tokens, or listen on 127.0.0.1"
             )
+        check_sinks(self.sinks, self.sinks_queue)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together: give both, or none")
         if self.tls_cert is None and (self.tls_client_ca or self.http_tls_client_ca):

@@ -9,6 +9,8 @@ from fastapi.security import HTTPBearer
 
 import bitneck
 from bitneck.errors import BitneckError
+from bitneck_cloud.answers.sinks.outgoing import Outgoing
+from bitneck_cloud.answers.sinks.showing import add_sinks
 from bitneck_cloud.api import schemas
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.open_inference import add_open_inference
@@ -30,6 +32,7 @@ def build_app(
     *,
     metrics: Metrics,
     reloader: Reloader,
+    outgoing: Outgoing,
 ) -> FastAPI:
     """The application. It lets everybody in: `bitneck_cloud.api.http_guard.HttpGuard` stands before it.
 
@@ -39,6 +42,7 @@ def build_app(
         readiness: for ``/readyz``.
         metrics: for ``/metrics``.
         reloader: of models.
+        outgoing: sinks of answers.
     """
     app = FastAPI(
         title="bitneck cloud", version=bitneck.__version__, description="Models, sessions, and the rates they run at."
@@ -98,6 +102,7 @@ def build_app(
         return Response(body, media_type=media_type)
 
     add_open_inference(app, registry, readiness, guarded)
+    add_sinks(app, outgoing, guarded, problems)
 
     @app.get("/v1/sessions", dependencies=guarded, responses=problems, tags=["sessions"])
     async def sessions() -> list[schemas.SessionInfo]:

@@ -6,11 +6,9 @@ from collections import defaultdict, deque
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from bitneck.coding.class_map import MAX_CLASSES
+from bitneck.coding.colours import colours
 from bitneck.errors import InvalidConfig, ProtocolError
 from bitneck_edge.answers.results import Answer, Segmentation, Written
 from bitneck_edge.sources.photo import Photo, picture_of
@@ -20,20 +18,6 @@ __all__ = ["MapWriter", "colours", "indexed", "overlay"]
 _NAME_CHARACTERS = 80
 _SHARE = 0.5
 """Of the colours in an overlay; the rest is the photograph."""
-
-
-def colours() -> NDArray[np.uint8]:
-    """The colour of each class, (256, 3) uint8 RGB: the same on every machine, and no two are equal.
-
-    It is the colour map of PASCAL VOC: the bits of the index, three at a time, are the highest bits of red, green and
-    blue. VOC begins with black for the background. There is no background class here, so this map begins with VOC's
-    second colour, and black comes last.
-    """
-    index = (np.arange(MAX_CLASSES) + 1) % MAX_CLASSES
-    rgb = np.zeros((MAX_CLASSES, 3), dtype=np.uint8)
-    for bit in range(8):
-        rgb[:, bit % 3] |= (((index >> bit) & 1) << (7 - bit // 3)).astype(np.uint8)
-    return rgb
 
 
 def indexed(segmentation: Segmentation, size: tuple[int, int]) -> Image.Image:

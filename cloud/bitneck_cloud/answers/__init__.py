@@ -1,0 +1,1 @@
+"""Answers for consumers in the cloud."""
