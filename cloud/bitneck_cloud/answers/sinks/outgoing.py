@@ -16,7 +16,7 @@ from bitneck_cloud.answers.sinks.filters import Filter
 from bitneck_cloud.answers.sinks.jsonl import JsonlSink
 from bitneck_cloud.answers.sinks.mqtt import MqttSink
 from bitneck_cloud.answers.sinks.queue_file import Bounds, Entry, QueueFile
-from bitneck_cloud.answers.sinks.queue_thread import QueueThread, force_to_disk
+from bitneck_cloud.answers.sinks.queue_thread import QueueThread, checkpoint, log_bytes
 from bitneck_cloud.answers.sinks.sender import Sender
 from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTable, WebhookTable, check_key, secret_of
 from bitneck_cloud.answers.sinks.state import ClientState, Document, Sink, SinkState
@@ -28,6 +28,7 @@ _LOG = logging.getLogger(__name__)
 _HOUSEKEEPING_S = 1.0
 _CLOSE_S = 5.0
 _TROUBLE_LOG_S = 60.0
+_MOST_LOG_BYTES = 64 << 20
 
 
 class Outgoing:
@@ -50,7 +51,7 @@ class Outgoing:
         sync: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path, self._sync, self._clock = queue, sync, clock
+        self._path, self._clock = queue, clock
         self._tables = tuple(tables)
         self._filters = {
             table.name: Filter(
@@ -221,9 +222,11 @@ class Outgoing:
         assert self._path is not None
         while not self._stop.wait(_HOUSEKEEPING_S):
             try:
-                if self._unforced and not self._sync:
+                if self._unforced:
                     self._unforced = False
-                    force_to_disk(self._path)
+                    checkpoint(self._path)
+                    if log_bytes(self._path) > _MOST_LOG_BYTES:  # commits came all the time, so it could not begin anew
+                        self._queue.call(self._queue.file.begin_log_anew)
                 while self._queue.call(self._queue.file.expire, self._clock()) and not self._stop.is_set():
                     pass
             except (sqlite3.Error, OSError) as exc:

@@ -8,6 +8,8 @@ numbers(name, value)           the largest number of an answer
 """
 
 import contextlib
+import fcntl
+import os
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -96,6 +98,7 @@ class QueueFile:
 
     def __init__(self, path: Path, bounds: Mapping[str, Bounds], *, sync: bool) -> None:
         self._path, self._bounds, self._sync = path, bounds, sync
+        self._lock = -1
         self.held = {sink: Held() for sink in bounds}
         self._seen: OrderedDict[str, Seen] = OrderedDict()
 
@@ -114,7 +117,7 @@ class QueueFile:
         try:
             return self._open(now)
         except (sqlite3.Error, OSError) as exc:
-            text = str(exc)
+            text = " ".join(str(exc).split())
             if "locked" in text:
                 text += "; another server uses it: give each its own file"
             elif "malformed" in text or "not a database" in text:
@@ -124,9 +127,13 @@ class QueueFile:
             raise InvalidConfig(f"sinks_queue {self._path}: cannot use it ({text})") from exc
 
     def _open(self, now: float) -> dict[str, int]:
+        self._lock = os.open(f"{self._path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise sqlite3.OperationalError("it is locked") from None
         # Transactions are begun and ended in `_transaction`; the thread is always the same one.
         self._db = db = sqlite3.connect(self._path, isolation_level=None, timeout=_BUSY_MS / 1000)
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
         found = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         mark = db.execute("PRAGMA application_id").fetchone()[0], db.execute("PRAGMA user_version").fetchone()[0]
         if found and mark[0] != APPLICATION:
@@ -140,7 +147,7 @@ class QueueFile:
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA synchronous = {'FULL' if self._sync else 'NORMAL'}")
-        db.execute("PRAGMA journal_size_limit = 16777216")
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # housekeeping does that, beside the commits
         if not found:
             marks = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION};"
             db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {marks} COMMIT;")
@@ -166,7 +173,15 @@ class QueueFile:
 
     def close(self) -> None:
         """Close the file; the log beside it goes into it."""
-        self._db.close()
+        with contextlib.suppress(AttributeError):  # not opened
+            self._db.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def begin_log_anew(self) -> None:
+        """Copy what is left of the log into the file, and empty it."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def last_number(self) -> int:
         """The largest number of an answer that was ever committed; 0 if none was."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 from bitneck_cloud.answers.sinks.queue_file import QueueFile
 
-__all__ = ["QueueThread", "force_to_disk"]
+__all__ = ["QueueThread", "checkpoint", "log_bytes"]
 
 T = TypeVar("T")
 
@@ -39,21 +40,24 @@ class QueueThread:
         self._thread.shutdown(wait=True)
 
 
-def force_to_disk(path: Path) -> None:
-    """Force to the disk what was committed to a queue, from any thread, while its own thread goes on.
+def checkpoint(path: Path) -> None:
+    """Force to the disk what was committed, and copy it from the log into the file, while commits go on beside it.
 
-    It is the log beside the file that has to be forced: SQLite forces it itself before it copies it into the file.
-    SQLite has no lock on the log, so a second descriptor of it is harmless.
+    It has a connection of its own, so that no commit waits for the disk.
 
     Args:
         path: of the queue's file.
 
     Raises:
-        OSError: the disk fails.
+        sqlite3.Error: the disk fails.
     """
-    with contextlib.suppress(FileNotFoundError):
-        log = os.open(f"{path}-wal", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(log)
-        finally:
-            os.close(log)
+    with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
+def log_bytes(path: Path) -> int:
+    """Size of the log of a queue's file."""
+    try:
+        return os.stat(f"{path}-wal").st_size  # noqa: PTH116  the name is SQLite's
+    except FileNotFoundError:
+        return 0

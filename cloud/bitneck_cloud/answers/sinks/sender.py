@@ -90,20 +90,16 @@ class Sender:
         while not self._stop.is_set():
             self._wake.clear()
             try:
-                attempt, idle = self._attempt()
+                attempt, left = self._attempt()
             except Exception as exc:  # noqa: BLE001  a bug here must not end the sink
                 _LOG.exception("sink %s: an attempt failed", self.table.name)
-                attempt, idle = Attempt(error=f"an internal error ({type(exc).__name__}); the log says more"), False
-            if idle:
-                self._wake.wait(_IDLE_S)
-                continue
-            if any(not reason for reason in attempt.settled):
-                self._delivered_at = time.time()
+                attempt, left = Attempt(error=f"an internal error ({type(exc).__name__}); the log says more"), False
             if attempt.settled:
                 backoff.succeeded()
             if not attempt.error:
-                self._succeeded()
                 backoff.succeeded()
+                if not left and (self._wake.wait(_IDLE_S)):
+                    self._stop.wait(self.table.linger_s)  # for more: a batch costs about as much as one answer
                 continue
             self._trouble(attempt.error)
             pause_s = backoff.failed(random.random()) or 0.0  # noqa: S311  spreads attempts, nothing secret
@@ -114,14 +110,16 @@ class Sender:
             _LOG.exception("sink %s: closing failed", self.table.name)
 
     def _attempt(self) -> tuple[Attempt, bool]:
-        """Deliver a batch; and whether there was nothing to do."""
+        """Deliver a batch; and whether another one waits that is full, or is the rest of this one."""
         name = self.table.name
         try:
-            batch = self._queue.call(self._queue.file.take, name, self.sink.most, self.sink.most_bytes)
+            # What an attempt has does not fall out meanwhile: it must not be all that there is.
+            most_bytes = min(self.sink.most_bytes, self.table.queue_bytes // 4)
+            batch = self._queue.call(self._queue.file.take, name, self.sink.most, most_bytes)
         except sqlite3.Error as exc:
             return Attempt(error=f"the queue cannot be read: {exc}"), False
         if not batch and not self.sink.restless():
-            return Attempt(), True
+            return Attempt(), False
         try:
             attempt = self.sink.send(batch)
         except InvalidConfig as exc:
@@ -129,10 +127,17 @@ class Sender:
         except BaseException:
             self._queue.call(self._queue.file.settle, name, batch, (), time.time())
             raise
-        return self._settle(batch, attempt), False
+        attempt = self._settle(batch, attempt)
+        held = self._queue.file.held[name]
+        full = held.queued >= self.sink.most or held.bytes >= most_bytes
+        return attempt, full or len(attempt.settled) < len(batch)
 
     def _settle(self, batch: list[Queued], attempt: Attempt) -> Attempt:
         name, refused = self.table.name, [reason for reason in attempt.settled if reason]
+        if not attempt.error:
+            self._succeeded()
+        if len(refused) < len(attempt.settled):
+            self._delivered_at = time.time()
         self._delivered += len(attempt.settled) - len(refused)
         self._refused += len(refused)
         if refused:

@@ -69,8 +69,11 @@ class SinkTable(Table):
         float, Field(gt=0, le=31_536_000, description="Seconds that an answer may wait. Older ones fall out.")
     ] = 259_200.0
     max_answer_bytes: Annotated[
-        int, Field(ge=1024, le=64 << 20, description="Bytes of one answer, at most. Larger ones are refused.")
+        int, Field(ge=1024, le=64 << 20, description="Bytes of one answer, at most. Larger ones fall out.")
     ] = 1 << 20
+    linger_s: Annotated[
+        float, Field(ge=0, le=60, description="Seconds that an answer waits for others to go with it.")
+    ] = 0.1
     pause_s: Annotated[float, Field(gt=0, le=3600, description="Seconds to wait after a first failure.")] = 1.0
     max_pause_s: Annotated[
         float, Field(gt=0, le=3600, description="Seconds to wait after many failures in a row, at most.")
