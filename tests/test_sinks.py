@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import os
+import re
 import resource
 import sqlite3
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, MalformedFrame
 from bitneck_cloud.answers.sinks.filters import Filter
 from bitneck_cloud.answers.sinks.maps import with_map
+from bitneck_cloud.answers.sinks.queue_file import QueueFile
+from bitneck_cloud.answers.sinks.queue_thread import log_bytes
 from bitneck_cloud.answers.sinks.seen import MOST_RUNS, Seen
+from bitneck_cloud.answers.sinks.state import Bounds, Entry
 from bitneck_cloud.answers.sinks.topics import check_topic, topic_of
 from bitneck_cloud.settings import CloudSettings
 from bitneck_testing.consumers.committer import Committer, only, outgoing, wait_for
@@ -102,6 +107,18 @@ def test_sinks_need_a_queue() -> None:
 def test_one_text_is_a_list_of_one() -> None:
     settings = CloudSettings.load({"sinks": [LINES | {"class": "dog", "client": ["a", "b"]}], "sinks_queue": "q"})
     assert (settings.sinks[0].classes, settings.sinks[0].client) == (("dog",), ("a", "b"))
+
+
+@pytest.mark.parametrize("page", ["sinks.md"])
+def test_examples_of_the_page_load(page: str, tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / page).read_text()
+    examples = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert examples
+    kinds = set()
+    for example in examples:
+        (tmp_path / "config.toml").write_text(example)
+        kinds |= {sink.kind for sink in CloudSettings.load({}, tmp_path / "config.toml").sinks}
+    assert kinds == {"mqtt", "webhook", "jsonl"}
 
 
 # What is pure
@@ -284,6 +301,29 @@ def test_what_waits_survives_a_restart_and_a_new_name_is_a_new_sink(
     assert numbers(tmp_path / "again.jsonl") == list(range(1, 21))
 
 
+def test_the_file_gives_back_what_a_long_queue_took(tmp_path: Path) -> None:
+    path = tmp_path / "queue.db"
+    with outgoing(tmp_path, jsonl(tmp_path, path=str(tmp_path / "nowhere" / "a.jsonl"))) as running:
+        for first in range(1, 400, 20):
+            running.commit(answers(first, first + 19, point="x" * 60_000))
+        wait_for(lambda: path.stat().st_size > 20_000_000)  # it comes from the log once a second
+        (tmp_path / "nowhere").mkdir()
+        wait_for(lambda: not only(running).queued)
+        wait_for(lambda: path.stat().st_size < 10_000_000)
+        assert log_bytes(path) < 64 << 20
+
+
+def test_the_log_begins_anew(tmp_path: Path) -> None:
+    file = QueueFile(tmp_path / "queue.db", {"a": Bounds(1 << 20, 100)}, sync=False)
+    file.open(NOW)
+    file.add([Entry("session s", 1, 1, {"a": b"{}"})], NOW)
+    assert log_bytes(tmp_path / "queue.db") > 0
+    file.begin_log_anew()
+    assert log_bytes(tmp_path / "queue.db") == 0
+    assert [each.body for each in file.take("a", 10, 1000)] == [b"{}"]
+    file.close()
+
+
 @pytest.mark.parametrize("damage", ["text", "pages", "foreign", "newer", "folder", "locked"])
 def test_a_queue_that_cannot_be_used_stops_the_start(damage: str, tmp_path: Path) -> None:
     path, holder = tmp_path / "queue.db", None
@@ -391,7 +431,8 @@ def test_lines_rotate_by_age_without_answers(tmp_path: Path) -> None:
 
 def test_lines_follow_a_file_that_is_moved_and_mend_a_torn_one(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    path.write_text(json.dumps(answer(1)) + "\n" + json.dumps(answer(2))[:77])
+    now = datetime.now(UTC).isoformat()
+    path.write_text(json.dumps(answer(1, received=now)) + "\n" + json.dumps(answer(2))[:77])
     with outgoing(tmp_path, jsonl(tmp_path)) as running:
         running.commit(answers(2, 3))
         wait_for(lambda: only(running).delivered == 2)

@@ -223,7 +223,7 @@ class CloudSettings(Settings):
         BeforeValidator(_lower),
         setting(
             "When queued answers are forced to the disk: once a second, or always before their devices get them. "
-            "Either way they outlive the server's process; with second, a power cut may cost the last second of them.",
+            "Either way they outlive the server's process; with second, a power cut may cost the last two seconds.",
             _SINKS,
         ),
     ] = "second"

@@ -12,7 +12,7 @@ __all__ = ["answer", "answers", "coded_map"]
 
 
 def answer(number: int, **other: Any) -> dict[str, Any]:
-    """The document of one answer to a classification; frame `number` of its session.
+    """The document of one answer to a classification; frame `number` of its session. No file of it is ever old.
 
     Args:
         number: of the answer.
@@ -28,7 +28,7 @@ def answer(number: int, **other: Any) -> dict[str, Any]:
         "spool": None,
         "seq": number,
         "captured": None,
-        "received": f"2026-01-01T00:00:{number % 60:02d}.000000Z",
+        "received": f"2099-01-01T00:00:{number % 60:02d}.000000Z",
         "bundle": "sha256:" + "0" * 64,
         "point": "s1-r1",
         "labels": [{"index": 3, "name": "class 3", "score": 0.75}, {"index": 1, "name": "class 1", "score": 0.25}],

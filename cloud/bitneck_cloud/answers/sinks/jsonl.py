@@ -5,6 +5,7 @@ its old numbers. A line that a power cut has left half is cut off when the file 
 """
 
 import contextlib
+import json
 import logging
 import os
 import stat
@@ -95,7 +96,7 @@ class JsonlSink:
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(0, "it is no file")
             self._size = _whole_lines(file, found.st_size, self._table.path)
-            self._begun = found.st_mtime if self._size else time.time()
+            self._begun = _begin_of(file, found.st_mtime) if self._size else time.time()
         except BaseException:
             os.close(file)
             raise
@@ -138,6 +139,15 @@ def _whole_lines(file: int, size: int, path: Path) -> int:
         os.ftruncate(file, end)
         _LOG.warning("%s ended in the middle of a line: %d bytes are cut off", path, size - end)
     return end
+
+
+def _begin_of(file: int, otherwise: float) -> float:
+    """When a file's first answer came, seconds since 1970."""
+    try:
+        first = json.loads(os.pread(file, _TAIL, 0).partition(b"\n")[0])
+        return datetime.fromisoformat(first["received"]).timestamp()
+    except (ValueError, TypeError, KeyError):
+        return otherwise
 
 
 def _sync_folder(folder: Path) -> None:

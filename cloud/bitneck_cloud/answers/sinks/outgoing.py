@@ -15,11 +15,11 @@ from bitneck.text import clean_text
 from bitneck_cloud.answers.sinks.filters import Filter
 from bitneck_cloud.answers.sinks.jsonl import JsonlSink
 from bitneck_cloud.answers.sinks.mqtt import MqttSink
-from bitneck_cloud.answers.sinks.queue_file import Bounds, Entry, QueueFile
+from bitneck_cloud.answers.sinks.queue_file import QueueFile
 from bitneck_cloud.answers.sinks.queue_thread import QueueThread, checkpoint, log_bytes
 from bitneck_cloud.answers.sinks.sender import Sender
 from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTable, WebhookTable, check_key, secret_of
-from bitneck_cloud.answers.sinks.state import ClientState, Document, Sink, SinkState
+from bitneck_cloud.answers.sinks.state import Bounds, ClientState, Document, Entry, Sink, SinkState
 from bitneck_cloud.answers.sinks.webhook import WebhookSink
 
 __all__ = ["Outgoing"]
@@ -68,7 +68,6 @@ class Outgoing:
                 self._senders[table.name] = Sender(table, kind, sink, self._queue)
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep_house, name="bitneck-sinks-keeper", daemon=True)
-        self._unforced = False
         self._uncommitted, self._logged_at = 0, -_TROUBLE_LOG_S
 
     @property
@@ -148,7 +147,6 @@ class Outgoing:
         except sqlite3.Error as exc:
             self._not_committed(entries, exc)
             return
-        self._unforced = True
         for name in told:
             self._senders[name].wake()
 
@@ -220,10 +218,11 @@ class Outgoing:
         """Each second: force what was committed to the disk, and let fall out what is too old."""
         assert self._queue is not None
         assert self._path is not None
+        forced = -1
         while not self._stop.wait(_HOUSEKEEPING_S):
             try:
-                if self._unforced:
-                    self._unforced = False
+                if (writes := self._queue.file.writes) != forced:
+                    forced = writes
                     checkpoint(self._path)
                     if log_bytes(self._path) > _MOST_LOG_BYTES:  # commits came all the time, so it could not begin anew
                         self._queue.call(self._queue.file.begin_log_anew)

@@ -13,18 +13,17 @@ import os
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from bitneck.errors import InvalidConfig
 from bitneck_cloud.answers.sinks.seen import Seen
-from bitneck_cloud.answers.sinks.state import Queued
+from bitneck_cloud.answers.sinks.state import Bounds, Entry, Held, Queued
 
-__all__ = ["Bounds", "Entry", "Held", "QueueFile"]
+__all__ = ["QueueFile"]
 
-APPLICATION = 0x626E5351
+_APPLICATION = 0x626E5351
 """``PRAGMA application_id`` of our files."""
-VERSION = 1
+_VERSION = 1
 _SCHEMA = """
 CREATE TABLE answers(id INTEGER PRIMARY KEY AUTOINCREMENT, sink TEXT NOT NULL, at REAL NOT NULL, body BLOB NOT NULL);
 CREATE INDEX answers_of_sink ON answers(sink);
@@ -35,56 +34,15 @@ CREATE TABLE clients(client TEXT PRIMARY KEY, state TEXT NOT NULL, at REAL NOT N
 CREATE TABLE numbers(name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 _CHUNK = 256
+_SPARE_PAGES = 2048
+"""Free pages that the file keeps for what comes; more go back to the file system."""
+_COUNT_S = 60.0
 _CACHED_STREAMS = 4096
 _MOST_STREAMS, _MEMORY_S = 100_000, 7 * 86_400.0
 _MOST_REFUSED = 100
 _MOST_CLIENTS = 10_000
 _ORPHAN_AGE_S = 7 * 86_400.0
 _BUSY_MS = 3000
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An answer to commit.
-
-    Attributes:
-        stream: its session or spool.
-        seq: of its frame there.
-        number: of the answer, of this server.
-        bodies: documents, JSON in ASCII, by sink.
-    """
-
-    stream: str
-    seq: int
-    number: int
-    bodies: Mapping[str, bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What may wait for one sink."""
-
-    most_bytes: int
-    age_s: float
-
-
-@dataclass(slots=True)
-class Held:
-    """What waits for one sink, and what has fallen out.
-
-    Attributes:
-        queued: answers.
-        bytes: of their documents.
-        oldest_at: when the first of them was committed, seconds since 1970.
-        taken: id up to which a sender has them now; these do not fall out.
-        dropped: by reason.
-    """
-
-    queued: int = 0
-    bytes: int = 0
-    oldest_at: float = 0.0
-    taken: int = 0
-    dropped: dict[str, int] = field(default_factory=lambda: {"bytes": 0, "age": 0, "size": 0, "disk": 0})
 
 
 class QueueFile:
@@ -94,11 +52,17 @@ class QueueFile:
         path: of the file.
         bounds: by sink.
         sync: whether each commit is forced to the disk. Without it, a commit outlives this process, not a power cut.
+
+    Attributes:
+        held: what waits, by sink.
+        writes: transactions so far.
     """
 
     def __init__(self, path: Path, bounds: Mapping[str, Bounds], *, sync: bool) -> None:
         self._path, self._bounds, self._sync = path, bounds, sync
+        self.writes = 0
         self._lock = -1
+        self._streams_counted = 0.0
         self.held = {sink: Held() for sink in bounds}
         self._seen: OrderedDict[str, Seen] = OrderedDict()
 
@@ -136,11 +100,11 @@ class QueueFile:
         self._db = db = sqlite3.connect(self._path, isolation_level=None, timeout=_BUSY_MS / 1000)
         found = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         mark = db.execute("PRAGMA application_id").fetchone()[0], db.execute("PRAGMA user_version").fetchone()[0]
-        if found and mark[0] != APPLICATION:
+        if found and mark[0] != _APPLICATION:
             raise InvalidConfig(f"sinks_queue {self._path} is another program's database; give another path")
-        if found and mark[1] != VERSION:
+        if found and mark[1] != _VERSION:
             raise InvalidConfig(
-                f"sinks_queue {self._path} has version {mark[1]}, this server reads {VERSION}; move it away to begin "
+                f"sinks_queue {self._path} has version {mark[1]}, this server reads {_VERSION}; move it away to begin "
                 "with an empty queue, or run the server that wrote it"
             )
         if not found:
@@ -149,7 +113,7 @@ class QueueFile:
         db.execute(f"PRAGMA synchronous = {'FULL' if self._sync else 'NORMAL'}")
         db.execute("PRAGMA wal_autocheckpoint = 0")  # housekeeping does that, beside the commits
         if not found:
-            marks = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION};"
+            marks = f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {_VERSION};"
             db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {marks} COMMIT;")
         elif (result := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(f"malformed: {result}")
@@ -254,14 +218,16 @@ class QueueFile:
             for sink, held in self.held.items()
             if held.queued and held.oldest_at < now - self._bounds[sink].age_s
         ]
-        if not any(more):
-            self._db.execute("PRAGMA incremental_vacuum(64)").fetchall()
-            count = self._db.execute("SELECT count(*) FROM streams").fetchone()[0]
-            if count > _MOST_STREAMS:
-                self._db.execute(
-                    "DELETE FROM streams WHERE stream IN (SELECT stream FROM streams ORDER BY at LIMIT ?)",
-                    (min(count - _MOST_STREAMS, _CHUNK),),
-                )
+        if self._db.execute("PRAGMA freelist_count").fetchone()[0] > _SPARE_PAGES:
+            self._db.executescript(f"PRAGMA incremental_vacuum({_CHUNK})")  # `execute` would free one page
+            self.writes += 1
+            more.append(True)
+        if now - self._streams_counted > _COUNT_S:
+            self._streams_counted = now
+            over = self._db.execute("SELECT count(*) FROM streams").fetchone()[0] - _MOST_STREAMS
+            if over > 0:
+                query = "DELETE FROM streams WHERE stream IN (SELECT stream FROM streams ORDER BY at LIMIT ?)"
+                self._db.execute(query, (over,))
         return any(more)
 
     def take(self, sink: str, most: int, most_bytes: int) -> list[Queued]:
@@ -379,6 +345,7 @@ class QueueFile:
         return True
 
     def _transaction(self, write: Callable[[], object]) -> None:
+        self.writes += 1
         self._db.execute("BEGIN IMMEDIATE")
         try:
             write()

@@ -92,6 +92,8 @@ class Sender:
             try:
                 attempt, left = self._attempt()
             except Exception as exc:  # noqa: BLE001  a bug here must not end the sink
+                if self._stop.is_set():  # the attempt took too long, and the queue is closed
+                    break
                 _LOG.exception("sink %s: an attempt failed", self.table.name)
                 attempt, left = Attempt(error=f"an internal error ({type(exc).__name__}); the log says more"), False
             if attempt.settled:

@@ -4,10 +4,54 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["Attempt", "ClientState", "Document", "Queued", "Sink", "SinkState"]
+__all__ = ["Attempt", "Bounds", "ClientState", "Document", "Entry", "Held", "Queued", "Sink", "SinkState"]
 
 Document = Mapping[str, Any]
 """What is said of one answer, as JSON can hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An answer to commit.
+
+    Attributes:
+        stream: its session or spool.
+        seq: of its frame there.
+        number: of the answer, of this server.
+        bodies: documents, JSON in ASCII, by sink.
+    """
+
+    stream: str
+    seq: int
+    number: int
+    bodies: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What may wait for one sink."""
+
+    most_bytes: int
+    age_s: float
+
+
+@dataclass(slots=True)
+class Held:
+    """What waits for one sink, and what has fallen out.
+
+    Attributes:
+        queued: answers.
+        bytes: of their documents.
+        oldest_at: when the first of them was committed, seconds since 1970.
+        taken: id up to which a sender has them now; these do not fall out.
+        dropped: by reason.
+    """
+
+    queued: int = 0
+    bytes: int = 0
+    oldest_at: float = 0.0
+    taken: int = 0
+    dropped: dict[str, int] = field(default_factory=lambda: {"bytes": 0, "age": 0, "size": 0, "disk": 0})
 
 
 @dataclass(frozen=True, slots=True)
