@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from bitneck.settings.flags import default_text, group_of
-from bitneck.settings.model import Settings
+from bitneck.settings.model import Settings, Table, has_tables
+from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTable, WebhookTable
 from bitneck_cloud.settings import CloudSettings
 from bitneck_edge.settings import EdgeSettings
 
@@ -20,7 +21,7 @@ the file over the default. Unknown keys are errors.
 
 The key in the file is the setting's name, such as `tls_ca = "ca.pem"`. Lists are arrays in the file; in the
 environment they are separated by commas, or a JSON list. Tables of the file (`[groups]`, `[[rates]]`) are
-JSON in flags and in the environment.
+JSON in flags and in the environment; tables that hold secrets (`[[sinks]]`) have no flag.
 
 Variables that Kubernetes makes for a service with a name such as `bitneck-cloud` are passed over
 (`BITNECK_CLOUD_SERVICE_HOST`, `BITNECK_CLOUD_PORT`, ...).
@@ -44,8 +45,20 @@ def table(model: type[Settings]) -> str:
         for name, field in model.model_fields.items():
             if group_of(field) == group:
                 default = f"`{default_text(field)}`" if default_text(field) else ""
-                cells = (f"`{name}`", f"`{model.flag(name)}`", f"`{model.variable(name)}`", default, field.description)
+                flag = "" if has_tables(field) else f"`{model.flag(name)}`"
+                cells = (f"`{name}`", flag, f"`{model.variable(name)}`", default, field.description)
                 lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def keys(model: type[Table], heading: str, beside: type[Table] | None = None) -> str:
+    """The keys of one kind of table, without those that it has in common with others."""
+    lines = ["", f"### {heading}", "", "| key | default | what it does |", "|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if name == "kind" or (beside is not None and name in beside.model_fields):
+            continue
+        default = "needed" if field.is_required() else f"`{default_text(field)}`" if default_text(field) else ""
+        lines.append(f"| `{field.alias or name}` | {default} | {field.description} |")
     return "\n".join(lines)
 
 
@@ -54,7 +67,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if the page is not up to date")
     arguments = parser.parse_args()
-    page = f"{HEAD}\n## The edge client\n{table(EdgeSettings)}\n\n## The cloud server\n{table(CloudSettings)}\n"
+    sinks = [
+        keys(SinkTable, "All kinds"),
+        *(
+            keys(model, f'`kind = "{kind}"`', SinkTable)
+            for kind, model in (("mqtt", MqttTable), ("webhook", WebhookTable), ("jsonl", JsonlTable))
+        ),
+    ]
+    page = (
+        f"{HEAD}\n## The edge client\n{table(EdgeSettings)}\n\n## The cloud server\n{table(CloudSettings)}\n\n"
+        "## Sinks\n\nThe keys of a table `[[sinks]]`; see [sinks.md](sinks.md).\n" + "\n".join(sinks) + "\n"
+    )
     if not arguments.check:
         PAGE.write_text(page, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page:

@@ -24,7 +24,7 @@ app = make_app("Serve split networks: decode what edges send, finish the computa
 
 
 @app.command()
-@with_settings(CloudSettings, *CloudSettings.model_fields)
+@with_settings(CloudSettings, *CloudSettings.flagged())
 def serve(
     *,
     settings: CloudSettings,

@@ -26,9 +26,13 @@ from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.access.security import tls_files_usable
 from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.answers.committing import SinkPublisher
 from bitneck_cloud.answers.grpc_events import AnswerStream
 from bitneck_cloud.answers.hub import Hub
+from bitneck_cloud.answers.presence import Presence
 from bitneck_cloud.answers.publishing import Publishing
+from bitneck_cloud.answers.sinks.outgoing import Outgoing
+from bitneck_cloud.answers.sinks.showing import SinkMetrics
 from bitneck_cloud.answers.subscriptions import Subscriptions
 from bitneck_cloud.api.grpc_server import HEALTH_NAMES, make_grpc_server
 from bitneck_cloud.api.grpc_service import InferenceService
@@ -52,6 +56,7 @@ from bitneck_cloud.settings import CloudSettings
 __all__ = ["Ready", "load_models", "serve"]
 
 _LOG = logging.getLogger(__name__)
+_PRESENCE_S = 1.0
 _HOUSEKEEPING_S = 1.0
 
 _SPARE_DESCRIPTORS = 128
@@ -102,7 +107,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     Raises:
         InvalidConfig: a port is taken, or a folder has no bundle.
         BundleError, ModelFailure: see `load_models`.
-        StateUnusable: the state database cannot be used.
+        StateUnusable: the state database, or the queue of sinks, cannot be used.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -111,7 +116,27 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     groups = Groups(settings.groups)
     fixed = book_of(settings.rates, groups) if settings.rates is not None else None
     fleet = Fleet(groups, fixed, settings.state_db, settings.max_clients)
-    await fleet.open()
+    outgoing = Outgoing(
+        settings.sinks, settings.sinks_queue, server=_name(settings), sync=settings.sinks_sync == "always"
+    )
+    try:
+        await fleet.open()
+        await asyncio.to_thread(outgoing.start)
+        await _serve(settings, bundles, on_ready, stopping, fleet, outgoing)
+    finally:
+        await fleet.close()
+        await asyncio.to_thread(outgoing.close)
+
+
+async def _serve(
+    settings: CloudSettings,
+    bundles: Sequence[Path],
+    on_ready: Callable[[Ready], None],
+    stopping: asyncio.Event,
+    fleet: Fleet,
+    outgoing: Outgoing,
+) -> None:
+    """The same, with what outlives a run open."""
     check_providers(settings.providers)
     pool = ModulePool(settings.providers)
     models = await asyncio.to_thread(load_models, bundles, settings.threads, pool)
@@ -132,13 +157,19 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         ended=functools.partial(_record_end, fleet),
     )
     subscriptions = Subscriptions(
-        Hub(secrets.token_hex(4), most=settings.kept_answers, most_bytes=settings.kept_answer_bytes),
+        Hub(
+            secrets.token_hex(4),
+            most=settings.kept_answers,
+            most_bytes=settings.kept_answer_bytes,
+            first=1 + await asyncio.to_thread(outgoing.last_number),
+        ),
         most=settings.max_subscribers,
         metrics=metrics,
         heartbeat_s=settings.heartbeat_s,
         stall_s=settings.stall_s,
     )
-    publishing = Publishing(settings.server_name or socket.gethostname(), subscriptions, metrics)
+    publisher = SinkPublisher(outgoing) if settings.sinks else None
+    publishing = Publishing(_name(settings), subscriptions, metrics, publisher)
     engine = Engine(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
@@ -161,6 +192,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     folders = {model.name: model.bundle.root for model in models.values()}
     reloader = Reloader(registry, folders, pool, settings.threads, metrics)
     readiness = Readiness()
+    metrics.registry.register(SinkMetrics(outgoing))
     metrics.gauge("streams", "Open streams.", lambda: service.streams)
     metrics.gauge("open_sessions", "Sessions, disconnected ones included.", lambda: registry.count)
     metrics.gauge("queue_frames", "Frames that wait for the engine.", lambda: engine.waiting)
@@ -175,6 +207,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
             fleet=fleet,
             metrics=metrics,
             reloader=reloader,
+            outgoing=outgoing,
             engine=engine,
             changes=changes,
             try_photos=settings.try_photos,
@@ -204,6 +237,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         keeping = [
             asyncio.create_task(_keep_house(registry, service, subscriptions, devices, operators, refusals)),
             asyncio.create_task(fleet.keep()),
+            asyncio.create_task(_tell_presence(Presence(outgoing.client_state), registry, service)),
         ]
         grpc_host, http_host = Address.parse(settings.grpc).host, Address.parse(settings.http).host
         http_port = http_sockets[0].getsockname()[1]
@@ -225,7 +259,6 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         await http_task
         for task in keeping:
             task.cancel()
-        await fleet.close()
         refusals.flush(all_of_it=True)
         await asyncio.to_thread(tracer.close)
 
@@ -250,6 +283,18 @@ async def _keep_house(
             refusals.flush()
         except Exception:  # noqa: BLE001  a bug here must not stop what comes after it
             _LOG.exception("housekeeping failed; it goes on")
+
+
+async def _tell_presence(presence: Presence, registry: Registry, service: InferenceService) -> None:
+    """Tell sinks which clients are here."""
+    while True:
+        presence.look(registry.sessions(time.monotonic()), service.connected, time.time())
+        await asyncio.sleep(_PRESENCE_S)
+
+
+def _name(settings: CloudSettings) -> str:
+    """Of this server, in documents of answers and states of clients."""
+    return settings.server_name or socket.gethostname()
 
 
 def _record_end(fleet: Fleet, session: Session) -> None:

@@ -8,15 +8,16 @@ from pydantic_settings import SettingsConfigDict
 
 from bitneck.errors import InvalidConfig
 from bitneck.runtime import CPU
-from bitneck.settings.model import Address, Names, Paths, Settings, Table, Tables, setting
+from bitneck.settings.model import Address, JsonTable, Names, Paths, Settings, Tables, setting
 from bitneck_cloud.access.bearers import MIN_SECRET_CHARACTERS
+from bitneck_cloud.answers.sinks.settings import SinkTables, check_sinks
 from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.fleet.tables import RateTable, book_of
 
 __all__ = ["CloudSettings"]
 
-_SERVE, _ACCESS, _COMPUTE, _SESSIONS, _FLEET, _ANSWERS, _STOP, _OBSERVE = (
-    "Serving", "Access", "Computing", "Sessions", "Fleet", "Answers", "Stopping", "Logs and traces",
+_SERVE, _ACCESS, _COMPUTE, _SESSIONS, _FLEET, _ANSWERS, _SINKS, _STOP, _OBSERVE = (
+    "Serving", "Access", "Computing", "Sessions", "Fleet", "Answers", "Sinks", "Stopping", "Logs and traces",
 )  # fmt: skip
 
 
@@ -263,13 +264,29 @@ class CloudSettings(Settings):
         ),
     ] = None
     groups: Annotated[
-        Table[tuple[str, ...]],
+        JsonTable[tuple[str, ...]],
         setting("Lists of patterns of clients' names, by the name of a group, for rules. As a flag, JSON.", _FLEET),
     ] = None
     max_clients: Annotated[
         int,
         setting("Clients that are remembered after they are gone. The oldest are forgotten.", _FLEET, ge=0, le=100_000),
     ] = 10_000
+    sinks: Annotated[
+        tuple[SinkTables, ...],
+        setting("Where answers go in the cloud: a table [[sinks]] for each. See docs/sinks.md.", _SINKS, tables=True),
+    ] = ()
+    sinks_queue: Annotated[
+        Path | None, setting("File of the queue of all sinks, on a local disk. Sinks need it.", _SINKS)
+    ] = None
+    sinks_sync: Annotated[
+        Literal["second", "always"],
+        BeforeValidator(_lower),
+        setting(
+            "When queued answers are forced to the disk: once a second, or always before their devices get them. "
+            "Either way they outlive the server's process; with second, a power cut may cost the last two seconds.",
+            _SINKS,
+        ),
+    ] = "second"
 
     drain_delay_s: Annotated[
         float,
@@ -314,6 +331,7 @@ class CloudSettings(Settings):
                 "the control API would be open to the network: set http_token (BITNECK_CLOUD_HTTP_TOKEN) or "
                 "http_tokens, or listen on 127.0.0.1"
             )
+        check_sinks(self.sinks, self.sinks_queue)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together: give both, or none")
         if self.tls_cert is None and (self.tls_client_ca or self.http_tls_client_ca):

@@ -10,6 +10,8 @@ from fastapi.security import HTTPBearer
 import bitneck
 from bitneck.errors import BitneckError
 from bitneck_cloud.answers.http_events import add_answers
+from bitneck_cloud.answers.sinks.outgoing import Outgoing
+from bitneck_cloud.answers.sinks.showing import add_sinks
 from bitneck_cloud.answers.subscriptions import Subscriptions
 from bitneck_cloud.api import schemas
 from bitneck_cloud.api.grpc_service import InferenceService
@@ -41,6 +43,7 @@ def build_app(
     engine: Engine,
     changes: RecentChanges,
     try_photos: bool = False,
+    outgoing: Outgoing,
 ) -> FastAPI:
     """The application. It lets everybody in: `bitneck_cloud.api.http_guard.HttpGuard` stands before it.
 
@@ -55,6 +58,7 @@ def build_app(
         engine: for the console.
         changes: likewise.
         try_photos: whether photographs may be tried in the console.
+        outgoing: sinks of answers.
     """
     app = FastAPI(
         title="bitneck cloud",
@@ -123,6 +127,7 @@ def build_app(
         app, registry, engine, readiness, changes,
         streams=lambda: service.streams, try_photos=try_photos, guarded=guarded, problems=problems,
     )  # fmt: skip
+    add_sinks(app, outgoing, guarded, problems)
 
     @app.get("/v1/sessions", dependencies=guarded, responses=problems, tags=["sessions"])
     async def sessions() -> list[schemas.SessionInfo]:

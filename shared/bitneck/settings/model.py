@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -29,7 +30,9 @@ from pydantic_settings import (
 
 from bitneck.errors import InvalidConfig
 
-__all__ = ["Address", "Names", "Paths", "Settings", "Table", "Tables", "setting"]
+__all__ = [
+    "Address", "JsonTable", "Names", "Paths", "Settings", "Table", "Tables", "has_tables", "setting", "unknown_name",
+]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,20 +76,51 @@ Item = TypeVar("Item")
 Tables = Annotated[tuple[Item, ...] | None, NoDecode, BeforeValidator(_parse)]
 """Tables of the file (``[[name]]``); in the environment a JSON list, as flags JSON objects. None if not given."""
 
-Table = Annotated[dict[str, Item] | None, NoDecode, BeforeValidator(_parse)]
+JsonTable = Annotated[dict[str, Item] | None, NoDecode, BeforeValidator(_parse)]
 """A table of the file (``[name]``); elsewhere a JSON object. None if not given."""
 
 
-def setting(text: str, group: str, *, flag: str = "", **bounds: Any) -> Any:
+def setting(text: str, group: str, *, flag: str = "", tables: bool = False, **bounds: Any) -> Any:
     """What a model says of one setting, to stand in ``Annotated``.
 
     Args:
         text: what it does, in plain words. The default need not be said.
         group: heading under which the help and the documents list it.
         flag: the flag, if it is not the setting's name with dashes, such as ``--provider``.
+        tables: it is a list of tables of the file (see `Table`), a JSON list in the environment, and has no flag.
         **bounds: of the value, as `pydantic.Field` takes them.
     """
-    return Field(description=text, json_schema_extra={"group": group, "flag": flag}, **bounds)
+    return Field(description=text, json_schema_extra={"group": group, "flag": flag, "tables": tables}, **bounds)
+
+
+def has_tables(field: FieldInfo) -> bool:
+    """Whether a setting is a list of tables, which has no flag."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("tables"))
+
+
+def unknown_name(known: Iterable[str], names: Iterable[str]) -> str:
+    """The first of the names that is not known, with the known ones, the nearest first; empty if all are known."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            others = [other for other in sorted(known) if other not in near]
+            return f"{name}; known: {', '.join([*near, *others])}"
+    return ""
+
+
+class Table(BaseModel):
+    """One table of a list in the file, such as ``[[sinks]]``: frozen, and its unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        if isinstance(values, Mapping) and (text := unknown_name(known, map(str, values))):
+            raise ValueError(f"unknown key {text}")
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +222,11 @@ class Settings(BaseSettings):
         return str(own or f"--{name.replace('_', '-')}")
 
     @classmethod
+    def flagged(cls) -> list[str]:
+        """The settings that have a flag: all but lists of tables."""
+        return [name for name, field in cls.model_fields.items() if not has_tables(field)]
+
+    @classmethod
     def environment(cls) -> list[str]:
         """Every environment variable that is read; the last one names the file."""
         return [*map(cls.variable, cls.model_fields), cls.variable("config")]
@@ -224,12 +263,8 @@ class Settings(BaseSettings):
 
     @staticmethod
     def _refuse_unknown(known: Iterable[str], names: Iterable[str], what: str) -> None:
-        known = list(known)
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-                others = [other for other in sorted(known) if other not in near]
-                raise InvalidConfig(f"unknown {what} {name}; known: {', '.join([*near, *others])}")
+        if text := unknown_name(known, names):
+            raise InvalidConfig(f"unknown {what} {text}")
 
     @classmethod
     def _refused(cls, exc: ValidationError, origins: Mapping[str, str]) -> InvalidConfig:
@@ -242,6 +277,6 @@ class Settings(BaseSettings):
         if origin := origins.get(name, ""):
             where += f" ({origin})"
         field = cls.model_fields.get(name)
-        if field is not None and "Secret" in repr(field.annotation):
+        if field is not None and (has_tables(field) or "Secret" in repr(field.annotation)):
             return InvalidConfig(f"{where}: {message}")
         return InvalidConfig(f"{where}: {message} (got {first.get('input')!r:.80})")

@@ -62,7 +62,7 @@ export function answersPage(main, { complain, fine }) {
   function take(kind, data, id) {
     if (id) lastId = id;
     const document_ = JSON.parse(data);
-    if (kind === "missed") missed += document_.count;
+    if (kind === "missed") missed += document_.count ?? 1;
     if (kind === "end") throw new ApiError(503, document_.reason);
     if (kind !== "answer") return;
     const found = best(document_);

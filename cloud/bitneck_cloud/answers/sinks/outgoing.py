@@ -1,0 +1,261 @@
+"""Answers on their way to all sinks: committed to the queue on disk, then delivered by a thread for each sink."""
+
+import json
+import logging
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from bitneck.errors import InvalidConfig
+from bitneck.text import clean_text
+from bitneck_cloud.answers.sinks.filters import Filter
+from bitneck_cloud.answers.sinks.jsonl import JsonlSink
+from bitneck_cloud.answers.sinks.mqtt import MqttSink
+from bitneck_cloud.answers.sinks.queue_file import QueueFile
+from bitneck_cloud.answers.sinks.queue_thread import QueueThread, checkpoint, log_bytes
+from bitneck_cloud.answers.sinks.sender import Sender
+from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTable, WebhookTable, check_key, secret_of
+from bitneck_cloud.answers.sinks.state import Bounds, ClientState, Document, Entry, Sink, SinkState
+from bitneck_cloud.answers.sinks.webhook import WebhookSink
+
+__all__ = ["Outgoing"]
+
+_LOG = logging.getLogger(__name__)
+_HOUSEKEEPING_S = 1.0
+_CLOSE_S = 5.0
+_TROUBLE_LOG_S = 60.0
+_MOST_LOG_BYTES = 64 << 20
+
+
+class Outgoing:
+    """All sinks of a server. Without a sink it does nothing.
+
+    Args:
+        tables: one for each sink.
+        queue: file of the queue; None where there is no sink.
+        server: name of this server.
+        sync: whether each commit is forced to the disk; else that is done once a second.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[SinkTable],
+        queue: Path | None,
+        *,
+        server: str,
+        sync: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._path, self._clock = queue, clock
+        self._tables = tuple(tables)
+        self._filters = {
+            table.name: Filter(
+                clients=table.client, models=table.model, classes=table.classes, min_score=table.min_score
+            )
+            for table in tables
+        }
+        bounds = {table.name: Bounds(table.queue_bytes, table.queue_age_s) for table in tables}
+        self._queue = QueueThread(QueueFile(queue, bounds, sync=sync)) if queue is not None and tables else None
+        self._senders: dict[str, Sender] = {}
+        if self._queue is not None:
+            for table in tables:
+                kind, sink = _sink_of(table, server)
+                self._senders[table.name] = Sender(table, kind, sink, self._queue)
+        self._stop = threading.Event()
+        self._keeper = threading.Thread(target=self._keep_house, name="bitneck-sinks-keeper", daemon=True)
+        self._uncommitted, self._logged_at = 0, -_TROUBLE_LOG_S
+
+    @property
+    def wants_maps(self) -> bool:
+        """Whether a sink sends class maps along. If none does, documents need not hold them."""
+        return any(table.maps != "none" for table in self._tables)
+
+    def start(self) -> None:
+        """Open the queue and begin to deliver what is in it. It blocks.
+
+        Raises:
+            InvalidConfig: the queue is damaged, another program's or in use, or a secret cannot be read.
+        """
+        if self._queue is None:
+            return
+        for table in self._tables:
+            _check_secrets(table)
+        try:
+            others = self._queue.call(self._queue.file.open, self._clock())
+            gone = self._queue.call(self._queue.file.clients)
+        except BaseException:
+            self._queue.close()
+            raise
+        for name, count in others.items():
+            _LOG.warning("%d answers wait for a sink %s, which is not set up any more; they are kept a week",
+                         count, clean_text(name))  # fmt: skip
+        for text in reversed(gone):
+            state = replace(ClientState(**json.loads(text)), online=False)
+            self._tell(state)
+        for sender in self._senders.values():
+            sender.start()
+        self._keeper.start()
+
+    def last_number(self) -> int:
+        """The largest ``number`` of an answer that was committed to this queue; 0 for none. A server counts on from it.
+
+        It reads the disk; call it once, after `start`.
+        """
+        return self._queue.call(self._queue.file.last_number) if self._queue is not None else 0
+
+    def commit(self, documents: Sequence[Document]) -> None:
+        """Commit the answers of a pass for all sinks that want them. It blocks until they are on disk.
+
+        A commit outlives this process. It outlives a power cut too, at once or a second later: see `sync`.
+        What cannot be committed, because the disk is full, is counted and logged; this call raises nothing then.
+
+        Args:
+            documents: of the answers, in the order of answering. A map has run lengths, or is null.
+        """
+        if self._queue is None or not documents:
+            return
+        entries: list[Entry] = []
+        too_large: Counter[str] = Counter()
+        for document in documents:
+            bodies: dict[str, bytes] = {}
+            with_map = without_map = b""
+            for table in self._tables:
+                if not self._filters[table.name].takes(document):
+                    continue
+                if table.maps == "none" or document.get("map") is None:
+                    body = without_map = without_map or _dump({**document, "map": None})
+                else:
+                    body = with_map = with_map or _dump(document)
+                if len(body) > table.max_answer_bytes:
+                    too_large[table.name] += 1
+                else:
+                    bodies[table.name] = body
+            if bodies:
+                stream = f"spool {document['spool']}" if document.get("spool") else f"session {document['session']}"
+                entries.append(Entry(stream, document["seq"], document["number"], bodies))
+        if too_large:
+            self._queue.post(self._queue.file.lost, too_large, "size")
+        if not entries:
+            return
+        try:
+            told = self._queue.call(self._queue.file.add, entries, self._clock())
+        except sqlite3.Error as exc:
+            self._not_committed(entries, exc)
+            return
+        for name in told:
+            self._senders[name].wake()
+
+    def client_state(self, state: ClientState) -> None:
+        """A client has come, gone, or changed its point or rate: sinks that retain it publish its newest state.
+
+        Args:
+            state: as it is now.
+        """
+        if self._queue is None or not self._tell(state):
+            return
+        text = json.dumps(asdict(state)) if state.online else ""
+        self._queue.post(self._keep_client, state.client, text)
+
+    def states(self) -> tuple[SinkState, ...]:
+        """Every sink as it is now, in the order of the settings."""
+        now = self._clock()
+        return tuple(sender.state(now) for sender in self._senders.values())
+
+    def close(self) -> None:
+        """Stop to deliver; what is not delivered stays in the queue. It blocks, some seconds at most.
+
+        Nothing may be committed after it. A second call does nothing.
+        """
+        if self._queue is None or self._stop.is_set():
+            return
+        self._stop.set()
+        for sender in self._senders.values():
+            sender.ask_to_stop()
+        deadline = time.monotonic() + _CLOSE_S
+        for sender in self._senders.values():
+            sender.join(max(0.0, deadline - time.monotonic()))
+        if self._keeper.ident is not None:
+            self._keeper.join()
+        self._queue.close()
+
+    def _tell(self, state: ClientState) -> bool:
+        """Tell the sinks that retain states; whether there was one."""
+        wanting = [
+            sender
+            for name, sender in self._senders.items()
+            if sender.kind == "mqtt" and self._filters[name].takes_client(state.client, state.model)
+        ]
+        for sender in wanting:
+            sender.sink.tell(state)
+            sender.wake()
+        return bool(wanting)
+
+    def _keep_client(self, client: str, text: str) -> None:
+        assert self._queue is not None
+        try:
+            self._queue.file.keep_client(client, text, self._clock())
+        except sqlite3.Error as exc:
+            _LOG.warning("the state of a client cannot be kept in sinks_queue: %s", exc)
+
+    def _not_committed(self, entries: Sequence[Entry], exc: sqlite3.Error) -> None:
+        assert self._queue is not None
+        counts = Counter(name for entry in entries for name in entry.bodies)
+        self._queue.post(self._queue.file.lost, counts, "disk")
+        self._uncommitted += len(entries)
+        for name in counts:
+            self._senders[name].note(f"answers cannot be queued: {exc}")
+        if time.monotonic() - self._logged_at >= _TROUBLE_LOG_S:
+            _LOG.error("%d answers could not be queued for their sinks and are lost to them: %s",
+                       self._uncommitted, exc)  # fmt: skip
+            self._uncommitted, self._logged_at = 0, time.monotonic()
+
+    def _keep_house(self) -> None:
+        """Each second: force what was committed to the disk, and let fall out what is too old."""
+        assert self._queue is not None
+        assert self._path is not None
+        forced = -1
+        while not self._stop.wait(_HOUSEKEEPING_S):
+            try:
+                if (writes := self._queue.file.writes) != forced:
+                    forced = writes
+                    checkpoint(self._path)
+                    if log_bytes(self._path) > _MOST_LOG_BYTES:  # commits came all the time, so it could not begin anew
+                        self._queue.call(self._queue.file.begin_log_anew)
+                while self._queue.call(self._queue.file.expire, self._clock()) and not self._stop.is_set():
+                    pass
+            except (sqlite3.Error, OSError) as exc:
+                _LOG.warning("housekeeping of sinks_queue failed; it goes on: %s", exc)
+            except Exception:  # noqa: BLE001  a bug here must not stop what comes after it
+                _LOG.exception("housekeeping of sinks_queue failed; it goes on")
+
+
+def _dump(document: Document) -> bytes:
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _sink_of(table: SinkTable, server: str) -> tuple[str, Sink]:
+    match table:
+        case MqttTable():
+            return table.kind, MqttSink(table, server)
+        case WebhookTable():
+            return table.kind, WebhookSink(table)
+        case JsonlTable():
+            return table.kind, JsonlSink(table)
+        case _:
+            raise AssertionError(type(table))
+
+
+def _check_secrets(table: SinkTable) -> None:
+    if isinstance(table, MqttTable):
+        secret_of(table.password, table.password_file)
+    elif isinstance(table, WebhookTable):
+        text = secret_of(table.secret, table.secret_file) or ""
+        try:
+            check_key(text, "secret_file")
+        except ValueError as exc:
+            raise InvalidConfig(f"sink {table.name}: {exc}") from exc

@@ -1,0 +1,170 @@
+"""One sink's thread: takes batches from the queue in order, delivers them, and waits longer after each failure."""
+
+import logging
+import random
+import sqlite3
+import threading
+import time
+
+from bitneck.backoff import Backoff
+from bitneck.errors import InvalidConfig
+from bitneck.text import clean_text
+from bitneck_cloud.answers.sinks.queue_thread import QueueThread
+from bitneck_cloud.answers.sinks.settings import SinkTable
+from bitneck_cloud.answers.sinks.state import Attempt, Queued, Sink, SinkState
+from bitneck_cloud.observe.audit import record
+
+__all__ = ["Sender"]
+
+_LOG = logging.getLogger(__name__)
+_IDLE_S = 1.0
+_LONGEST_WAIT_S = 3600.0
+_ERROR_CHARACTERS = 300
+
+
+class Sender:
+    """Delivers what waits for one sink, until it is closed.
+
+    Args:
+        table: the sink's settings.
+        kind: of it.
+        sink: how it delivers.
+        queue: of all sinks.
+    """
+
+    def __init__(self, table: SinkTable, kind: str, sink: Sink, queue: QueueThread) -> None:
+        self.table, self.kind, self.sink = table, kind, sink
+        self._queue = queue
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"bitneck-sink-{table.name}", daemon=True)
+        self._delivered = self._failed = self._refused = 0
+        self._failing, self._error = False, ""
+        self._error_at: float | None = None
+        self._delivered_at: float | None = None
+
+    def start(self) -> None:
+        """Begin to deliver."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Something was queued for it."""
+        self._wake.set()
+
+    def ask_to_stop(self) -> None:
+        """Begin no further attempt. What is not delivered stays in the queue."""
+        self._stop.set()
+        self._wake.set()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until its thread has ended, if it has begun."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                _LOG.warning("sink %s is still busy with an attempt; it is left", self.table.name)
+
+    def note(self, error: str) -> None:
+        """Show an error that is not of an attempt."""
+        self._error, self._error_at = _short(error), time.time()
+
+    def state(self, now: float) -> SinkState:
+        """The sink as it is now; `now` is in seconds since 1970."""
+        held = self._queue.file.held[self.table.name]
+        return SinkState(
+            name=self.table.name,
+            kind=self.kind,
+            queued=held.queued,
+            queue_bytes=held.bytes,
+            behind_s=max(0.0, now - held.oldest_at) if held.queued else 0.0,
+            delivered=self._delivered,
+            failed=self._failed,
+            refused=self._refused,
+            dropped=dict(held.dropped),
+            failing=self._failing,
+            last_error=self._error,
+            last_error_at=self._error_at,
+            last_delivered_at=self._delivered_at,
+        )
+
+    def _run(self) -> None:
+        backoff = Backoff(first_s=self.table.pause_s, most_s=self.table.max_pause_s)
+        while not self._stop.is_set():
+            self._wake.clear()
+            try:
+                attempt, left = self._attempt()
+            except Exception as exc:  # noqa: BLE001  a bug here must not end the sink
+                if self._stop.is_set():  # the attempt took too long, and the queue is closed
+                    break
+                _LOG.exception("sink %s: an attempt failed", self.table.name)
+                attempt, left = Attempt(error=f"an internal error ({type(exc).__name__}); the log says more"), False
+            if attempt.settled:
+                backoff.succeeded()
+            if not attempt.error:
+                backoff.succeeded()
+                if not left and (self._wake.wait(_IDLE_S)):
+                    self._stop.wait(self.table.linger_s)  # for more: a batch costs about as much as one answer
+                continue
+            self._trouble(attempt.error)
+            pause_s = backoff.failed(random.random()) or 0.0  # noqa: S311  spreads attempts, nothing secret
+            self._stop.wait(min(max(pause_s, attempt.retry_after_s or 0.0), _LONGEST_WAIT_S))
+        try:
+            self.sink.close()
+        except Exception:  # noqa: BLE001  likewise
+            _LOG.exception("sink %s: closing failed", self.table.name)
+
+    def _attempt(self) -> tuple[Attempt, bool]:
+        """Deliver a batch; and whether another one waits that is full, or is the rest of this one."""
+        name = self.table.name
+        try:
+            # What an attempt has does not fall out meanwhile: it must not be all that there is.
+            most_bytes = min(self.sink.most_bytes, self.table.queue_bytes // 4)
+            batch = self._queue.call(self._queue.file.take, name, self.sink.most, most_bytes)
+        except sqlite3.Error as exc:
+            return Attempt(error=f"the queue cannot be read: {exc}"), False
+        if not batch and not self.sink.restless():
+            return Attempt(), False
+        try:
+            attempt = self.sink.send(batch)
+        except InvalidConfig as exc:
+            attempt = Attempt(error=str(exc))
+        except BaseException:
+            self._queue.call(self._queue.file.settle, name, batch, (), time.time())
+            raise
+        attempt = self._settle(batch, attempt)
+        held = self._queue.file.held[name]
+        full = held.queued >= self.sink.most or held.bytes >= most_bytes
+        return attempt, full or len(attempt.settled) < len(batch)
+
+    def _settle(self, batch: list[Queued], attempt: Attempt) -> Attempt:
+        name, refused = self.table.name, [reason for reason in attempt.settled if reason]
+        if not attempt.error:
+            self._succeeded()
+        if len(refused) < len(attempt.settled):
+            self._delivered_at = time.time()
+        self._delivered += len(attempt.settled) - len(refused)
+        self._refused += len(refused)
+        if refused:
+            _LOG.warning("sink %s: %d answers are refused for good: %s", name, len(refused), _short(refused[0]))
+        try:
+            settled = tuple(_short(reason) for reason in attempt.settled)
+            self._queue.call(self._queue.file.settle, name, batch, settled, time.time())
+        except sqlite3.Error as exc:
+            return Attempt(attempt.settled, f"delivered answers cannot be taken from the queue, they come again: {exc}")
+        return attempt
+
+    def _trouble(self, error: str) -> None:
+        self._failed += 1
+        self._error, self._error_at = _short(error), time.time()
+        if not self._failing:
+            self._failing = True
+            _LOG.warning("sink %s: %s; it tries again", self.table.name, self._error)
+            record("sink state", f"sink {self.table.name}", who="server", before="delivers", after="fails")
+
+    def _succeeded(self) -> None:
+        if self._failing:
+            self._failing = False
+            _LOG.info("sink %s delivers again", self.table.name)
+            record("sink state", f"sink {self.table.name}", who="server", before="fails", after="delivers")
+
+
+def _short(text: str) -> str:
+    return clean_text(text, _ERROR_CHARACTERS)

@@ -1,0 +1,1 @@
+"""Consumers of answers in the cloud, and what sends to them: a broker, a webhook's server, a process that commits."""

@@ -1,0 +1,531 @@
+"""Sinks: settings, filters, topics, the queue on disk with its bounds, JSON Lines, a server killed in between."""
+
+import base64
+import io
+import json
+import os
+import re
+import resource
+import sqlite3
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from bitneck.bundle import Bundle
+from bitneck.errors import InvalidConfig, MalformedFrame
+from bitneck_cloud.answers.sinks.filters import Filter
+from bitneck_cloud.answers.sinks.maps import with_map
+from bitneck_cloud.answers.sinks.queue_file import QueueFile
+from bitneck_cloud.answers.sinks.queue_thread import log_bytes
+from bitneck_cloud.answers.sinks.seen import MOST_RUNS, Seen
+from bitneck_cloud.answers.sinks.state import Bounds, Entry
+from bitneck_cloud.answers.sinks.topics import check_topic, topic_of
+from bitneck_cloud.settings import CloudSettings
+from bitneck_testing.consumers.committer import Committer, only, outgoing, wait_for
+from bitneck_testing.consumers.documents import answer, answers, coded_map
+from bitneck_testing.processes import ProcessFailed, running_server, start_server
+
+NOW = 1_800_000_000.0
+
+
+def jsonl(folder: Path, **other: Any) -> dict[str, Any]:
+    return {"kind": "jsonl", "name": "file", "path": str(folder / "answers.jsonl"), "pause_s": 0.05} | other
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def numbers(path: Path) -> list[int]:
+    return [json.loads(line)["number"] for line in path.read_text().splitlines()]
+
+
+# Settings
+
+
+MQTT: dict[str, Any] = {"kind": "mqtt", "name": "m", "host": "localhost"}
+HOOK: dict[str, Any] = {"kind": "webhook", "name": "w", "url": "http://localhost/x", "secret": "0123456789abcdef"}
+LINES: dict[str, Any] = {"kind": "jsonl", "name": "l", "path": "a.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([{"kind": "smtp", "name": "x"}], r"sinks.*mqtt.*webhook.*jsonl"),
+        ([{"name": "x"}], "kind"),
+        ([MQTT | {"hots": "x"}], r"sinks\.0\.mqtt.*unknown key hots; known: host, "),
+        ([MQTT | {"name": "A b"}], r"sinks\.0\.mqtt\.name"),
+        ([MQTT | {"topic": "bitneck/#"}], r"topic has \+ or #"),
+        ([MQTT | {"topic": "{kamera}"}], r"topic has \{kamera\}; known: \{client\}"),
+        ([MQTT | {"topic": ""}], "topic is empty"),
+        ([MQTT | {"state_topic": "all"}], r"state_topic needs \{client\}"),
+        ([MQTT | {"host": "broker.example"}], "plaintext: give tls = true"),
+        ([MQTT | {"tls_ca": "ca.pem"}], "need tls = true"),
+        ([MQTT | {"tls": True, "tls_cert": "x"}], "tls_cert and tls_key go together"),
+        ([MQTT | {"password": "hush-hush"}], "a password needs a username"),
+        ([MQTT | {"username": "u", "password": "hush-hush", "password_file": "x"}], "not both"),
+        ([MQTT | {"pause_s": 90}], "pause_s 90 is longer"),
+        ([MQTT | {"queue_bytes": 4096}], "has no room for one answer"),
+        ([MQTT | {"min_score": 2}], "less than or equal to 1"),
+        ([HOOK | {"secret": "hush-hush"}], "secret is too short"),
+        ([HOOK | {"secret": "whsec_!hush"}], "no base64"),
+        ([HOOK | {"secret_file": "x"}], "give secret or secret_file"),
+        ([HOOK | {"url": "http://hook.example/x"}], "in plaintext: use https"),
+        ([HOOK | {"url": "https://u:hush@hook.example/x"}], "user or a fragment"),
+        ([HOOK | {"url": "ftp://localhost/x"}], "url is not http"),
+        ([HOOK | {"url": "https://["}], "url is none"),
+        ([HOOK | {"headers": {"Host": "hush"}}], "the header Host is set by the sink"),
+        ([HOOK | {"headers": {"X Y": "hush"}}], "is no header"),
+        ([HOOK | {"headers": {"X": "hush\r\n"}}], "is no header"),
+        ([LINES, LINES], "two sinks have the name 'l'"),
+        ([LINES, LINES | {"name": "k"}], "a.jsonl is written by something else"),
+        ([LINES | {"path": "queue.db"}], "queue.db is written by something else"),
+    ],
+)
+def test_bad_settings_are_refused_without_their_secrets(tables: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message) as caught:
+        CloudSettings.load({"sinks": tables, "sinks_queue": "queue.db"})
+    assert "hush" not in str(caught.value)
+
+
+def test_sinks_need_a_queue() -> None:
+    with pytest.raises(InvalidConfig, match="give sinks_queue"):
+        CloudSettings.load({"sinks": [LINES]})
+
+
+def test_one_text_is_a_list_of_one() -> None:
+    settings = CloudSettings.load({"sinks": [LINES | {"class": "dog", "client": ["a", "b"]}], "sinks_queue": "q"})
+    assert (settings.sinks[0].classes, settings.sinks[0].client) == (("dog",), ("a", "b"))
+
+
+@pytest.mark.parametrize("page", ["sinks.md"])
+def test_examples_of_the_page_load(page: str, tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / page).read_text()
+    examples = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert examples
+    kinds = set()
+    for example in examples:
+        (tmp_path / "config.toml").write_text(example)
+        kinds |= {sink.kind for sink in CloudSettings.load({}, tmp_path / "config.toml").sinks}
+    assert kinds == {"mqtt", "webhook", "jsonl"}
+
+
+# What is pure
+
+
+@pytest.mark.parametrize(
+    ("given_filter", "expected"),
+    [
+        (Filter(), True),
+        (Filter(clients=["cam-*"]), True),
+        (Filter(clients=["door", "cam-?"]), True),
+        (Filter(clients=["CAM-1"]), False),
+        (Filter(models=["tiny"], min_score=0.75), True),
+        (Filter(min_score=0.76), False),
+        (Filter(models=["other"]), False),
+        (Filter(classes=["class 1"]), True),
+        (Filter(classes=["class 1"], min_score=0.5), False),
+        (Filter(classes=["class *"], min_score=0.5), True),
+        (Filter(classes=["class 9"]), False),
+    ],
+)
+def test_filters(given_filter: Filter, expected: bool) -> None:
+    assert given_filter.takes(answer(1)) is expected
+
+
+def test_filters_of_shares() -> None:
+    document = answer(1, shares=[{"index": 0, "name": "sky", "share": 0.3}])
+    del document["labels"]
+    assert Filter(classes=["sky"], min_score=0.3).takes(document)
+    assert not Filter(classes=["sky"], min_score=0.31).takes(document)
+    assert not Filter(classes=["road"]).takes(document)
+
+
+@given(st.text(), st.text())
+def test_a_client_stays_within_its_level(first: str, second: str) -> None:
+    """No wildcard, no further level, no control character; and two clients never share a topic."""
+    topic = topic_of("bitneck/{client}/{model}", {"client": first, "model": "m"})
+    assert topic.count("/") == 2
+    assert topic.split("/")[1]
+    assert not set(topic) & {"+", "#", "\0", "\n", "$"}
+    topic.encode()
+    other = topic_of("bitneck/{client}/{model}", {"client": second, "model": "m"})
+    assert (topic == other) == (first == second or {first, second} == {"", "-"})
+
+
+@pytest.mark.parametrize("template", ["a/\0", "a/\n", "+", "$SYS/{client}", "{client", "a}", "", "x" * 1025])
+def test_templates_that_give_no_topic(template: str) -> None:
+    with pytest.raises(ValueError, match="topic"):
+        check_topic(template, ("client",), "topic")
+
+
+@given(st.lists(st.integers(0, 60)))
+def test_seen_is_a_set(seqs: list[int]) -> None:
+    seen = Seen()
+    for seq in seqs:
+        seen = seen.with_(seq)
+    assert {seq for seq in range(62) if seq in seen} == set(seqs)
+    assert all(first <= last for first, last in seen.runs)
+    assert all(left[1] + 1 < right[0] for left, right in zip(seen.runs, seen.runs[1:], strict=False))
+    assert Seen.load(seen.dump()) == seen
+
+
+def test_seen_forgets_the_lowest_and_claims_nothing() -> None:
+    seen = Seen()
+    for seq in range(0, 4 * MOST_RUNS, 2):
+        seen = seen.with_(seq)
+    assert len(seen.runs) == MOST_RUNS
+    assert 0 not in seen
+    assert 4 * MOST_RUNS - 2 in seen
+    assert 4 * MOST_RUNS - 3 not in seen
+    with pytest.raises(MalformedFrame):
+        Seen.load("[[1]]")
+
+
+def test_maps_change_their_form() -> None:
+    classes = np.array([[0, 1, 1], [7, 1, 255]], dtype=np.uint8)
+    body = json.dumps(answer(1, map=coded_map(classes)), separators=(",", ":")).encode()
+    assert with_map(body, "runs") is body
+    assert json.loads(with_map(body, "none"))["map"] is None
+    changed = json.loads(with_map(body, "png"))
+    picture = Image.open(io.BytesIO(base64.b64decode(changed["map"]["data"])), formats=["PNG"])
+    assert (changed["map"]["encoding"], picture.mode) == ("png", "P")
+    np.testing.assert_array_equal(np.array(picture), classes)
+    plain = json.dumps(answer(1, client='"map":{'), separators=(",", ":")).encode()
+    assert with_map(plain, "png") is plain
+    broken = json.dumps(answer(1, map=coded_map(classes) | {"height": 9}), separators=(",", ":")).encode()
+    assert json.loads(with_map(broken, "png"))["map"] is None
+
+
+# The queue
+
+
+def test_a_repeat_is_not_queued_again_also_after_a_restart(tmp_path: Path) -> None:
+    with outgoing(tmp_path, jsonl(tmp_path)) as running:
+        running.commit(answers(1, 5))
+        running.commit([answer(6, seq=3), answer(7, seq=6), answer(8, seq=6)])
+        wait_for(lambda: only(running).delivered == 6)
+    with outgoing(tmp_path, jsonl(tmp_path)) as running:
+        assert running.last_number() == 8
+        running.commit([answer(9, seq=5), answer(10, seq=7), answer(11, seq=5, session="s-2")])
+        running.commit([answer(12, seq=5, spool="p"), answer(13, seq=5, spool="p", session="s-3")])
+        wait_for(lambda: only(running).delivered == 3)
+    assert numbers(tmp_path / "answers.jsonl") == [1, 2, 3, 4, 5, 7, 10, 11, 12]
+
+
+def test_filters_apply_before_the_queue(tmp_path: Path) -> None:
+    two = jsonl(tmp_path, name="two", path=str(tmp_path / "two.jsonl"), client="cam-2")
+    with outgoing(tmp_path, jsonl(tmp_path), two) as running:
+        running.commit([answer(1), answer(2, client="cam-2", session="s-2")])
+        wait_for(lambda: [state.delivered for state in running.states()] == [2, 1])
+    assert numbers(tmp_path / "two.jsonl") == [2]
+
+
+def stuck(folder: Path, **other: Any) -> dict[str, Any]:
+    """A sink that can deliver nothing."""
+    return jsonl(folder, path=str(folder / "nowhere" / "answers.jsonl"), max_answer_bytes=1024, **other)
+
+
+def test_the_oldest_fall_out_beyond_the_bytes(tmp_path: Path) -> None:
+    size = len(json.dumps(answer(10), separators=(",", ":")))
+    with outgoing(tmp_path, stuck(tmp_path, queue_bytes=100 * size)) as running:
+        for first in range(10, 1000, 30):
+            running.commit(answers(first, first + 29))
+        state = only(running)
+        assert state.queued <= 100
+        assert state.queue_bytes <= 100 * size
+        assert state.dropped == {"bytes": 990 - state.queued, "age": 0, "size": 0, "disk": 0}
+        assert state.queued >= 95
+        wait_for(lambda: only(running).failing)
+        assert "No such file" in only(running).last_error
+        (tmp_path / "nowhere").mkdir()
+        wait_for(lambda: not only(running).queued)
+    kept = numbers(tmp_path / "nowhere" / "answers.jsonl")
+    assert kept == sorted(kept)
+    assert kept[-70:] == list(range(930, 1000))
+
+
+def test_the_oldest_fall_out_of_age(tmp_path: Path) -> None:
+    clock = Clock()
+    with outgoing(tmp_path, stuck(tmp_path, queue_age_s=100), clock=clock) as running:
+        running.commit(answers(1, 600))
+        clock.now += 60
+        running.commit(answers(601, 610))
+        assert only(running).behind_s == 60
+        clock.now += 41
+        wait_for(lambda: only(running).dropped["age"] == 600)
+        assert only(running).queued == 10
+        assert only(running).behind_s == 41
+
+
+def test_an_answer_that_is_too_large_falls_out_alone(tmp_path: Path) -> None:
+    with outgoing(tmp_path, jsonl(tmp_path, max_answer_bytes=1024)) as running:
+        running.commit([answer(1), answer(2, client="x" * 1024), answer(3)])
+        wait_for(lambda: only(running).delivered == 2)
+        wait_for(lambda: only(running).dropped["size"] == 1)
+    assert numbers(tmp_path / "answers.jsonl") == [1, 3]
+
+
+def test_one_sinks_trouble_does_not_delay_another(tmp_path: Path) -> None:
+    with outgoing(tmp_path, stuck(tmp_path, name="stuck"), jsonl(tmp_path)) as running:
+        running.commit(answers(1, 50))
+        wait_for(lambda: running.states()[1].delivered == 50)
+        wait_for(lambda: running.states()[0].failing)
+        assert running.states()[0].queued == 50
+        assert running.states()[0].failed >= 1
+
+
+def test_what_waits_survives_a_restart_and_a_new_name_is_a_new_sink(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with outgoing(tmp_path, stuck(tmp_path)) as running:
+        running.commit(answers(1, 20))
+    with outgoing(tmp_path, jsonl(tmp_path, name="other")) as running:
+        assert only(running).queued == 0
+        running.commit(answers(21, 21))
+        wait_for(lambda: only(running).delivered == 1)
+    assert "20 answers wait for a sink file, which is not set up any more" in caplog.text
+    with outgoing(tmp_path, jsonl(tmp_path, path=str(tmp_path / "again.jsonl"))) as running:
+        wait_for(lambda: only(running).delivered == 20)
+    assert numbers(tmp_path / "again.jsonl") == list(range(1, 21))
+
+
+def test_the_file_gives_back_what_a_long_queue_took(tmp_path: Path) -> None:
+    path = tmp_path / "queue.db"
+    with outgoing(tmp_path, jsonl(tmp_path, path=str(tmp_path / "nowhere" / "a.jsonl"))) as running:
+        for first in range(1, 400, 20):
+            running.commit(answers(first, first + 19, point="x" * 60_000))
+        wait_for(lambda: path.stat().st_size > 20_000_000)  # it comes from the log once a second
+        (tmp_path / "nowhere").mkdir()
+        wait_for(lambda: not only(running).queued)
+        wait_for(lambda: path.stat().st_size < 10_000_000)
+        assert log_bytes(path) < 64 << 20
+
+
+def test_the_log_begins_anew(tmp_path: Path) -> None:
+    file = QueueFile(tmp_path / "queue.db", {"a": Bounds(1 << 20, 100)}, sync=False)
+    file.open(NOW)
+    file.add([Entry("session s", 1, 1, {"a": b"{}"})], NOW)
+    assert log_bytes(tmp_path / "queue.db") > 0
+    file.begin_log_anew()
+    assert log_bytes(tmp_path / "queue.db") == 0
+    assert [each.body for each in file.take("a", 10, 1000)] == [b"{}"]
+    file.close()
+
+
+@pytest.mark.parametrize("damage", ["text", "pages", "foreign", "newer", "folder", "locked"])
+def test_a_queue_that_cannot_be_used_stops_the_start(damage: str, tmp_path: Path) -> None:
+    path, holder = tmp_path / "queue.db", None
+    if damage == "text":
+        path.write_text("this is no database, and long enough to be one" * 100)
+    elif damage == "foreign":
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE cats(name)")
+        db.close()
+    elif damage == "folder":
+        path.mkdir()
+    else:
+        with outgoing(tmp_path, stuck(tmp_path)) as running:
+            for first in range(1, 2000, 500):
+                running.commit(answers(first, first + 499))
+        if damage == "pages":
+            data = bytearray(path.read_bytes())
+            data[8192 : len(data) // 2] = os.urandom(len(data) // 2 - 8192)
+            path.write_bytes(data)
+        elif damage == "newer":
+            with sqlite3.connect(path) as db:
+                db.execute("PRAGMA user_version = 2")
+            db.close()
+        else:
+            holder = sqlite3.connect(path)
+            holder.execute("BEGIN IMMEDIATE")
+    expected = {
+        "text": "not a database; move it away", "pages": "malformed.*; move it away",
+        "foreign": "another program's database", "newer": "has version 2, this server reads 1",
+        "folder": "on a local disk", "locked": "another server uses it",
+    }  # fmt: skip
+    with pytest.raises(InvalidConfig, match=expected[damage]):
+        with outgoing(tmp_path, stuck(tmp_path)):
+            pass
+    if holder is not None:
+        holder.close()
+
+
+def test_a_secret_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
+    sink = {"kind": "webhook", "name": "w", "url": "http://localhost:1/", "secret_file": str(tmp_path / "secret")}
+    for content, message in ((None, "cannot read the secret"), ("short\n", "secret_file is too short")):
+        if content is not None:
+            (tmp_path / "secret").write_text(content)
+        with pytest.raises(InvalidConfig, match=message):
+            with outgoing(tmp_path, sink):
+                pass
+
+
+# A process
+
+
+@pytest.mark.parametrize("sync", ["second", "always"])
+def test_a_killed_server_loses_nothing_that_was_committed(sync: str, tmp_path: Path) -> None:
+    first = Committer(tmp_path, stuck(tmp_path), sinks_sync=sync)
+    assert first.ask("commit 1 400 8") == 400
+    first.kill()
+    second = Committer(tmp_path, jsonl(tmp_path), sinks_sync=sync)
+    assert second.last_number == 400
+    second.ask("commit 381 420 8")  # frames that were sent again, and new ones
+    wait_for(lambda: second.state()["queued"] == 0)
+    assert second.close() == 0
+    assert numbers(tmp_path / "answers.jsonl") == list(range(1, 421))
+
+
+def test_a_server_killed_while_it_delivers_repeats_under_old_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    committed = 0
+    for _ in range(3):
+        process = Committer(tmp_path, jsonl(tmp_path))
+        assert process.last_number >= committed
+        committed = process.ask(f"commit {process.last_number + 1} {process.last_number + 300} 4")
+        process.kill()
+    with outgoing(tmp_path, jsonl(tmp_path)) as running:
+        wait_for(lambda: only(running).queued == 0)
+    found = numbers(path)
+    assert list(dict.fromkeys(found)) == list(range(1, committed + 1))
+    newest = 0
+    for number in found:  # a repeat goes back; from there on all follows again
+        assert number <= newest + 1
+        newest = number if number > newest else newest
+
+
+# JSON Lines
+
+
+def test_lines_rotate_by_size_and_the_oldest_files_go(tmp_path: Path) -> None:
+    with outgoing(tmp_path, jsonl(tmp_path, rotate_bytes=2000, keep=3)) as running:
+        for number in range(1, 31):
+            running.commit([answer(number)])
+            wait_for(lambda number=number: only(running).delivered == number)
+    full = sorted(tmp_path.glob("answers.*Z.jsonl"))
+    assert len(full) == 3
+    found = [number for path in [*full, tmp_path / "answers.jsonl"] for number in numbers(path)]
+    assert found == list(range(found[0], 31))
+    assert all(path.stat().st_size >= 2000 for path in full)
+    assert (tmp_path / "answers.jsonl").stat().st_mode & 0o777 == 0o640
+
+
+def test_lines_rotate_by_age_without_answers(tmp_path: Path) -> None:
+    with outgoing(tmp_path, jsonl(tmp_path, rotate_s=0.2)) as running:
+        running.commit([answer(1)])
+        wait_for(lambda: list(tmp_path.glob("answers.*Z.jsonl")))
+    assert (tmp_path / "answers.jsonl").stat().st_size == 0
+
+
+def test_lines_follow_a_file_that_is_moved_and_mend_a_torn_one(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    now = datetime.now(UTC).isoformat()
+    path.write_text(json.dumps(answer(1, received=now)) + "\n" + json.dumps(answer(2))[:77])
+    with outgoing(tmp_path, jsonl(tmp_path)) as running:
+        running.commit(answers(2, 3))
+        wait_for(lambda: only(running).delivered == 2)
+        assert numbers(path) == [1, 2, 3]
+        path.rename(tmp_path / "moved.jsonl")
+        running.commit(answers(4, 4))
+        wait_for(lambda: only(running).delivered == 3)
+    assert (numbers(tmp_path / "moved.jsonl"), numbers(path)) == ([1, 2, 3], [4])
+
+
+def test_lines_go_into_files_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "answers.jsonl")
+    with outgoing(tmp_path, jsonl(tmp_path)) as running:
+        running.commit(answers(1, 1))
+        wait_for(lambda: only(running).failing)
+        assert "it is no file" in only(running).last_error
+
+
+def test_a_full_disk_is_seen_and_survived(tmp_path: Path) -> None:
+    """A limit of the process stands in for a full disk: the system refuses the rest of a write."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = tmp_path / "full.jsonl"
+    whole = json.dumps(answer(0)) + "\n"
+    full.write_text(whole * (8_000_000 // len(whole)))
+    before = full.stat().st_size
+    with outgoing(tmp_path, jsonl(tmp_path, path=str(full))) as running:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before + 100, limits[1]))
+            running.commit(answers(1, 10))
+            wait_for(lambda: only(running).failed >= 2)
+            state = only(running)
+            assert (state.queued, state.delivered, state.failing) == (10, 0, True)
+            assert "File too large" in state.last_error
+            assert full.stat().st_size == before
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        wait_for(lambda: only(running).delivered == 10)
+        assert not only(running).failing
+    assert numbers(full)[-10:] == list(range(1, 11))
+
+
+def test_a_full_disk_under_the_queue_is_counted_and_holds_nothing_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with outgoing(tmp_path, stuck(tmp_path)) as running:
+        running.commit(answers(1, 10))
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            for first in range(11, 1011, 100):
+                running.commit(answers(first, first + 99))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        wait_for(lambda: sum(only(running).dropped.values()) + only(running).queued == 1010)
+        lost = only(running).dropped["disk"]
+        assert 0 < lost < 1010
+        running.commit(answers(2001, 2010))
+        assert only(running).queued == 1020 - lost
+    assert "could not be queued for their sinks" in caplog.text
+    with outgoing(tmp_path, jsonl(tmp_path)) as running:
+        wait_for(lambda: not only(running).queued)
+    found = numbers(tmp_path / "answers.jsonl")
+    assert found == sorted(set(found))
+    assert (len(found), found[:10], found[-10:]) == (1020 - lost, list(range(1, 11)), list(range(2001, 2011)))
+
+
+# A server
+
+
+def test_a_server_shows_its_sinks(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with outgoing(tmp_path, stuck(tmp_path)) as running:
+        running.commit(answers(1, 3))
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'http_tokens = "{tmp_path}/tokens"\nsinks_queue = "{tmp_path}/queue.db"\n'
+        f'[[sinks]]\nkind = "jsonl"\nname = "file"\npath = "{tmp_path}/answers.jsonl"\n'
+    )
+    (tmp_path / "tokens").write_text("read ann 0123456789abcdef0\nmetrics prom 0123456789abcdef1\n")
+    reader = {"Authorization": "Bearer 0123456789abcdef0"}
+    with running_server(tiny_bundle.root, options=["--config", str(config)]) as server:
+        path = tmp_path / "answers.jsonl"
+        wait_for(lambda: path.exists() and numbers(path) == [1, 2, 3])
+        wait_for(lambda: httpx.get(f"{server.http}/v1/sinks", headers=reader).json()[0]["delivered"] == 3)
+        (shown,) = httpx.get(f"{server.http}/v1/sinks", headers=reader).json()
+        assert (shown["name"], shown["kind"], shown["queued"], shown["failing"]) == ("file", "jsonl", 0, False)
+        refused = httpx.get(f"{server.http}/v1/sinks", headers={"Authorization": "Bearer 0123456789abcdef1"})
+        assert refused.status_code == 403
+        metrics = httpx.get(f"{server.http}/metrics", headers=reader).text
+        assert 'bitneck_sink_delivered_answers_total{sink="file"} 3.0' in metrics
+        assert 'bitneck_sink_dropped_answers_total{reason="age",sink="file"} 0.0' in metrics
+        with pytest.raises(ProcessFailed, match="another server uses it"):
+            start_server(tiny_bundle.root, options=["--config", str(config)])
+
+
+def test_a_server_without_sinks_has_none(server: Any) -> None:
+    assert httpx.get(f"{server.http}/v1/sinks").json() == []

@@ -1,0 +1,173 @@
+"""MQTT with a real broker: order, repeats, TLS and passwords, brokers that are killed, links that are cut."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitneck_cloud.answers.sinks.state import ClientState
+from bitneck_testing.authority import Authority
+from bitneck_testing.consumers.broker import MOSQUITTO, Broker, Subscriber
+from bitneck_testing.consumers.committer import Committer, only, outgoing, wait_for
+from bitneck_testing.consumers.documents import answer, answers
+from bitneck_testing.links import Proxy
+
+pytestmark = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with Broker(tmp_path_factory.mktemp("broker")) as running:
+        yield running
+
+
+def mqtt(port: int, **other: Any) -> dict[str, Any]:
+    table = {"kind": "mqtt", "name": "broker", "host": "127.0.0.1", "port": port, "pause_s": 0.05, "max_pause_s": 0.2}
+    return table | {"topic": "answers/{client}/{model}", "server_topic": "", "state_topic": ""} | other
+
+
+def numbers(subscriber: Subscriber, topic: str = "answers/cam-1/tiny") -> list[int]:
+    return [document["number"] for document in subscriber.of(topic)]
+
+
+def in_order(found: list[int]) -> bool:
+    """Whether numbers only go back to begin again from there, without a gap."""
+    newest = 0
+    for before, number in zip([0, *found], found, strict=False):
+        if number > newest + 1 or (number <= newest and number > before + 1):
+            return False
+        newest = max(newest, number)
+    return True
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_answers_come_in_order_and_whole(protocol: str, broker: Broker, tmp_path: Path) -> None:
+    topic = f"v{protocol}/{{client}}/{{model}}/{{point}}/{{session}}/{{server}}"
+    with Subscriber.running(broker.port, f"v{protocol}/#") as subscriber:
+        with outgoing(tmp_path, mqtt(broker.port, protocol=protocol, topic=topic)) as running:
+            for first in range(1, 300, 20):
+                running.commit(answers(first, first + 19))
+            running.commit([answer(301, seq=301, client="../#/+\n\x00", session="s-2")])
+            wait_for(lambda: only(running).delivered == 301)
+            wait_for(lambda: len(subscriber.messages) == 301)
+    place = f"v{protocol}/cam-1/tiny/s1-r1/s-1/cloud-1"
+    assert numbers(subscriber, place) == list(range(1, 301))
+    assert subscriber.of(place)[0] == answer(1)
+    assert subscriber.messages[-1][0] == f"v{protocol}/..%2F%23%2F%2B%0A%00/tiny/s1-r1/s-2/cloud-1"
+    assert subscriber.messages[-1][1]["client"] == "../#/+\n\x00"
+
+
+# A handshake that fails leaves its socket to the garbage collector: the client library does not close it.
+@pytest.mark.filterwarnings("ignore:.*SSLSocket:pytest.PytestUnraisableExceptionWarning")
+def test_tls_with_a_password(tmp_path: Path) -> None:
+    authority, stranger = Authority(tmp_path / "ca"), Authority(tmp_path / "stranger")
+    secret = tmp_path / "password"
+    secret.write_text("wrong\n")
+    broker = Broker(tmp_path / "broker", password="right", tls=authority.issue("broker"))
+    table = mqtt(broker.port, tls=True, tls_ca=str(authority.ca), username="sink", password_file=str(secret))
+    with broker, Subscriber.running(broker.port, "answers/#", ca=authority.ca, password="right") as subscriber:
+        with outgoing(tmp_path, mqtt(broker.port)) as running:
+            running.commit(answers(1, 3))
+            wait_for(lambda: only(running).failing)  # plaintext, where TLS is spoken
+        with outgoing(tmp_path, table | {"tls_ca": str(stranger.ca)}) as running:
+            wait_for(lambda: "certificate verify failed" in only(running).last_error)
+        with outgoing(tmp_path, table) as running:
+            wait_for(lambda: "Not authorized" in only(running).last_error)
+            assert only(running).queued == 3
+            secret.write_text("right\n")
+            wait_for(lambda: only(running).delivered == 3)
+            wait_for(lambda: not only(running).failing)
+        wait_for(lambda: numbers(subscriber) == [1, 2, 3])
+
+
+def test_a_broker_that_is_killed_and_started_again_gets_all_of_it(tmp_path: Path) -> None:
+    broker = Broker(tmp_path / "broker")
+    broker.start()
+    try:
+        with Subscriber.running(broker.port, "answers/#") as subscriber:
+            process = Committer(tmp_path, mqtt(broker.port))
+            try:
+                process.ask("commit 1 40 4")
+                wait_for(lambda: len(numbers(subscriber)) == 40)
+                broker.kill()
+                process.ask("commit 41 200 4")
+                process.kill()  # and the server is restarted meanwhile
+                process = Committer(tmp_path, mqtt(broker.port))
+                process.ask("commit 191 400 4")
+                wait_for(lambda: process.state()["failing"])
+                assert process.state()["queued"] == 360
+                broker.start()
+                wait_for(lambda: process.state()["queued"] == 0)
+                wait_for(lambda: 400 in numbers(subscriber))
+                assert process.close() == 0
+            finally:
+                if process.process.poll() is None:
+                    process.kill()
+    finally:
+        broker.kill()
+    assert list(dict.fromkeys(numbers(subscriber))) == list(range(1, 401))
+    assert in_order(numbers(subscriber))
+
+
+async def test_a_link_that_is_cut_costs_nothing_but_repeats(broker: Broker, tmp_path: Path) -> None:
+    async with Proxy(f"127.0.0.1:{broker.port}", delay_s=0.005) as link:
+        port = int(link.address.rpartition(":")[2])
+        with Subscriber.running(broker.port, "cut/#") as subscriber:
+            with outgoing(tmp_path, mqtt(port, topic="cut/{client}", timeout_s=1.0)) as running:
+
+                async def wait(met: Any) -> None:
+                    await asyncio.to_thread(wait_for, met)
+
+                for round_ in range(4):
+                    await asyncio.to_thread(running.commit, answers(round_ * 100 + 1, round_ * 100 + 100))
+                    await wait(lambda round_=round_: len(numbers(subscriber, "cut/cam-1")) >= round_ * 100 + 30)
+                    if round_ == 3:
+                        link.silence()  # the connection stays, and says nothing
+                        await wait(lambda: "no acknowledgement within 1 s" in only(running).last_error)
+                    link.cut()
+                    link.mend()
+                    await wait(lambda: not only(running).queued)
+            await wait(lambda: 400 in numbers(subscriber, "cut/cam-1"))
+    found = numbers(subscriber, "cut/cam-1")
+    assert list(dict.fromkeys(found)) == list(range(1, 401))
+    assert in_order(found)
+
+
+def test_what_the_broker_refuses_is_set_aside(tmp_path: Path) -> None:
+    acl = "topic readwrite answers/cam-1/#\ntopic read #\n"
+    with Broker(tmp_path / "broker", "max_packet_size 2000", acl=acl) as broker:
+        with outgoing(tmp_path, mqtt(broker.port)) as running:
+            running.commit([answer(1), answer(2, client="cam-2"), answer(3, labels=[{"name": "x" * 3000, "score": 1}])])
+            running.commit([answer(4)])
+            wait_for(lambda: not only(running).queued)
+            assert (only(running).delivered, only(running).refused, only(running).failing) == (2, 2, False)
+
+
+def test_states_of_clients_are_retained(broker: Broker, tmp_path: Path) -> None:
+    table = mqtt(broker.port, state_topic="state/{client}", server_topic="server/{server}")
+    on = ClientState(client="door/1", model="tiny", online=True, point="s1-r1", rate={"max_kbps": 20.0}, at="now")
+    process = Committer(tmp_path, table)
+    with Subscriber.running(broker.port, "server/#") as watching:
+        wait_for(lambda: watching.of("server/cloud-1"))
+        process.kill()
+        wait_for(lambda: [each["online"] for each in watching.of("server/cloud-1")][-2:] == [True, False])
+        with outgoing(tmp_path, table | {"client": "door/*"}) as running:
+            running.client_state(on)
+            running.client_state(ClientState(client="cam-2", model="tiny", online=True))
+            wait_for(lambda: [each["online"] for each in watching.of("server/cloud-1")][-1])
+            with Subscriber.running(broker.port, "state/#") as late:
+                wait_for(lambda: late.of("state/door%2F1"))
+            assert late.messages == [
+                (
+                    "state/door%2F1",
+                    {"version": 1, "server": "cloud-1", "client": "door/1", "model": "tiny", "online": True,
+                     "point": "s1-r1", "rate": {"max_kbps": 20.0}, "at": "now"},
+                    late.messages[0][2],
+                )
+            ]  # fmt: skip
+        wait_for(lambda: not watching.of("server/cloud-1")[-1]["online"])
+        # It was online when that server ended; the next one knows that it is not.
+        with outgoing(tmp_path, table), Subscriber.running(broker.port, "state/#") as late:
+            wait_for(lambda: late.of("state/door%2F1") and not late.of("state/door%2F1")[-1]["online"])
