@@ -70,7 +70,7 @@ class Browser:
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What a JavaScript function body returns in the page."""
-        return self.driver.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
+        return self.driver.execute_script(script, *arguments)
 
     def origins(self) -> set[str]:
         """Origins of everything that the page has loaded or called."""
@@ -116,11 +116,11 @@ def browser(width: int = 1280, height: int = 900, *, dark: bool = False) -> Iter
             chrome.execute_cdp_cmd(
                 "Emulation.setEmulatedMedia",
                 {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]},
-            )  # type: ignore[no-untyped-call]
+            )
             chrome.execute_cdp_cmd(
                 "Emulation.setDeviceMetricsOverride",
                 {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
-            )  # type: ignore[no-untyped-call]
+            )
             yield Browser(chrome)
         finally:
             chrome.quit()
