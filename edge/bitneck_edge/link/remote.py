@@ -209,11 +209,13 @@ class Offer:
         model: id of the served model.
         bundle_id: of its bundle, as the server says.
         manifest_json: the manifest's exact bytes.
+        unix_us: the server's clock when it answered, microseconds since 1970; 0 if it does not say.
     """
 
     model: str
     bundle_id: str
     manifest_json: bytes
+    unix_us: int = 0
 
 
 def stub_of(channel: grpc.aio.Channel) -> "pb_grpc.SplitInferenceAsyncStub":
@@ -261,6 +263,7 @@ async def fetch_manifest(
         model=clean_text(reply.model, _MAX_ID),
         bundle_id=clean_text(reply.bundle_id, _MAX_ID),
         manifest_json=inflated(reply.manifest_json, reply.size, MAX_MANIFEST_BYTES),
+        unix_us=reply.unix_us,
     )
 
 
