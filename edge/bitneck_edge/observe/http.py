@@ -78,9 +78,9 @@ async def _answer(
         if not isinstance(event, h11.Request):
             return
         status, text = _page_of(event, page, loopback=loopback)
-    headers = [("content-length", str(len(text))), ("connection", "close"), ("cache-control", "no-store")]
     kind = TEXT_TYPE if status == 200 else b"text/plain; charset=utf-8"
-    response = h11.Response(status_code=status, headers=[*headers, ("content-type", kind)])
+    headers = [(b"content-length", b"%d" % len(text)), (b"content-type", kind), (b"cache-control", b"no-store")]
+    response = h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")])
     for part in (response, h11.Data(data=text), h11.EndOfMessage()):
         writer.write(http.send(part) or b"")
     await writer.drain()

@@ -80,8 +80,7 @@ class Report:
         count, sums = self._before
         frames = tally.answer.count - count
         head, encode, answer = (
-            round(1e6 * (time.sum - before) / frames) if frames else 0
-            for time, before in zip(times, sums, strict=True)
+            round(1e6 * (time.sum - before) / frames) if frames else 0 for time, before in zip(times, sums, strict=True)
         )
         self._before = tally.answer.count, (tally.head.sum, tally.encode.sum, tally.answer.sum)
         return Device(

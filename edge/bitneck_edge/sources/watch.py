@@ -168,7 +168,9 @@ class _Eyes:
             _LOG.warning("%s: it cannot be listed (%s); trying again", self._folder, exc.strerror or exc)
             self._look_at = time.monotonic() + _AGAIN_S
             return
-        if await asyncio.to_thread(_identity_of, self._folder) != identity:  # it went away meanwhile: the list may lack files
+        if (
+            await asyncio.to_thread(_identity_of, self._folder) != identity
+        ):  # it went away meanwhile: the list may lack files
             return
         now = time.monotonic()
         room = _MOST_WAITING - len(self._waiting)
