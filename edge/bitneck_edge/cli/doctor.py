@@ -15,7 +15,7 @@ from bitneck_edge.cli.options import ACCESS, Json
 from bitneck_edge.doctor.finding import Finding
 from bitneck_edge.settings import EdgeSettings
 
-__all__ = ["doctor", "report_lines"]
+__all__ = ["doctor", "examine", "report_lines"]
 
 _COLUMNS, _STATE, _CHECK = 80, 9, 13
 _FIRST = " " * (_STATE + _CHECK)
@@ -38,7 +38,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Check everything between a picture and the server, and say what to do. Exit status 1 if something failed."""
-    findings = asyncio.run(_examine(settings, sources or ()))
+    findings = asyncio.run(examine(settings, sources or ()))
     failed = [finding for finding in findings if finding.state == "failed"]
     if as_json:
         document = {
@@ -52,7 +52,13 @@ def doctor(
     sys.exit(1 if failed else 0)
 
 
-async def _examine(settings: EdgeSettings, sources: Sequence[str]) -> list[Finding]:
+async def examine(settings: EdgeSettings, sources: Sequence[str]) -> list[Finding]:
+    """Check the way to the server, this device, and some sources.
+
+    Args:
+        settings: of the client.
+        sources: as `run` takes them; each is asked for a picture.
+    """
     from bitneck_edge.doctor.device import check_device, check_sources
     from bitneck_edge.doctor.network import check_network
 

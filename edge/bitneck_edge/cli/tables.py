@@ -13,7 +13,8 @@ from rich.table import Column, Table
 
 __all__ = ["make_table", "print_table", "write_rows"]
 
-_WIDE = 1_000_000
+_WIDE, _HIGH = 1_000_000, 100
+"""Rich takes a width only with a height, where the terminal is a dumb one."""
 _TEXT_LEAST = 6
 
 
@@ -35,12 +36,12 @@ def make_table(*columns: str, text: Sequence[str] = (), title: str = "") -> Tabl
 
 def print_table(table: Table) -> None:
     """Print a table on stdout: as wide as the terminal, or as it needs where there is none."""
-    console, wide = Console(), Console(width=_WIDE)
+    console, wide = Console(), Console(width=_WIDE, height=_HIGH)
     needed = Measurement.get(wide, wide.options, table).maximum
     if console.is_terminal:
         _narrow([column for column in table.columns if column.justify == "left"], needed - console.width)
     else:
-        console = Console(width=max(1, needed))
+        console = Console(width=max(1, needed), height=_HIGH)
     console.print(table)
 
 
