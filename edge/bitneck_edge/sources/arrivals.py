@@ -1,4 +1,4 @@
-"""Which photographs of a watched folder are complete, and were not sent yet. Stamps and times go in; no file is touched.
+"""Which photographs of a watched folder are complete, and were not sent yet. It takes stamps and times, and no files.
 
 closed after writing, renamed into place --> `closed` --> send it
 found by looking, the same for a while   --> `looked` --> send it
