@@ -4,8 +4,8 @@
 
 The RUN lines are taken from the files; their folders are moved to a temporary place. This script does the COPY lines
 itself and leaves out what needs root. Then the cloud's entry point serves the bundle that was copied in, and the
-edge's entry point sends it a photograph. It takes a few minutes and downloads what the images would download. Run
-`make bundle` before.
+edge's entry point sends it a photograph, one in HEIC and a video. It takes a few minutes and downloads what the images
+would download. Run `make bundle` before.
 """
 
 import argparse
@@ -18,8 +18,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from bitneck_testing.photographs import sample_photo
+import av
+import pillow_heif
+
+from bitneck_testing.photographs import photo, sample_photo
 from bitneck_testing.processes import edge_run, run_json, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +68,23 @@ def installed(venv: Path) -> set[str]:
     return {package["name"] for package in json.loads(done.stdout)}
 
 
+def make_heic(path: Path) -> Path:
+    """A photograph as phones write it."""
+    pillow_heif.from_pillow(photo(1, (640, 480))).save(path)
+    return path
+
+
+def make_video(path: Path) -> Path:
+    """Five pictures in the format that most cameras write to files."""
+    with av.open(str(path), "w") as out:
+        stream: Any = out.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        for k in range(5):
+            out.mux(stream.encode(av.VideoFrame.from_image(photo(k, (320, 240)))))
+        out.mux(stream.encode())
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="work in this folder, and keep it afterwards")
@@ -79,8 +100,14 @@ def main() -> None:
         cloud, edge = (root / name / "opt" / "bitneck" / "bin" / f"bitneck-{name}" for name in ("cloud", "edge"))
         with running_server(bundle, options=("--log-format", "json"), program=cloud) as server:
             document = run_json(edge_run(server.grpc, root / "cache", "--json", sample_photo(), program=edge))
-        answer = document["frames"][0]
-        print(f"{answer['point']}: {answer['payload_bytes']} bytes, {answer['labels'][0]['name']}")
+            answer = document["frames"][0]
+            print(f"{answer['point']}: {answer['payload_bytes']} bytes, {answer['labels'][0]['name']}")
+            for source in (make_heic(root / "photo.heic"), make_video(root / "video.mp4")):
+                document = run_json(edge_run(server.grpc, root / "cache", "--json", source, program=edge))
+                print(f"{source.name}: {len(document['frames'])} frames of an image's own libraries")
+            run_json(
+                [edge, "doctor", "--server", server.grpc, "--cache-dir", root / "cache", "--json", root / "video.mp4"]
+            )
 
 
 if __name__ == "__main__":

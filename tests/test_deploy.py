@@ -278,3 +278,38 @@ async def test_nothing_is_lost_when_a_replica_behind_a_balancer_is_killed(tiny_b
         assert len(answers) == 240
         assert sum(client.reconnects for client in clients) >= 1
         assert '"how": "adopted"' in b.read_log()
+
+
+SERVICE = DEPLOY / "systemd" / "bitneck-edge.service"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_the_service_of_a_device_is_right_and_has_few_rights(tmp_path: Path) -> None:
+    unit = tmp_path / SERVICE.name
+    unit.write_text(SERVICE.read_text().replace("/opt/bitneck/bin/bitneck-edge", str(BIN / "bitneck-edge")))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    help_text = subprocess.run(["systemd-analyze", "--help"], capture_output=True, text=True, check=True).stdout
+    if "--threshold" in help_text:
+        command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", unit]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_settings_of_the_service_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line.removeprefix("# ") for line in (DEPLOY / "systemd" / "bitneck-edge.env").read_text().splitlines()]
+    given = [tuple(line.split("=", 1)) for line in lines if re.match(r"[A-Z_]+=", line)]
+    assert {"BITNECK_EDGE_SERVER", "BITNECK_EDGE_TOKEN", "RUN_ARGUMENTS"} <= {name for name, _ in given}
+    for name, value in given:
+        if name.startswith("BITNECK_"):
+            monkeypatch.setenv(name, value or "a-token-of-a-device")
+    settings = EdgeSettings.load({})
+    assert (settings.tls, settings.retries, settings.metrics) == (True, -1, "127.0.0.1:9101")
+    shown = subprocess.run(
+        [BIN / "bitneck-edge", "run", "--help"], capture_output=True, text=True, check=True,
+        env=os.environ | {"COLUMNS": "200"},
+    ).stdout  # fmt: skip
+    for _, value in given:
+        for flag in re.findall(r"--[a-z-]+", value):
+            assert flag in shown
+    assert "$RUN_ARGUMENTS" in SERVICE.read_text()

@@ -136,7 +136,8 @@ PURE = (
     *(
         f"edge/bitneck_edge/{name}.py"
         for name in (
-            "ratecontrol", "points", "answers/verify", "link/cost", "link/packing", "link/records", "link/wire",
+            "ratecontrol", "points", "answers/verify", "doctor/finding", "link/cost", "link/packing", "link/records",
+            "link/wire", "observe/buckets", "observe/state",
         )
     ),
 )  # fmt: skip

@@ -33,7 +33,8 @@ def sample(model: type[Settings], name: str) -> Any:
     """A legal value that is not the default, as TOML has it."""
     field = model.model_fields[name]
     known = {
-        "server": "localhost:443", "grpc": "127.0.0.1:1", "http": "127.0.0.1:2", "bundle_id": "sha256:" + "a" * 64,
+        "server": "localhost:443", "metrics": "127.0.0.1:3", "report_s": 30.0,
+        "grpc": "127.0.0.1:1", "http": "127.0.0.1:2", "bundle_id": "sha256:" + "a" * 64,
         "traces": "http://collector:4317", "token_key": "0123456789abcdef", "http_token": "0123456789abcdef",
         "device_token": "0123456789abcdef", "providers": ["One", "Two"],
         "similar": "off", "answers": "map/4", "precision": "int8", "log_level": "debug", "log_format": "json",

@@ -21,11 +21,15 @@ from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.runtime import ModulePool
 from bitneck.wire.link_bytes import LinkBytes
+from bitneck.wire.messages import Device
 from bitneck.workers import Workers
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import open_supply
 from bitneck_edge.encoder import FIRST_RUN_S, EdgeEncoder
 from bitneck_edge.link.remote import check_process
+from bitneck_edge.observe.observing import metrics_page, reports
+from bitneck_edge.observe.state import ClientState, Tally
+from bitneck_edge.observe.temperature import temperatures_c
 from bitneck_edge.passage import Passage, Ways
 from bitneck_edge.pipeline import Slots, pipeline
 from bitneck_edge.points import MeanInterval
@@ -50,6 +54,7 @@ class EdgeClient:
         switches: the last 1,000 changes of the operating point.
         dropped: pictures that newer ones overtook.
         workers: photographs that are encoded at once.
+        tally: counts of what it has done.
 
     Args:
         server: HOST:PORT; None for the settings' own.
@@ -78,6 +83,7 @@ class EdgeClient:
         self.switches: deque[Switch] = deque(maxlen=_KEPT_SWITCHES)
         self.dropped = 0
         self.workers = self.settings.workers or min(2, os.cpu_count() or 1)
+        self.tally = Tally()
         self._on_fetch = on_fetch
         self._on_switch = on_switch
         self._finish = finish
@@ -91,7 +97,10 @@ class EdgeClient:
             renews=lambda session: self._may_renew(session.failure),
             renew=self._renew,
             finished=self._finished,
+            failed=self.tally.failed,
         )
+        self._telling = contextlib.AsyncExitStack()
+        self._switched_times = 0
         self._renewing = asyncio.Lock()
         self._renewal_failure: BitneckError | None = None
         self._revivals = 0
@@ -110,13 +119,16 @@ class EdgeClient:
         """
         self._threads = Workers(self.workers, "bitneck-edge")
         try:
+            await self._telling.enter_async_context(metrics_page(self.settings.metrics, self.state))
             try:
                 self._session = await self._open(offline=True)
             except BundleMismatch:
                 if self.settings.bundle_id:
                     raise
                 self._session = await self._open()  # the cached bundle is not the server's any more
+            await self._telling.enter_async_context(reports(self.settings.report_s, self.state, self._tell))
         except BaseException:
+            await self._telling.aclose()
             self._threads.close(wait=True)
             raise
         return self
@@ -130,6 +142,7 @@ class EdgeClient:
     async def close(self) -> None:
         """End the session now; unanswered frames fail with `Unavailable`. Leaving the block does the same."""
         self._closed = True
+        await self._telling.aclose()
         if self._session is not None:
             await self._session.close()
         if self._threads is not None:
@@ -164,6 +177,21 @@ class EdgeClient:
         """What crossed this device's interface for all frames so far; see `bitneck.wire.link_bytes`."""
         return self._opened().link_bytes
 
+    def state(self) -> ClientState:
+        """What it has done so far, and how it is now; also before it is open."""
+        session = self._session
+        return ClientState(
+            tally=self.tally,
+            dropped=self.dropped,
+            unanswered=len(session.link.unanswered) if session is not None else 0,
+            reconnects=session.reconnects if session is not None else 0,
+            switches=self._switched_times,
+            link=session.link_bytes if session is not None else LinkBytes(),
+            point=self.point,
+            connected=session is not None and session.link.connected,
+            temperatures_c=temperatures_c(),
+        )
+
     @property
     def failure(self) -> BitneckError | None:
         """Why no further photograph can be answered; None while the link can be used."""
@@ -197,10 +225,15 @@ class EdgeClient:
             BitneckError: the cloud could not answer, or cannot be reached.
         """
         await self._revive()
+        self.tally.pictures += 1
         passage = Passage(self._ways, Capture.of(photo))
         passage.encode()
-        await passage.send(prompt=True)
-        return await passage.answer()
+        try:
+            await passage.send(prompt=True)
+            return await passage.answer()
+        except BitneckError as exc:
+            self.tally.failed(exc)
+            raise
 
     def stream(
         self,
@@ -307,6 +340,7 @@ class EdgeClient:
             await self._revive()
         async with contextlib.aclosing(source):
             async for capture in source:
+                self.tally.pictures += 1
                 yield Passage(self._ways, capture, live=live)
 
     async def _timed(self, source: AsyncGenerator[Capture]) -> AsyncGenerator[Capture]:
@@ -325,7 +359,13 @@ class EdgeClient:
         return self.settings.in_flight or self._opened().room(self._interval.seconds)
 
     async def _finished(self, capture: Capture, answer: Answer) -> Answer:
+        self.tally.answered(answer)
         return answer if self._finish is None else await asyncio.to_thread(self._finish, capture.photo, answer)
+
+    async def _tell(self, device: Device) -> None:
+        """A report of this device, if a connection is up."""
+        if self._session is not None:
+            await self._session.link.report(device)
 
     async def _flush(self) -> None:
         """Nothing more follows for a while."""
@@ -337,6 +377,7 @@ class EdgeClient:
 
     def _switched(self, switch: Switch) -> None:
         self.switches.append(switch)
+        self._switched_times += 1
         self._on_switch(switch)
 
 

@@ -29,6 +29,7 @@ class Ways:
         renews: whether a session that failed is replaced by one with the server's other bundle.
         renew: replace it.
         finished: an answer as the program gets it.
+        failed: told why a picture of a stream has no answer.
     """
 
     usable: Callable[[], EdgeSession]
@@ -36,6 +37,7 @@ class Ways:
     renews: Callable[[EdgeSession], bool]
     renew: Callable[[EdgeSession], Awaitable[None]]
     finished: Callable[[Capture, Answer], Awaitable[Answer]]
+    failed: Callable[[BitneckError], None]
 
 
 class Passage:
@@ -76,6 +78,7 @@ class Passage:
 
     def failed(self, error: BitneckError) -> Failure:
         """It was not answered."""
+        self._ways.failed(error)
         return Failure(self._capture.name, error)
 
     def _begin(self) -> Encoding:

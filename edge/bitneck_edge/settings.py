@@ -14,6 +14,8 @@ __all__ = ["AUTO", "EdgeSettings"]
 AUTO = "auto"
 """In place of an operating point: the client chooses, frame by frame."""
 
+_LEAST_REPORT_S = 10.0
+
 _SERVER, _RATE, _DEVICE, _LINK = "Server", "Bit rate", "Device", "Link"
 
 
@@ -58,7 +60,7 @@ class EdgeSettings(Settings):
         bool,
         setting(
             "Allow plaintext to a server on another machine. Everybody on the way can then read the token and the "
-            "frames, and answer in the server's place.",
+            "frames, and answer in the server's place. Also allows metrics beyond loopback.",
             _SERVER,
         ),
     ] = False
@@ -123,6 +125,14 @@ class EdgeSettings(Settings):
         int,
         setting("Pictures that are encoded at once; 0 for two, or one on a single core.", _DEVICE, ge=0, le=64),
     ] = 0
+    metrics: Annotated[
+        str,
+        setting(
+            "HOST:PORT of a page with this device's metrics for Prometheus, such as 127.0.0.1:9101; without it, none. "
+            "The page is plaintext and asks for no token, so beyond loopback it needs insecure.",
+            _DEVICE,
+        ),
+    ] = ""
 
     answers: Annotated[
         Literal["all", "none", "labels", "shares", "map", "map/4"],
@@ -184,6 +194,16 @@ class EdgeSettings(Settings):
             le=1e7,
         ),
     ] = 0.0
+    report_s: Annotated[
+        float,
+        setting(
+            "Seconds between reports in which the device tells the server how it is, for the list of sessions: 10 or "
+            "more; 0 for none. A report costs about 100 bytes of the link.",
+            _LINK,
+            ge=0,
+            le=86_400,
+        ),
+    ] = 0.0
     retries: Annotated[
         int, setting("Attempts to connect after the first one; -1 tries for ever.", _LINK, ge=-1, le=1_000_000)
     ] = 3
@@ -197,6 +217,15 @@ class EdgeSettings(Settings):
             raise ValueError(
                 f"a frame would wait {self.pack_ms} ms for its pack, and the link count as dead after "
                 f"{self.answer_timeout_s:g} s: lower pack_ms (--pack-ms), or raise answer_timeout_s"
+            )
+        if 0 < self.report_s < _LEAST_REPORT_S:
+            raise ValueError(
+                f"report_s of {self.report_s:g} s is too often for a thin link: give {_LEAST_REPORT_S:g} or more, or 0"
+            )
+        if self.metrics and not Address.parse(self.metrics).loopback and not self.insecure:
+            raise ValueError(
+                f"everybody on the network could read the metrics at {self.metrics}: give a loopback address such as "
+                "127.0.0.1:9101, or allow it with insecure (--insecure) where you trust the network"
             )
         if not self.access.tls and not self.insecure and not Address.parse(self.server).loopback:
             raise ValueError(

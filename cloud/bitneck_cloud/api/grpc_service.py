@@ -90,7 +90,11 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             await abort(context, exc)
         sent, size = deflated(bundle.manifest_json) if request.deflate else (bundle.manifest_json, 0)
         return pb.GetManifestResponse(
-            model=bundle.manifest.name, bundle_id=bundle.bundle_id, manifest_json=sent, size=size
+            model=bundle.manifest.name,
+            bundle_id=bundle.bundle_id,
+            manifest_json=sent,
+            size=size,
+            unix_us=time.time_ns() // 1000,
         )
 
     async def FetchFile(  # type: ignore[override]  # noqa: N802  grpc.aio also takes a coroutine that writes

@@ -2,12 +2,14 @@
 
 from pydantic import BaseModel, Field
 
+from bitneck.wire.messages import Device
 from bitneck_cloud.engine.outputs import output_tensors
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.fleet.tables import policy_dict
 from bitneck_cloud.sessions.session import Session
 
 __all__ = [
+    "DeviceInfo",
     "ModelInfo",
     "ModelMetadata",
     "PointInfo",
@@ -91,6 +93,22 @@ class ModelMetadata(BaseModel):
     outputs: list[TensorInfo]
 
 
+class DeviceInfo(BaseModel):
+    """What a device says of itself, if it reports. Counts are of its program since that began."""
+
+    age_s: float = Field(description="since the report came")
+    pictures: int = Field(description="that came from its sources")
+    answered: int
+    failed: int
+    dropped: int = Field(description="newer pictures overtook them")
+    reconnects: int
+    unanswered: int = Field(description="frames, when it reported")
+    head_ms: float | None = Field(description="mean since the report before; null if nothing was answered since")
+    encode_ms: float | None
+    answer_ms: float | None = Field(description="from picture to answer")
+    temperature_c: float | None
+
+
 class SessionInfo(BaseModel):
     """A session, connected or waiting to be resumed."""
 
@@ -114,6 +132,7 @@ class SessionInfo(BaseModel):
     link_bytes_up: int = Field(description="the same with the headers of packets, as they cross the client's interface")
     link_bytes_down: int
     frames_per_s: float | None = Field(description="over the last messages; null until there are four")
+    device: DeviceInfo | None = Field(description="null if it does not report")
 
 
 def _outputs(served: ServedModel) -> list[TensorInfo]:
@@ -173,6 +192,23 @@ def session_info(session: Session, *, connected: bool, now: float) -> SessionInf
         link_bytes_up=round(link.up),
         link_bytes_down=round(link.down),
         frames_per_s=session.measured_frames_per_s,
+        device=None if session.device is None else _device_info(*session.device, now),
+    )
+
+
+def _device_info(device: Device, at: float, now: float) -> DeviceInfo:
+    return DeviceInfo(
+        age_s=now - at,
+        pictures=device.pictures,
+        answered=device.answered,
+        failed=device.failed,
+        dropped=device.dropped,
+        reconnects=device.reconnects,
+        unanswered=device.unanswered,
+        head_ms=device.head_us / 1e3 or None,
+        encode_ms=device.encode_us / 1e3 or None,
+        answer_ms=device.answer_us / 1e3 or None,
+        temperature_c=device.temperature_c,
     )
 
 

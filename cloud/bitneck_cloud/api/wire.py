@@ -15,6 +15,7 @@ from bitneck.wire.messages import (
     ClassShare,
     ClientMessage,
     CodedMap,
+    Device,
     Fault,
     Frame,
     GoAway,
@@ -34,6 +35,7 @@ __all__ = ["SERVICE", "frame_from_wire", "from_wire", "parse_frame", "result_to_
 
 SERVICE = pb.DESCRIPTOR.services_by_name["SplitInference"].full_name
 """The service's name, with its package."""
+_MOST_TENTHS = 10_000
 
 
 def from_wire(message: pb.ClientMessage, most_frames: int = 1 << 10) -> ClientMessage | None:
@@ -66,6 +68,8 @@ def from_wire(message: pb.ClientMessage, most_frames: int = 1 << 10) -> ClientMe
             return _pack(message.pack, most_frames)
         case "acknowledge":
             return Acknowledge()
+        case "device":
+            return _device(message.device)
         case _:
             return None
 
@@ -82,6 +86,23 @@ def frame_from_wire(frame: pb.Frame) -> Frame:
         reference=frame.reference,
         position=frame.position if not frame.point else 0,
         acknowledge=frame.acknowledge,
+    )
+
+
+def _device(device: pb.Device) -> Device:
+    """How a client's device is. A temperature that nothing survives is left out."""
+    known = device.HasField("temperature") and abs(device.temperature) <= _MOST_TENTHS
+    return Device(
+        pictures=device.pictures,
+        answered=device.answered,
+        failed=device.failed,
+        dropped=device.dropped,
+        reconnects=device.reconnects,
+        unanswered=device.unanswered,
+        head_us=device.head_us,
+        encode_us=device.encode_us,
+        answer_us=device.answer_us,
+        temperature_c=device.temperature / 10 if known else None,
     )
 
 

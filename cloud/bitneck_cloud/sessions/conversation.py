@@ -21,6 +21,7 @@ from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import (
     Acknowledge,
     ClientMessage,
+    Device,
     Fault,
     Frame,
     GoAway,
@@ -229,6 +230,8 @@ class Conversation:
                 self._frames(message.frames)
             elif isinstance(message, Acknowledge):
                 self._send(self._answering.acknowledge(self._session.seqs_in_flight, time.monotonic()))
+            elif isinstance(message, Device):
+                self._session.device = message, time.monotonic()
             else:
                 kind = "an empty message" if message is None else "Open"
                 self._fault(0, ProtocolError(f"{kind} is illegal here: after Open, send frames"))

@@ -22,7 +22,7 @@ from bitneck.errors import (
 )
 from bitneck.ladder import Ladder
 from bitneck.wire.link_bytes import LinkBytes, LinkMeter
-from bitneck.wire.messages import Result
+from bitneck.wire.messages import Device, Result
 from bitneck_cloud.access.limits import TokenBucket
 from bitneck_cloud.sessions.rates import MaxKbps, RatePolicy, choose
 
@@ -111,6 +111,7 @@ class Session:
         oldest_token: number of the oldest resume token that is still good.
         reach: how far back in seq a reference may be; 0 if no symbols are kept.
         meter: of the newest stream's link.
+        device: what the client's device said of itself last, and when; None if it has said nothing.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Session:
         self.oldest_token = 0
         self.reach = 0
         self.meter = LinkMeter()
+        self.device: tuple[Device, float] | None = None
         self._earlier = LinkBytes(), LinkBytes()  # on earlier streams' links, and their messages
         self._reported = LinkBytes(), LinkBytes()
         self._seen = LinkBytes()

@@ -19,6 +19,8 @@ from bitneck.image import find_photos
 from bitneck.settings.flags import with_settings
 from bitneck.settings.program import END_S, make_app, run_app
 from bitneck.wire.frames import crc32c_hex, seal_frame
+from bitneck_edge.cli.doctor import doctor
+from bitneck_edge.cli.options import ACCESS, Csv, Json
 from bitneck_edge.link.wire import frame_bytes
 from bitneck_edge.settings import AUTO, EdgeSettings
 
@@ -29,26 +31,38 @@ _MAX_LOAD_PHOTOS = 64
 
 app = make_app("Run the first part of a split network here, send a few hundred bytes, get the answer.")
 
-ACCESS = ("server", "model", "tls", "tls_ca", "tls_cert", "tls_key", "insecure", "token", "cache_dir")
-"""Settings of every command that asks a server for its bundle."""
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+app.command()(doctor)
 
 
 @app.command()
 @with_settings(EdgeSettings, *(name for name in EdgeSettings.model_fields if name != "bundle"))
 def run(
     sources: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Photographs, folders of them, video files, URLs of video streams, camera:N, or - for paths on "
             "standard input.",
-            metavar="PHOTO|FOLDER|VIDEO|camera:N|- ...",
+            metavar="[PHOTO|FOLDER|VIDEO|camera:N|- ...]",
+            show_default=False,
         ),
-    ],
+    ] = None,
     *,
     settings: EdgeSettings,
     origins: dict[str, str],
+    watch: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="After the sources: send each photograph that appears in this folder, when it is complete.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    existing: Annotated[
+        bool, typer.Option("--existing", help="With --watch: begin with what is in the folder, the oldest first.")
+    ] = False,
+    poll: Annotated[
+        bool,
+        typer.Option("--poll", help="With --watch: list the folder each second. \\[default: on network filesystems]"),
+    ] = False,
     repeat: Annotated[int, typer.Option(min=1, help="Send the photographs this many times.")] = 1,
     fps: Annotated[
         float | None,
@@ -70,24 +84,30 @@ def run(
         bool,
         typer.Option("--json-lines", help="Print a line of JSON for each answer, and the summary as the last one."),
     ] = False,
+    as_csv: Csv = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for each answer as it comes.")] = False,
 ) -> None:
     """Send pictures through the split network and print the answers."""
     from bitneck_edge.cli.run import RunPlan, run_plan
     from bitneck_edge.sources.parse import parse_sources
+    from bitneck_edge.sources.watch import Watch
 
     logging.basicConfig(level="INFO" if verbose else "WARNING", stream=sys.stderr, format="%(levelname)s: %(message)s")
     settings.log_foreign_variables()
     for name in ("latency_ms", "max_edge_ms"):
         if name in origins and settings.point != AUTO:
             logging.warning("%s has no effect without --point auto", origins[name])
-    parsed = parse_sources(sources)
+    if (existing or poll) and not watch:
+        raise InvalidConfig("--existing and --poll say how a folder is watched: name it with --watch")
+    parsed = parse_sources(sources or (), watch or (), Watch(existing=existing, poll=poll))
     if settings.similar == "auto" and not any(source.video for source in parsed):
         settings = settings.model_copy(update={"similar": "off"})  # the server need not keep anything for us
     live = any(source.live for source in parsed)
-    endless = live or any(source.stdin for source in parsed)
-    if as_json and json_lines:
-        raise InvalidConfig("--json prints one document at the end, --json-lines a line for each picture: give one")
+    endless = any(source.endless for source in parsed)
+    if as_json + json_lines + as_csv > 1:
+        raise InvalidConfig(
+            "--json prints one document at the end, --json-lines and --csv a line for each picture: give one"
+        )
     if as_json and endless:
         raise InvalidConfig("--json prints one document at the end; for pictures without an end use --json-lines")
     plan = RunPlan(
@@ -97,7 +117,15 @@ def run(
         newest=live if newest is None else newest,
         ordered=not as_they_come,
         out=out,
-        output="json" if as_json else "lines" if json_lines else "verbose" if verbose or endless else "table",
+        output="json"
+        if as_json
+        else "lines"
+        if json_lines
+        else "csv"
+        if as_csv
+        else "verbose"
+        if verbose or endless
+        else "table",
     )
     sys.exit(asyncio.run(run_plan(settings, plan)))
 
@@ -171,6 +199,7 @@ def load(
 ) -> None:
     """Load a server with many sessions and tell how long it took. The photographs are encoded once, beforehand."""
     from bitneck_edge.cli.report import load_table
+    from bitneck_edge.cli.tables import print_table
     from bitneck_edge.measure.load_generator import LoadPlan, run_load, summarize
 
     paths: list[Path] = [path for source in photos for path in find_photos(source)][:_MAX_LOAD_PHOTOS]
@@ -185,7 +214,7 @@ def load(
             f"{document['failed']} failed, {document['reconnects']} reconnects, "
             f"{document.get('batch_mean', 0):.1f} frames a pass"
         )
-        Console().print(load_table(document))
+        print_table(load_table(document))
     if document["failed"] or not document["frames"]:
         sys.exit(1)
 
@@ -202,6 +231,7 @@ def bench(
 ) -> None:
     """Measure what a frame costs this device at every split point: time per stage, processor time, memory, link."""
     from bitneck_edge.cli.report import bench_table, link_table
+    from bitneck_edge.cli.tables import print_table
     from bitneck_edge.measure.bench import bench as measure
 
     opened = _opened(settings, origins)
@@ -210,9 +240,9 @@ def bench(
     if as_json:
         print(json.dumps(document))  # noqa: T201
     else:
-        Console().print(bench_table(document))
+        print_table(bench_table(document))
         print(f"{document['precision']}, peak of resident memory: {document['peak_mb']:.0f} MiB")  # noqa: T201
-        Console().print(link_table(document))
+        print_table(link_table(document))
 
 
 @app.command()
@@ -222,32 +252,38 @@ def points(
     settings: EdgeSettings,
     origins: dict[str, str],
     as_json: Json = False,
+    as_csv: Csv = False,
 ) -> None:
     """List the operating points of a bundle or a server, lowest rate first."""
     from bitneck_edge.bundles.fetch import manifest_of
     from bitneck_edge.cli.report import points_table
+    from bitneck_edge.cli.tables import print_table, write_rows
 
+    if as_json and as_csv:
+        raise InvalidConfig("--json and --csv both write to stdout: give one")
     if _is_local(settings, origins):
         opened = _opened(settings, origins)
         bundle_id, manifest = opened.bundle_id, opened.manifest
     else:
         bundle_id, manifest = asyncio.run(manifest_of(settings))
     ladder = manifest.ladder
-    if as_json:
-        entries: list[dict[str, Any]] = [
-            {
-                "id": p.id,
-                "split": p.split,
-                "payload_bytes": p.payload_bytes or None,  # not measured
-                "bpp_payload": p.bpp_payload if p.payload_bytes else None,
-                "accuracy": p.accuracy if p.payload_bytes else None,
-            }
-            for p in ladder
-        ]
+    entries: list[dict[str, Any]] = [
+        {
+            "id": p.id,
+            "split": p.split,
+            "payload_bytes": p.payload_bytes or None,  # not measured
+            "bpp_payload": p.bpp_payload if p.payload_bytes else None,
+            "accuracy": p.accuracy if p.payload_bytes else None,
+        }
+        for p in ladder
+    ]
+    if as_csv:
+        write_rows(entries, ("id", "split", "payload_bytes", "bpp_payload", "accuracy"))
+    elif as_json:
         document = {"model": manifest.name, "bundle_id": bundle_id, "points": entries}
         print(json.dumps(document))  # noqa: T201
     else:
-        Console().print(points_table(ladder))
+        print_table(points_table(ladder))
 
 
 @app.command()

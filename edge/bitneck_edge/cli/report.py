@@ -11,15 +11,34 @@ from rich.text import Text
 
 from bitneck.ladder import Ladder
 from bitneck_edge.answers.results import Answer, Failure, Segmentation
+from bitneck_edge.cli.tables import make_table
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.measure.memory import peak_mib
+from bitneck_edge.observe.buckets import FINE_S, Buckets
 
-__all__ = ["RunSummary", "bench_table", "line", "link_table", "load_table", "points_table", "run_document", "run_table"]
+__all__ = [
+    "CSV_NAMES",
+    "RunSummary",
+    "bench_table",
+    "csv_row",
+    "line",
+    "link_table",
+    "load_table",
+    "points_table",
+    "run_document",
+    "run_table",
+]
 
 _STAGES = ("wait", "load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
 _MEANS = ("payload_bytes", "message_bytes", "link_bytes_up", "link_bytes_down", "bpp_payload", "bpp_wire")
 _CLASSES = 3
 """Classes of an answer that are printed."""
+_PLAIN = (
+    "file", "seq", "point", "split", "payload_bytes", "reference", "message_bytes", "link_bytes_up", "link_bytes_down",
+    "bpp_payload",
+)  # fmt: skip
+CSV_NAMES = (*_PLAIN, *(f"{stage}_ms" for stage in _STAGES), "answer", "share", "error")
+"""Columns of ``run --csv``."""
 
 
 class RunSummary:
@@ -40,6 +59,7 @@ class RunSummary:
         self._cpu = time.process_time()
         self._sums: Counter[str] = Counter()
         self._points: Counter[str] = Counter()
+        self._latency = Buckets(FINE_S)
 
     @property
     def exit_code(self) -> int:
@@ -64,6 +84,20 @@ class RunSummary:
             self._sums["map_bytes"] += result.segmentation.map_bytes
         for stage in _STAGES:
             self._sums[stage] += getattr(result.ms, stage)
+        self._latency.add(result.ms.total / 1e3)
+
+    def line(self, client: EdgeClient) -> str:
+        """The run in one line, for people."""
+        seconds, link = time.perf_counter() - self._begin, client.link_bytes
+        frames = self.answers + self.failures
+        parts = [f"{frames} frames: {self.answers} answered, {self.failures} failed, {client.dropped} dropped"]
+        if self.answers:
+            p50, p95 = (1e3 * self._latency.quantile(q) for q in (0.5, 0.95))
+            parts += [f"{self.answers / seconds:.1f} a second", f"latency p50 {p50:.0f} ms, p95 {p95:.0f} ms"]
+        parts.append(f"link {_size(link.up)} up, {_size(link.down)} down")
+        if client.reconnects:
+            parts.append(f"{client.reconnects} reconnects")
+        return "; ".join(parts)
 
     def to_dict(self, client: EdgeClient) -> dict[str, Any]:
         """For JSON: counts, means, and milliseconds of processor time for each frame."""
@@ -88,6 +122,8 @@ class RunSummary:
                 "bpp_wire": mean["bpp_wire"],
                 "points": dict(self._points),
                 "ms": {stage: mean[stage] for stage in _STAGES},
+                "total_ms": {f"p{q}": 1e3 * self._latency.quantile(q / 100) for q in (50, 95)},
+                "link_bytes": {"up": round(client.link_bytes.up), "down": round(client.link_bytes.down)},
             }
             if "map_bytes" in mean:
                 summary["map_bytes_mean"] = mean["map_bytes"]
@@ -108,6 +144,28 @@ def run_document(client: EdgeClient, results: Sequence[Answer | Failure], summar
         ],
         "summary": summary.to_dict(client),
     }
+
+
+def _size(count: float) -> str:
+    """Bytes, for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def csv_row(result: Answer | Failure) -> dict[str, Any]:
+    """A result as a line of ``run --csv``: `answer` is the best label or the largest class, `share` its score."""
+    if isinstance(result, Failure):
+        return {"file": result.file, "error": str(result.error)}
+    row = {name: getattr(result, name) for name in _PLAIN}
+    row |= {f"{stage}_ms": round(getattr(result.ms, stage), 3) for stage in _STAGES}
+    if result.segmentation is not None and result.segmentation.classes:
+        row |= {"answer": result.segmentation.classes[0].name, "share": result.segmentation.classes[0].share}
+    elif result.labels:
+        row |= {"answer": result.labels[0].name, "share": result.labels[0].score}
+    return row
 
 
 def line(answer: Answer) -> str:
@@ -131,9 +189,8 @@ def run_table(results: Sequence[Answer | Failure]) -> Table:
     """Answers as a table, with the times at the edge, on the link and in the cloud."""
     segmented = any(isinstance(result, Answer) and result.segmentation is not None for result in results)
     answer = ("back", "classes") if segmented else ("label", "score")
-    table = Table("photo", "point", "bytes", "bpp", *answer, "edge ms", "link ms", "cloud ms")
-    for column in table.columns[2:]:
-        column.justify = "left" if column.header in ("label", "classes") else "right"
+    names = ("photo", "point", "bytes", "bpp", *answer, "edge ms", "link ms", "cloud ms")
+    table = make_table(*names, text=("photo", "point", "label", "classes"))
     for result in results:
         if isinstance(result, Failure):
             error = Text(type(result.error).__name__, style="red")
@@ -168,9 +225,7 @@ def _answer_cells(answer: Answer) -> tuple[str | Text, str | Text]:
 
 def points_table(ladder: Ladder) -> Table:
     """A ladder, lowest rate first."""
-    table = Table("point", "split", "payload bytes", "bpp", "accuracy")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = make_table("point", "split", "payload bytes", "bpp", "accuracy", text=("point", "split"))
     for p in ladder:
         measured = (f"{p.payload_bytes:.1f}", f"{p.bpp_payload:.4f}", f"{p.accuracy:.4f}")
         table.add_row(p.id, p.split, *(measured if p.payload_bytes else ("not measured", "", "")))
@@ -179,9 +234,7 @@ def points_table(ladder: Ladder) -> Table:
 
 def load_table(document: dict[str, Any]) -> Table:
     """The percentiles of a load, from `bitneck_edge.measure.load_generator.summarize`."""
-    table = Table("milliseconds", "p50", "p90", "p99", "mean")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table("milliseconds", "p50", "p90", "p99", "mean", text=("milliseconds",))
     for name, values in document.get("ms", {}).items():
         table.add_row(name.replace("_", " "), *[f"{values[key]:.2f}" for key in ("p50", "p90", "p99", "mean")])
     return table
@@ -189,9 +242,8 @@ def load_table(document: dict[str, Any]) -> Table:
 
 def bench_table(document: dict[str, Any]) -> Table:
     """The medians of `bitneck_edge.measure.bench.bench`."""
-    table = Table("split", "point", "load", "preprocess", "head", "encode", "total ms", "p95", "CPU ms", "bytes")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    names = ("split", "point", "load", "prepare", "head", "encode", "total", "p95", "CPU", "bytes")
+    table = make_table(*names, text=("split", "point"), title="milliseconds, medians")
     for split in document["splits"]:
         ms = split["ms"]
         table.add_row(
@@ -207,10 +259,9 @@ def bench_table(document: dict[str, Any]) -> Table:
 def link_table(document: dict[str, Any]) -> Table:
     """The link bytes of `bitneck_edge.measure.bench.bench`."""
     ways = document["splits"][0]["link"]
-    table = Table("split", "payload", *ways, title="bytes of a frame on the link, up / down, five a second")
+    title = "bytes of a frame on the link, up / down, five a second"
+    table = make_table("split", "payload", *ways, text=("split",), title=title)
     for split in document["splits"]:
         cells = [f"{way['up']:.0f} / {way['down']:.0f}" for way in split["link"].values()]
         table.add_row(split["split"], f"{split['payload_bytes_mean']:.0f}", *cells)
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table

@@ -22,7 +22,8 @@ from bitneck.wire.messages import Answers
 from bitneck_edge.answers.maps import MapWriter
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.cli.fetch_lines import FetchLines
-from bitneck_edge.cli.report import RunSummary, line, run_document, run_table
+from bitneck_edge.cli.report import CSV_NAMES, RunSummary, csv_row, line, run_document, run_table
+from bitneck_edge.cli.tables import print_table, write_rows
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
@@ -57,7 +58,7 @@ class RunPlan:
     newest: bool
     ordered: bool
     out: Path | None
-    output: Literal["json", "lines", "verbose", "table"]
+    output: Literal["json", "lines", "csv", "verbose", "table"]
 
     @property
     def total(self) -> int | None:
@@ -108,6 +109,8 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
             else:
                 document = result.to_dict()
             print(json.dumps(document), flush=True)  # noqa: T201
+        elif plan.output == "csv":
+            write_rows([csv_row(result)], CSV_NAMES, header=False)
 
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -131,6 +134,8 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
                 errors.print("stopped before the session was open", highlight=False)
                 return 128 + received[0]
             summary.begin()
+            if plan.output == "csv":
+                write_rows((), CSV_NAMES)
             if writer is not None:
                 _check_writes_maps(client)
                 writer.prepare()
@@ -149,6 +154,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
                 take(Failure(_first(plan.sources), exc))
             totals = summary.to_dict(client)
             document = run_document(client, results, summary)
+            told = summary.line(client)
     if summary.lost:
         errors.print(
             f"error: {summary.lost} photographs have no answer, because the server was lost; run it again for these, "
@@ -160,13 +166,8 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
     elif plan.output == "lines":
         print(json.dumps({"summary": totals}))  # noqa: T201
     elif plan.output == "table" and results:
-        Console().print(run_table(results))
-    elif plan.output == "verbose" and summary.answers:
-        print(  # noqa: T201
-            f"{summary.answers} answers, {totals['frames_per_s']:.1f} a second, {summary.failures} failed, "
-            f"{client.dropped} dropped, {totals['payload_bytes_mean']:.0f} bytes of payload a frame, "
-            f"{totals['link_bytes_up_mean']:.0f} up and {totals['link_bytes_down_mean']:.0f} down on the link"
-        )
+        print_table(run_table(results))
+    errors.print(told, markup=False, highlight=False, soft_wrap=True)
     return 128 + received[0] if received else summary.exit_code
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from bitneck.errors import GRPC_CODES, BitneckError, error_from_status
 from bitneck.wire.frames import pack_bytes, wire_bytes
 from bitneck.wire.link_bytes import LinkBytes, LinkMeter
-from bitneck.wire.messages import Ack, Acknowledge, Fault, Frame, Pack, Result, Results
+from bitneck.wire.messages import Ack, Acknowledge, Device, Fault, Frame, Pack, Result, Results
 from bitneck_edge.link.connection import Connection
 from bitneck_edge.link.packing import Packer, frames_of, together
 from bitneck_edge.link.records import Candidate, Coded, Records
@@ -217,6 +217,13 @@ class Exchange:
             if self._connection is not None:
                 self._records.asked(now_s)
                 await self._connection.write(Acknowledge())
+
+    async def report(self, device: Device) -> None:
+        """Send how the device is, if a connection is up and nobody else is writing."""
+        if not self._write_lock.locked():
+            async with self._write_lock:
+                if self._connection is not None:
+                    await self._connection.write(device)
 
     async def _send_pack_later(self) -> None:
         await asyncio.sleep(self._pack_s)

@@ -18,6 +18,7 @@ from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import (
     Ack,
     Answers,
+    Device,
     Fault,
     GoAway,
     Open,
@@ -81,6 +82,7 @@ class Link:
     Attributes:
         session_id: public name of the session.
         reconnects: how often it connected again, attempts that failed included.
+        connected: whether a connection is up, and the session open on it.
         initial_point: operating point that the cloud asked for when the session was opened; empty for none.
 
     Args:
@@ -97,6 +99,7 @@ class Link:
     ) -> None:
         self.session_id = ""
         self.reconnects = 0
+        self.connected = False
         self.initial_point = ""
         self._settings = settings
         self._access = settings.access
@@ -148,6 +151,10 @@ class Link:
     def expected_link_bytes(self, payload_bytes: float, interval_s: float) -> LinkBytes:
         """What a frame costs on this link; see `bitneck.wire.link_bytes.LinkMeter.expected`."""
         return self._exchange.expected_link_bytes(payload_bytes, interval_s)
+
+    async def report(self, device: Device) -> None:
+        """Tell the server how the device is, if a connection is up; see `Exchange.report`."""
+        await self._exchange.report(device)
 
     async def flush(self) -> None:
         """Nothing more follows for a while; see `Exchange.flush`."""
@@ -260,12 +267,14 @@ class Link:
                 resumed = opened.done()
                 self._grant(await self._handshake(connection), resumed=resumed)
                 await self._attach(connection)
+                self.connected = True
                 if resumed:
                     self._on_reconnect()
                 else:
                     opened.set_result(None)
                 await self._serve(connection)
             finally:
+                self.connected = False
                 self._exchange.detach()
 
     async def _handshake(self, connection: Connection) -> Opened:

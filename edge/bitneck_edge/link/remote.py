@@ -161,13 +161,13 @@ class Access:
             async with asyncio.timeout(timeout_s):
                 while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
                     if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and cause is None:
-                        cause = await why(self.address, self._context() if self.tls else None)
+                        cause = await why(self.address, self.context() if self.tls else None)
                         if isinstance(cause, Unreachable):
                             raise cause
                     await channel.wait_for_state_change(state)
         except TimeoutError as exc:
             if cause is None:
-                cause = await why(self.address, self._context() if self.tls else None)
+                cause = await why(self.address, self.context() if self.tls else None)
             raise type(cause)(f"{cause} [waited {timeout_s:.1f} s]") from exc
 
     @property
@@ -177,15 +177,19 @@ class Access:
 
     def _credentials(self) -> grpc.ChannelCredentials:
         """The files, loaded for a check first: gRPC would only fail to connect."""
-        self._context()
+        self.context()
         return grpc.ssl_channel_credentials(
             root_certificates=self.ca.read_bytes() if self.ca is not None else None,
             private_key=self.key.read_bytes() if self.key is not None else None,
             certificate_chain=self.cert.read_bytes() if self.cert is not None else None,
         )
 
-    def _context(self) -> ssl.SSLContext:
-        """The same for Python's own TLS."""
+    def context(self) -> ssl.SSLContext:
+        """The same for Python's own TLS.
+
+        Raises:
+            InvalidConfig: a certificate or key cannot be used.
+        """
         context = ssl.create_default_context(cafile=None) if self.ca is None else ssl.SSLContext(_CLIENT)
         context.set_alpn_protocols(["h2"])
         try:
@@ -209,11 +213,13 @@ class Offer:
         model: id of the served model.
         bundle_id: of its bundle, as the server says.
         manifest_json: the manifest's exact bytes.
+        unix_us: the server's clock when it answered, microseconds since 1970; 0 if it does not say.
     """
 
     model: str
     bundle_id: str
     manifest_json: bytes
+    unix_us: int = 0
 
 
 def stub_of(channel: grpc.aio.Channel) -> "pb_grpc.SplitInferenceAsyncStub":
@@ -261,6 +267,7 @@ async def fetch_manifest(
         model=clean_text(reply.model, _MAX_ID),
         bundle_id=clean_text(reply.bundle_id, _MAX_ID),
         manifest_json=inflated(reply.manifest_json, reply.size, MAX_MANIFEST_BYTES),
+        unix_us=reply.unix_us,
     )
 
 

@@ -10,6 +10,7 @@ from bitneck.wire.messages import (
     ClassShare,
     ClientMessage,
     CodedMap,
+    Device,
     Fault,
     Frame,
     GoAway,
@@ -34,6 +35,7 @@ MAX_LABELS = 1024
 _MAX_RESULTS = 1024
 """Answers in one message; a server has no reason to send more."""
 _MAX_ID, _MAX_NAME = 80, 200
+_MAX_US = (1 << 32) - 1
 _MAX_TOKEN = 4096
 """A longer resume token is not kept: the message that resumes with it could not be sent."""
 
@@ -49,6 +51,8 @@ def client_message(message: ClientMessage) -> pb.ClientMessage:
             return pb.ClientMessage(open=_open_to_wire(message))
         case Acknowledge():
             return pb.ClientMessage(acknowledge=pb.Acknowledge())
+        case Device():
+            return pb.ClientMessage(device=_device_to_wire(message))
 
 
 def frame_to_wire(frame: Frame) -> pb.Frame:
@@ -121,6 +125,21 @@ def _open_to_wire(message: Open) -> pb.Open:
         references=message.references,
         brief=message.brief,
         answers=f"ANSWERS_{message.answers.name}",
+    )
+
+
+def _device_to_wire(device: Device) -> pb.Device:
+    return pb.Device(
+        pictures=device.pictures,
+        answered=device.answered,
+        failed=device.failed,
+        dropped=device.dropped,
+        reconnects=device.reconnects,
+        unanswered=device.unanswered,
+        head_us=min(device.head_us, _MAX_US),
+        encode_us=min(device.encode_us, _MAX_US),
+        answer_us=min(device.answer_us, _MAX_US),
+        temperature=None if device.temperature_c is None else round(device.temperature_c * 10),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from bitneck.errors import ImageError, InvalidConfig
 from bitneck.image import find_photos
 from bitneck_edge.sources.video import is_live, require_av
+from bitneck_edge.sources.watch import Watch, check_watch
 
 __all__ = ["VIDEO_SUFFIXES", "Source", "parse_sources"]
 
@@ -26,34 +27,51 @@ class Source:
     Attributes:
         name: as the user wrote it: a path, ``-``, a URL, or ``camera:`` and a number or name.
         photos: the photographs of a path that is no video.
+        watch: how a folder is watched; None of what is none.
     """
 
     name: str
     photos: tuple[Path, ...] = ()
+    watch: Watch | None = None
+
+    @property
+    def endless(self) -> bool:
+        """Whether its pictures come at their own pace, and their number is unknown."""
+        return self.live or self.stdin or self.watch is not None
 
     @property
     def live(self) -> bool:
         """Whether it is a camera or a network stream, whose pictures come at their own pace."""
-        return is_live(self.name)
+        return self.watch is None and is_live(self.name)
 
     @property
     def video(self) -> bool:
         """Whether it is read with PyAV."""
-        return self.live or Path(self.name).suffix.lower() in VIDEO_SUFFIXES
+        return self.watch is None and (self.live or Path(self.name).suffix.lower() in VIDEO_SUFFIXES)
 
     @property
     def stdin(self) -> bool:
         """Whether paths are read from standard input, a line each."""
-        return self.name == "-"
+        return self.watch is None and self.name == "-"
 
 
-def parse_sources(names: Sequence[str]) -> list[Source]:
+def parse_sources(names: Sequence[str], folders: Sequence[Path] = (), watch: Watch | None = None) -> list[Source]:
     """The sources of a command line.
 
+    Args:
+        names: of the sources.
+        folders: to watch; at most one, because watching does not end.
+        watch: how.
+
     Raises:
-        InvalidConfig: standard input is named twice or closed, or a video is named and PyAV is not installed.
+        InvalidConfig: nothing is named, standard input is named twice or closed, more than one folder is to be watched,
+            or a video is named and PyAV is not installed.
         ImageError: there is no such file.
     """
+    if not names and not folders:
+        raise InvalidConfig("name photographs, folders, videos or cameras to send, or a folder to watch (--watch)")
+    if len(folders) > 1:
+        raise InvalidConfig("one folder can be watched, with all that is below it; start a second client for another")
     sources = [Source(name) for name in names]
     if sum(source.stdin for source in sources) > 1:
         raise InvalidConfig("standard input (-) can be read once only")
@@ -66,4 +84,7 @@ def parse_sources(names: Sequence[str]) -> list[Source]:
             raise ImageError(f"{source.name}: no such video")
         if not source.video and not source.stdin:
             sources[k] = Source(source.name, tuple(find_photos(Path(source.name))))
+    for folder in folders:
+        check_watch(folder)
+        sources.append(Source(str(folder), watch=watch or Watch()))
     return sources

@@ -1,4 +1,4 @@
-"""The pictures of sources: photographs, folders, paths on standard input, video files, network streams and cameras.
+"""The pictures of sources: photographs, folders, watched folders, standard input, videos, network streams, cameras.
 
 A source that blocks is read in its own thread, one picture ahead of the program. A camera or network stream that breaks
 off is opened again after a pause.
@@ -24,6 +24,7 @@ from bitneck_edge.sources.capture import Capture
 from bitneck_edge.sources.parse import Source
 from bitneck_edge.sources.threads import in_thread
 from bitneck_edge.sources.video import read_video
+from bitneck_edge.sources.watch import watched
 
 __all__ = ["read_sources"]
 
@@ -44,7 +45,7 @@ async def read_sources(
 
     Args:
         sources: from `parse_sources`.
-        repeat: how often to go through them; standard input and live sources are read once only.
+        repeat: how often to go through them; endless sources are read once only.
         fps: at most this many pictures a second. A video file then plays at its own speed: pictures between are left
             out.
         retries: attempts in a row to open a live source again without getting a picture; -1 for no limit.
@@ -57,10 +58,10 @@ async def read_sources(
     pace = _Pace(fps)
     for turn in range(repeat):
         for source in sources:
-            if source.stdin or source.live:
+            if source.endless:
                 if turn:
                     continue
-                pictures = _standard_input() if source.stdin else _live(source.name, retries, spec)
+                pictures = _endless(source, retries, spec)
             elif source.video:
                 name = source.name
                 pictures = in_thread(lambda name=name: read_video(name, fps, spec=spec))  # type: ignore[misc]
@@ -74,7 +75,8 @@ async def read_sources(
                         continue
                     if not hurry():
                         await pace.wait()
-                    yield replace(capture, at=time.perf_counter(), unix_us=0)
+                    unix_us = capture.unix_us if source.watch is not None else 0  # of a file that is new, or old
+                    yield replace(capture, at=time.perf_counter(), unix_us=unix_us)
 
 
 class _Pace:
@@ -101,6 +103,12 @@ class _Pace:
     def _advance(self) -> None:
         now = time.perf_counter()
         self._next = max(self._next, now - self._interval) + self._interval if self._next else now + self._interval
+
+
+def _endless(source: Source, retries: int, spec: InputSpec | None) -> AsyncGenerator[Capture]:
+    if source.watch is not None:
+        return watched(Path(source.name), source.watch)
+    return _standard_input() if source.stdin else _live(source.name, retries, spec)
 
 
 async def _files(paths: Sequence[Path]) -> AsyncGenerator[Capture]:

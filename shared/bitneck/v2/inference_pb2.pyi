@@ -40,16 +40,18 @@ class GetManifestRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., deflate: _Optional[bool] = ...) -> None: ...
 
 class GetManifestResponse(_message.Message):
-    __slots__ = ("model", "bundle_id", "manifest_json", "size")
+    __slots__ = ("model", "bundle_id", "manifest_json", "size", "unix_us")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
+    UNIX_US_FIELD_NUMBER: _ClassVar[int]
     model: str
     bundle_id: str
     manifest_json: bytes
     size: int
-    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_json: _Optional[bytes] = ..., size: _Optional[int] = ...) -> None: ...
+    unix_us: int
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., manifest_json: _Optional[bytes] = ..., size: _Optional[int] = ..., unix_us: _Optional[int] = ...) -> None: ...
 
 class FetchFileRequest(_message.Message):
     __slots__ = ("model", "bundle_id", "path", "offset", "length", "deflate")
@@ -76,16 +78,18 @@ class FileChunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., size: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "frame", "pack", "acknowledge")
+    __slots__ = ("open", "frame", "pack", "acknowledge", "device")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     PACK_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     open: Open
     frame: Frame
     pack: Pack
     acknowledge: Acknowledge
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., pack: _Optional[_Union[Pack, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ...) -> None: ...
+    device: Device
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., pack: _Optional[_Union[Pack, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ..., device: _Optional[_Union[Device, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
     __slots__ = ("opened", "result", "set_point", "fault", "go_away", "ack", "results")
@@ -178,6 +182,30 @@ class Pack(_message.Message):
     deadline_ms: int
     acknowledge: bool
     def __init__(self, seq: _Optional[int] = ..., payload: _Optional[_Iterable[bytes]] = ..., crc32c: _Optional[_Iterable[int]] = ..., position: _Optional[_Iterable[int]] = ..., reference: _Optional[_Iterable[int]] = ..., captured_unix_us: _Optional[_Iterable[int]] = ..., deadline_ms: _Optional[int] = ..., acknowledge: _Optional[bool] = ...) -> None: ...
+
+class Device(_message.Message):
+    __slots__ = ("pictures", "answered", "failed", "dropped", "reconnects", "unanswered", "head_us", "encode_us", "answer_us", "temperature")
+    PICTURES_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    RECONNECTS_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
+    HEAD_US_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_US_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_US_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    pictures: int
+    answered: int
+    failed: int
+    dropped: int
+    reconnects: int
+    unanswered: int
+    head_us: int
+    encode_us: int
+    answer_us: int
+    temperature: int
+    def __init__(self, pictures: _Optional[int] = ..., answered: _Optional[int] = ..., failed: _Optional[int] = ..., dropped: _Optional[int] = ..., reconnects: _Optional[int] = ..., unanswered: _Optional[int] = ..., head_us: _Optional[int] = ..., encode_us: _Optional[int] = ..., answer_us: _Optional[int] = ..., temperature: _Optional[int] = ...) -> None: ...
 
 class Acknowledge(_message.Message):
     __slots__ = ()

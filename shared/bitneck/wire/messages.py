@@ -17,6 +17,7 @@ __all__ = [
     "Classification",
     "ClientMessage",
     "CodedMap",
+    "Device",
     "Fault",
     "Frame",
     "GoAway",
@@ -135,6 +136,35 @@ class Pack:
 @dataclass(frozen=True, slots=True)
 class Acknowledge:
     """Without answers: acknowledge what is computed, and the frames sent so far as soon as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """How a device is, as it says itself. Counts are of its program since that began.
+
+    Attributes:
+        pictures: that came from its sources.
+        answered: of these.
+        failed: of these.
+        dropped: pictures that newer ones overtook.
+        reconnects: how often the link was opened again.
+        unanswered: frames at this moment.
+        head_us: mean of the frames that were answered since the message before; 0 if there were none.
+        encode_us: likewise.
+        answer_us: likewise, from picture to answer.
+        temperature_c: of its hottest part, degrees Celsius; None if it cannot say.
+    """
+
+    pictures: int
+    answered: int
+    failed: int
+    dropped: int
+    reconnects: int
+    unanswered: int
+    head_us: int
+    encode_us: int
+    answer_us: int
+    temperature_c: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,7 +327,7 @@ class GoAway:
     reason: str
 
 
-ClientMessage = Open | Frame | Pack | Acknowledge
+ClientMessage = Open | Frame | Pack | Acknowledge | Device
 """What a client sends on a stream."""
 
 ServerMessage = Opened | Result | Results | Ack | SetPoint | Fault | GoAway
