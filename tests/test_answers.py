@@ -134,7 +134,7 @@ async def test_faults_and_frames_that_nobody_waits_for_are_no_answers(model: Ser
             await asyncio.sleep(0.01)
     kept = readers.hub.read(1, everything, most=9, look_at=9).answers
     assert [(it.number, it.answered.origin.seq) for it in kept] == [(1, 3)]
-    assert not kept[0]._texts  # nobody reads: no document is made
+    assert kept[0].made(MapForm.NONE) is None  # nobody reads: no document is made
     await engine.stop()
     await publishing.close()
 

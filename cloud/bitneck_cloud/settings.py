@@ -236,7 +236,7 @@ class CloudSettings(Settings):
             "Newest answers that are kept in memory for subscribers that come back or are slow.", _ANSWERS, ge=1,
             le=10_000_000,
         ),
-    ] = 4096  # fmt: skip
+    ] = 2048  # fmt: skip
     kept_answer_bytes: Annotated[
         int,
         setting("Bytes of them at most, with their class maps and documents.", _ANSWERS, ge=1 << 16, le=1 << 40),

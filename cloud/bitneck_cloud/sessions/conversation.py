@@ -363,7 +363,9 @@ def job_of(
     )  # fmt: skip
 
 
-def origin_of(frame: Frame, client: str, session: str, received: float, link_bytes: int | None) -> Origin:
+def origin_of(
+    frame: Frame, client: str, session: str, received: float, link_bytes: int | None, spool: str = ""
+) -> Origin:
     """Where a frame came from; `received` is in seconds since 1970. For the others see `Origin`."""
     return Origin(
         client=client,
@@ -373,6 +375,7 @@ def origin_of(frame: Frame, client: str, session: str, received: float, link_byt
         captured_us=frame.captured_unix_us,
         payload_bytes=len(frame.payload),
         link_bytes=link_bytes,
+        spool=spool,
     )
 
 
