@@ -130,9 +130,13 @@ class Subscriber:
             client.username_pw_set("sink", password)
         if ca is not None:
             client.tls_set(str(ca))
+
+        def subscribe(*_: Any) -> None:
+            client.subscribe(topic, qos=1)
+
         client.on_message = self._on_message
         client.on_subscribe = lambda *_: self._subscribed.set()
-        client.on_connect = lambda *_: client.subscribe(topic, qos=1)
+        client.on_connect = subscribe
         client.connect("127.0.0.1", port)
         client.loop_start()
         try:

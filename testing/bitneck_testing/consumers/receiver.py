@@ -105,7 +105,6 @@ class Receiver:
         server = uvicorn.Server(
             uvicorn.Config(self._app, interface="asgi3", log_level="critical", lifespan="off", **options)
         )
-        server.install_signal_handlers = lambda: None
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
         thread.start()
         try:
