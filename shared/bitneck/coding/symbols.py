@@ -17,7 +17,8 @@ __all__ = ["dequantize", "quantize"]
 _SMALLEST_STEP = float(np.finfo(np.float32).tiny)
 _LARGEST_STEP = float(np.finfo(np.float32).max)
 
-_LARGEST = np.float32(2**31 - 128)  # the largest float32 that int32 holds
+_FAR = 1.5 * 2**30
+"""Beyond the symbols of any table; int32 holds it, even if a division has rounded it up."""
 
 
 def quantize(y: NDArray[np.float32], step: float, lo: NDArray[np.int32], hi: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -44,9 +45,8 @@ def quantize(y: NDArray[np.float32], step: float, lo: NDArray[np.int32], hi: NDA
         raise ModelFailure(
             "the bottleneck encoder gave a latent that is not finite; check the photograph and the bundle"
         )
-    with np.errstate(over="ignore"):  # infinity is clipped like any large number
-        rounded = np.rint(y / np.float32(step))  # (Cr, h, w) float32
-    s: NDArray[np.int32] = rounded.clip(-_LARGEST, _LARGEST).astype(np.int32)
+    most = min(_FAR * step, _LARGEST_STEP)
+    s: NDArray[np.int32] = np.rint(y.clip(-most, most) / np.float32(step)).astype(np.int32)  # (Cr, h, w)
     np.maximum(s, lo[:, None, None], out=s)
     return np.minimum(s, hi[:, None, None], out=s)
 
