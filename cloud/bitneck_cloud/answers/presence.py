@@ -1,4 +1,4 @@
-"""Which clients are here, and at which point and rate: told to sinks that retain it, once for each change. Pure."""
+"""Which clients are here, and at which point and rate: told to sinks that retain it, once for each change.."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
