@@ -3,10 +3,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from bitneck.errors import BitneckError, BundleMismatch, DeadlineExceeded, Unauthenticated, Unavailable, UnknownFile
+from bitneck.ids import check_id
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.compression import deflated
@@ -19,6 +20,7 @@ from bitneck_cloud.access.limits import CallerLimits
 from bitneck_cloud.api.grpc_peer import Context, GrpcPeer
 from bitneck_cloud.api.wire import frame_from_wire, result_to_wire, to_wire
 from bitneck_cloud.engine.engine import Engine
+from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.observe.audit import record
 from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
@@ -48,6 +50,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         stall_s: likewise.
         similar_bytes: likewise.
         tls: whether connections are encrypted.
+        earlier: loads the generation of a model, by its name, that has a bundle's id; for the frames of spools.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         stall_s: float,
         similar_bytes: int,
         tls: bool = False,
+        earlier: Callable[[str, str], Awaitable[ServedModel]] | None = None,
     ) -> None:
         self._registry = registry
         self._engine = engine
@@ -75,6 +79,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._similar_bytes = similar_bytes
         self._tls = tls
         self._streams: dict[str, Conversation] = {}
+        self._earlier = earlier
         self._draining = False
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
@@ -174,11 +179,12 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             assert isinstance(opening, Open)
             if self._draining:
                 raise Unavailable("the server is stopping; connect elsewhere")
-            model = self._registry.generation(opening.model, opening.bundle_id)
+            model = await self._generation(opening)
             opening.answers.check(model.manifest.task)
             admission = self._registry.open(
-                model, opening.client, opening.resume_token, time.monotonic(), time.time(), caller
-            )
+                model, opening.client, opening.resume_token, time.monotonic(), time.time(), caller,
+                opening.spool,
+            )  # fmt: skip
         except BitneckError as exc:
             await abort(context, exc)
         session = admission.session
@@ -186,6 +192,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         session.keep(self._similar_bytes // model.kept_bytes if wanted else 0)
         self._metrics.session(model.name, admission.how)
         began = {"how": admission.how, "model": model.name, "client": session.client}
+        began |= {"spool": session.spool} if session.spool else {}
         record("session begin", f"session {session.session_id}", who=caller.name, after=began)
         conversation = Conversation(
             self._engine, model, session, state, self._streams, self._metrics, self._tracer,
@@ -198,6 +205,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             window=session.window,
             point=session.asked_point or "",
             references=session.reach,
+            max_kbps=session.max_kbps,
         )
         failure: BitneckError | None = None
         try:
@@ -221,6 +229,15 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         if failure is not None:  # gRPC cannot write a status before what the client does not read: this may take long
             await abort(context, failure)
 
+    async def _generation(self, opening: Open) -> ServedModel:
+        """The generation that a session's frames were coded for; for those of a spool, it may be of long ago."""
+        if not opening.spool:
+            return self._registry.generation(opening.model, opening.bundle_id)
+        check_id(opening.spool, "spool")
+        if self._earlier is None:
+            return self._registry.generation(opening.model, opening.bundle_id)
+        return await self._earlier(opening.model, opening.bundle_id)
+
     def push_point(self, session: Session, point: str, reason: str) -> bool:
         """Ask a session's client for another operating point, now.
 
@@ -231,7 +248,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         session.told = stream is not None
         if stream is None:
             return False
-        stream.push(SetPoint(point, reason))
+        stream.push(SetPoint(point, reason, session.max_kbps))
         return True
 
     def _in_time(self) -> asyncio.Timeout:

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 
 import bitneck
-from bitneck.errors import BitneckError
+from bitneck.errors import BitneckError, InvalidConfig
 from bitneck_cloud.api import schemas
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.open_inference import add_open_inference
@@ -116,6 +116,8 @@ def build_app(
     async def put_session_rate(session_id: str, request: schemas.RateRequest) -> schemas.RateAnswer:
         """Change a session's rate: its client uses the new point from its next frame on."""
         found = registry.session(session_id, time.monotonic())
+        if found.spool:
+            raise InvalidConfig(f"the frames of session {session_id} come from a spool: they are coded already")
         policy, before = request.policy(), found.policy
         point = found.set_policy(policy)
         record(

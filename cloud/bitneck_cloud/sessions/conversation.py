@@ -295,7 +295,7 @@ class Conversation:
         self._metrics.accepted(self._model.name, point, payload_bytes, switched=switched, similar=similar)
         if (wanted := self._session.weigh_again()) is not None:
             reason = f"max_kbps at {self._session.frames_per_s:.1f} frames per second"
-            self._outbox.control(SetPoint(wanted, reason))
+            self._outbox.control(SetPoint(wanted, reason, self._session.max_kbps))
 
     def _answer(self, job: Job, computed: Computed | BitneckError) -> None:
         """Send a frame's answer to the session's newest stream."""

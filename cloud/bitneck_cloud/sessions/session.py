@@ -103,6 +103,7 @@ class Session:
         bundle_id: of the model's bundle when the session was opened.
         max_bytes_per_s: payload bytes a second that are accepted in the long run; 0 for no limit.
         caller: name of who opened it.
+        spool: id of the device's spool that its frames come from; empty for none.
 
     Attributes:
         told: whether the client knows the rate that was asked for last.
@@ -125,8 +126,10 @@ class Session:
         bundle_id: str = "",
         max_bytes_per_s: float = 0.0,
         caller: str = "",
+        spool: str = "",
     ) -> None:
         self.caller = caller
+        self.spool = spool
         self.session_id = session_id
         self.model = model
         self.bundle_id = bundle_id
@@ -345,6 +348,11 @@ class Session:
         point = chosen.id if chosen is not None else None
         self.policy, self.asked_point, self._weighed = policy, point, self._load(fps)
         return point
+
+    @property
+    def max_kbps(self) -> float:
+        """What the client's link may carry, as its policy says; 0 for no limit."""
+        return self.policy.kbps if isinstance(self.policy, MaxKbps) else 0.0
 
     def _link_bytes_of(self, payload_bytes: float, interval_s: float) -> LinkBytes:
         """What a frame of so many bytes costs on this session's link, as it has been used so far."""
