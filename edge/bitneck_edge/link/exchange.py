@@ -9,10 +9,10 @@ Frames that are sent while no connection is up wait in the records; `attach` sen
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from bitneck.errors import GRPC_CODES, BitneckError, error_from_status
@@ -22,7 +22,7 @@ from bitneck.wire.messages import Ack, Acknowledge, Fault, Frame, Pack, Result, 
 from bitneck_edge.link.connection import Connection
 from bitneck_edge.link.packing import Packer, frames_of, together
 from bitneck_edge.link.records import Candidate, Coded, Records
-from bitneck_edge.link.sent import MessageSent, Received, Sent
+from bitneck_edge.link.sent import MessageSent, Received, Sent, Waiting
 
 __all__ = ["Exchange"]
 
@@ -33,14 +33,6 @@ _BUSY = GRPC_CODES["RESOURCE_EXHAUSTED"]
 """The fault of a server that has too much to do."""
 _REFERENCE = frozenset(GRPC_CODES[name] for name in ("ABORTED", "DATA_LOSS"))
 """Faults of a frame whose reference the cloud lacks, or has with other symbols."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    """Where a frame's answer goes, and who is told that it was sent."""
-
-    answer: asyncio.Future[Received]
-    on_sent: Callable[[MessageSent], None]
 
 
 class Exchange:
@@ -62,7 +54,9 @@ class Exchange:
         pack: int = 1,
         pack_s: float = 0.0,
     ) -> None:
-        self._records = Records[_Waiting](key_every=key_every, positions=positions, ask_s=ask_s)
+        self._records = Records[Waiting](key_every=key_every, positions=positions, ask_s=ask_s)
+        self.down = False  # whether the last attempt to connect failed
+        self._heard_s = -math.inf
         self._silent = ask_s is not None
         self._pack = pack
         self._packer = Packer(pack)
@@ -108,6 +102,21 @@ class Exchange:
         oldest_s = self._records.oldest_sent_s
         return oldest_s is not None and time.perf_counter() - oldest_s > limit_s
 
+    def silent_s(self) -> float:
+        """Seconds for which frames have been out without any answer; 0 if none is out."""
+        oldest_s = self._records.oldest_sent_s
+        return 0.0 if oldest_s is None else max(0.0, time.perf_counter() - max(oldest_s, self._heard_s))
+
+    async def takes(self, in_flight: int, limit_s: float) -> bool:
+        """Wait until a frame can be sent at once; False if the link is down, or silent for longer than this."""
+        while self._failure is None and not self.down and self.silent_s() <= limit_s:
+            if self._records.has_room(in_flight):
+                return True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit_s / 4), self._room:
+                    await self._room.wait()
+        return False
+
     @property
     def link_bytes(self) -> LinkBytes:
         """What has crossed the link since the session was opened, the openings of connections left out."""
@@ -144,6 +153,7 @@ class Exchange:
         prompt: bool = False,
         ask: bool = False,
         on_sent: Callable[[MessageSent], None] = lambda _written: None,
+        seq: int = 0,
     ) -> Sent:
         """Send a frame; waits while the window is full. It may then wait for others of its pack.
 
@@ -157,6 +167,7 @@ class Exchange:
             prompt: it waits for no others, and asks for its acknowledgement.
             ask: see `Records.add`.
             on_sent: called when a message is sent whose last frame this is.
+            seq: see `Records.add`.
 
         Raises:
             Overloaded: the frame is larger than any server takes; the session is not harmed.
@@ -171,7 +182,7 @@ class Exchange:
             record = self._records.add(
                 point,
                 payload,
-                answer=_Waiting(answer, on_sent),
+                answer=Waiting(answer, on_sent),
                 now_s=added_s,
                 deadline_ms=deadline_ms,
                 captured_unix_us=captured_unix_us,
@@ -179,6 +190,7 @@ class Exchange:
                 ask=ask or prompt,
                 in_flight=in_flight,
                 waits=self._packer.most > 1,
+                seq=seq,
             )
             frame = record.frame
             messages = self._packer.add(frame)
@@ -274,7 +286,7 @@ class Exchange:
                 self._records.asked(time.perf_counter())
                 await connection.write(Acknowledge())
             self._connection = connection
-        await self._wake()
+        await self.wake()
 
     async def release(self) -> None:
         """Send what waits for others, and ask for what is not acknowledged; new frames wait for the next connection."""
@@ -293,6 +305,7 @@ class Exchange:
 
     async def take(self, message: Result | Results | Ack | Fault) -> None:
         """The answers of frames, or why one could not be answered."""
+        self._heard_s = time.perf_counter()
         match message:
             case Result():
                 await self._answered((message,))
@@ -338,7 +351,7 @@ class Exchange:
             if record is not None and not record.answer.answer.done():
                 received = Received(result, now_s, record.sent_s, record.message_bytes, link)
                 record.answer.answer.set_result(received)
-        await self._wake()
+        await self.wake()
 
     async def fail(self, error: BitneckError) -> None:
         """No more frames: everyone who waits learns why. The first error counts."""
@@ -348,8 +361,8 @@ class Exchange:
         if self._pack_due is not None:
             self._pack_due.cancel()
         for record in self._records.give_up():
-            _fail_answer(record.answer.answer, error)
-        await self._wake()
+            record.answer.fail(error)
+        await self.wake()
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that ends with the exchange, at the latest."""
@@ -378,16 +391,10 @@ class Exchange:
         """A frame has no answer; what comes for it later is ignored."""
         record = self._records.settle(seq, answered=False)
         if record is not None:
-            _fail_answer(record.answer.answer, error)
-            await self._wake()
+            record.answer.fail(error)
+            await self.wake()
 
-    async def _wake(self) -> None:
+    async def wake(self) -> None:
         """Let those who wait for room look again."""
         async with self._room:
             self._room.notify_all()
-
-
-def _fail_answer(answer: asyncio.Future[Received], error: BitneckError) -> None:
-    if not answer.done():
-        answer.set_exception(error)
-        answer.exception()  # marks it as seen: asyncio need not warn if nobody awaits it any more

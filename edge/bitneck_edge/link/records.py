@@ -197,6 +197,7 @@ class Records(Generic[A]):
         ask: bool = False,
         in_flight: int = 0,
         waits: bool = False,
+        seq: int = 0,
     ) -> Record[A]:
         """A frame is about to be sent for the first time: number it, seal it, and note it as unanswered.
 
@@ -212,6 +213,7 @@ class Records(Generic[A]):
             ask: for its acknowledgement, where frames have no answers.
             in_flight: see `has_room`.
             waits: it waits for others of its message; `departed` tells when it is sent.
+            seq: its number, above those of all frames before it; 0 for the next one.
 
         Returns:
             The record; its `frame` is the one to send.
@@ -221,6 +223,7 @@ class Records(Generic[A]):
         """
         if not self.has_room():
             raise Overloaded(f"frame {self.next_seq} cannot be sent: {len(self)} frames are unanswered already")
+        self.next_seq = max(self.next_seq, seq)
         alone = frame = seal_frame(
             seq=self.next_seq,
             point=point,
