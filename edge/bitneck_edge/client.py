@@ -29,10 +29,14 @@ from bitneck_edge.link.remote import check_process
 from bitneck_edge.passage import Passage, Ways
 from bitneck_edge.pipeline import Slots, pipeline
 from bitneck_edge.points import MeanInterval
+from bitneck_edge.reopening import keep_open
 from bitneck_edge.session import EdgeSession
 from bitneck_edge.settings import AUTO, EdgeSettings
 from bitneck_edge.sources.capture import Capture, captures, newest
 from bitneck_edge.sources.photo import Photo, PhotoLike
+from bitneck_edge.spool.files import SpoolCounts
+from bitneck_edge.spool.outage import HandOut
+from bitneck_edge.spool.spooling import Spooling
 
 __all__ = ["EdgeClient"]
 
@@ -56,6 +60,9 @@ class EdgeClient:
         settings: everything else.
         on_fetch: progress of a bundle's download, (bytes done, bytes in all).
         on_switch: called when the operating point changes.
+        on_spooled: called with each answer to a frame of the spool (`EdgeSettings.spool`), or with the reason why there
+            is none. `Answer.spool` and `Answer.captured_unix_us` tell which frame it is. It leaves the spool when the
+            function has returned.
         finish: called in a thread with each photograph and its answer, for example to write it to a file. It returns
             the answer that the client gives.
         **values: single settings, such as ``point="s1-r3"``, in place of a `settings` object.
@@ -71,6 +78,7 @@ class EdgeClient:
         settings: EdgeSettings | None = None,
         on_fetch: Callable[[int, int], None] = lambda _done, _all: None,
         on_switch: Callable[[Switch], None] = lambda _switch: None,
+        on_spooled: HandOut = lambda _result: None,
         finish: Callable[[Photo, Answer], Answer] | None = None,
         **values: Any,
     ) -> None:
@@ -80,6 +88,9 @@ class EdgeClient:
         self.workers = self.settings.workers or min(2, os.cpu_count() or 1)
         self._on_fetch = on_fetch
         self._on_switch = on_switch
+        self._on_spooled = on_spooled
+        self._spooling: Spooling | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._finish = finish
         self._pool = ModulePool(first_run_s=FIRST_RUN_S)
         self._threads: Workers | None = None
@@ -91,6 +102,7 @@ class EdgeClient:
             renews=lambda session: self._may_renew(session.failure),
             renew=self._renew,
             finished=self._finished,
+            outage=lambda: self._spooling.outage if self._spooling is not None else None,
         )
         self._renewing = asyncio.Lock()
         self._renewal_failure: BitneckError | None = None
@@ -103,13 +115,17 @@ class EdgeClient:
         The rest of the bundle follows in the background; `EdgeSettings.point` names a point to wait for.
 
         If the server cannot be reached and its last bundle is in the cache, the head is loaded from there, and the link
-        goes on trying, as often as `EdgeSettings.retries` says.
+        goes on trying, as often as `EdgeSettings.retries` says; with a spool it does so for ever, and frames are kept
+        there meanwhile.
 
         Raises:
-            BitneckError: see `open_supply` and `EdgeSession.open`.
+            BitneckError: see `open_supply`, `EdgeSession.open` and `Spool.open`.
         """
         self._threads = Workers(self.workers, "bitneck-edge")
         try:
+            self._spooling = await Spooling.open(
+                self.settings, lambda: self._session.link if self._session is not None else None, self._on_spooled
+            )
             try:
                 self._session = await self._open(offline=True)
             except BundleMismatch:
@@ -117,8 +133,13 @@ class EdgeClient:
                     raise
                 self._session = await self._open()  # the cached bundle is not the server's any more
         except BaseException:
+            if self._spooling is not None:
+                await self._spooling.close()
             self._threads.close(wait=True)
             raise
+        if self._spooling is not None:
+            self._spooling.start()
+            self._keeper = asyncio.create_task(keep_open(self._opened, self._reopen))
         return self
 
     async def __aexit__(
@@ -130,8 +151,14 @@ class EdgeClient:
     async def close(self) -> None:
         """End the session now; unanswered frames fail with `Unavailable`. Leaving the block does the same."""
         self._closed = True
+        if self._spooling is not None:
+            if self._keeper is not None:
+                self._keeper.cancel()
+            await self._spooling.stop()
         if self._session is not None:
             await self._session.close()
+        if self._spooling is not None:
+            await self._spooling.close()
         if self._threads is not None:
             await asyncio.to_thread(self._threads.close, wait=True)
 
@@ -162,11 +189,29 @@ class EdgeClient:
     @property
     def link_bytes(self) -> LinkBytes:
         """What crossed this device's interface for all frames so far; see `bitneck.wire.link_bytes`."""
-        return self._opened().link_bytes
+        live = self._opened().link_bytes
+        return live + self._spooling.link_bytes if self._spooling is not None else live
+
+    @property
+    def spool(self) -> SpoolCounts | None:
+        """What became of the frames of the spool; None without one."""
+        return self._spooling.counts if self._spooling is not None else None
+
+    @property
+    def spool_id(self) -> str:
+        """The name under which the cloud knows the spool; empty without one."""
+        return self._spooling.spool_id if self._spooling is not None else ""
+
+    async def drain(self, stop: asyncio.Event) -> None:
+        """Wait until the spool has nothing more that can be sent now, or `stop` is set."""
+        if self._spooling is not None:
+            await self._spooling.drained(stop)
 
     @property
     def failure(self) -> BitneckError | None:
-        """Why no further photograph can be answered; None while the link can be used."""
+        """Why no further photograph can be answered; None while the link can be used, and with a spool."""
+        if self._spooling is not None:
+            return None
         failure = self._renewal_failure or self._opened().failure
         return None if self._may_renew(failure) else failure
 
@@ -194,13 +239,16 @@ class EdgeClient:
 
         Raises:
             ImageError: it cannot be read.
-            BitneckError: the cloud could not answer, or cannot be reached.
+            BitneckError: the cloud could not answer, or cannot be reached. With a spool the frame is kept there then.
         """
         await self._revive()
         passage = Passage(self._ways, Capture.of(photo))
         passage.encode()
         await passage.send(prompt=True)
-        return await passage.answer()
+        answer = await passage.answer()
+        if answer is None:
+            raise Unavailable("no server answers: the photograph is in the spool, and its answer comes to on_spooled")
+        return answer
 
     def stream(
         self,
@@ -214,7 +262,8 @@ class EdgeClient:
 
         A photograph that cannot be read or answered gives a `Failure`, and the next one goes on. Once the link has
         failed for good (see `failure`) every further photograph of this stream gives one at once; another stream first
-        tries to open the link again. Memory is bounded: by the window, or `EdgeSettings.in_flight`.
+        tries to open the link again. Memory is bounded: by the window, or `EdgeSettings.in_flight`. A photograph whose
+        frame goes to the spool gives nothing here; see `on_spooled`.
 
         Args:
             photos: in order; taken one by one, when there is room for one.
@@ -263,7 +312,7 @@ class EdgeClient:
         """
         lost = self._opened()
         failure = self._renewal_failure or lost.failure
-        if self._closed or not _may_pass(failure):
+        if self._closed or self._spooling is not None or not _may_pass(failure):
             return
         revivals = self._revivals
         async with self._renewing:
@@ -301,6 +350,11 @@ class EdgeClient:
                 raise BundleMismatch(
                     f"{self.settings.server} refuses the bundle that it offers, {old.bundle.bundle_id}"
                 )
+
+    async def _reopen(self, old: EdgeSession) -> None:
+        """Put another session in place of one that has failed; that goes on encoding until then."""
+        self._session = await self._open(before=old)
+        await old.close()
 
     async def _passages(self, source: AsyncGenerator[Capture], *, live: bool) -> AsyncGenerator[Passage]:
         with contextlib.suppress(BitneckError):  # else each photograph says why

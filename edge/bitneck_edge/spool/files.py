@@ -338,6 +338,11 @@ class Spool:
         with self._mutex:
             return any(s.waiting and not s.named_bundles <= frozenset(without) for s in self._segments)
 
+    @property
+    def dirty(self) -> bool:
+        """Whether something was written since the last `sync`."""
+        return self._dirty
+
     def sync(self) -> None:
         """What was written is on the disk when this returns. Then the spool is tidied up."""
         with self._mutex:
