@@ -309,11 +309,12 @@ class Spool:
     ) -> bool:
         """Add the next frames of a file to those that are taken; whether there is an end of taking."""
         old, full = [], False
+        size = sum(len(one.payload) for one in taken)
         for frame in segment.waiting_frames():
             if self._is_old(frame.captured_unix_us):
                 old.append(frame.seq)
             elif frame.bundle_id not in without:
-                size = sum(len(one.payload) for one in taken) + len(frame.payload)
+                size += len(frame.payload)
                 full = len(taken) >= most or (
                     bool(taken) and (size > most_bytes or frame.bundle_id != taken[0].bundle_id)
                 )
