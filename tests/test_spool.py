@@ -26,7 +26,7 @@ PAYLOAD = 70
 
 seqs = st.integers(0, (1 << 64) - 1)
 entries = st.one_of(
-    st.builds(Header, seqs, st.from_regex(r"\A[a-z0-9-]{1,40}\Z")),
+    st.builds(Header, seqs, st.from_regex(r"\A[a-z0-9][a-z0-9-]{0,40}\Z")),
     st.builds(Table, st.integers(0, 65534), st.just(BUNDLE), st.from_regex(r"\A[a-z0-9.-]{1,20}\Z"), st.text("abc/#é")),
     st.builds(FrameEntry, seqs, seqs, st.integers(0, 65535), st.text("abcé#/", max_size=60), st.binary(max_size=200)),
     st.builds(Done, st.lists(seqs, max_size=20).map(tuple)),

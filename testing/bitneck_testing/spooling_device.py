@@ -101,7 +101,7 @@ async def _device(plan: argparse.Namespace) -> None:
             await asyncio.sleep(1 / plan.fps)
 
     client = EdgeClient(
-        plan.server, spool=plan.folder / "spool", cache_dir=plan.folder / "cache", threads=1, connect_timeout_s=1.0,
+        plan.server, spool=plan.folder / "spool", cache_dir=plan.folder / "cache", threads=1, connect_timeout_s=0.3,
         spool_age=1e5, on_spooled=_tell, similar="off",
     )  # fmt: skip
     async with client:

@@ -13,11 +13,14 @@ What bundle, point and beginning of the name many frames share is written once i
 is passed over up to the next mark with a right CRC, so that damage costs the records that it hits and no other.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import google_crc32c
+
+from bitneck.ids import ID_PATTERN
 
 __all__ = ["Damage", "Done", "FrameEntry", "Header", "Table", "pack", "read"]
 
@@ -175,7 +178,8 @@ def _entry(kind: int, body: bytes) -> Entry | None:
         return Table(index, f"sha256:{digest.hex()}", point, body[prefix:].decode(errors="replace"))
     if kind == _HEADER_KIND:
         version, first = _HEADER.unpack_from(body)
-        return Header(first, body[_HEADER.size :].decode(), version) if version == VERSION else None
+        spool = body[_HEADER.size :].decode()
+        return Header(first, spool, version) if version == VERSION and re.fullmatch(ID_PATTERN, spool) else None
     return None
 
 

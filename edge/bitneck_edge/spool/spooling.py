@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Self
 
@@ -19,7 +20,7 @@ _LOG = logging.getLogger(__name__)
 _SYNC_S = 0.5
 _TIDY_EVERY = 20
 """Tidied up once in so many syncs."""
-_DRAINED_POLL_S = 0.1
+_DRAINED_POLL_S, _DRAINED_S = 0.1, 30.0
 
 
 class Spooling:
@@ -82,8 +83,14 @@ class Spooling:
         return self._sender.link_bytes
 
     async def drained(self, stop: asyncio.Event) -> None:
-        """Wait until nothing more can be sent, or `stop` is set."""
-        while not stop.is_set() and not self._sender.idle:  # noqa: ASYNC110  the end of a run; many things change it
+        """Wait until nothing more can be sent, nothing was answered for half a minute, or `stop` is set."""
+        kept, since = -1, time.monotonic()
+        while not stop.is_set() and not self._sender.idle:
+            if (now_kept := self._spool.counts.kept) != kept:
+                kept, since = now_kept, time.monotonic()
+            elif time.monotonic() - since > _DRAINED_S:
+                _LOG.warning("%d frames stay in the spool: none was answered for %.0f s", kept, _DRAINED_S)
+                return
             await asyncio.sleep(_DRAINED_POLL_S)
 
     async def stop(self) -> None:
