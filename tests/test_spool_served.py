@@ -264,17 +264,18 @@ async def test_frames_of_a_bundle_that_the_server_had(tiny_bundle: Bundle, tmp_p
         with running_server(folder, grpc=address, options=("--earlier", str(earlier))):
             async with EdgeClient(address, **settings(tmp_path)) as client:
                 await client.infer(capture(0))
-        async with EdgeClient(address, **settings(tmp_path)) as client:
+        async with EdgeClient(address, **settings(tmp_path), on_spooled=spooled.append) as client:
             assert [each async for each in client.stream(captures(1, 30))] == []
-        with running_server(other, grpc=address) as strange:
-            async with EdgeClient(address, **settings(tmp_path), on_spooled=spooled.append) as client:
-                assert client.spool is not None
+            before = client.bundle.bundle_id
+            with running_server(other, grpc=address) as strange:
                 await until(lambda: client.spool is not None and client.spool.unknown == 30)
+                await until(lambda: client.bundle.bundle_id != before and client._opened().link.up)
                 live = await client.infer(capture(99))
                 assert not live.spool
                 await asyncio.sleep(1.0)
+                assert client.spool is not None
                 assert (client.spool.kept, client.spool.sent, client.spool.dropped) == (30, 0, 0)
-            assert strange.read_log().count("session begin") <= 2
+                assert strange.read_log().count("session begin") <= 2
         with running_server(other, grpc=address, options=("--earlier", str(earlier))) as knowing:
             async with EdgeClient(address, **settings(tmp_path), on_spooled=spooled.append) as client:
                 await until(lambda: len(spooled) == 30)
