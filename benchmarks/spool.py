@@ -24,9 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bitneck_testing.devices.spooling import DeviceLog, device_command
 from bitneck_testing.links import Proxy
 from bitneck_testing.processes import QUIET, free_port, running_server, start_server
-from bitneck_testing.spooling_device import DeviceLog, device_command
 
 LOSS_S = 1.0
 UP_S = (0.05, 2.5)

@@ -134,6 +134,7 @@ PURE = (
         f"edge/bitneck_edge/{name}.py"
         for name in (
             "ratecontrol", "points", "answers/verify", "link/cost", "link/packing", "link/records", "link/wire",
+            "spool/bounds", "spool/format", "spool/pace",
         )
     ),
 )  # fmt: skip

@@ -37,7 +37,7 @@ def sample(model: type[Settings], name: str) -> Any:
         "traces": "http://collector:4317", "token_key": "0123456789abcdef", "http_token": "0123456789abcdef",
         "device_token": "0123456789abcdef", "providers": ["One", "Two"],
         "similar": "off", "answers": "map/4", "precision": "int8", "log_level": "debug", "log_format": "json",
-        "trace_ratio": 0.5,
+        "trace_ratio": 0.5, "spool_first": "newest",
     }  # fmt: skip
     if name in known:
         return known[name]

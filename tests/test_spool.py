@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitneck.errors import InvalidConfig, Unavailable
-from bitneck_edge.spool.files import Limits, Spool
+from bitneck_edge.spool.bounds import Limits
+from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.format import Damage, Done, FrameEntry, Header, Table, pack, read
 from bitneck_edge.spool.pace import SpoolPace
 from bitneck_edge.spool.segment import Kept
@@ -249,7 +250,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from bitneck_edge.spool.files import Limits, Spool
+from bitneck_edge.spool.bounds import Limits
+from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.segment import Kept
 spool = Spool.open(Path(sys.argv[1]), Limits(most_bytes=10_000_000, most_age_s=1e9))
 print("open", spool.counts.kept, flush=True)

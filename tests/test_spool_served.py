@@ -21,10 +21,10 @@ from bitneck.errors import Unavailable
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.sources.capture import Capture
+from bitneck_testing.devices.spooling import DeviceLog, captured_us, device_command
 from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server, edge, edge_run, free_port, running_server, start_server
-from bitneck_testing.spooling_device import DeviceLog, captured_us, device_command
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,7 +34,7 @@ from bitneck_edge.session import EdgeSession
 from bitneck_edge.settings import AUTO, EdgeSettings
 from bitneck_edge.sources.capture import Capture, captures, newest
 from bitneck_edge.sources.photo import Photo, PhotoLike
-from bitneck_edge.spool.files import SpoolCounts
+from bitneck_edge.spool.bounds import SpoolCounts
 from bitneck_edge.spool.outage import HandOut
 from bitneck_edge.spool.spooling import Spooling
 

@@ -14,7 +14,7 @@ from bitneck.ladder import Ladder
 from bitneck_edge.answers.results import Answer, Failure, Segmentation
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.measure.memory import peak_mib
-from bitneck_edge.spool.files import SpoolCounts
+from bitneck_edge.spool.bounds import SpoolCounts
 
 __all__ = [
     "RunSummary", "bench_table", "line", "link_table", "load_table", "points_table", "run_document", "run_table",

@@ -33,7 +33,8 @@ from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.link.sent import Sent
 from bitneck_edge.opening import most_answer_bytes
 from bitneck_edge.settings import EdgeSettings
-from bitneck_edge.spool.files import Spool, SpoolCounts
+from bitneck_edge.spool.bounds import SpoolCounts
+from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.known import KnownBundle
 from bitneck_edge.spool.outage import HandOut
 from bitneck_edge.spool.pace import SpoolPace

@@ -10,7 +10,8 @@ from bitneck.wire.link_bytes import LinkBytes
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.link.link import Link
 from bitneck_edge.settings import EdgeSettings
-from bitneck_edge.spool.files import Limits, Spool, SpoolCounts
+from bitneck_edge.spool.bounds import Limits, SpoolCounts
+from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.outage import HandOut, Outage
 from bitneck_edge.spool.sender import Sender
 
