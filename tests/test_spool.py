@@ -134,6 +134,9 @@ def test_a_batch_has_one_bundle_and_others_can_be_passed_over(tmp_path: Path) ->
     assert [each.name for each in spool.take(9, 1 << 20, {BUNDLE})] == ["cam#2", "cam#3"]
     assert spool.kept_of([OTHER]) == 2
     assert not spool.has_waiting({BUNDLE, OTHER})
+    spool.done([1, 2, 5, 6])
+    assert not spool.has_waiting({OTHER}), "frames that are done count no more"
+    assert spool.take(9, 1 << 20, {OTHER}) == []
     spool.close()
 
 

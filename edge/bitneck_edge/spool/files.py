@@ -250,7 +250,7 @@ class Spool:
             taken: list[Kept] = []
             passed_over = frozenset(without)
             for segment in list(self._segments):
-                if not segment.waiting or segment.named_bundles <= passed_over:
+                if not segment.has_waiting(passed_over):
                     continue
                 if self._take_from(segment, taken, most, most_bytes, passed_over):
                     break
@@ -291,7 +291,7 @@ class Spool:
     def has_waiting(self, without: Collection[str] = ()) -> bool:
         """Whether a frame is to be sent, bundles to be passed over left out."""
         with self._mutex:
-            return any(s.waiting and not s.named_bundles <= frozenset(without) for s in self._segments)
+            return any(segment.has_waiting(without) for segment in self._segments)
 
     @property
     def dirty(self) -> bool:
@@ -310,7 +310,7 @@ class Spool:
             descriptors += self._segments[0].descriptors() if dirty else []
         try:
             for descriptor in descriptors:
-                os.fdatasync(descriptor)
+                _SYNC(descriptor)
         except OSError as exc:
             self._complain(f"it cannot be brought to the disk: {exc.strerror}")
         finally:
@@ -364,6 +364,7 @@ class Spool:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has the latter only
 
 
 def _prefix_of(name: str) -> str:

@@ -10,7 +10,7 @@ import os
 import stat
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -209,6 +209,15 @@ class Segment:
     def named_bundles(self) -> frozenset[str]:
         """The bundles that coded its frames, those that are done included."""
         return frozenset(table.bundle_id for table in self._tables.values())
+
+    def has_waiting(self, without: Collection[str] = ()) -> bool:
+        """Whether a frame is to be sent, those of some bundles left out."""
+        named = self.named_bundles
+        if not self.waiting or named.isdisjoint(without):
+            return self.waiting > 0
+        others = {index for index, table in self._tables.items() if table.bundle_id not in without}
+        pairs = zip(self._states, self._of_table, strict=True)
+        return bool(others) and any(state == WAITING and table in others for state, table in pairs)
 
     def record_of(self, seq: int, frame: Kept, prefix: str) -> bytes:
         """The bytes that `append` writes for a frame."""

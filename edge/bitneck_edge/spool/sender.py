@@ -173,6 +173,7 @@ class Sender:
         """
         following = await asyncio.to_thread(self._spool.take, 1, 0, self.refused)
         if not following:
+            await asyncio.sleep(_POLL_S)  # they were too old
             return False
         bundle_id = following[0].bundle_id
         known = self._spool.known.get(bundle_id)
