@@ -333,17 +333,17 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 def test_live_frames_come_first_in_the_pace() -> None:
     pace = SpoolPace()
-    assert pace.batch(16, 0) == 4
-    assert pace.batch(16, 16) == 0
-    assert pace.batch(16, 15) == 1
-    for turn in range(6):  # a fast link: batches grow
-        pace.took(pace.batch(1024, 0), 0.02, 1000.0, 0.0, float(turn))
-    assert pace.batch(1024, 0) > 64
-    assert pace.batch(16, 3) == 13
-    for turn in range(12):  # live frames are sent, and a batch takes long: down to single frames
+    assert (pace.batch(16, 0), pace.batch(16, 16), pace.batch(16, 15)) == (16, 0, 1)
+    first = pace.most_bytes
+    for turn in range(4):  # a fast link: batches grow
+        pace.took(pace.most_bytes, 0.02, 1000.0, 0.0, float(turn))
+    assert pace.most_bytes == 16 * first
+    pace.took(70, 0.02, 1000.0, 0.0, 5.0)
+    assert pace.most_bytes == 16 * first, "a small one says nothing of large ones"
+    for turn in range(20):  # live frames are sent, and a batch takes long: down to single frames
         pace.live(1000.0 * turn, True, 10.0 + turn)
-        pace.took(pace.batch(1024, 0), 0.5, 1000.0, 0.0, 10.0 + turn)
-    assert pace.batch(16, 0) == 1
+        pace.took(pace.most_bytes, 0.5, 1000.0, 0.0, 10.0 + turn)
+    assert pace.most_bytes < 70
 
 
 def test_the_pace_keeps_to_what_live_frames_leave() -> None:

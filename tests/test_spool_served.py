@@ -182,7 +182,7 @@ def test_a_device_that_is_killed_again_and_again(tiny_bundle: Bundle, tmp_path: 
     for turn in range(KILLS):
         began = 1000 * (turn + 1)
         with subprocess.Popen(
-            device_command(address, tmp_path, "--first", began, "--count", 900),
+            device_command(address, tmp_path, "--first", began, "--count", 900, "--connect-timeout", 0.3),
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         ) as child:  # fmt: skip
             assert child.stdout is not None

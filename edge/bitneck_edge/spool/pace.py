@@ -10,7 +10,8 @@ __all__ = ["SpoolPace"]
 
 _LIVE_S, _ALONE_S = 0.1, 0.5
 """How long a batch may take on the link, while live frames are sent and else."""
-_FIRST = 4
+_FIRST_BYTES, _LEAST_BYTES, _MOST_BYTES = 600, 32, 1 << 15
+"""Payload of a batch; a frame that has more goes alone."""
 _LIVE_FOR_S = 2.0
 _LIVE_WEIGHT = 0.3
 _BASE_GROWTH = 1.02
@@ -21,13 +22,16 @@ _MOST_PAUSE_S = 1.0
 class SpoolPace:
     """The pace of one spool's frames.
 
+    Attributes:
+        most_bytes: payload of the next batch, beside that of its first frame.
+
     Args:
         kbps: of the link, at most; 0 for no limit.
     """
 
     def __init__(self, kbps: float = 0.0) -> None:
         self._kbps = kbps
-        self._frames = _FIRST
+        self.most_bytes = _FIRST_BYTES
         self._base_s = math.inf
         self._due = 0.0
         self._live_at = -math.inf
@@ -56,7 +60,7 @@ class SpoolPace:
             window: frames that the server lets one device have unanswered.
             unanswered: live frames that wait for their answers.
         """
-        return max(0, min(self._frames, window - unanswered))
+        return max(0, window - unanswered)
 
     def pause_s(self, max_kbps: float, now: float) -> float:
         """How long to wait before the next batch.
@@ -69,11 +73,11 @@ class SpoolPace:
             return _MOST_PAUSE_S
         return min(_MOST_PAUSE_S, max(0.0, self._due - now))
 
-    def took(self, frames: int, seconds: float, link_bytes: float, max_kbps: float, now: float) -> None:
+    def took(self, payload_bytes: int, seconds: float, link_bytes: float, max_kbps: float, now: float) -> None:
         """A batch was answered.
 
         Args:
-            frames: in it.
+            payload_bytes: of its frames.
             seconds: from its sending to its last answer.
             link_bytes: that it cost, of the busier direction.
             max_kbps: see `pause_s`.
@@ -82,10 +86,9 @@ class SpoolPace:
         self._base_s = min(self._base_s * _BASE_GROWTH, seconds)
         limit_s = _LIVE_S if now - self._live_at < _LIVE_FOR_S else _ALONE_S
         if seconds - self._base_s > limit_s:
-            self._frames = max(1, frames // 2)
-        elif frames >= self._frames:
-            self._frames *= 2
-        self._frames = min(self._frames, 1024)
+            self.most_bytes = max(_LEAST_BYTES, min(self.most_bytes, payload_bytes) // 2)
+        elif payload_bytes * 2 >= self.most_bytes:  # it was about as large as it might be
+            self.most_bytes = min(_MOST_BYTES, self.most_bytes * 2)
         left = self._left_kbps(max_kbps)
         if math.isfinite(left):
             self._due = max(self._due, now - seconds) + link_bytes * 8e-3 / max(left, 1e-3)

@@ -50,8 +50,6 @@ _IDLE_S = 2.0
 """A session without frames to send stays open for so long."""
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 1.0, 60.0
 _FIRST_REFUSAL_S, _MOST_REFUSAL_S = 60.0, 3600.0
-_MOST_BYTES = 1200
-"""Of payloads in one batch, beside its first frame: what a packet holds."""
 _MOST_ATTEMPTS = 3
 """For a frame that the server fails on, before it counts as answered with a fault."""
 _UNKNOWN = (BundleMismatch, UnknownModel, UnknownPoint)
@@ -246,7 +244,7 @@ class Sender:
             if pause_s <= 0 and count and (not waiting or now >= limit):
                 break
             await asyncio.sleep(max(0.01, min(pause_s, _POLL_S)))
-        frames = await asyncio.to_thread(self._spool.take, count, _MOST_BYTES, self.refused)
+        frames = await asyncio.to_thread(self._spool.take, count, self._pace.most_bytes, self.refused)
         if frames:
             await asyncio.to_thread(self._spool.sync)  # no number is sent that a power failure could give away again
         return frames
@@ -287,7 +285,11 @@ class Sender:
             raise later
         now, live = time.monotonic(), self._live()
         self._pace.took(
-            len(frames), now - begun, link.link_bytes.busier - before, live.max_kbps if live is not None else 0.0, now
+            sum(len(frame.payload) for frame in frames),
+            now - begun,
+            link.link_bytes.busier - before,
+            live.max_kbps if live is not None else 0.0,
+            now,
         )
 
     def _stays(self, frame: Kept, error: BitneckError, link: Link) -> bool:

@@ -101,7 +101,8 @@ async def _device(plan: argparse.Namespace) -> None:
             await asyncio.sleep(1 / plan.fps)
 
     client = EdgeClient(
-        plan.server, spool=plan.folder / "spool", cache_dir=plan.folder / "cache", threads=1, connect_timeout_s=0.3,
+        plan.server, spool=plan.folder / "spool", cache_dir=plan.folder / "cache", threads=1,
+        connect_timeout_s=plan.connect_timeout,
         spool_age=1e5, on_spooled=_tell, similar="off",
     )  # fmt: skip
     async with client:
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=0)
     parser.add_argument("--fps", type=float, default=50.0)
+    parser.add_argument("--connect-timeout", type=float, default=1.0)
     parser.add_argument("--wait", action="store_true")
     asyncio.run(_device(parser.parse_args()))
 
