@@ -137,7 +137,7 @@ PURE = (
         f"edge/bitneck_edge/{name}.py"
         for name in (
             "ratecontrol", "points", "answers/verify", "doctor/finding", "link/cost", "link/packing", "link/records",
-            "link/wire", "observe/buckets", "observe/state",
+            "link/wire", "observe/buckets", "observe/state", "spool/bounds", "spool/format", "spool/pace",
         )
     ),
 )  # fmt: skip

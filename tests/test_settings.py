@@ -38,7 +38,7 @@ def sample(model: type[Settings], name: str) -> Any:
         "traces": "http://collector:4317", "token_key": "0123456789abcdef", "http_token": "0123456789abcdef",
         "device_token": "0123456789abcdef", "providers": ["One", "Two"],
         "similar": "off", "answers": "map/4", "precision": "int8", "log_level": "debug", "log_format": "json",
-        "trace_ratio": 0.5, "rates": [{"clients": "cam-*", "point": "s1-r1"}, {"auto": True}],
+        "trace_ratio": 0.5, "spool_first": "newest", "rates": [{"clients": "cam-*", "point": "s1-r1"}, {"auto": True}],
         "groups": {"doors": ["door-*", "gate"]},
         "sinks": [{"kind": "jsonl", "name": "file", "path": "a.jsonl"}], "sinks_sync": "always",
     }  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.runtime import ModulePool, return_freed_memory
+from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.sessions.registry import Registry
@@ -39,16 +40,24 @@ class Reloader:
         pool: shares the ONNX files that the new bundle and the running one both have.
         threads: see `ServedModel`.
         metrics: counts the outcomes.
+        earlier: keeps each bundle that is served.
     """
 
     def __init__(
-        self, registry: Registry, folders: Mapping[str, Path], pool: ModulePool, threads: int, metrics: Metrics
+        self,
+        registry: Registry,
+        folders: Mapping[str, Path],
+        pool: ModulePool,
+        threads: int,
+        metrics: Metrics,
+        earlier: EarlierBundles | None = None,
     ) -> None:
         self._registry = registry
         self._folders = dict(folders)
         self._pool = pool
         self._threads = threads
         self._metrics = metrics
+        self._earlier = earlier
         self._lock = asyncio.Lock()
 
     async def reload(self, name: str) -> Reloaded:
@@ -95,5 +104,7 @@ class Reloader:
             )
         before = self._pool.loads
         model = ServedModel(bundle, threads=self._threads, pool=self._pool, before=old)
+        if self._earlier is not None:
+            self._earlier.keep(bundle)
         return_freed_memory()
         return model, self._pool.loads - before

@@ -40,6 +40,7 @@ from bitneck_cloud.api.http_api import build_app
 from bitneck_cloud.api.http_guard import HttpGuard, KnownHosts
 from bitneck_cloud.api.http_server import MOST, HttpServer, listen
 from bitneck_cloud.api.readiness import Readiness
+from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.fleet.control import Fleet
@@ -183,14 +184,18 @@ async def _serve(
         max_frames_per_s=settings.max_frames_per_s,
         max_bytes_per_s=settings.max_bytes_per_s,
     )
+    earlier = EarlierBundles(settings.earlier, most=settings.earlier_most, most_age_s=settings.earlier_days * 86_400)
+    for served in models.values():
+        await asyncio.to_thread(earlier.keep, served.bundle)
     service = InferenceService(
         registry, engine, metrics, tracer, devices, limits, AnswerStream(subscriptions, registry, operators),
         idle_s=settings.idle_s, stall_s=settings.stall_s, similar_bytes=settings.similar_bytes,
         tls=settings.tls_cert is not None,
+        earlier=lambda name, bundle_id: earlier.generation(registry, name, bundle_id, pool, settings.threads),
     )  # fmt: skip
     fleet.serve(registry, service)
     folders = {model.name: model.bundle.root for model in models.values()}
-    reloader = Reloader(registry, folders, pool, settings.threads, metrics)
+    reloader = Reloader(registry, folders, pool, settings.threads, metrics, earlier)
     readiness = Readiness()
     metrics.registry.register(SinkMetrics(outgoing))
     metrics.gauge("streams", "Open streams.", lambda: service.streams)

@@ -215,6 +215,27 @@ class CloudSettings(Settings):
             le=3600,
         ),
     ] = 20.0
+    earlier: Annotated[
+        Path | None,
+        setting(
+            "Folder in which the server keeps the bundles that it had, so that it can decode frames which devices have "
+            "spooled. Without it, only the bundle before the last reload is kept, in memory.",
+            _SESSIONS,
+        ),
+    ] = None
+    earlier_most: Annotated[
+        int, setting("With earlier: bundles of each model beside the newest one.", _SESSIONS, ge=1, le=1000)
+    ] = 8
+    earlier_days: Annotated[
+        float,
+        setting(
+            "With earlier: days after which a bundle that is not served or used any more is removed. Give more than "
+            "the spool_age of the devices.",
+            _SESSIONS,
+            gt=0,
+            le=3650,
+        ),
+    ] = 30.0
     resume_s: Annotated[
         float, setting("Seconds that a session outlives its connection.", _SESSIONS, ge=0, le=86400)
     ] = 60.0

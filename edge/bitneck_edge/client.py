@@ -17,26 +17,26 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.runtime import ModulePool
-from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import Device
 from bitneck.workers import Workers
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import open_supply
-from bitneck_edge.encoder import FIRST_RUN_S, EdgeEncoder
-from bitneck_edge.link.remote import check_process
+from bitneck_edge.encoder import FIRST_RUN_S
+from bitneck_edge.facts import ClientFacts
 from bitneck_edge.observe.observing import metrics_page, reports
-from bitneck_edge.observe.state import ClientState, Tally
-from bitneck_edge.observe.temperature import temperatures_c
+from bitneck_edge.observe.state import Tally
 from bitneck_edge.passage import Passage, Ways
 from bitneck_edge.pipeline import Slots, pipeline
 from bitneck_edge.points import MeanInterval
+from bitneck_edge.reopening import keep_open
 from bitneck_edge.session import EdgeSession
-from bitneck_edge.settings import AUTO, EdgeSettings
+from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture, captures, newest
 from bitneck_edge.sources.photo import Photo, PhotoLike
+from bitneck_edge.spool.outage import HandOut
+from bitneck_edge.spool.spooling import Spooling
 
 __all__ = ["EdgeClient"]
 
@@ -46,7 +46,7 @@ _LOG = logging.getLogger(__name__)
 _KEPT_SWITCHES = 1000
 
 
-class EdgeClient:
+class EdgeClient(ClientFacts):
     """A session with a cloud server. Use it as an asynchronous context manager.
 
     Attributes:
@@ -61,6 +61,9 @@ class EdgeClient:
         settings: everything else.
         on_fetch: progress of a bundle's download, (bytes done, bytes in all).
         on_switch: called when the operating point changes.
+        on_spooled: called with each answer to a frame of the spool (`EdgeSettings.spool`), or with the reason why there
+            is none. `Answer.spool` and `Answer.captured_unix_us` tell which frame it is. It leaves the spool when the
+            function has returned.
         finish: called in a thread with each photograph and its answer, for example to write it to a file. It returns
             the answer that the client gives.
         **values: single settings, such as ``point="s1-r3"``, in place of a `settings` object.
@@ -76,6 +79,7 @@ class EdgeClient:
         settings: EdgeSettings | None = None,
         on_fetch: Callable[[int, int], None] = lambda _done, _all: None,
         on_switch: Callable[[Switch], None] = lambda _switch: None,
+        on_spooled: HandOut = lambda _result: None,
         finish: Callable[[Photo, Answer], Answer] | None = None,
         **values: Any,
     ) -> None:
@@ -86,6 +90,9 @@ class EdgeClient:
         self.tally = Tally()
         self._on_fetch = on_fetch
         self._on_switch = on_switch
+        self._on_spooled = on_spooled
+        self._spooling: Spooling | None = None
+        self._keeper: asyncio.Task[None] | None = None
         self._finish = finish
         self._pool = ModulePool(first_run_s=FIRST_RUN_S)
         self._threads: Workers | None = None
@@ -98,6 +105,7 @@ class EdgeClient:
             renew=self._renew,
             finished=self._finished,
             failed=self.tally.failed,
+            outage=lambda: self._spooling.outage if self._spooling is not None else None,
         )
         self._telling = contextlib.AsyncExitStack()
         self._switched_times = 0
@@ -112,13 +120,17 @@ class EdgeClient:
         The rest of the bundle follows in the background; `EdgeSettings.point` names a point to wait for.
 
         If the server cannot be reached and its last bundle is in the cache, the head is loaded from there, and the link
-        goes on trying, as often as `EdgeSettings.retries` says.
+        goes on trying, as often as `EdgeSettings.retries` says; with a spool it does so for ever, and frames are kept
+        there meanwhile.
 
         Raises:
-            BitneckError: see `open_supply` and `EdgeSession.open`.
+            BitneckError: see `open_supply`, `EdgeSession.open` and `Spool.open`.
         """
         self._threads = Workers(self.workers, "bitneck-edge")
         try:
+            self._spooling = await Spooling.open(
+                self.settings, lambda: self._session.link if self._session is not None else None, self._on_spooled
+            )
             await self._telling.enter_async_context(metrics_page(self.settings.metrics, self.state))
             try:
                 self._session = await self._open(offline=True)
@@ -129,8 +141,13 @@ class EdgeClient:
             await self._telling.enter_async_context(reports(self.settings.report_s, self.state, self._tell))
         except BaseException:
             await self._telling.aclose()
+            if self._spooling is not None:
+                await self._spooling.close()
             self._threads.close(wait=True)
             raise
+        if self._spooling is not None:
+            self._spooling.start()
+            self._keeper = asyncio.create_task(keep_open(self._opened, self._reopen))
         return self
 
     async def __aexit__(
@@ -143,86 +160,31 @@ class EdgeClient:
         """End the session now; unanswered frames fail with `Unavailable`. Leaving the block does the same."""
         self._closed = True
         await self._telling.aclose()
+        if self._spooling is not None:
+            if self._keeper is not None:
+                self._keeper.cancel()
+            await self._spooling.stop()
         if self._session is not None:
             await self._session.close()
+        if self._spooling is not None:
+            await self._spooling.close()
         if self._threads is not None:
             await asyncio.to_thread(self._threads.close, wait=True)
 
     @property
-    def encoder(self) -> EdgeEncoder:
-        """The edge's half of the network.
-
-        Raises:
-            Unavailable: outside the ``async with`` block; so do the other properties of the session.
-        """
-        return self._opened().encoder
-
-    @property
-    def bundle(self) -> Bundle:
-        """The bundle in use."""
-        return self._opened().bundle
-
-    @property
-    def session_id(self) -> str:
-        """The session's id, for the control API."""
-        return self._opened().link.session_id
-
-    @property
-    def reconnects(self) -> int:
-        """How often the link was opened again."""
-        return self._opened().reconnects
-
-    @property
-    def link_bytes(self) -> LinkBytes:
-        """What crossed this device's interface for all frames so far; see `bitneck.wire.link_bytes`."""
-        return self._opened().link_bytes
-
-    def state(self) -> ClientState:
-        """What it has done so far, and how it is now; also before it is open."""
-        session = self._session
-        return ClientState(
-            tally=self.tally,
-            dropped=self.dropped,
-            unanswered=len(session.link.unanswered) if session is not None else 0,
-            reconnects=session.reconnects if session is not None else 0,
-            switches=self._switched_times,
-            link=session.link_bytes if session is not None else LinkBytes(),
-            point=self.point,
-            connected=session is not None and session.link.connected,
-            temperatures_c=temperatures_c(),
-        )
-
-    @property
     def failure(self) -> BitneckError | None:
-        """Why no further photograph can be answered; None while the link can be used."""
+        """Why no further photograph can be answered; None while the link can be used, and with a spool."""
+        if self._spooling is not None:
+            return None
         failure = self._renewal_failure or self._opened().failure
         return None if self._may_renew(failure) else failure
-
-    @property
-    def point(self) -> str:
-        """The operating point of the next frame. Assign another, or ``"auto"``; the control API can do so too."""
-        return self._session.points.point if self._session is not None else ""
-
-    @point.setter
-    def point(self, point_id: str) -> None:
-        self._opened().points.set(point_id)
-
-    @property
-    def auto(self) -> bool:
-        """Whether the operating point is chosen for each frame by what the link and the device can do."""
-        return self._session.points.auto if self._session is not None else self.settings.point == AUTO
-
-    @property
-    def window(self) -> int:
-        """Frames that may be unanswered, as the server granted."""
-        return self._opened().link.window
 
     async def infer(self, photo: PhotoLike | Capture) -> Answer:
         """One photograph, one answer. If the link had been given up, this first tries to open it again.
 
         Raises:
             ImageError: it cannot be read.
-            BitneckError: the cloud could not answer, or cannot be reached.
+            BitneckError: the cloud could not answer, or cannot be reached. With a spool the frame is kept there then.
         """
         await self._revive()
         self.tally.pictures += 1
@@ -230,10 +192,13 @@ class EdgeClient:
         passage.encode()
         try:
             await passage.send(prompt=True)
-            return await passage.answer()
+            answer = await passage.answer()
+            if answer is None:
+                raise Unavailable("no server answers: the photograph is in the spool, its answer comes to on_spooled")
         except BitneckError as exc:
             self.tally.failed(exc)
             raise
+        return answer
 
     def stream(
         self,
@@ -247,7 +212,8 @@ class EdgeClient:
 
         A photograph that cannot be read or answered gives a `Failure`, and the next one goes on. Once the link has
         failed for good (see `failure`) every further photograph of this stream gives one at once; another stream first
-        tries to open the link again. Memory is bounded: by the window, or `EdgeSettings.in_flight`.
+        tries to open the link again. Memory is bounded: by the window, or `EdgeSettings.in_flight`. A photograph whose
+        frame goes to the spool gives nothing here; see `on_spooled`.
 
         Args:
             photos: in order; taken one by one, when there is room for one.
@@ -276,12 +242,6 @@ class EdgeClient:
             workers=self._threads, pool=self._pool, on_switch=self._switched, on_fetch=self._on_fetch, before=before,
         )  # fmt: skip
 
-    def _opened(self) -> EdgeSession:
-        check_process()
-        if self._session is None:
-            raise Unavailable("the client is not open: use it inside `async with`")
-        return self._session
-
     def _usable(self) -> EdgeSession:
         """The session for the next photograph."""
         if self._renewal_failure is not None:
@@ -296,7 +256,7 @@ class EdgeClient:
         """
         lost = self._opened()
         failure = self._renewal_failure or lost.failure
-        if self._closed or not _may_pass(failure):
+        if self._closed or self._spooling is not None or not _may_pass(failure):
             return
         revivals = self._revivals
         async with self._renewing:
@@ -334,6 +294,11 @@ class EdgeClient:
                 raise BundleMismatch(
                     f"{self.settings.server} refuses the bundle that it offers, {old.bundle.bundle_id}"
                 )
+
+    async def _reopen(self, old: EdgeSession) -> None:
+        """Put another session in place of one that has failed; that goes on encoding until then."""
+        self._session = await self._open(before=old)
+        await old.close()
 
     async def _passages(self, source: AsyncGenerator[Capture], *, live: bool) -> AsyncGenerator[Passage]:
         with contextlib.suppress(BitneckError):  # else each photograph says why

@@ -10,6 +10,7 @@ from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.link.sent import Sent
 from bitneck_edge.session import EdgeSession, Encoding
 from bitneck_edge.sources.capture import Capture
+from bitneck_edge.spool.outage import Flight, Outage
 
 __all__ = ["Passage", "Ways"]
 
@@ -30,6 +31,7 @@ class Ways:
         renew: replace it.
         finished: an answer as the program gets it.
         failed: told why a picture of a stream has no answer.
+        outage: takes frames that the link does not take; None if there is no spool.
     """
 
     usable: Callable[[], EdgeSession]
@@ -38,6 +40,7 @@ class Ways:
     renew: Callable[[EdgeSession], Awaitable[None]]
     finished: Callable[[Capture, Answer], Awaitable[Answer]]
     failed: Callable[[BitneckError], None]
+    outage: Callable[[], Outage | None] = lambda: None
 
 
 class Passage:
@@ -56,6 +59,8 @@ class Passage:
         self._encoding: Encoding | None = None
         self._session: EdgeSession
         self._sent: Sent
+        self._flight: Flight | None = None
+        self._spooled = False
 
     def encode(self) -> None:
         """Begin to load and encode it."""
@@ -72,8 +77,8 @@ class Passage:
         if self._encoding is not None:
             self._encoding.photo.cancel()
 
-    def answer(self) -> Awaitable[Answer]:
-        """Wait for its answer."""
+    def answer(self) -> Awaitable[Answer | None]:
+        """Wait for its answer; None if the frame is in the spool."""
         return self._through(self._answer, self._encode, self._send)
 
     def failed(self, error: BitneckError) -> Failure:
@@ -91,10 +96,31 @@ class Passage:
 
     async def _send(self) -> None:
         encoding = self._encoding or self._begin()
+        if (outage := self._ways.outage()) is not None:
+            await self._send_or_keep(outage, encoding)
+            return
         self._sent = await self._session.send(encoding, prompt=self._prompt, live=self._live)
 
-    async def _answer(self) -> Answer:
+    async def _send_or_keep(self, outage: Outage, encoding: Encoding) -> None:
+        """Send it if the link takes it; else it goes to the spool."""
+        await encoding.photo
+        if await self._session.takes_frames():
+            try:
+                self._sent = await self._session.send(encoding, prompt=self._prompt, live=self._live)
+            except BitneckError:
+                if self._session.failure is None:
+                    raise
+            else:
+                self._flight = outage.sent(self._session, encoding, self._sent)
+                return
+        self._spooled = True
+        await outage.keep(self._session, encoding)
+
+    async def _answer(self) -> Answer | None:
         assert self._encoding is not None
+        outage = self._ways.outage()
+        if self._spooled or (outage is not None and self._flight is not None and not await outage.watch(self._flight)):
+            return None
         return await self._ways.finished(self._capture, await self._session.answer(self._encoding, self._sent))
 
     async def _through(self, stage: Callable[[], Awaitable[T]], *before: Callable[[], Awaitable[None]]) -> T:

@@ -32,8 +32,8 @@ class Job(Protocol[R_co]):
     def drop(self) -> None:
         """It is encoded, or waits to be, and will not be sent."""
 
-    def answer(self) -> Awaitable[R_co]:
-        """The last stage; gives the result."""
+    def answer(self) -> Awaitable[R_co | None]:
+        """The last stage; gives the result, or None if there is none to wait for."""
 
     def failed(self, error: BitneckError) -> R_co:
         """The result in place of an answer."""
@@ -87,9 +87,9 @@ async def pipeline(
         Exception: what `jobs` raises, after the results of the jobs before; or what a job raises that is no
             `BitneckError`.
     """
-    tasks: set[asyncio.Task[R]] = set()
+    tasks: set[asyncio.Task[R | None]] = set()
     encoding: asyncio.Queue[Job[R] | None] = asyncio.Queue()
-    results: asyncio.Queue[asyncio.Task[R] | None] = asyncio.Queue()
+    results: asyncio.Queue[asyncio.Task[R | None] | None] = asyncio.Queue()
     free_encoders = asyncio.Semaphore(encoders)
 
     def stopped() -> bool:
@@ -135,7 +135,8 @@ async def pipeline(
         while (answer := await results.get()) is not None:
             result = await answer
             slots.give()
-            yield result
+            if result is not None:
+                yield result
         await sending
         await reading
     finally:
@@ -147,7 +148,7 @@ async def pipeline(
                 unsent.drop()
 
 
-async def _answer(job: Job[R], error: BitneckError | None) -> R:
+async def _answer(job: Job[R], error: BitneckError | None) -> R | None:
     """The result of a job that was sent, or that failed before."""
     if error is not None:
         return job.failed(error)

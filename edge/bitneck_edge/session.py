@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from bitneck.bundle import Bundle
-from bitneck.coding.class_map import MAX_MAP_BYTES
 from bitneck.errors import BitneckError
-from bitneck.manifest import Manifest
 from bitneck.runtime import ModulePool
 from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import Answers
@@ -24,13 +22,13 @@ from bitneck.workers import Workers
 from bitneck_edge.answers.assemble import answer_of
 from bitneck_edge.answers.results import Answer, Switch
 from bitneck_edge.bundles.pace import Pacer
-from bitneck_edge.bundles.supply import Progress, Supply, first_point
+from bitneck_edge.bundles.supply import Progress, Supply
 from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto
 from bitneck_edge.link.cost import OVERHEAD_BYTES, LinkCost
-from bitneck_edge.link.link import Link, LinkSettings
+from bitneck_edge.link.link import Link
 from bitneck_edge.link.records import Candidate, Coded
-from bitneck_edge.link.remote import MAX_ANSWER_BYTES
 from bitneck_edge.link.sent import MessageSent, Received, Sent
+from bitneck_edge.opening import fetch_first, link_settings
 from bitneck_edge.points import MeanInterval, PointChoice, Wish
 from bitneck_edge.ratecontrol import Decision, RateController
 from bitneck_edge.settings import EdgeSettings
@@ -39,11 +37,12 @@ from bitneck_edge.sources.capture import Capture
 __all__ = ["EdgeSession", "Encoding"]
 
 _LOG = logging.getLogger(__name__)
-_BESIDE_A_MAP = 1 << 16
 _SAMPLE_EVERY = 4
 """Without answers, automatic rate and live pictures ask for the acknowledgement of one message in so many."""
 _LATEST_US = 1 << 62
 """A time of capture beyond this is no time, and is not sent."""
+_SILENCE = 1 / 3
+"""Share of `answer_timeout_s`."""
 _COST_FRESH = 8
 """Messages after which it weighs anew what a message costs on the link."""
 
@@ -89,9 +88,10 @@ class EdgeSession:
         self.answers = Answers(settings.answers)
         self.points = PointChoice(encoder.ladder, rate, on_switch, supply.ready, supply.want)
         self.link = Link(
-            _link_settings(settings, encoder.bundle),
+            link_settings(settings, encoder.bundle),
             self.points.ask,
             lambda: rate.reconnected(time.perf_counter()),
+            self._opened_late,
         )
         self._settings = settings
         self._workers = workers
@@ -141,7 +141,7 @@ class EdgeSession:
 
         link: Link | None = None
         try:
-            await _fetch_first(supply, wish(), known=before is not None, progress=on_fetch)
+            await fetch_first(supply, wish(), known=before is not None, progress=on_fetch)
             Answers(settings.answers).check(supply.bundle.manifest.task)
             encoder = await asyncio.to_thread(
                 EdgeEncoder, supply.bundle, threads=settings.threads, pool=pool, exact=settings.exact
@@ -162,7 +162,10 @@ class EdgeSession:
             )
             session = cls(settings, workers, supply, encoder, rate, on_switch, before)
             link = session.link
-            await link.open()
+            if settings.spool is None:
+                await link.open()
+            else:
+                await link.start()
             session.points.begin(wish(), link.initial_point, time.perf_counter())
             await session._ready(session.points.point)
             await workers.run(encoder.point_encoder, session.points.point)
@@ -175,6 +178,11 @@ class EdgeSession:
         rest = [] if settings.point else [best, *(point.id for point in encoder.ladder if point.id != best)]
         supply.start(rest, Pacer(settings.fetch_kbps, lambda: bool(session.link.unanswered)))
         return session
+
+    def _opened_late(self, asked: str) -> None:
+        """The session is open at last: the cloud may ask for a point, as it does at the beginning."""
+        if asked and not self.points.wish.named:
+            self.points.ask(asked, "asked of new sessions")
 
     @property
     def bundle(self) -> Bundle:
@@ -220,9 +228,9 @@ class EdgeSession:
 
         Raises:
             ImageError: it cannot be read.
-            BitneckError: the session has failed; the picture is not touched then.
+            BitneckError: the session has failed, and there is no spool; the picture is not touched then.
         """
-        if self.failure is not None:
+        if self.failure is not None and self._settings.spool is None:
             raise self.failure
         if capture.broken is not None:
             raise capture.broken
@@ -297,6 +305,15 @@ class EdgeSession:
         each = self.link.expected_link_bytes(0.0, self._interval.seconds / frames)
         return LinkCost(each.up, each.down, frames)
 
+    async def takes_frames(self) -> bool:
+        """Wait for room for a frame on the link; False if the link is down, or silent for too long."""
+        return await self.link.takes(self._settings.in_flight, self.silence_s)
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds without any answer after which frames do not wait for the link, if there is a spool."""
+        return self._settings.answer_timeout_s * _SILENCE
+
     async def answer(self, encoding: Encoding, sent: Sent) -> Answer:
         """The answer to a frame that was sent.
 
@@ -304,7 +321,14 @@ class EdgeSession:
             ProtocolError: the cloud's result is not what it should be.
             BitneckError: the cloud could not answer, or the session has failed.
         """
-        received = await sent.answer
+        return self.answer_of(encoding, sent, await sent.answer)
+
+    def answer_of(self, encoding: Encoding, sent: Sent, received: Received) -> Answer:
+        """The answer to a frame, from what has come for it.
+
+        Raises:
+            ProtocolError: see `answer`.
+        """
         photo, manifest = encoding.photo.result(), self.bundle.manifest
         return answer_of(encoding.capture, photo, sent, received, manifest, self.encoder.labels, self.answers)
 
@@ -321,54 +345,3 @@ class EdgeSession:
         received = answer.result()
         server_s = sum(received.result.stages_ms) / 1e3
         self._rate.answered(seq, received.at, server_s=min(server_s, received.at - received.sent_at))
-
-
-async def _fetch_first(supply: Supply, wish: Wish, *, known: bool, progress: Progress) -> None:
-    """Fetch what the first frame needs: a point that is wanted by name, every point to choose from, or a small one.
-
-    Args:
-        supply: of the bundle.
-        wish: what the session begins with.
-        known: the wish is that of a session before, whose bundle may have had other points.
-        progress: see `Supply.need`.
-
-    Raises:
-        UnknownPoint: the bundle has no such point.
-        BitneckError: see `Supply.need`.
-    """
-    ladder = supply.bundle.manifest.ladder
-    wanted = "" if known and wish.point not in ladder else wish.point
-    if wish.auto:
-        await supply.need([point.id for point in ladder], progress)
-    elif wanted:
-        await supply.need([ladder[wanted].id], progress)
-    else:
-        await supply.look(point.id for point in ladder)
-        if not any(supply.ready(point.id) for point in ladder):
-            await supply.need([first_point(supply.bundle.manifest)], progress)
-
-
-def _link_settings(settings: EdgeSettings, bundle: Bundle) -> LinkSettings:
-    return LinkSettings(
-        access=settings.access,
-        model=bundle.manifest.name,
-        bundle_id=bundle.bundle_id,
-        client=settings.client,
-        connect_timeout_s=settings.connect_timeout_s,
-        answer_timeout_s=settings.answer_timeout_s,
-        retries=settings.retries,
-        references=settings.similar != "off" and bundle.has_conditional,
-        key_every=settings.key_every,
-        most_bytes=_most_answer_bytes(bundle.manifest),
-        answers=Answers(settings.answers),
-        pack=settings.pack,
-        pack_ms=settings.pack_ms,
-        positions={point.id: place for place, point in enumerate(bundle.manifest.points, start=1)},
-    )
-
-
-def _most_answer_bytes(manifest: Manifest) -> int:
-    """Bytes of the largest answer that a server of this bundle has reason to send."""
-    if manifest.task != "segmentation":
-        return MAX_ANSWER_BYTES
-    return max(MAX_ANSWER_BYTES, min(MAX_MAP_BYTES, 2 * manifest.input.pixels) + _BESIDE_A_MAP)

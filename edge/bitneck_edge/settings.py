@@ -16,7 +16,7 @@ AUTO = "auto"
 
 _LEAST_REPORT_S = 10.0
 
-_SERVER, _RATE, _DEVICE, _LINK = "Server", "Bit rate", "Device", "Link"
+_SERVER, _RATE, _DEVICE, _LINK, _SPOOL = "Server", "Bit rate", "Device", "Link", "Spool"
 
 
 class EdgeSettings(Settings):
@@ -207,6 +207,34 @@ class EdgeSettings(Settings):
     retries: Annotated[
         int, setting("Attempts to connect after the first one; -1 tries for ever.", _LINK, ge=-1, le=1_000_000)
     ] = 3
+
+    spool: Annotated[
+        Path | None,
+        setting(
+            "Folder in which frames are kept while no server answers; they are sent later. The link is then never "
+            "given up. Each process needs a folder of its own.",
+            _SPOOL,
+        ),
+    ] = None
+    spool_mb: Annotated[
+        float, setting("Megabytes that the spool may have; a day at one frame a second is 10.", _SPOOL, ge=1, le=1e5)
+    ] = 100.0
+    spool_age: Annotated[
+        float, setting("Hours that a frame stays in the spool, since it was captured.", _SPOOL, gt=0, le=100_000)
+    ] = 168.0
+    spool_first: Annotated[
+        Literal["oldest", "newest"],
+        setting("Which frames fall out of a full spool: the oldest ones, or the newest, which do not get in.", _SPOOL),
+    ] = "oldest"
+    spool_kbps: Annotated[
+        float,
+        setting(
+            "Kilobits a second on the link, at most, for frames of the spool; 0 for what live frames leave.",
+            _SPOOL,
+            ge=0,
+            le=1e7,
+        ),
+    ] = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -24,6 +24,7 @@ from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture
 from bitneck_edge.sources.photo import PhotoLike
 from bitneck_edge.sources.threads import in_thread
+from bitneck_edge.spool.outage import HandOut
 
 __all__ = ["SyncEdgeClient"]
 
@@ -37,6 +38,7 @@ class SyncEdgeClient:
         server: HOST:PORT; None for the settings' own.
         settings: everything else.
         on_switch: called, in the client's own thread, when the operating point changes.
+        on_spooled: see `EdgeClient`; called in the client's own thread.
         **values: single settings, such as ``point="s1-r3"``, in place of a `settings` object.
 
     Raises:
@@ -49,9 +51,10 @@ class SyncEdgeClient:
         *,
         settings: EdgeSettings | None = None,
         on_switch: Callable[[Switch], None] = lambda _switch: None,
+        on_spooled: HandOut = lambda _result: None,
         **values: Any,
     ) -> None:
-        self.client = EdgeClient(server, settings=settings, on_switch=on_switch, **values)
+        self.client = EdgeClient(server, settings=settings, on_switch=on_switch, on_spooled=on_spooled, **values)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()  # nothing is given to a loop that ends

@@ -3,10 +3,11 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from bitneck.errors import BitneckError, BundleMismatch, DeadlineExceeded, Unauthenticated, Unavailable, UnknownFile
+from bitneck.ids import check_id
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.compression import deflated
@@ -20,12 +21,14 @@ from bitneck_cloud.answers.grpc_events import AnswerStream
 from bitneck_cloud.api.grpc_peer import Context, GrpcPeer
 from bitneck_cloud.api.wire import frame_from_wire, result_to_wire, to_wire
 from bitneck_cloud.engine.engine import Engine
+from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.observe.audit import record
 from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import FrameTracer
 from bitneck_cloud.sessions.answering import Answering
 from bitneck_cloud.sessions.conversation import Conversation, job_of, origin_of, result_of
+from bitneck_cloud.sessions.rates import link_limit_kbps
 from bitneck_cloud.sessions.registry import Registry, new_session_id
 from bitneck_cloud.sessions.session import Event, Session, StreamState
 
@@ -50,6 +53,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         stall_s: likewise.
         similar_bytes: likewise.
         tls: whether connections are encrypted.
+        earlier: loads the generation of a model, by its name, that has a bundle's id; for the frames of spools.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         stall_s: float,
         similar_bytes: int,
         tls: bool = False,
+        earlier: Callable[[str, str], Awaitable[ServedModel]] | None = None,
     ) -> None:
         self._registry = registry
         self._engine = engine
@@ -79,6 +84,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._similar_bytes = similar_bytes
         self._tls = tls
         self._streams: dict[str, Conversation] = {}
+        self._earlier = earlier
         self._draining = False
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
@@ -184,11 +190,12 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             assert isinstance(opening, Open)
             if self._draining:
                 raise Unavailable("the server is stopping; connect elsewhere")
-            model = self._registry.generation(opening.model, opening.bundle_id)
+            model = await self._generation(opening)
             opening.answers.check(model.manifest.task)
             admission = self._registry.open(
-                model, opening.client, opening.resume_token, time.monotonic(), time.time(), caller
-            )
+                model, opening.client, opening.resume_token, time.monotonic(), time.time(), caller,
+                opening.spool,
+            )  # fmt: skip
         except BitneckError as exc:
             await abort(context, exc)
         session = admission.session
@@ -196,6 +203,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         session.keep(self._similar_bytes // model.kept_bytes if wanted else 0)
         self._metrics.session(model.name, admission.how)
         began = {"how": admission.how, "model": model.name, "client": session.client}
+        began |= {"spool": session.spool} if session.spool else {}
         record("session begin", f"session {session.session_id}", who=caller.name, after=began)
         conversation = Conversation(
             self._engine, model, session, state, self._streams, self._metrics, self._tracer,
@@ -208,6 +216,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             window=session.window,
             point=session.asked_point or "",
             references=session.reach,
+            max_kbps=link_limit_kbps(session.policy),
         )
         failure: BitneckError | None = None
         try:
@@ -241,6 +250,15 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         await _identify(context)
         await self._answers.serve(request, context)
 
+    async def _generation(self, opening: Open) -> ServedModel:
+        """The generation that a session's frames were coded for; for those of a spool, it may be of long ago."""
+        if not opening.spool:
+            return self._registry.generation(opening.model, opening.bundle_id)
+        check_id(opening.spool, "spool")
+        if self._earlier is None:
+            return self._registry.generation(opening.model, opening.bundle_id)
+        return await self._earlier(opening.model, opening.bundle_id)
+
     def push_point(self, session: Session, point: str, reason: str) -> bool:
         """Ask a session's client for another operating point, now.
 
@@ -251,7 +269,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         session.told = stream is not None
         if stream is None:
             return False
-        stream.push(SetPoint(point, reason))
+        stream.push(SetPoint(point, reason, link_limit_kbps(session.policy)))
         return True
 
     def _in_time(self) -> asyncio.Timeout:

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 
 import bitneck
-from bitneck.errors import BitneckError
+from bitneck.errors import BitneckError, InvalidConfig
 from bitneck_cloud.answers.http_events import add_answers
 from bitneck_cloud.answers.sinks.outgoing import Outgoing
 from bitneck_cloud.answers.sinks.showing import add_sinks
@@ -146,6 +146,8 @@ def build_app(
     async def put_session_rate(session_id: str, request: RateRequest) -> schemas.RateAnswer:
         """Change a session's rate: its client uses the new point from its next frame on."""
         found = registry.session(session_id, time.monotonic())
+        if found.spool:
+            raise InvalidConfig(f"the frames of session {session_id} come from a spool: they are coded already")
         policy, before = request.policy(), found.policy
         point = found.set_policy(policy)
         record(

@@ -116,6 +116,7 @@ class SessionInfo(BaseModel):
     client: str
     model: str
     bundle_id: str
+    spool: str | None = Field(description="id of the device's spool that its frames come from; null for live frames")
     connected: bool
     age_s: float
     policy: dict[str, str | float | bool] | None
@@ -176,6 +177,7 @@ def session_info(session: Session, *, connected: bool, now: float) -> SessionInf
         client=session.client,
         model=session.model,
         bundle_id=session.bundle_id,
+        spool=session.spool or None,
         connected=connected,
         age_s=now - session.created,
         policy=None if session.policy is None else policy_dict(session.policy),

@@ -63,6 +63,7 @@ def from_wire(message: pb.ClientMessage, most_frames: int = 1 << 10) -> ClientMe
                 references=opening.references,
                 brief=opening.brief,
                 answers=Answers[pb.Answers.Name(opening.answers).removeprefix("ANSWERS_")],
+                spool=opening.spool,
             )
         case "pack":
             return _pack(message.pack, most_frames)
@@ -172,8 +173,8 @@ def to_wire(message: ServerMessage) -> pb.ServerMessage:
             return pb.ServerMessage(ack=pb.Ack(seq=seq, before=before, cloud_us=cloud_us))
         case Fault(seq, code, text):
             return pb.ServerMessage(fault=pb.Fault(seq=seq, code=code, message=text))
-        case SetPoint(point, reason):
-            return pb.ServerMessage(set_point=pb.SetPoint(point=point, reason=reason))
+        case SetPoint(point, reason, max_kbps):
+            return pb.ServerMessage(set_point=pb.SetPoint(point=point, reason=reason, max_kbps=max_kbps))
         case GoAway(reason):
             return pb.ServerMessage(go_away=pb.GoAway(reason=reason))
         case Opened():
@@ -184,6 +185,7 @@ def to_wire(message: ServerMessage) -> pb.ServerMessage:
                     window=message.window,
                     point=message.point,
                     references=message.references,
+                    max_kbps=message.max_kbps,
                 )
             )
 

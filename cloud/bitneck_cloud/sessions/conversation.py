@@ -42,6 +42,7 @@ from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import FrameTracer
 from bitneck_cloud.sessions.answering import Answering
 from bitneck_cloud.sessions.outbox import Outbox
+from bitneck_cloud.sessions.rates import link_limit_kbps
 from bitneck_cloud.sessions.session import Event, Session, StreamState, Verdict
 
 __all__ = ["Conversation", "Peer", "job_of", "origin_of", "result_of"]
@@ -283,7 +284,9 @@ class Conversation:
         elif verdict is Verdict.NEW:
             turn = self.caller.name, self._session.session_id
             step = self._answering.answers.map_step
-            origin = origin_of(frame, self._session.client, self._session.session_id, received.wall, link_bytes)
+            origin = origin_of(
+                frame, self._session.client, self._session.session_id, received.wall, link_bytes, self._session.spool
+            )
             job = job_of(
                 self._model, frame, turn, origin, reference=reference, keep=self._session.reach > 0, map_step=step
             )
@@ -303,7 +306,7 @@ class Conversation:
         self._metrics.accepted(self._model.name, point, payload_bytes, switched=switched, similar=similar)
         if (wanted := self._session.weigh_again()) is not None:
             reason = f"max_kbps at {self._session.frames_per_s:.1f} frames per second"
-            self._outbox.control(SetPoint(wanted, reason))
+            self._outbox.control(SetPoint(wanted, reason, link_limit_kbps(self._session.policy)))
 
     def _answer(self, job: Job, computed: Computed | BitneckError) -> None:
         """Send a frame's answer to the session's newest stream."""

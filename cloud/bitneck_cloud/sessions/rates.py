@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bitneck.errors import InvalidConfig, RateUnreachable
+from bitneck.errors import InvalidConfig, RateUnreachable, UnknownPoint
 from bitneck.ladder import Ladder, OperatingPoint, most_accurate
 from bitneck.wire.link_bytes import LinkBytes, LinkMeter
 
@@ -15,6 +15,8 @@ __all__ = [
     "MinAccuracy",
     "RatePolicy",
     "choose",
+    "fits",
+    "link_limit_kbps",
     "usual_link",
 ]
 
@@ -57,6 +59,11 @@ class ClientChooses:
 
 RatePolicy = FixedPoint | MaxBytesPerFrame | MaxKbps | MinAccuracy | ClientChooses
 """What a user asks for over the control API."""
+
+
+def link_limit_kbps(policy: RatePolicy | None) -> float:
+    """What a client's link may carry, as its policy says; 0 for no limit."""
+    return policy.kbps if isinstance(policy, MaxKbps) else 0.0
 
 
 def usual_link(payload_bytes: float, interval_s: float) -> LinkBytes:
@@ -103,6 +110,15 @@ def choose(
             return ladder.at_least(accuracy)
         case ClientChooses():
             return None
+
+
+def fits(ladder: Ladder, policy: RatePolicy, *, frames_per_s: float, link: Callable[[float, float], LinkBytes]) -> bool:
+    """Whether `choose` would find a point, or leave it to the client."""
+    try:
+        choose(ladder, policy, frames_per_s=frames_per_s, link=link)
+    except (RateUnreachable, UnknownPoint):
+        return False
+    return True
 
 
 def _within(ladder: Ladder, limit: float, link: Callable[[float], LinkBytes], remedy: str) -> OperatingPoint:

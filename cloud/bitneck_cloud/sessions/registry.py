@@ -79,6 +79,7 @@ class Registry:
         self._adopt = adopt
         self._ended = ended
         self._sessions: dict[str, Session] = {}
+        self._earlier: dict[str, list[ServedModel]] = {}  # by model, the one that was loaded last first
 
     @property
     def models(self) -> Mapping[str, ServedModel]:
@@ -107,7 +108,7 @@ class Registry:
             BundleMismatch: this generation is not served.
         """
         newest = self.model(name)
-        for model in self._generations[newest.name]:
+        for model in self._generations[newest.name] + self._earlier.get(newest.name, []):
             if model.bundle.bundle_id == bundle_id:
                 return model
         raise BundleMismatch(
@@ -127,8 +128,21 @@ class Registry:
         kept = [old for k, old in enumerate(generations) if k == 0 or old.bundle.bundle_id in used]
         self._generations[model.name] = [model, *kept]
 
+    def add_earlier(self, model: ServedModel) -> None:
+        """Add a generation of long ago. Of such ones, one that no session uses stays, beside those that are used."""
+        used = {session.bundle_id for session in self._sessions.values() if session.model == model.name}
+        before = self._earlier.get(model.name, [])
+        self._earlier[model.name] = [model, *(old for old in before if old.bundle.bundle_id in used)]
+
     def open(
-        self, model: ServedModel, client: str, token: str, now: float, wall: float, caller: Caller = ANONYMOUS
+        self,
+        model: ServedModel,
+        client: str,
+        token: str,
+        now: float,
+        wall: float,
+        caller: Caller = ANONYMOUS,
+        spool: str = "",
     ) -> Admission:
         """Open a new session, or resume the one that a resume token names.
 
@@ -142,6 +156,7 @@ class Registry:
             now: seconds, a monotonic clock.
             wall: seconds since 1970.
             caller: who opens it.
+            spool: id of the spool that its frames come from; such a session is asked for no rate.
 
         Raises:
             Overloaded: too many sessions, in all or of this caller.
@@ -151,7 +166,7 @@ class Registry:
         if said is not None and said.model != model.name:
             said = None
         session = self._sessions.get(said.session_id) if said is not None else None
-        if said is not None and session is not None and said.number < session.oldest_token:
+        if said is not None and session is not None and (said.number < session.oldest_token or session.spool != spool):
             said = session = None
         if said is not None and session is not None:
             session.token_number = max(session.token_number, said.number)
@@ -172,11 +187,12 @@ class Registry:
             bundle_id=model.bundle.bundle_id,
             max_bytes_per_s=self._max_bytes_per_s,
             caller=caller.name,
+            spool=spool,
         )
         if adopted is not None:
             session.token_number = session.oldest_token = adopted.number
         self._sessions[session.session_id] = session
-        if (rule := self.rule_for(session)) is not None:
+        if not spool and (rule := self.rule_for(session)) is not None:
             session.set_policy(rule.policy)
         return self._admission(session, "adopted" if adopted is not None else "new", wall, caller)
 

@@ -24,7 +24,7 @@ from bitneck.ladder import Ladder
 from bitneck.wire.link_bytes import LinkBytes, LinkMeter
 from bitneck.wire.messages import Device, Result
 from bitneck_cloud.access.limits import TokenBucket
-from bitneck_cloud.sessions.rates import MaxKbps, RatePolicy, choose
+from bitneck_cloud.sessions.rates import MaxKbps, RatePolicy, choose, fits
 
 __all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]
 
@@ -103,6 +103,7 @@ class Session:
         bundle_id: of the model's bundle when the session was opened.
         max_bytes_per_s: payload bytes a second that are accepted in the long run; 0 for no limit.
         caller: name of who opened it.
+        spool: id of the device's spool that its frames come from; empty for none.
 
     Attributes:
         last_heard: when a stream of it began, or a frame came; `now`'s clock.
@@ -127,8 +128,10 @@ class Session:
         bundle_id: str = "",
         max_bytes_per_s: float = 0.0,
         caller: str = "",
+        spool: str = "",
     ) -> None:
         self.caller = caller
+        self.spool = spool
         self.session_id = session_id
         self.model = model
         self.bundle_id = bundle_id
@@ -358,11 +361,7 @@ class Session:
 
     def fits(self, policy: RatePolicy) -> bool:
         """Whether `set_policy` would take it."""
-        try:
-            choose(self._ladder, policy, frames_per_s=self.frames_per_s, link=self._link_bytes_of)
-        except (RateUnreachable, UnknownPoint):
-            return False
-        return True
+        return fits(self._ladder, policy, frames_per_s=self.frames_per_s, link=self._link_bytes_of)
 
     def _link_bytes_of(self, payload_bytes: float, interval_s: float) -> LinkBytes:
         """What a frame of so many bytes costs on this session's link, as it has been used so far."""

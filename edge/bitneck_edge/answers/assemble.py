@@ -10,8 +10,10 @@ from bitneck_edge.answers.verify import labels_of, segmentation_of
 from bitneck_edge.encoder import EncodedPhoto
 from bitneck_edge.link.sent import Received, Sent
 from bitneck_edge.sources.capture import Capture
+from bitneck_edge.spool.known import KnownBundle
+from bitneck_edge.spool.segment import Kept
 
-__all__ = ["answer_of"]
+__all__ = ["answer_of", "spooled_answer_of"]
 
 
 def answer_of(
@@ -73,4 +75,60 @@ def answer_of(
             compute=compute,
             total=wait + edge + round_trip,
         ),
+    )
+
+
+def spooled_answer_of(
+    frame: Kept, spool: str, sent: Sent, received: Received, known: KnownBundle, answers: Answers = Answers.ALL
+) -> Answer:
+    """Put together the answer to a frame of a spool.
+
+    Args:
+        frame: as it was kept.
+        spool: id of the spool.
+        sent: the frame.
+        received: the cloud's result, and when it came.
+        known: manifest and labels of the bundle that coded it.
+        answers: what the cloud was asked for.
+
+    Raises:
+        ProtocolError: see `labels_of` and `segmentation_of`.
+    """
+    manifest, answered = known.manifest, answers is not Answers.NONE
+    segmented = manifest.task == "segmentation"
+    queued, decode, compute = received.result.stages_ms if answered else (0.0, 0.0, 0.0)
+    round_trip = (received.at - received.sent_at) * 1e3
+    split = manifest.ladder[frame.point].split if frame.point in manifest.ladder else ""
+    return Answer(
+        file=frame.name,
+        seq=frame.seq,
+        point=frame.point,
+        split=split,
+        payload_bytes=len(frame.payload),
+        reference=sent.reference,
+        message_bytes=received.message_bytes,
+        link_bytes_up=received.link.up,
+        link_bytes_down=received.link.down,
+        bpp_payload=len(frame.payload) * 8 / manifest.input.pixels,
+        bpp_wire=received.message_bytes * 8 / manifest.input.pixels,
+        payload_crc32c=crc32c_hex(frame.payload),
+        symbols_crc32c="",
+        labels=labels_of(received.result, known.labels) if answered and not segmented else (),
+        segmentation=segmentation_of(received.result, manifest, known.labels, answers)
+        if answered and segmented
+        else None,
+        ms=StageTimes(
+            wait=0.0,
+            load=0.0,
+            preprocess=0.0,
+            head=0.0,
+            encode=0.0,
+            link=max(0.0, round_trip - queued - decode - compute),
+            queued=queued,
+            decode=decode,
+            compute=compute,
+            total=round_trip,
+        ),
+        spool=spool,
+        captured_unix_us=frame.captured_unix_us,
     )

@@ -1,6 +1,7 @@
 """What a program gets for each photograph."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,10 @@ class Answer:
         labels: of a classification network, the best first; else empty. Without answers it is empty too.
         segmentation: of a segmentation network; else, and without answers, None.
         written: the files that the answer was written to; None if it was not written.
+        spool: id of the spool that the frame was sent from, whose number `seq` then is; else empty. Of such a frame the
+            edge's times and `symbols_crc32c` are not known: they are 0 and empty.
+        captured_unix_us: of a frame from a spool: when the picture was taken, microseconds since 1970; of a file: when
+            it was read.
     """
 
     file: str
@@ -113,6 +118,8 @@ class Answer:
     labels: tuple[Label, ...] = ()
     segmentation: Segmentation | None = None
     written: Written | None = None
+    spool: str = ""
+    captured_unix_us: int = 0
 
     def without_map(self) -> "Answer":
         """The same answer without the pixels of its class map, which saves memory if many are kept."""
@@ -123,12 +130,16 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: ``labels``, or ``classes`` and ``map_bytes``; the files if it was written; no pixels.
 
-        Without answers ``labels`` is empty.
+        Without answers ``labels`` is empty. A frame from a spool has ``spooled``, ``spool`` and ``captured``.
         """
         document = {each.name: getattr(self, each.name) for each in fields(self)}
         document["ms"] = asdict(self.ms)
         document["labels"] = [asdict(label) for label in self.labels]
-        del document["segmentation"], document["written"]
+        for name in ("segmentation", "written", "spool", "captured_unix_us"):
+            del document[name]
+        if self.spool:
+            captured = datetime.fromtimestamp(self.captured_unix_us / 1e6, UTC).isoformat(timespec="microseconds")
+            document |= {"spooled": True, "spool": self.spool, "captured": captured.replace("+00:00", "Z")}
         if self.segmentation is not None:
             del document["labels"]
             document |= self.segmentation.to_dict()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from bitneck.backoff import Backoff
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig, Unavailable
+from bitneck.errors import BitneckError, BundleCorrupt, BundleMismatch, InvalidConfig, Unavailable, Unreachable
 from bitneck.manifest import Manifest, Precision, bundle_id_of
 from bitneck.text import clean_text
 from bitneck_edge.bundles.notes import noted_bundle, noted_bundles, remember
@@ -173,7 +173,7 @@ async def _offer(settings: EdgeSettings, store: FileStore, *, offline: bool) -> 
                 offer = await fetch_manifest(stub, settings.model, access, settings.answer_timeout_s)
                 break
             except BitneckError as exc:
-                if not exc.transient:
+                if not exc.transient and not (offline and settings.spool is not None and isinstance(exc, Unreachable)):
                     raise
                 kept = _last(settings, store) if offline else None
                 if kept is not None:
@@ -181,6 +181,8 @@ async def _offer(settings: EdgeSettings, store: FileStore, *, offline: bool) -> 
                         "%s; starting with the bundle that it had last, %s, and trying again", exc, kept.bundle_id
                     )
                     return kept
+                if not exc.transient:
+                    raise
                 pause_s = backoff.failed(random.random())  # noqa: S311  no secret
                 if pause_s is None:
                     raise Unavailable(f"{exc}; gave up after {backoff.failures} attempts") from exc

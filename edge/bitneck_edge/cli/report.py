@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,12 @@ from bitneck_edge.cli.tables import make_table
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.measure.memory import peak_mib
 from bitneck_edge.observe.buckets import FINE_S, Buckets
+from bitneck_edge.spool.bounds import SpoolCounts
 
 __all__ = [
-    "CSV_NAMES",
-    "RunSummary",
-    "bench_table",
-    "csv_row",
-    "line",
-    "link_table",
-    "load_table",
-    "points_table",
-    "run_document",
-    "run_table",
-]
+    "CSV_NAMES", "RunSummary", "bench_table", "csv_row", "line", "link_table", "load_table", "points_table",
+    "run_document", "run_table", "spool_line",
+]  # fmt: skip
 
 _STAGES = ("wait", "load", "preprocess", "head", "encode", "link", "queued", "decode", "compute", "total")
 _MEANS = ("payload_bytes", "message_bytes", "link_bytes_up", "link_bytes_down", "bpp_payload", "bpp_wire")
@@ -76,6 +70,8 @@ class RunSummary:
             self.failures += 1
             self._worst = max(self._worst, result.error.exit_code)
             return
+        if result.spool:  # its times are not known, and the client counts it
+            return
         self.answers += 1
         self._points[result.point] += 1
         for name in _MEANS:
@@ -109,6 +105,8 @@ class RunSummary:
             "reconnects": client.reconnects,
             "peak_mb": peak_mib(),
         }
+        if client.spool is not None:
+            summary["spool"] = {"id": client.spool_id, **asdict(client.spool)}
         if self.answers:
             mean = {name: value / self.answers for name, value in self._sums.items()}
             summary |= {
@@ -170,6 +168,10 @@ def csv_row(result: Answer | Failure) -> dict[str, Any]:
 
 def line(answer: Answer) -> str:
     """One answer on one line."""
+    if answer.spool:
+        found = _shares(answer.segmentation) if answer.segmentation else "".join(x.name for x in answer.labels[:1])
+        start = f"{answer.seq:>5}  {answer.point:<8} {answer.payload_bytes:>5} bytes"
+        return f"{start}  spooled {answer.to_dict()['captured']}  {found:<28.28}  {answer.file}"
     start = f"{answer.seq:>5}  {answer.point:<8} {answer.payload_bytes:>5} bytes"
     if answer.segmentation is not None:
         back = f"{answer.segmentation.map_bytes:>6} back"
@@ -178,6 +180,18 @@ def line(answer: Answer) -> str:
         return f"{start}  {answer.ms.total:>7.1f} ms  {'acknowledged':<44}  {answer.file}"
     best = answer.labels[0]
     return f"{start}  {answer.ms.total:>7.1f} ms  {best.score:.3f}  {best.name:<28.28}  {answer.file}"
+
+
+def spool_line(counts: SpoolCounts) -> str:
+    """What became of the frames of a spool, on one line; empty if there were none."""
+    if not any((counts.spooled, counts.sent, counts.kept, counts.dropped, counts.damaged)):
+        return ""
+    unknown = f", {counts.unknown} of them of a bundle that the server does not have" if counts.unknown else ""
+    damaged = f", {counts.damaged} damaged places" if counts.damaged else ""
+    return (
+        f"spool: {counts.spooled} frames in, {counts.sent} answered, {counts.kept} kept{unknown}, "
+        f"{counts.dropped} fell out{damaged}"
+    )
 
 
 def _shares(segmentation: Segmentation) -> str:
@@ -201,7 +215,8 @@ def run_table(results: Sequence[Answer | Failure]) -> Table:
         ms = result.ms
         edge, cloud = ms.load + ms.preprocess + ms.head + ms.encode, ms.queued + ms.decode + ms.compute
         table.add_row(
-            Text(Path(result.file).name),  # a Text, because a name may look like markup
+            # a Text, because a name may look like markup
+            Text(Path(result.file).name + (" (spooled)" if result.spool else "")),
             result.point,
             str(result.payload_bytes),
             f"{result.bpp_payload:.4f}",

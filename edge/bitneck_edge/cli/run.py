@@ -22,7 +22,7 @@ from bitneck.wire.messages import Answers
 from bitneck_edge.answers.maps import MapWriter
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.cli.fetch_lines import FetchLines
-from bitneck_edge.cli.report import CSV_NAMES, RunSummary, csv_row, line, run_document, run_table
+from bitneck_edge.cli.report import CSV_NAMES, RunSummary, csv_row, line, run_document, run_table, spool_line
 from bitneck_edge.cli.tables import print_table, write_rows
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
@@ -128,7 +128,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
 
         writer = MapWriter(plan.out) if plan.out is not None else None
         finish = writer.write if writer is not None else None
-        client = EdgeClient(settings=settings, on_fetch=on_fetch, on_switch=on_switch, finish=finish)
+        client = EdgeClient(settings=settings, on_fetch=on_fetch, on_switch=on_switch, finish=finish, on_spooled=take)
         async with contextlib.AsyncExitStack() as stack:
             if not await _opened(client, stack, stop):
                 errors.print("stopped before the session was open", highlight=False)
@@ -152,6 +152,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
                     progress.update(sending, completed=summary.answers + summary.failures)
             except CallerError as exc:  # a source failed: the answers so far count
                 take(Failure(_first(plan.sources), exc))
+            await client.drain(stop)
             totals = summary.to_dict(client)
             document = run_document(client, results, summary)
             told = summary.line(client)
@@ -161,6 +162,8 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
             "or give --retries -1 to wait for the server however long it takes",
             style="red", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
+    if plan.output in ("table", "verbose") and client.spool is not None and (text := spool_line(client.spool)):
+        errors.print(text, markup=False, highlight=False, soft_wrap=True)
     if plan.output == "json":
         print(json.dumps(document))  # noqa: T201
     elif plan.output == "lines":

@@ -9,10 +9,10 @@ Frames that are sent while no connection is up wait in the records; `attach` sen
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from bitneck.errors import GRPC_CODES, BitneckError, error_from_status
@@ -22,7 +22,7 @@ from bitneck.wire.messages import Ack, Acknowledge, Device, Fault, Frame, Pack, 
 from bitneck_edge.link.connection import Connection
 from bitneck_edge.link.packing import Packer, frames_of, together
 from bitneck_edge.link.records import Candidate, Coded, Records
-from bitneck_edge.link.sent import MessageSent, Received, Sent
+from bitneck_edge.link.sent import MessageSent, Received, Sent, Waiting
 
 __all__ = ["Exchange"]
 
@@ -33,14 +33,6 @@ _BUSY = GRPC_CODES["RESOURCE_EXHAUSTED"]
 """The fault of a server that has too much to do."""
 _REFERENCE = frozenset(GRPC_CODES[name] for name in ("ABORTED", "DATA_LOSS"))
 """Faults of a frame whose reference the cloud lacks, or has with other symbols."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    """Where a frame's answer goes, and who is told that it was sent."""
-
-    answer: asyncio.Future[Received]
-    on_sent: Callable[[MessageSent], None]
 
 
 class Exchange:
@@ -62,7 +54,9 @@ class Exchange:
         pack: int = 1,
         pack_s: float = 0.0,
     ) -> None:
-        self._records = Records[_Waiting](key_every=key_every, positions=positions, ask_s=ask_s)
+        self._records = Records[Waiting](key_every=key_every, positions=positions, ask_s=ask_s)
+        self.down = False  # whether the last attempt to connect failed
+        self._heard_s = -math.inf
         self._silent = ask_s is not None
         self._pack = pack
         self._packer = Packer(pack)
@@ -108,6 +102,22 @@ class Exchange:
         oldest_s = self._records.oldest_sent_s
         return oldest_s is not None and time.perf_counter() - oldest_s > limit_s
 
+    def silent_s(self) -> float:
+        """Seconds for which frames have been out without any answer; 0 if none is out."""
+        oldest_s = self._records.oldest_sent_s
+        return 0.0 if oldest_s is None else max(0.0, time.perf_counter() - max(oldest_s, self._heard_s))
+
+    async def takes(self, in_flight: int, limit_s: float) -> bool:
+        """Wait until a frame can be sent at once; False if the link is down, or silent for longer than this."""
+        while self._failure is None and not self.down and self.silent_s() <= limit_s:
+            if self._records.has_room(in_flight):
+                return True
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit_s / 4):
+                    await self._changed.wait()
+        return False
+
     @property
     def link_bytes(self) -> LinkBytes:
         """What has crossed the link since the session was opened, the openings of connections left out."""
@@ -125,7 +135,7 @@ class Exchange:
             case Results(results):
                 return any(result.seq in self._records for result in results)
             case Ack():
-                return bool(self._acknowledged(message))
+                return bool(self._records.acknowledged(message))
         return False
 
     def candidate(self, point: str) -> Candidate | None:
@@ -144,6 +154,7 @@ class Exchange:
         prompt: bool = False,
         ask: bool = False,
         on_sent: Callable[[MessageSent], None] = lambda _written: None,
+        seq: int = 0,
     ) -> Sent:
         """Send a frame; waits while the window is full. It may then wait for others of its pack.
 
@@ -157,6 +168,7 @@ class Exchange:
             prompt: it waits for no others, and asks for its acknowledgement.
             ask: see `Records.add`.
             on_sent: called when a message is sent whose last frame this is.
+            seq: see `Records.add`.
 
         Raises:
             Overloaded: the frame is larger than any server takes; the session is not harmed.
@@ -172,7 +184,7 @@ class Exchange:
         frame = self._records.add(
             point,
             payload,
-            answer=_Waiting(answer, on_sent),
+            answer=Waiting(answer, on_sent),
             now_s=added_s,
             deadline_ms=deadline_ms,
             captured_unix_us=captured_unix_us,
@@ -180,6 +192,7 @@ class Exchange:
             ask=ask or prompt,
             in_flight=in_flight,
             waits=self._packer.most > 1,
+            seq=seq,
         ).frame
         messages = self._packer.add(frame)
         if prompt or not self._records.has_room(in_flight):
@@ -300,6 +313,7 @@ class Exchange:
 
     def take(self, message: Result | Results | Ack | Fault) -> None:
         """The answers of frames, or why one could not be answered."""
+        self._heard_s = time.perf_counter()
         match message:
             case Result():
                 self._answered((message,))
@@ -309,7 +323,7 @@ class Exchange:
                 return
             case Ack():
                 self._records.asked(time.perf_counter())
-                self._answered(self._acknowledged(message))
+                self._answered(self._records.acknowledged(message))
                 return
         error = error_from_status(message.code, message.message)
         if message.code in _REFERENCE:
@@ -326,11 +340,6 @@ class Exchange:
             self._failed(message.seq, error)
         else:
             _LOG.warning("the server refused a message: %s", error)
-
-    def _acknowledged(self, ack: Ack) -> tuple[Result, ...]:
-        """Results without an output, for the unanswered frames of an acknowledgement."""
-        seqs = [seq for seq in self._records.seqs if ack.seq - ack.before <= seq <= ack.seq]
-        return tuple(Result(seq, None, None, ack.cloud_us if seq == ack.seq else 0) for seq in seqs)
 
     def _answered(self, results: Sequence[Result]) -> None:
         """Results that came in one message; they share the link bytes since the last one."""
@@ -355,7 +364,7 @@ class Exchange:
         if self._pack_due is not None:
             self._pack_due.cancel()
         for record in self._records.give_up():
-            _fail_answer(record.answer.answer, error)
+            record.answer.fail(error)
         self._changed.set()
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -385,11 +394,9 @@ class Exchange:
         """A frame has no answer; what comes for it later is ignored."""
         record = self._records.settle(seq, answered=False)
         if record is not None:
-            _fail_answer(record.answer.answer, error)
+            record.answer.fail(error)
             self._changed.set()
 
-
-def _fail_answer(answer: asyncio.Future[Received], error: BitneckError) -> None:
-    if not answer.done():
-        answer.set_exception(error)
-        answer.exception()  # marks it as seen: asyncio need not warn if nobody awaits it any more
+    def wake(self) -> None:
+        """Let those who wait for room look again."""
+        self._changed.set()

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bitneck.backoff import Backoff
@@ -30,9 +30,8 @@ from bitneck.wire.messages import (
 )
 from bitneck_edge.link.connection import Connection, connect
 from bitneck_edge.link.exchange import Exchange
-from bitneck_edge.link.records import Candidate, Coded
+from bitneck_edge.link.records import Candidate
 from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access
-from bitneck_edge.link.sent import MessageSent, Sent
 
 __all__ = ["Link", "LinkSettings"]
 
@@ -69,6 +68,10 @@ class LinkSettings:
     answers: Answers = Answers.ALL
     pack: int = 1
     pack_ms: int = 0
+    spool: str = ""
+    """See `bitneck.wire.messages.Open`."""
+    patient: bool = False
+    """Go on trying where another attempt would give the same, too: the network in between may be to blame."""
 
     @property
     def ask_s(self) -> float | None:
@@ -84,11 +87,14 @@ class Link:
         reconnects: how often it connected again, attempts that failed included.
         connected: whether a connection is up, and the session open on it.
         initial_point: operating point that the cloud asked for when the session was opened; empty for none.
+        max_kbps: what the device's link may carry, as the cloud asks; 0 for no limit.
+        send: sends a frame; see `Exchange.send`.
 
     Args:
         settings: addresses and limits.
         on_point: called with (point, reason) when the cloud asks for another operating point.
         on_reconnect: called when the session was resumed and unanswered frames have been sent again.
+        on_late: called with the point that the cloud asks for when the session is opened after `start` had returned.
     """
 
     def __init__(
@@ -96,11 +102,16 @@ class Link:
         settings: LinkSettings,
         on_point: Callable[[str, str], None],
         on_reconnect: Callable[[], None] = lambda: None,
+        on_late: Callable[[str], None] = lambda _point: None,
     ) -> None:
         self.session_id = ""
         self.reconnects = 0
         self.connected = False
         self.initial_point = ""
+        self.max_kbps = 0.0
+        self._late = False
+        self._on_late = on_late
+        self._tried = asyncio.Event()
         self._settings = settings
         self._access = settings.access
         self._address = settings.access.address
@@ -109,6 +120,7 @@ class Link:
         self._exchange = Exchange(
             settings.key_every, settings.positions, settings.ask_s, settings.pack, settings.pack_ms / 1e3
         )
+        self.send = self._exchange.send
         self._task: asyncio.Task[None] | None = None
         self._opened: asyncio.Future[None] | None = None
         self._leaving: frozenset[int] | None = None  # the server goes away: frames that it may still answer
@@ -124,9 +136,43 @@ class Link:
             BundleMismatch: the server runs another bundle.
             BitneckError: whatever else the server refuses.
         """
+        await self._begin()
+
+    async def start(self) -> bool:
+        """The same, but if no server answers the first attempt, it goes on trying in the background.
+
+        Returns:
+            Whether the session is open.
+
+        Raises:
+            BitneckError: whatever else the server refuses.
+        """
+        opened = self._begin()
+        await self._tried.wait()
+        if opened.done():
+            await opened
+        else:
+            self._late = True
+        return not self._late
+
+    def _begin(self) -> asyncio.Future[None]:
         self._opened = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._run(self._opened), name="bitneck-link")
-        await self._opened
+        return self._opened
+
+    @property
+    def up(self) -> bool:
+        """Whether the server answered when the link was last opened, and the connection has not broken since."""
+        return self._opened is not None and self._opened.done() and not self._exchange.down and self.failure is None
+
+    @property
+    def silent_s(self) -> float:
+        """See `Exchange.silent_s`."""
+        return self._exchange.silent_s()
+
+    async def takes(self, in_flight: int, limit_s: float) -> bool:
+        """See `Exchange.takes`."""
+        return self.up and await self._exchange.takes(in_flight, limit_s)
 
     @property
     def failure(self) -> BitneckError | None:
@@ -173,32 +219,6 @@ class Link:
         """What the next frame at a point may be coded against; None if it has to be coded by itself."""
         return self._exchange.candidate(point)
 
-    def send(
-        self,
-        point: str,
-        payload: bytes,
-        *,
-        deadline_ms: int = 0,
-        captured_unix_us: int = 0,
-        in_flight: int = 0,
-        similar: Coded | None = None,
-        prompt: bool = False,
-        ask: bool = False,
-        on_sent: Callable[[MessageSent], None] = lambda _written: None,
-    ) -> Awaitable[Sent]:
-        """Send a frame; waits while the window is full. See `Exchange.send`."""
-        return self._exchange.send(
-            point,
-            payload,
-            deadline_ms=deadline_ms,
-            captured_unix_us=captured_unix_us,
-            in_flight=in_flight,
-            similar=similar,
-            prompt=prompt,
-            ask=ask,
-            on_sent=on_sent,
-        )
-
     async def _run(self, opened: asyncio.Future[None]) -> None:
         """Keep connected until that fails for good; then tell everyone who waits."""
         try:
@@ -212,6 +232,8 @@ class Link:
     def _fail(self, error: BitneckError, opened: asyncio.Future[None]) -> None:
         if not opened.done():
             opened.set_exception(error)
+            opened.exception()  # marks it as seen: after `start` nobody awaits it
+        self._tried.set()
         self._exchange.fail(error)
 
     async def _keep_connected(self, opened: asyncio.Future[None]) -> None:
@@ -228,7 +250,7 @@ class Link:
                 await self._use_connection(opened)
                 error: BitneckError = Unavailable(f"{self._address}: the server ended the stream")
             except (Unavailable, DeadlineExceeded, Overloaded) as exc:
-                if isinstance(exc, Unreachable) and not opened.done():
+                if isinstance(exc, Unreachable) and not (opened.done() or self._settings.patient):
                     raise
                 error = exc
             if self._closing:
@@ -238,6 +260,7 @@ class Link:
                 _LOG.info("the server takes fewer keepalives; one comes every %.0f s now", self._access.keepalive_s)
             idle = self._leaving is not None and not self._exchange.unanswered
             sent_away_fairly = idle and time.perf_counter() - begun > _FAIR_S
+            self._exchange.down = not sent_away_fairly
             if sent_away_fairly or progress != self._exchange.progress:
                 backoff.succeeded()
             if progress != self._exchange.progress:
@@ -248,6 +271,8 @@ class Link:
             if pause_s is None:
                 raise Unavailable(f"{error}; gave up after {backoff.failures} attempts") from error
             _LOG.warning("%s; connecting again in %.1f s", error, pause_s)
+            self._tried.set()
+            self._exchange.wake()
             if sent_away_fairly:
                 await self._exchange.frame_comes(pause_s)
             else:
@@ -268,6 +293,8 @@ class Link:
                 self._grant(await self._handshake(connection), resumed=resumed)
                 await self._attach(connection)
                 self.connected = True
+                self._exchange.down = False
+                self._tried.set()
                 if resumed:
                     self._on_reconnect()
                 else:
@@ -288,6 +315,7 @@ class Link:
             references=s.references,
             brief=bool(s.positions),
             answers=s.answers,
+            spool=s.spool,
         )
         try:
             async with asyncio.timeout(s.answer_timeout_s):
@@ -311,8 +339,11 @@ class Link:
         )
         self.session_id, self._token = reply.session_id, reply.resume_token
         before, self._asked_point = self._asked_point, reply.point
+        self.max_kbps = reply.max_kbps
         if not resumed:
             self.initial_point = reply.point
+            if self._late:
+                self._on_late(reply.point)
         elif reply.point not in ("", before):
             self._on_point(reply.point, "asked for while the link was down")
 
@@ -358,7 +389,7 @@ class Link:
             case Result() | Results() | Ack() | Fault():
                 self._exchange.take(message)
             case SetPoint():
-                self._asked_point = message.point
+                self._asked_point, self.max_kbps = message.point, message.max_kbps
                 self._on_point(message.point, message.reason)
             case GoAway():
                 _LOG.info("the server is going away: %s", message.reason)

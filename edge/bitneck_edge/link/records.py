@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import Overloaded
 from bitneck.wire.frames import MAX_MESSAGE_BYTES, seal_frame, wire_bytes
-from bitneck.wire.messages import Frame
+from bitneck.wire.messages import Ack, Frame, Result
 
 __all__ = ["Candidate", "Coded", "Record", "Records"]
 
@@ -197,6 +197,7 @@ class Records(Generic[A]):
         ask: bool = False,
         in_flight: int = 0,
         waits: bool = False,
+        seq: int = 0,
     ) -> Record[A]:
         """A frame is about to be sent for the first time: number it, seal it, and note it as unanswered.
 
@@ -212,6 +213,7 @@ class Records(Generic[A]):
             ask: for its acknowledgement, where frames have no answers.
             in_flight: see `has_room`.
             waits: it waits for others of its message; `departed` tells when it is sent.
+            seq: its number, above those of all frames before it; 0 for the next one.
 
         Returns:
             The record; its `frame` is the one to send.
@@ -221,6 +223,7 @@ class Records(Generic[A]):
         """
         if not self.has_room():
             raise Overloaded(f"frame {self.next_seq} cannot be sent: {len(self)} frames are unanswered already")
+        self.next_seq = max(self.next_seq, seq)
         alone = frame = seal_frame(
             seq=self.next_seq,
             point=point,
@@ -328,6 +331,11 @@ class Records(Generic[A]):
             if newest is None or seq > newest.seq:
                 self._newest[symbols.point] = Candidate(seq, symbols, self._generation)
         return record
+
+    def acknowledged(self, ack: Ack) -> tuple[Result, ...]:
+        """Results without an output, for the unanswered frames of an acknowledgement."""
+        seqs = [seq for seq in self.seqs if ack.seq - ack.before <= seq <= ack.seq]
+        return tuple(Result(seq, None, None, ack.cloud_us if seq == ack.seq else 0) for seq in seqs)
 
     def give_up(self) -> tuple[Record[A], ...]:
         """No answer will come any more: the records of all unanswered frames, which are settled."""

@@ -1,12 +1,14 @@
 """What becomes of a frame on the link: sent, written with others, answered."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from bitneck.errors import BitneckError
 from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import Result
 
-__all__ = ["MessageSent", "Received", "Sent"]
+__all__ = ["MessageSent", "Received", "Sent", "Waiting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +68,17 @@ class MessageSent:
     awaited: bool
     at: float
     answer: asyncio.Future[Received]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Where a frame's answer goes, and who is told that it was sent."""
+
+    answer: asyncio.Future[Received]
+    on_sent: Callable[[MessageSent], None]
+
+    def fail(self, error: BitneckError) -> None:
+        """There will be no answer."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+            self.answer.exception()  # marks it as seen: asyncio need not warn if nobody awaits it any more

@@ -1,5 +1,7 @@
 """Messages of a stream to protobuf and back: the one module of the edge that knows how they look on the wire."""
 
+import math
+
 from bitneck.text import clean_text
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.frames import pack_positions, pack_references, pack_times
@@ -108,7 +110,8 @@ def server_message(message: object) -> ServerMessage | None:
         case "fault":
             return Fault(message.fault.seq, message.fault.code, clean_text(message.fault.message))
         case "set_point":
-            return SetPoint(clean_text(message.set_point.point, _MAX_ID), clean_text(message.set_point.reason))
+            asked = message.set_point
+            return SetPoint(clean_text(asked.point, _MAX_ID), clean_text(asked.reason), _rate(asked.max_kbps))
         case "opened":
             return _opened(message.opened)
         case "go_away":
@@ -125,6 +128,7 @@ def _open_to_wire(message: Open) -> pb.Open:
         references=message.references,
         brief=message.brief,
         answers=f"ANSWERS_{message.answers.name}",
+        spool=message.spool,
     )
 
 
@@ -150,7 +154,13 @@ def _opened(message: pb.Opened) -> Opened:
         window=message.window,
         point=clean_text(message.point, _MAX_ID),
         references=message.references,
+        max_kbps=_rate(message.max_kbps),
     )
+
+
+def _rate(kbps: float) -> float:
+    """A rate that a server asks for; 0, which is no limit, for one that is none."""
+    return kbps if math.isfinite(kbps) and kbps > 0 else 0.0
 
 
 def _result(message: pb.Result) -> Result:

@@ -110,7 +110,7 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., set_point: _Optional[_Union[SetPoint, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., results: _Optional[_Union[Results, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("model", "bundle_id", "client", "resume_token", "references", "brief", "answers")
+    __slots__ = ("model", "bundle_id", "client", "resume_token", "references", "brief", "answers", "spool")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +118,7 @@ class Open(_message.Message):
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
     BRIEF_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    SPOOL_FIELD_NUMBER: _ClassVar[int]
     model: str
     bundle_id: str
     client: str
@@ -125,21 +126,24 @@ class Open(_message.Message):
     references: bool
     brief: bool
     answers: Answers
-    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ..., references: _Optional[bool] = ..., brief: _Optional[bool] = ..., answers: _Optional[_Union[Answers, str]] = ...) -> None: ...
+    spool: str
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ..., references: _Optional[bool] = ..., brief: _Optional[bool] = ..., answers: _Optional[_Union[Answers, str]] = ..., spool: _Optional[str] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("session_id", "resume_token", "window", "point", "references")
+    __slots__ = ("session_id", "resume_token", "window", "point", "references", "max_kbps")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     POINT_FIELD_NUMBER: _ClassVar[int]
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_KBPS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     resume_token: str
     window: int
     point: str
     references: int
-    def __init__(self, session_id: _Optional[str] = ..., resume_token: _Optional[str] = ..., window: _Optional[int] = ..., point: _Optional[str] = ..., references: _Optional[int] = ...) -> None: ...
+    max_kbps: float
+    def __init__(self, session_id: _Optional[str] = ..., resume_token: _Optional[str] = ..., window: _Optional[int] = ..., point: _Optional[str] = ..., references: _Optional[int] = ..., max_kbps: _Optional[float] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("seq", "point", "payload", "crc32c", "deadline_ms", "captured_unix_us", "reference", "position", "acknowledge")
@@ -310,12 +314,14 @@ class Timings(_message.Message):
     def __init__(self, received_unix_us: _Optional[int] = ..., queued_us: _Optional[int] = ..., decode_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., batch: _Optional[int] = ...) -> None: ...
 
 class SetPoint(_message.Message):
-    __slots__ = ("point", "reason")
+    __slots__ = ("point", "reason", "max_kbps")
     POINT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    MAX_KBPS_FIELD_NUMBER: _ClassVar[int]
     point: str
     reason: str
-    def __init__(self, point: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    max_kbps: float
+    def __init__(self, point: _Optional[str] = ..., reason: _Optional[str] = ..., max_kbps: _Optional[float] = ...) -> None: ...
 
 class Fault(_message.Message):
     __slots__ = ("seq", "code", "message")

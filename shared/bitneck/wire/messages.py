@@ -87,6 +87,7 @@ class Open:
         references: whether frames may be coded against earlier ones.
         brief: the client has the labels; answers come without names.
         answers: what comes back for each frame.
+        spool: id of the device's spool that the frames come from, whose numbers they have; empty for none.
     """
 
     model: str
@@ -96,6 +97,7 @@ class Open:
     references: bool = False
     brief: bool = False
     answers: Answers = Answers.ALL
+    spool: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +179,7 @@ class Opened:
         window: number of frames that may be unanswered.
         point: operating point that the cloud asks for; empty if the client chooses.
         references: how far back in seq a reference may lie; 0 for no references.
+        max_kbps: what the device's link may carry, as the cloud asks; 0 for no limit.
     """
 
     session_id: str
@@ -184,6 +187,7 @@ class Opened:
     window: int
     point: str = ""
     references: int = 0
+    max_kbps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,10 +309,11 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class SetPoint:
-    """The cloud asks for another operating point; an empty one lets the client choose again."""
+    """The cloud asks for another operating point; an empty one lets the client choose again. See `Opened.max_kbps`."""
 
     point: str
     reason: str
+    max_kbps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,135 @@
+"""Bundles that a server had: kept on its disk, and loaded when a device's spool has frames of one of them.
+
+    <folder>/<model>/<SHA-256 of the manifest>/    the cloud's half of a bundle
+
+A bundle is copied when it is first served, so that it can still be loaded after its folder holds another one, and after
+the server was started again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from bitneck.bundle import MANIFEST_NAME, Bundle
+from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig
+from bitneck.ids import check_id
+from bitneck.runtime import ModulePool, return_freed_memory
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.observe.audit import record
+from bitneck_cloud.sessions.registry import Registry
+
+__all__ = ["EarlierBundles"]
+
+_LOG = logging.getLogger(__name__)
+_PREFIX = "sha256:"
+
+
+class EarlierBundles:
+    """A folder of bundles. One is loaded at a time.
+
+    Args:
+        folder: where they are kept; None to keep none.
+        most: of each model, besides the one that is served.
+        most_age_s: since each was last served or used.
+    """
+
+    def __init__(self, folder: Path | None, *, most: int, most_age_s: float) -> None:
+        self._folder = folder
+        self._most = most
+        self._most_age_s = most_age_s
+        self._loading = asyncio.Lock()
+
+    def keep(self, bundle: Bundle) -> None:
+        """Keep a bundle that is served from now on, and remove those that are too many or too old.
+
+        Raises:
+            InvalidConfig: the folder cannot be written.
+        """
+        if self._folder is None:
+            return
+        place = self._place(bundle.manifest.name, bundle.bundle_id)
+        try:
+            if not (place / MANIFEST_NAME).is_file():
+                self._copy(bundle, place)
+            place.touch()
+            self._forget_old(place.parent, place)
+        except OSError as exc:
+            raise InvalidConfig(
+                f"the folder of earlier bundles {self._folder} cannot be written ({exc.strerror or exc}); "
+                "make room, or choose another one (--earlier)"
+            ) from exc
+
+    async def generation(
+        self, registry: Registry, model: str, bundle_id: str, pool: ModulePool, threads: int
+    ) -> ServedModel:
+        """The generation of a model that coded a spool's frames. It is loaded if it has to be.
+
+        Raises:
+            UnknownModel: no such model.
+            BundleMismatch: the bundle is not kept here.
+            BitneckError: it cannot be loaded.
+        """
+        try:
+            return registry.generation(model, bundle_id)
+        except BundleMismatch:
+            newest = registry.model(model)
+            if self._folder is None or not self._has(newest.name, bundle_id):
+                raise
+        async with self._loading:
+            with contextlib.suppress(BundleMismatch):
+                return registry.generation(model, bundle_id)
+            served = await asyncio.to_thread(self._load, newest, bundle_id, pool, threads)
+            registry.add_earlier(served)
+            _LOG.info("loaded the earlier bundle %s of %s for a spool", bundle_id, newest.name)
+            record("load earlier bundle", f"model {newest.name}", who="server", after={"bundle_id": bundle_id})
+            return served
+
+    def _load(self, newest: ServedModel, bundle_id: str, pool: ModulePool, threads: int) -> ServedModel:
+        place = self._place(newest.name, bundle_id)
+        try:
+            bundle = Bundle.open(place, side="cloud")
+            if bundle.bundle_id != bundle_id:
+                raise InvalidConfig(f"{place} holds the bundle {bundle.bundle_id}")
+            served = ServedModel(bundle, threads=threads, pool=pool, before=newest)
+        except BitneckError as exc:
+            _LOG.error("the earlier bundle %s cannot be loaded: %s", bundle_id, exc)
+            raise BundleMismatch(f"this server cannot load the earlier bundle {bundle_id} any more") from exc
+        return_freed_memory()
+        with contextlib.suppress(OSError):
+            place.touch()
+        return served
+
+    def _has(self, model: str, bundle_id: str) -> bool:
+        digits = bundle_id.removeprefix(_PREFIX)
+        well_formed = len(digits) == 64 and not set(digits) - set("0123456789abcdef")
+        return well_formed and (self._place(model, bundle_id) / MANIFEST_NAME).is_file()
+
+    def _place(self, model: str, bundle_id: str) -> Path:
+        assert self._folder is not None
+        return self._folder / check_id(model, "model") / bundle_id.removeprefix(_PREFIX)
+
+    def _copy(self, bundle: Bundle, place: Path) -> None:
+        """Copy the cloud's half; the folder gets its name when it is whole."""
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as part:
+            whole = Path(part) / "bundle"
+            for name in bundle.manifest.files_for("cloud"):
+                target = whole / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(bundle.path(name), target)
+            (whole / MANIFEST_NAME).write_bytes(bundle.manifest_json)
+            with contextlib.suppress(FileExistsError):  # another server of this folder was faster
+                whole.replace(place)
+
+    def _forget_old(self, folder: Path, current: Path) -> None:
+        now = time.time()
+        others = [path for path in folder.iterdir() if path.is_dir() and path != current and len(path.name) == 64]
+        others.sort(key=lambda path: -path.stat().st_mtime)
+        for place, path in enumerate(others):
+            if place >= self._most or now - path.stat().st_mtime > self._most_age_s:
+                _LOG.info("the earlier bundle %s is removed", path)
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,372 @@
+"""Frames on the device's disk, in the order of their numbers, within bounds of bytes and age.
+
+    <folder>/lock                    locked by the process that uses the spool
+    <folder>/00000001.frames ...     see `bitneck_edge.spool.segment`
+    <folder>/bundles/<SHA-256>.*     manifests and names of classes of the bundles that coded the frames
+
+Files are only appended to, and removed when all of their frames are done, or fall out. What is written survives the end
+of the process at any moment. `sync` brings it to the disk; whoever calls it each half second loses no more than that
+when power fails. All methods may be called from any thread.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import threading
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Self
+
+from bitneck.errors import InvalidConfig, Unavailable
+from bitneck_edge.spool.bounds import Limits, SpoolCounts
+from bitneck_edge.spool.known import KnownBundles
+from bitneck_edge.spool.segment import GONE, Kept, Segment
+
+__all__ = ["Spool"]
+
+_LOG = logging.getLogger(__name__)
+_TIDY_BYTES = 4096
+_MOST_LOST = 1 << 16
+"""A file that has lost more bytes is not appended to."""
+_CLOCK_SET_US = 1_735_689_600_000_000
+"""Times before 2025 are those of a clock that nobody has set: they say nothing about a frame's age."""
+_MOST_PREFIX = 120
+_LOG_EVERY_S = 60.0
+
+
+class Spool:
+    """A spool that this process uses. `open` makes it.
+
+    Attributes:
+        spool_id: the name under which the cloud knows it; it stays the same as long as the folder does.
+        known: manifests of the bundles that coded the frames.
+    """
+
+    def __init__(self, folder: Path, limits: Limits, lock: int) -> None:
+        self.spool_id = ""
+        self.known = KnownBundles(folder / "bundles")
+        self._folder = folder
+        self._limits = limits
+        self._lock_descriptor = lock
+        self._mutex = threading.RLock()
+        self._segments: list[Segment] = []
+        self._dirty = False
+        self._closed = False
+        self._spooled = self._sent = self._dropped = self._damaged = 0
+        self._logged = -_LOG_EVERY_S
+
+    @classmethod
+    def open(cls, folder: Path, limits: Limits) -> Self:
+        """Open a spool, or begin one. Whatever the files look like, this succeeds if they can be read and written.
+
+        Raises:
+            InvalidConfig: another process uses it, or the folder cannot be written.
+        """
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as exc:
+            raise InvalidConfig(
+                f"the spool {folder} cannot be written ({exc.strerror}); choose another folder"
+            ) from exc
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            os.close(lock)
+            raise InvalidConfig(
+                f"the spool {folder} is used by another process; give each its own folder (--spool)"
+            ) from exc
+        spool = cls(folder, limits, lock)
+        try:
+            spool._load()
+        except OSError as exc:
+            spool.close()
+            raise InvalidConfig(
+                f"the spool {folder} cannot be written ({exc.strerror or exc}); make room or choose another folder"
+            ) from exc
+        return spool
+
+    def _load(self) -> None:
+        for number in self._numbers():
+            try:
+                self._segments.append(Segment.load(self._folder, number))
+            except OSError as exc:
+                _LOG.error("%s/%08d.frames cannot be read (%s); it is left out", self._folder, number, exc)
+                self._damaged += 1
+        self._damaged += sum(segment.damaged for segment in self._segments)
+        if self._damaged:
+            _LOG.warning("%s: %d places were damaged or cut off", self._folder, self._damaged)
+        self._segments.sort(key=lambda segment: (segment.first, segment.number))
+        named = Counter(segment.spool for segment in self._segments if segment.spool)
+        self.spool_id = named.most_common(1)[0][0] if named else f"spool-{secrets.token_hex(8)}"
+        last = self._segments[-1] if self._segments else None
+        if last is None or last.spool != self.spool_id or last.lost_bytes > _MOST_LOST:
+            try:
+                self._begin_segment()
+            except OSError:  # a full disk: go on in the last file, if there is one
+                if last is None:
+                    raise
+        for segment in self._segments[:-1]:
+            if not segment.waiting:
+                self._remove(segment)
+        named_bundles = {bundle for segment in self._segments for bundle in segment.named_bundles}
+        self.known.forget_others(named_bundles)
+        for path in self._folder.glob("*.done"):
+            if not path.with_suffix(".frames").exists():
+                path.unlink(missing_ok=True)
+
+    def _numbers(self) -> list[int]:
+        return sorted(
+            int(path.stem) for path in self._folder.glob("*.frames") if path.stem.isdecimal() and len(path.stem) < 12
+        )
+
+    def _begin_segment(self) -> None:
+        """Begin another file."""
+        number = max([0, *self._numbers()]) + 1
+        first = max([1, *(segment.next_seq for segment in self._segments)])
+        while True:
+            try:
+                segment = Segment.create(self._folder, number, self.spool_id, first)
+                break
+            except OSError as exc:
+                if exc.errno not in _FULL or self._limits.first == "newest" or not self._drop_oldest():
+                    raise
+        self._segments.append(segment)
+
+    @property
+    def counts(self) -> SpoolCounts:
+        """What became of the frames; `unknown` is left to the caller."""
+        with self._mutex:
+            return SpoolCounts(
+                spooled=self._spooled,
+                sent=self._sent,
+                kept=sum(segment.waiting + segment.held for segment in self._segments),
+                dropped=self._dropped,
+                damaged=self._damaged,
+                bytes=self._bytes,
+            )
+
+    def kept_of(self, bundles: Collection[str]) -> int:
+        """Frames of some bundles that are in the spool."""
+        with self._mutex:
+            counts: Counter[str] = Counter()
+            for segment in self._segments:
+                if bundles and not segment.named_bundles.isdisjoint(bundles):
+                    counts += segment.bundles
+            return sum(counts[bundle] for bundle in bundles)
+
+    def put(self, frame: Kept, *, held: bool = False) -> int | None:
+        """Write a frame.
+
+        Args:
+            frame: its number is not looked at.
+            held: another session may still answer it: it is not given out until `release`.
+
+        Returns:
+            Its number in the spool; None if there is no room for it, which is counted.
+
+        Raises:
+            Unavailable: the spool is closed.
+        """
+        with self._mutex:
+            if self._closed:
+                raise Unavailable("the spool is closed")
+            prefix = _prefix_of(frame.name)
+            active = self._segments[-1]
+            seq = active.next_seq
+            data = active.record_of(seq, frame, prefix)
+            try:
+                if active.frames and active.size + len(data) > self._limits.segment_bytes:
+                    self._begin_segment()
+                    active = self._segments[-1]
+                    data = active.record_of(seq, frame, prefix)
+                if not self._make_room(len(data)):
+                    self._refuse("it is full")
+                    return None
+                self._write(active, data, held=held)
+            except OSError as exc:
+                self._refuse(exc.strerror or str(exc))
+                return None
+            self._spooled += 1
+            self._dirty = True
+            return seq
+
+    def _make_room(self, size: int) -> bool:
+        """Whether so many bytes fit, once the oldest frames have fallen out if they may."""
+        while self._bytes + size > self._limits.most_bytes:
+            if self._limits.first == "newest" or not self._drop_oldest():
+                return False
+        return True
+
+    def _write(self, active: Segment, data: bytes, *, held: bool) -> None:
+        while True:
+            try:
+                active.append(data, held=held)
+                return
+            except OSError as exc:
+                if exc.errno not in _FULL or self._limits.first == "newest" or not self._drop_oldest():
+                    raise
+
+    def _drop_oldest(self) -> bool:
+        """Let the oldest file fall out; never the one that is written."""
+        if len(self._segments) < 2:
+            return False
+        oldest = self._segments[0]
+        self._dropped += oldest.waiting + oldest.held
+        self._complain(f"{oldest.waiting + oldest.held} of the oldest frames fall out, to make room")
+        self._remove(oldest)
+        return True
+
+    def _refuse(self, why: str) -> None:
+        self._dropped += 1
+        self._complain(f"a frame cannot be kept: {why}; {self._dropped} are lost so far")
+
+    def _complain(self, text: str) -> None:
+        if time.monotonic() - self._logged >= _LOG_EVERY_S:
+            self._logged = time.monotonic()
+            _LOG.warning("the spool %s: %s", self._folder, text)
+
+    def release(self, seq: int) -> None:
+        """A frame that was held is to be sent from here on."""
+        with self._mutex:
+            if (segment := self._of(seq)) is not None:
+                segment.release(seq)
+
+    def take(self, most: int, most_bytes: int, without: Collection[str] = ()) -> list[Kept]:
+        """The next frames to send, in order, all of one bundle. They stay in the spool until `done`.
+
+        Args:
+            most: frames, at least 1.
+            most_bytes: of their payloads; one frame may have more.
+            without: bundles whose frames are passed over.
+        """
+        with self._mutex:
+            self._drop_old()
+            taken: list[Kept] = []
+            passed_over = frozenset(without)
+            for segment in list(self._segments):
+                if not segment.has_waiting(passed_over):
+                    continue
+                if self._take_from(segment, taken, most, most_bytes, passed_over):
+                    break
+                if not taken and segment is not self._segments[-1]:
+                    segment.forget_read()
+            return taken
+
+    def _take_from(
+        self, segment: Segment, taken: list[Kept], most: int, most_bytes: int, without: Collection[str]
+    ) -> bool:
+        """Add the next frames of a file to those that are taken; whether there is an end of taking."""
+        old, full = [], False
+        size = sum(len(one.payload) for one in taken)
+        for frame in segment.waiting_frames():
+            if self._is_old(frame.captured_unix_us):
+                old.append(frame.seq)
+            elif frame.bundle_id not in without:
+                size += len(frame.payload)
+                full = len(taken) >= most or (
+                    bool(taken) and (size > most_bytes or frame.bundle_id != taken[0].bundle_id)
+                )
+                if full:
+                    break
+                taken.append(frame)
+        self._dropped += segment.done(old)
+        return full
+
+    def done(self, seqs: Iterable[int]) -> None:
+        """These frames were answered, and the answers were handed out."""
+        with self._mutex:
+            for seq in seqs:
+                if (segment := self._of(seq)) is not None:
+                    self._sent += segment.done([seq])
+                    if not segment.waiting and not segment.held and segment is not self._segments[-1]:
+                        self._remove(segment)
+            self._dirty = True
+
+    def has_waiting(self, without: Collection[str] = ()) -> bool:
+        """Whether a frame is to be sent, bundles to be passed over left out."""
+        with self._mutex:
+            return any(segment.has_waiting(without) for segment in self._segments)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something was written since the last `sync`."""
+        return self._dirty
+
+    def sync(self) -> None:
+        """What was written is on the disk when this returns. Then the spool is tidied up."""
+        with self._mutex:
+            if self._closed:
+                return
+            for segment in self._segments:
+                segment.note_done()
+            dirty, self._dirty = self._dirty, False
+            descriptors = [each for segment in self._segments[-2:] for each in segment.descriptors()] if dirty else []
+            descriptors += self._segments[0].descriptors() if dirty else []
+        try:
+            for descriptor in descriptors:
+                _SYNC(descriptor)
+        except OSError as exc:
+            self._complain(f"it cannot be brought to the disk: {exc.strerror}")
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def tidy(self) -> None:
+        """Remove what is too old, and the file that is written if none of its frames is needed."""
+        with self._mutex:
+            if self._closed:
+                return
+            self._drop_old()
+            active = self._segments[-1]
+            if not active.waiting and not active.held and active.size > _TIDY_BYTES:
+                try:
+                    self._begin_segment()
+                except OSError:
+                    return  # no room: it stays until there is some
+                self._remove(active)
+
+    def close(self) -> None:
+        """Bring everything to the disk, and let others use the spool."""
+        self.sync()
+        with self._mutex:
+            if self._closed:
+                return
+            self._closed = True
+            for segment in self._segments:
+                segment.close()
+            os.close(self._lock_descriptor)
+
+    @property
+    def _bytes(self) -> int:
+        return sum(segment.size + segment.done_size for segment in self._segments)
+
+    def _of(self, seq: int) -> Segment | None:
+        place = bisect_right(self._segments, seq, key=lambda segment: segment.first) - 1
+        return self._segments[place] if place >= 0 and self._segments[place].state(seq) != GONE else None
+
+    def _remove(self, segment: Segment) -> None:
+        self._segments.remove(segment)
+        segment.remove()
+
+    def _is_old(self, captured_unix_us: int) -> bool:
+        age_s = time.time() - captured_unix_us / 1e6
+        return captured_unix_us >= _CLOCK_SET_US and age_s > self._limits.most_age_s
+
+    def _drop_old(self) -> None:
+        while len(self._segments) > 1 and self._is_old(self._segments[0].newest_us):
+            self._drop_oldest()
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has the latter only
+
+
+def _prefix_of(name: str) -> str:
+    """What the names of other pictures of the same source begin with, too."""
+    return name[: max(name.rfind("/"), name.rfind("#")) + 1][:_MOST_PREFIX]

@@ -1,0 +1,128 @@
+"""A client's spool with all that works on it: frames in, frames out, and what was written to the disk in time."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Self
+
+from bitneck.wire.link_bytes import LinkBytes
+from bitneck_edge.answers.results import Answer, Failure
+from bitneck_edge.link.link import Link
+from bitneck_edge.settings import EdgeSettings
+from bitneck_edge.spool.bounds import Limits, SpoolCounts
+from bitneck_edge.spool.files import Spool
+from bitneck_edge.spool.outage import HandOut, Outage
+from bitneck_edge.spool.sender import Sender
+
+__all__ = ["Spooling"]
+
+_LOG = logging.getLogger(__name__)
+_SYNC_S = 0.5
+_TIDY_EVERY = 20
+"""Tidied up once in so many syncs."""
+_DRAINED_POLL_S, _DRAINED_S = 0.1, 30.0
+
+
+class Spooling:
+    """The spool of an open client. `open` makes it, `start` lets it send.
+
+    Attributes:
+        outage: takes the frames that the link does not take.
+
+    Args:
+        spool: of the device.
+        settings: of the client, with a spool.
+        live: the link of the live frames; None while there is none.
+        hand_out: the program's function for answers.
+    """
+
+    def __init__(
+        self, spool: Spool, settings: EdgeSettings, live: Callable[[], Link | None], hand_out: HandOut
+    ) -> None:
+        self._spool = spool
+        self._program = hand_out
+        self._sender = Sender(spool, settings, live, self._hand_out)
+        self.outage = Outage(spool, self._hand_out, self._sender.look)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def open(cls, settings: EdgeSettings, live: Callable[[], Link | None], hand_out: HandOut) -> Self | None:
+        """Open the spool of the settings; None if they have none.
+
+        Raises:
+            InvalidConfig: see `Spool.open`.
+        """
+        if settings.spool is None:
+            return None
+        limits = Limits(
+            most_bytes=round(settings.spool_mb * 1e6),
+            most_age_s=settings.spool_age * 3600,
+            first=settings.spool_first,
+        )
+        return cls(await asyncio.to_thread(Spool.open, settings.spool, limits), settings, live, hand_out)
+
+    def start(self) -> None:
+        """Send what is there from now on, and bring to the disk what is written."""
+        self._tasks = [asyncio.create_task(self._sender.run()), asyncio.create_task(self._keep_house())]
+        for task in self._tasks:
+            task.add_done_callback(_log_failure)
+
+    @property
+    def spool_id(self) -> str:
+        """The name under which the cloud knows the spool."""
+        return self._spool.spool_id
+
+    @property
+    def counts(self) -> SpoolCounts:
+        """What became of its frames."""
+        return self._sender.counts
+
+    @property
+    def link_bytes(self) -> LinkBytes:
+        """What has crossed the link for its frames."""
+        return self._sender.link_bytes
+
+    async def drained(self, stop: asyncio.Event) -> None:
+        """Wait until nothing more can be sent, nothing was answered for half a minute, or `stop` is set."""
+        kept, since = -1, time.monotonic()
+        while not stop.is_set() and not self._sender.idle:
+            if (now_kept := self._spool.counts.kept) != kept:
+                kept, since = now_kept, time.monotonic()
+            elif time.monotonic() - since > _DRAINED_S:
+                _LOG.warning("%d frames stay in the spool: none was answered for %.0f s", kept, _DRAINED_S)
+                return
+            await asyncio.sleep(_DRAINED_POLL_S)
+
+    async def stop(self) -> None:
+        """Send no more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """The session has ended: keep what is unanswered, and close the spool."""
+        await self.outage.close()
+        await asyncio.to_thread(self._spool.close)
+
+    def _hand_out(self, result: Answer | Failure) -> None:
+        """Give the program an answer. What it makes of it is its own business."""
+        try:
+            self._program(result)
+        except Exception:  # noqa: BLE001  a bug there must not have the frame answered again and again
+            _LOG.exception("the program failed on the answer to a frame of the spool")
+
+    async def _keep_house(self) -> None:
+        turns = 0
+        while True:
+            await asyncio.sleep(_SYNC_S)
+            turns += 1
+            if self._spool.dirty:
+                await asyncio.to_thread(self._spool.sync)
+            if turns % _TIDY_EVERY == 0:
+                await asyncio.to_thread(self._spool.tidy)
+
+
+def _log_failure(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _LOG.error("the spool stops working: %r", error, exc_info=error)

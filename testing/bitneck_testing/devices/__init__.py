@@ -1,0 +1,1 @@
+"""Devices as processes of their own, which a test may kill."""
