@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bitneck.bundle import Bundle
-from bitneck_testing.browser import BROWSER, Browser, browser
+from bitneck_testing.consumers.browser import BROWSER, Browser, browser
 from bitneck_testing.processes import QUIET, child_process, running_server
 from bitneck_testing.streams import Frames, open_stream, sealed, stub
 

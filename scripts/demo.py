@@ -29,7 +29,7 @@ from rich.table import Table
 from bitneck.bundle import Bundle
 from bitneck.chain import SegmentChain
 from bitneck.image import crop, load_photo, normalize, preprocess
-from bitneck_testing.browser import BROWSER, browser
+from bitneck_testing.consumers.browser import BROWSER, browser
 from bitneck_testing.photographs import sample_photo
 from bitneck_testing.processes import (
     QUIET,

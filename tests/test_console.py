@@ -11,7 +11,7 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck_cloud.api.http_guard import MAX_PHOTO_BYTES
-from bitneck_testing.browser import BROWSER, Browser, browser
+from bitneck_testing.consumers.browser import BROWSER, Browser, browser
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.processes import Server, child_process, edge_run, running_server, wait_for_session
 

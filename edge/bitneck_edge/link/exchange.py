@@ -65,18 +65,13 @@ class Exchange:
         self._changed = asyncio.Event()  # there may be room, or the session has failed
         self._write_lock = asyncio.Lock()
         self._connection: Connection | None = None
-        self._failure: BitneckError | None = None
+        self.failure: BitneckError | None = None  # the error of `fail`
         self._connections = 0  # how often unanswered frames have been sent over a new one
         self._later: set[asyncio.Task[None]] = set()
         self._added = asyncio.Event()
         self._meter = LinkMeter()  # of the newest connection
         self._earlier = LinkBytes()  # on those before it
         self._shared_out = LinkBytes()  # of the link bytes, told with an answer
-
-    @property
-    def failure(self) -> BitneckError | None:
-        """The error of `fail`; None before it."""
-        return self._failure
 
     @property
     def window(self) -> int:
@@ -109,7 +104,7 @@ class Exchange:
 
     async def takes(self, in_flight: int, limit_s: float) -> bool:
         """Wait until a frame can be sent at once; False if the link is down, or silent for longer than this."""
-        while self._failure is None and not self.down and self.silent_s() <= limit_s:
+        while self.failure is None and not self.down and self.silent_s() <= limit_s:
             if self._records.has_room(in_flight):
                 return True
             self._changed.clear()
@@ -174,11 +169,11 @@ class Exchange:
             Overloaded: the frame is larger than any server takes; the session is not harmed.
             BitneckError: the session has failed for good.
         """
-        while self._failure is None and not self._records.has_room(in_flight):
+        while self.failure is None and not self._records.has_room(in_flight):
             self._changed.clear()
             await self._changed.wait()
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
         added_s = time.perf_counter()
         frame = self._records.add(
@@ -358,7 +353,7 @@ class Exchange:
 
     def fail(self, error: BitneckError) -> None:
         """No more frames: everyone who waits learns why. The first error counts."""
-        self._failure = self._failure or error
+        self.failure = self.failure or error
         for task in self._later:
             task.cancel()
         if self._pack_due is not None:
