@@ -54,6 +54,24 @@ PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         ((f"sum by (model, outcome) (increase(bitneck_reloads_total{RATE}))", "{{model}} {{outcome}}"),),
     ),
     ("Ready servers", "none", (("sum(bitneck_ready)", "ready"),)),
+    (
+        "Answers to subscribers and sinks",
+        "reqps",
+        (
+            (f"sum(rate(bitneck_published_answers_total{RATE}))", "published"),
+            (f"sum by (sink) (rate(bitneck_sink_delivered_answers_total{RATE}))", "{{sink}}"),
+        ),
+    ),
+    ("Sinks behind", "s", (("max by (sink) (bitneck_sink_behind_seconds)", "{{sink}}"),)),
+    (
+        "Answers lost to sinks and subscribers",
+        "none",
+        (
+            (f"sum by (sink, reason) (increase(bitneck_sink_dropped_answers_total{RATE}))", "{{sink}}: {{reason}}"),
+            (f"sum by (sink) (increase(bitneck_sink_refused_answers_total{RATE}))", "{{sink}}: refused"),
+            (f"sum(increase(bitneck_missed_answers_total{RATE}))", "subscribers"),
+        ),
+    ),
 )
 
 
