@@ -8,7 +8,6 @@ It takes seconds of every core, so one runs at a time.
 """
 
 import base64
-import colorsys
 import io
 import threading
 import time
@@ -22,6 +21,7 @@ from PIL import Image
 from bitneck.bundle import Bundle
 from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.coding.class_map import MAX_CLASSES, decode_map
+from bitneck.coding.colours import colours
 from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
 from bitneck.image import opened_reduced, to_input, view
 from bitneck.runtime import ModulePool
@@ -132,7 +132,7 @@ class Trials:
                 TriedJpeg(bytes=len(jpegs[k].data), picture=_as_text(jpegs[k].data), answer=_tried(answer, whole))
                 for k, answer in zip(distinct, answers, strict=True)
             ],
-            classes=[list(colour) for colour in _colours(len(served.labels))] if isinstance(whole, CodedMap) else [],
+            classes=colours()[: len(served.labels)].tolist() if isinstance(whole, CodedMap) else [],
         )  # fmt: skip
 
 
@@ -210,16 +210,7 @@ def _classes(coded: CodedMap) -> NDArray[np.uint8]:
 def _map_file(classes: NDArray[np.uint8]) -> bytes:
     """A class map as a PNG with a palette."""
     picture = Image.fromarray(classes)
-    picture.putpalette([value for colour in _colours(256) for value in colour])
+    picture.putpalette(colours().tobytes())
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     return file.getvalue()
-
-
-def _colours(count: int) -> list[tuple[int, int, int]]:
-    """Colours that differ: golden-angle hues, in three strengths; class 0 is nearly black."""
-    found = [(24, 24, 32)]
-    for k in range(1, count):
-        red, green, blue = colorsys.hsv_to_rgb(k * 0.618034 % 1.0, (0.75, 0.5, 0.95)[k % 3], (0.95, 0.8, 0.65)[k % 3])
-        found.append((round(red * 255), round(green * 255), round(blue * 255)))
-    return found
