@@ -23,6 +23,7 @@ export function fleetPage(main, { complain, fine }) {
     { name: "Model", value: (row) => row.model },
     { name: "Point", value: (row) => row.point },
     { name: "Frames/s", kind: "number", value: (row) => row.rate === null ? "–" : row.rate.toFixed(1) },
+    { name: "Latency ms", kind: "number", value: (row) => row.latency === null ? "–" : row.latency.toFixed(0) },
     { name: "Link up B/s", kind: "number", value: (row) => count(row.up) },
     { name: "Link down B/s", kind: "number", value: (row) => count(row.down) },
     { name: "Answered", kind: "number", value: (row) => count(row.frames) },
@@ -69,10 +70,11 @@ export function fleetPage(main, { complain, fine }) {
     const newest = new Map();
     for (const session of sessions) {
       const key = JSON.stringify([session.client, session.model]);
-      const known = newest.get(key) ?? { rate: null, inFlight: 0 };
+      const known = newest.get(key) ?? { rate: null, inFlight: 0, latency: null };
       if (session.connected) {
         known.rate = (known.rate ?? 0) + (session.frames_per_s ?? 0);
         known.inFlight += session.frames_in_flight;
+        known.latency = session.device?.answer_ms || known.latency; // of devices that report
       }
       newest.set(key, known);
     }
@@ -86,7 +88,7 @@ export function fleetPage(main, { complain, fine }) {
       return {
         ...client, key, up: client.connected ? up : null, down: client.connected ? down : null,
         rate: client.connected && live ? live.rate : null, inFlight: client.connected && live ? live.inFlight : null,
-        ago: (Date.now() - Date.parse(client.last_seen)) / 1000,
+        latency: client.connected && live ? live.latency : null, ago: (Date.now() - Date.parse(client.last_seen)) / 1000,
       };
     });
     for (const key of before.keys()) if (!keys.has(key)) before.delete(key);
