@@ -11,10 +11,15 @@ import httpx
 import pytest
 
 from bitneck.bundle import Bundle
+from bitneck_cloud.answers.presence import Presence
+from bitneck_cloud.answers.sinks.jsonl import JsonlSink
+from bitneck_cloud.answers.sinks.settings import JsonlTable
+from bitneck_cloud.answers.sinks.state import ClientState, Queued
+from bitneck_cloud.sessions.session import Session
 from bitneck_edge.answers.results import Answer
 from bitneck_testing.consumers.broker import MOSQUITTO, Broker, Subscriber
 from bitneck_testing.photographs import photo
-from bitneck_testing.processes import Server, free_port, running_server, start_server
+from bitneck_testing.processes import ProcessFailed, Server, free_port, running_server, start_server
 from bitneck_testing.streams import edge_client
 
 KEY = "0123456789abcdef"
@@ -79,7 +84,7 @@ async def test_a_broker_learns_who_is_here_and_gets_answers(tiny_bundle: Bundle,
 
         def state(**wanted: Any) -> bool:
             """Whether the client's newest state says so."""
-            states = heard.of("bitneck-state/camera-1")
+            states = heard.of("bitneck-state/here/camera-1")
             return bool(states) and all(states[-1].get(name) == value for name, value in wanted.items())
 
         with running_server(tiny_bundle.root, options=config(tmp_path, table)) as server:
@@ -93,3 +98,48 @@ async def test_a_broker_learns_who_is_here_and_gets_answers(tiny_bundle: Bundle,
             await true(lambda: state(online=False))
         (published,) = heard.of("bitneck/camera-1/tiny")
         assert published["labels"][0]["name"] == answer.labels[0].name
+
+
+def test_a_damaged_queue_ends_the_start_with_one_sentence(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    table = f'[[sinks]]\nkind = "jsonl"\nname = "file"\npath = "{tmp_path / "answers.jsonl"}"\n'
+    options = config(tmp_path, table)
+    (tmp_path / "queue.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(ProcessFailed) as caught:
+        start_server(tiny_bundle.root, options=options)
+    text = str(caught.value)
+    assert "exit status 1" in text
+    assert "move it away to begin with an empty queue" in text
+    assert "Traceback" not in text
+
+
+def test_a_spool_that_is_sent_does_not_change_where_its_client_stands(tiny_bundle: Bundle) -> None:
+    told: list[ClientState] = []
+    presence = Presence(told.append)
+
+    def session(identity: str, point: str, spool: str = "") -> Session:
+        made = Session(
+            session_id=identity, model="tiny", client="camera-1", ladder=tiny_bundle.manifest.ladder, window=4,
+            assumed_fps=1.0, now=0.0, spool=spool,
+        )  # fmt: skip
+        made.last_point = point
+        return made
+
+    live, spooled = session("live", "s1-r2"), session("spooled", "s1-r1", "spool-1")
+    for sessions in ([live], [live, spooled], [live], []):
+        presence.look(sessions, lambda _session: True, 0.0)
+    assert [(state.point, state.online) for state in told] == [("s1-r2", True), ("s1-r2", False)]
+
+
+def test_a_file_is_as_old_as_its_first_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr("bitneck_cloud.answers.sinks.jsonl.time.time", lambda: now)
+    path = tmp_path / "a.jsonl"
+    sink = JsonlSink(JsonlTable(kind="jsonl", name="file", path=path, rotate_s=60))
+    sink.send([])  # opens the file
+    now += 3600
+    for number in range(3):
+        sink.send([Queued(number, now, b"{}")])
+        now += 1
+    sink.close()
+    assert path.read_text() == "{}\n{}\n{}\n"
+    assert list(tmp_path.iterdir()) == [path]

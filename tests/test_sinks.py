@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bitneck.bundle import Bundle
-from bitneck.errors import InvalidConfig, MalformedFrame
+from bitneck.errors import InvalidConfig, MalformedFrame, StateUnusable
 from bitneck_cloud.answers.sinks.filters import Filter
 from bitneck_cloud.answers.sinks.maps import with_map
 from bitneck_cloud.answers.sinks.queue_file import QueueFile
@@ -355,7 +355,7 @@ def test_a_queue_that_cannot_be_used_stops_the_start(damage: str, tmp_path: Path
         "foreign": "another program's database", "newer": "has version 2, this server reads 1",
         "folder": "on a local disk", "locked": "another server uses it",
     }  # fmt: skip
-    with pytest.raises(InvalidConfig, match=expected[damage]):
+    with pytest.raises(StateUnusable, match=expected[damage]):
         with outgoing(tmp_path, stuck(tmp_path)):
             pass
     if holder is not None:
@@ -367,7 +367,7 @@ def test_a_secret_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
     for content, message in ((None, "cannot read the secret"), ("short\n", "secret_file is too short")):
         if content is not None:
             (tmp_path / "secret").write_text(content)
-        with pytest.raises(InvalidConfig, match=message):
+        with pytest.raises(StateUnusable, match=message):
             with outgoing(tmp_path, sink):
                 pass
 

@@ -125,8 +125,10 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         await asyncio.to_thread(outgoing.start)
         await _serve(settings, bundles, on_ready, stopping, fleet, outgoing)
     finally:
-        await fleet.close()
-        await asyncio.to_thread(outgoing.close)
+        try:
+            await fleet.close()
+        finally:
+            await asyncio.to_thread(outgoing.close)
 
 
 async def _serve(
@@ -242,8 +244,10 @@ async def _serve(
         keeping = [
             asyncio.create_task(_keep_house(registry, service, subscriptions, devices, operators, refusals)),
             asyncio.create_task(fleet.keep()),
-            asyncio.create_task(_tell_presence(Presence(outgoing.client_state), registry, service)),
         ]
+        presence = Presence(outgoing.client_state)
+        if settings.sinks:
+            keeping.append(asyncio.create_task(_tell_presence(presence, registry, service)))
         grpc_host, http_host = Address.parse(settings.grpc).host, Address.parse(settings.http).host
         http_port = http_sockets[0].getsockname()[1]
         on_ready(Ready(str(Address(grpc_host, port)), str(Address(http_host, http_port)), models))
@@ -264,6 +268,8 @@ async def _serve(
         await http_task
         for task in keeping:
             task.cancel()
+        await asyncio.gather(*keeping, return_exceptions=True)
+        presence.look((), service.connected, time.time())
         refusals.flush(all_of_it=True)
         await asyncio.to_thread(tracer.close)
 
@@ -293,7 +299,10 @@ async def _keep_house(
 async def _tell_presence(presence: Presence, registry: Registry, service: InferenceService) -> None:
     """Tell sinks which clients are here."""
     while True:
-        presence.look(registry.sessions(time.monotonic()), service.connected, time.time())
+        try:
+            presence.look(registry.sessions(time.monotonic()), service.connected, time.time())
+        except Exception:  # noqa: BLE001  a bug here must not end it
+            _LOG.exception("sinks could not be told which clients are here; it is tried again")
         await asyncio.sleep(_PRESENCE_S)
 
 

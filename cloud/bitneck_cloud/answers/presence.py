@@ -1,21 +1,20 @@
-"""Which clients are here, and at which point and rate: told to sinks that retain it, once for each change.."""
+"""Which clients are here, and at which point and rate: told to sinks that retain it, once for each change."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from bitneck.text import clean_text
 from bitneck_cloud.answers.sinks.state import ClientState
 from bitneck_cloud.fleet.tables import policy_dict
 from bitneck_cloud.sessions.session import Session
 
 __all__ = ["Presence"]
 
-_MAX_CLIENT = 128
-
 
 class Presence:
     """Remembers what was told of each client. Of a client with several sessions, the newest connected one counts.
+
+    Sessions of spools do not count: their frames are of another time, and are sent beside a live session.
 
     Args:
         tell: called with each client's state when it is another one.
@@ -36,11 +35,10 @@ class Presence:
         at = datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds")
         now: dict[str, ClientState] = {}
         for session in sessions:
-            if connected(session):
-                name = clean_text(session.client, _MAX_CLIENT)
+            if connected(session) and not session.spool:
                 rate = policy_dict(session.policy) if session.policy is not None else None
-                now[name] = ClientState(
-                    client=name, model=session.model, online=True, point=session.last_point, rate=rate
+                now[session.client] = ClientState(
+                    client=session.client, model=session.model, online=True, point=session.last_point, rate=rate
                 )
         for name, state in now.items():
             before = self._told.get(name)

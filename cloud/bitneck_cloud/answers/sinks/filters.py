@@ -10,7 +10,7 @@ __all__ = ["Filter"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
-    """Patterns with ``*`` and ``?``; an empty list takes everything.
+    """Patterns with ``*``, ``?`` and ``[abc]``; an empty list takes everything.
 
     Attributes:
         clients: names of clients.

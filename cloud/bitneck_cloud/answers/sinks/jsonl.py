@@ -52,6 +52,8 @@ class JsonlSink:
             if self._size and (self._size >= self._table.rotate_bytes or self._is_old(time.time())):
                 self._rotate()
             if batch:
+                if not self._size:
+                    self._begun = time.time()
                 self._append(b"".join(with_map(each.body, self._table.maps) + b"\n" for each in batch))
         except OSError as exc:
             self._drop_file()

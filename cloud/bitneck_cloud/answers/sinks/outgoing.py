@@ -79,7 +79,8 @@ class Outgoing:
         """Open the queue and begin to deliver what is in it. It blocks.
 
         Raises:
-            InvalidConfig: the queue is damaged, another program's or in use, or a secret cannot be read.
+            StateUnusable: the queue is damaged, another program's or in use.
+            InvalidConfig: a secret cannot be read.
         """
         if self._queue is None:
             return

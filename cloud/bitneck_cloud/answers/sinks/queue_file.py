@@ -9,17 +9,21 @@ numbers(name, value)           the largest number of an answer
 
 import contextlib
 import fcntl
+import logging
 import os
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bitneck.errors import InvalidConfig
+from bitneck.errors import MalformedFrame, StateUnusable
+from bitneck.text import clean_text
 from bitneck_cloud.answers.sinks.seen import Seen
 from bitneck_cloud.answers.sinks.state import Bounds, Entry, Held, Queued
 
 __all__ = ["QueueFile"]
+
+_LOG = logging.getLogger(__name__)
 
 _APPLICATION = 0x626E5351
 """``PRAGMA application_id`` of our files."""
@@ -76,7 +80,7 @@ class QueueFile:
             How many answers wait for sinks that are not set up any more.
 
         Raises:
-            InvalidConfig: it is damaged, another program's, a newer version's, in use, or cannot be written.
+            StateUnusable: it is damaged, another program's, a newer version's, in use, or cannot be written.
         """
         try:
             return self._open(now)
@@ -88,7 +92,7 @@ class QueueFile:
                 text += "; move it away to begin with an empty queue, the answers in it are lost"
             else:
                 text += "; it has to be on a local disk that this server may write to"
-            raise InvalidConfig(f"sinks_queue {self._path}: cannot use it ({text})") from exc
+            raise StateUnusable(f"sinks_queue {self._path}: cannot use it ({text})") from exc
 
     def _open(self, now: float) -> dict[str, int]:
         self._lock = os.open(f"{self._path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -96,14 +100,16 @@ class QueueFile:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise sqlite3.OperationalError("it is locked") from None
+        # The answers of all clients: nobody else of this machine reads them.
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         # Transactions are begun and ended in `_transaction`; the thread is always the same one.
         self._db = db = sqlite3.connect(self._path, isolation_level=None, timeout=_BUSY_MS / 1000)
         found = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         mark = db.execute("PRAGMA application_id").fetchone()[0], db.execute("PRAGMA user_version").fetchone()[0]
         if found and mark[0] != _APPLICATION:
-            raise InvalidConfig(f"sinks_queue {self._path} is another program's database; give another path")
+            raise StateUnusable(f"sinks_queue {self._path} is another program's database; give another path")
         if found and mark[1] != _VERSION:
-            raise InvalidConfig(
+            raise StateUnusable(
                 f"sinks_queue {self._path} has version {mark[1]}, this server reads {_VERSION}; move it away to begin "
                 "with an empty queue, or run the server that wrote it"
             )
@@ -315,7 +321,12 @@ class QueueFile:
         if (seen := self._seen.get(stream)) is not None:
             return seen
         row = self._db.execute("SELECT seqs FROM streams WHERE stream = ?", (stream,)).fetchone()
-        return Seen.load(row[0]) if row else Seen()
+        try:
+            return Seen.load(row[0]) if row else Seen()
+        except MalformedFrame as exc:
+            _LOG.error("sinks_queue %s: what %s had answered is unreadable (%s); a repeat of it comes twice",
+                       self._path, clean_text(stream), exc)  # fmt: skip
+            return Seen()
 
     def _look_at_oldest(self, sink: str) -> None:
         query = "SELECT at FROM answers WHERE sink = ? ORDER BY id LIMIT 1"

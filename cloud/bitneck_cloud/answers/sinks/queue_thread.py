@@ -25,6 +25,7 @@ class QueueThread:
     def __init__(self, file: QueueFile) -> None:
         self.file = file
         self._thread = ThreadPoolExecutor(1, "bitneck-sinks-queue")
+        self._closed = False
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """The result of a call there; or what it raises."""
@@ -35,7 +36,10 @@ class QueueThread:
         return self._thread.submit(function, *arguments)
 
     def close(self) -> None:
-        """Finish the calls that were begun, close the file, and end the thread."""
+        """Finish the calls that were begun, close the file, and end the thread. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         self._thread.submit(self.file.close)
         self._thread.shutdown(wait=True)
 

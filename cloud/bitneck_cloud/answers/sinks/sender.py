@@ -87,6 +87,7 @@ class Sender:
 
     def _run(self) -> None:
         backoff = Backoff(first_s=self.table.pause_s, most_s=self.table.max_pause_s)
+        failing = False
         while not self._stop.is_set():
             self._wake.clear()
             try:
@@ -96,6 +97,7 @@ class Sender:
                     break
                 _LOG.exception("sink %s: an attempt failed", self.table.name)
                 attempt, left = Attempt(error=f"an internal error ({type(exc).__name__}); the log says more"), False
+            failing = bool(attempt.error)
             if attempt.settled:
                 backoff.succeeded()
             if not attempt.error:
@@ -107,6 +109,8 @@ class Sender:
             pause_s = backoff.failed(random.random()) or 0.0  # noqa: S311  spreads attempts, nothing secret
             self._stop.wait(min(max(pause_s, attempt.retry_after_s or 0.0), _LONGEST_WAIT_S))
         try:
+            if self.sink.restless() and not failing:  # such as clients' states, which nobody would correct
+                self._attempt()
             self.sink.close()
         except Exception:  # noqa: BLE001  likewise
             _LOG.exception("sink %s: closing failed", self.table.name)

@@ -122,7 +122,7 @@ class MqttTable(SinkTable):
     ] = "bitneck/{client}/{model}"
     state_topic: Annotated[
         str, Field(description="Topic of each client's retained state; {client} and {server}. Empty for none.")
-    ] = "bitneck-state/{client}"
+    ] = "bitneck-state/{server}/{client}"
     server_topic: Annotated[
         str, Field(description="Topic that says whether this server is online, retained; {server}. Empty for none.")
     ] = "bitneck-server/{server}"
