@@ -14,7 +14,15 @@ import numpy as np
 
 from bitneck.errors import MalformedFrame, ModelFailure
 
-__all__ = ["FAMILY", "check_length", "check_padding", "range_coded", "range_decoder"]
+__all__ = [
+    "FAMILY",
+    "check_length",
+    "check_padding",
+    "range_coded",
+    "range_decoder",
+    "range_encoder",
+    "shortest_payload",
+]
 
 _WORD_BYTES = 4
 _STATE_WORDS = 2
@@ -24,24 +32,34 @@ FAMILY = constriction.stream.model.Categorical(lazy=True, perfect=False)
 """Models that are given as a matrix of probabilities, one row for each symbol."""
 
 
-def range_coded(parts: Iterable[tuple[Any, ...]]) -> bytes:
-    """The shortest payload of symbols, one part after the other.
-
-    Args:
-        parts: arguments of `RangeEncoder.encode`: symbols that their models have, and the models.
+@contextlib.contextmanager
+def range_encoder() -> Iterator[Any]:
+    """A fresh range encoder. Its `clear` would not reset it fully.
 
     Raises:
-        ModelFailure: the range coder failed; its PanicException is a BaseException.
+        ModelFailure: it failed; its PanicException is a BaseException.
     """
-    encoder = constriction.stream.queue.RangeEncoder()  # a fresh one: `clear` would not reset it fully
     try:
-        for part in parts:
-            encoder.encode(*part)
+        yield constriction.stream.queue.RangeEncoder()
     except BaseException as exc:
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             raise
         raise ModelFailure(f"the range coder failed on checked symbols ({exc}); please report this") from exc
-    return _shortest_payload(encoder)
+
+
+def range_coded(parts: Iterable[tuple[Any, ...]]) -> bytes:
+    """The shortest payload of symbols, one part after the other.
+
+    Args:
+        parts: arguments of the encoder's `encode`: symbols that their models have, and the models.
+
+    Raises:
+        ModelFailure: see `range_encoder`.
+    """
+    with range_encoder() as encoder:
+        for part in parts:
+            encoder.encode(*part)
+    return shortest_payload(encoder)
 
 
 @contextlib.contextmanager
@@ -51,7 +69,7 @@ def range_decoder(payload: bytes) -> Iterator[Any]:
     Zeros replace the bytes that were left out, up to whole words and the decoder's state.
 
     Raises:
-        MalformedFrame: it failed; see `range_coded`.
+        MalformedFrame: it failed; see `range_encoder`.
     """
     padding = -len(payload) % _WORD_BYTES + _STATE_WORDS * _WORD_BYTES
     words = np.frombuffer(payload + bytes(padding), dtype=">u4").astype(np.uint32)
@@ -63,7 +81,7 @@ def range_decoder(payload: bytes) -> Iterator[Any]:
         raise MalformedFrame(f"payload of {len(payload)} bytes is no range code ({exc})") from exc
 
 
-def _shortest_payload(encoder: Any) -> bytes:
+def shortest_payload(encoder: Any) -> bytes:
     """The shortest byte string that, followed by zeros, lies in the encoder's last interval."""
     words_written, (low_state, interval) = encoder.pos()
     words = encoder.get_compressed()
