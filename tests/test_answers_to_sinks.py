@@ -11,10 +11,13 @@ import httpx
 import pytest
 
 from bitneck.bundle import Bundle
+from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.answers.presence import Presence
 from bitneck_cloud.answers.sinks.jsonl import JsonlSink
-from bitneck_cloud.answers.sinks.settings import JsonlTable
+from bitneck_cloud.answers.sinks.outgoing import Outgoing
+from bitneck_cloud.answers.sinks.settings import JsonlTable, WebhookTable
 from bitneck_cloud.answers.sinks.state import ClientState, Queued
+from bitneck_cloud.answers.sinks.webhook import WebhookSink
 from bitneck_cloud.sessions.session import Session
 from bitneck_edge.answers.results import Answer
 from bitneck_testing.consumers.broker import MOSQUITTO, Broker, Subscriber
@@ -143,3 +146,56 @@ def test_a_file_is_as_old_as_its_first_answer(tmp_path: Path, monkeypatch: pytes
     sink.close()
     assert path.read_text() == "{}\n{}\n{}\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nobody_can_pass_for_the_spool_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    table = JsonlTable(kind="jsonl", name="file", path=path)
+    outgoing = Outgoing([table], tmp_path / "queue.db", server="here")
+    outgoing.start()
+    try:
+        for number, (owner, seq) in enumerate([("device mallory", 1), ("device alice", 1), ("device alice", 1)], 1):
+            document = {"client": owner, "model": "m", "session": "s", "spool": "one", "seq": seq, "number": number}
+            outgoing.commit([document], [owner])
+        end = time.monotonic() + 30
+        while len(documents(path)) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        outgoing.close()
+    assert [(each["client"], each["number"]) for each in documents(path)] == [
+        ("device mallory", 1),
+        ("device alice", 2),
+    ]
+
+
+def test_a_file_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "important.txt"
+    path.write_text("IMPORTANT, and no line ends")
+    sink = JsonlSink(JsonlTable(kind="jsonl", name="file", path=path))
+    assert "another program's" in sink.send([Queued(1, 0.0, b"{}")]).error
+    sink.close()
+    assert path.read_text() == "IMPORTANT, and no line ends"
+
+
+def test_a_webhook_that_repeats_a_secret_is_not_repeated() -> None:
+    table = WebhookTable.model_validate({
+        "kind": "webhook", "name": "hook", "url": "https://h.example/p4th?token=URLSECRET",
+        "secret": "0123456789abcdef0123456789", "headers": {"Authorization": "Bearer HEADERSECRET"},
+    })  # fmt: skip
+    sink = WebhookSink(table)
+    said = sink._judge(1, 500, "no: Bearer HEADERSECRET at /p4th?token=URLSECRET", None).error
+    assert "SECRET" not in said
+    assert "p4th" not in said
+    assert "500" in said
+
+
+def test_a_role_that_is_lowered_ends_what_it_allowed(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("read alice 0123456789abcdef\n")
+    tokens = BearerTokens(Role.OPERATE, None, file)
+    alice = tokens.find("0123456789abcdef")
+    assert alice is not None
+    file.write_text("metrics alice 0123456789abcdef\n# lowered\n")
+    assert tokens.refresh()
+    assert not tokens.valid(alice)

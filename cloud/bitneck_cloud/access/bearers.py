@@ -90,7 +90,7 @@ class BearerTokens:
 
     def valid(self, holder: Holder) -> bool:
         """Whether a holder that was found earlier still has a valid token."""
-        return holder.digest in self._holders
+        return self._holders.get(holder.digest) == holder
 
     def refresh(self) -> bool:
         """Read the file again if it has changed. A file that cannot be used changes nothing: the log says why.
@@ -108,7 +108,7 @@ class BearerTokens:
             return False
         before, self._holders = self._holders, holders
         _LOG.info("%s: %d tokens, %d before", self._file, len(holders), len(before))
-        return holders.keys() != before.keys()
+        return holders != before
 
     def _read(self) -> dict[bytes, Holder]:
         entries = list(read_token_file(self._file, self._role)) if self._file is not None else []

@@ -21,6 +21,7 @@ class Origin:
         link_bytes: share of what crossed the device's link since its message before, both directions, up to the
             receipt of this frame; None if that is not counted.
         spool: id of the device's spool that the frame was kept in; empty for none.
+        caller: who sent it, as far as that is proven: name of its certificate or token; empty for an address.
     """
 
     client: str
@@ -31,6 +32,7 @@ class Origin:
     payload_bytes: int = 0
     link_bytes: int | None = None
     spool: str = ""
+    caller: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,4 +21,7 @@ class SinkPublisher:
 
     def commit(self, answers: Sequence[Published]) -> None:
         """Commit answers to the queue on disk; what the disk does not take is counted there."""
-        self._outgoing.commit([answer_document(answer, self._form) for answer in answers])
+        self._outgoing.commit(
+            [answer_document(answer, self._form) for answer in answers],
+            [answer.answered.origin.caller or answer.client for answer in answers],
+        )

@@ -16,6 +16,7 @@ MAX_VALUES = 64
 """Values that one filter may have."""
 _MAX_CHARACTERS = 256
 """Of a value."""
+_MAX_VERDICTS = 4096
 _NEAREST = 3
 """Names that an error message proposes."""
 
@@ -76,6 +77,7 @@ class AnswerFilter:
         self._names = frozenset(wanted.client)
         patterns = [value for value in wanted.client if any(mark in value for mark in "*?[")]
         self._patterns = re.compile("|".join(map(fnmatch.translate, patterns))) if patterns else None
+        self._verdicts: dict[str, bool] = {}  # of clients: a pattern can take a millisecond, and names repeat
         self._models = frozenset(wanted.model)
         self._sessions = frozenset(wanted.session)
         self._min_score = wanted.min_score
@@ -95,7 +97,14 @@ class AnswerFilter:
         return not self._by_class or self._has_class(published)
 
     def _of_client(self, client: str) -> bool:
-        return client in self._names or (self._patterns is not None and self._patterns.match(client) is not None)
+        if client in self._names or self._patterns is None:
+            return client in self._names
+        verdict = self._verdicts.get(client)
+        if verdict is None:
+            if len(self._verdicts) >= _MAX_VERDICTS:
+                self._verdicts.clear()
+            verdict = self._verdicts[client] = self._patterns.match(client) is not None
+        return verdict
 
     def _has_class(self, published: Published) -> bool:
         output = published.answered.output

@@ -169,7 +169,7 @@ class HttpGuard:
 
 def _open(request: Request) -> bool:
     """Whether everybody may see this: health, and the console's files."""
-    path = request.url.path
+    path = request.scope["path"]
     return request.method in _SAFE_METHODS and (path in _OPEN_PATHS or is_page(path))
 
 
@@ -177,7 +177,7 @@ def _check_size(request: Request) -> None:
     size = request.headers.get("content-length", "0")
     if "transfer-encoding" in request.headers:
         raise _Refused(411, "NO_LENGTH", "send the body with a Content-Length")
-    most = MAX_PHOTO_BYTES if _TRY_PATH.fullmatch(request.url.path) else MAX_BODY_BYTES
+    most = MAX_PHOTO_BYTES if _TRY_PATH.fullmatch(request.scope["path"]) else MAX_BODY_BYTES
     if not size.isdecimal() or int(size) > most:
         raise _Refused(413, "TOO_LARGE", f"a body has at most {most} bytes here")
 
@@ -185,7 +185,7 @@ def _check_size(request: Request) -> None:
 def _role_for(request: Request) -> Role:
     if request.method not in _SAFE_METHODS:
         return Role.OPERATE
-    return Role.METRICS if request.url.path == "/metrics" else Role.READ
+    return Role.METRICS if request.scope["path"] == "/metrics" else Role.READ
 
 
 def _deliberate(request: Request) -> bool:

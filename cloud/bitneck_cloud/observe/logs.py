@@ -55,3 +55,5 @@ def configure_logging(level: str, fmt: LogFormat) -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    for name in ("httpx", "httpcore"):  # they log whole addresses and headers, which may be secrets of webhooks
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -285,8 +285,9 @@ class Conversation:
             turn = self.caller.name, self._session.session_id
             step = self._answering.answers.map_step
             origin = origin_of(
-                frame, self._session.client, self._session.session_id, received.wall, link_bytes, self._session.spool
-            )
+                frame, self._session.client, self._session.session_id, received.wall, link_bytes, self._session.spool,
+                self.caller.binding,
+            )  # fmt: skip
             job = job_of(
                 self._model, frame, turn, origin, reference=reference, keep=self._session.reach > 0, map_step=step
             )
@@ -367,7 +368,7 @@ def job_of(
 
 
 def origin_of(
-    frame: Frame, client: str, session: str, received: float, link_bytes: int | None, spool: str = ""
+    frame: Frame, client: str, session: str, received: float, link_bytes: int | None, spool: str = "", caller: str = ""
 ) -> Origin:
     """Where a frame came from; `received` is in seconds since 1970. For the others see `Origin`."""
     return Origin(
@@ -379,6 +380,7 @@ def origin_of(
         payload_bytes=len(frame.payload),
         link_bytes=link_bytes,
         spool=spool,
+        caller=caller,
     )
 
 

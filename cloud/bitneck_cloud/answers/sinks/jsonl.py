@@ -97,6 +97,8 @@ class JsonlSink:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(0, "it is no file")
+            if found.st_size and os.pread(file, 1, 0) != b"{":
+                raise OSError(0, "it is another program's: it does not begin with a JSON object")
             self._size = _whole_lines(file, found.st_size, self._table.path)
             self._begun = _begin_of(file, found.st_mtime) if self._size else time.time()
         except BaseException:

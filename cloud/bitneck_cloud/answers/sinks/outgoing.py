@@ -62,6 +62,7 @@ class Outgoing:
         bounds = {table.name: Bounds(table.queue_bytes, table.queue_age_s) for table in tables}
         self._queue = QueueThread(QueueFile(queue, bounds, sync=sync)) if queue is not None and tables else None
         self._senders: dict[str, Sender] = {}
+        self._known: dict[str, set[str]] = {table.name: set() for table in tables}
         if self._queue is not None:
             for table in tables:
                 kind, sink = _sink_of(table, server)
@@ -109,7 +110,7 @@ class Outgoing:
         """
         return self._queue.call(self._queue.file.last_number) if self._queue is not None else 0
 
-    def commit(self, documents: Sequence[Document]) -> None:
+    def commit(self, documents: Sequence[Document], owners: Sequence[str] = ()) -> None:
         """Commit the answers of a pass for all sinks that want them. It blocks until they are on disk.
 
         A commit outlives this process. It outlives a power cut too, at once or a second later: see `sync`.
@@ -117,12 +118,14 @@ class Outgoing:
 
         Args:
             documents: of the answers, in the order of answering. A map has run lengths, or is null.
+            owners: who sent each frame, so that nobody's frames pass for repeats of another's spool; none if that does
+                not matter.
         """
         if self._queue is None or not documents:
             return
         entries: list[Entry] = []
         too_large: Counter[str] = Counter()
-        for document in documents:
+        for document, owner in zip(documents, owners or [""] * len(documents), strict=True):
             bodies: dict[str, bytes] = {}
             with_map = without_map = b""
             for table in self._tables:
@@ -137,7 +140,8 @@ class Outgoing:
                 else:
                     bodies[table.name] = body
             if bodies:
-                stream = f"spool {document['spool']}" if document.get("spool") else f"session {document['session']}"
+                spool, session = document.get("spool"), document["session"]
+                stream = f"spool {owner} {spool}" if spool else f"session {session}"
                 entries.append(Entry(stream, document["seq"], document["number"], bodies))
         if too_large:
             self._queue.post(self._queue.file.lost, too_large, "size")
@@ -159,8 +163,8 @@ class Outgoing:
         """
         if self._queue is None or not self._tell(state):
             return
-        text = json.dumps(asdict(state)) if state.online else ""
-        self._queue.post(self._keep_client, state.client, text)
+        # Also of one that is gone: the broker may not have learned it when this server ends.
+        self._queue.post(self._keep_client, state.client, json.dumps(asdict(state)))
 
     def states(self) -> tuple[SinkState, ...]:
         """Every sink as it is now, in the order of the settings."""
@@ -186,13 +190,18 @@ class Outgoing:
 
     def _tell(self, state: ClientState) -> bool:
         """Tell the sinks that retain states; whether there was one."""
-        wanting = [
-            sender
-            for name, sender in self._senders.items()
-            if sender.kind == "mqtt" and self._filters[name].takes_client(state.client, state.model)
-        ]
-        for sender in wanting:
-            sender.sink.tell(state)
+        wanting: list[tuple[Sender, ClientState]] = []
+        for name, sender in self._senders.items():
+            known = self._known[name]
+            takes = sender.kind == "mqtt" and self._filters[name].takes_client(state.client, state.model)
+            if takes and state.online:
+                known.add(state.client)
+                wanting.append((sender, state))
+            elif takes or state.client in known:  # it went, or went on with a model that this sink does not take
+                known.discard(state.client)
+                wanting.append((sender, replace(state, online=False)))
+        for sender, told in wanting:
+            sender.sink.tell(told)
             sender.wake()
         return bool(wanting)
 

@@ -3,7 +3,7 @@
 answers(id, sink, at, body)    what waits, in the order of answering
 streams(stream, seqs, at)      which frames were answered before: a repeat is not queued again
 refused(id, sink, at, reason, body)   the newest answers that a sink's other side will never take
-clients(client, state, at)     the clients that are online, so that none of them stays so after a crash
+clients(client, state, at)     the newest states of clients, so that none stays online after this server ended
 numbers(name, value)           the largest number of an answer
 """
 
@@ -300,20 +300,17 @@ class QueueFile:
             self.held[sink].dropped[reason] += count
 
     def keep_client(self, client: str, state: str, now: float) -> None:
-        """Remember a client that is online.
+        """Remember a client's newest state, for a week.
 
         Args:
             client: its name.
-            state: JSON; empty if it is not online any more.
+            state: JSON.
             now: seconds since 1970.
         """
-        if state:
-            self._db.execute("INSERT OR REPLACE INTO clients VALUES (?, ?, ?)", (client, state, now))
-        else:
-            self._db.execute("DELETE FROM clients WHERE client = ?", (client,))
+        self._db.execute("INSERT OR REPLACE INTO clients VALUES (?, ?, ?)", (client, state, now))
 
     def clients(self) -> list[str]:
-        """The states of those that were online when the server ended, the newest first, as `keep_client` got them."""
+        """The newest states of clients, the newest first, as `keep_client` got them."""
         query = "SELECT state FROM clients ORDER BY at DESC LIMIT ?"
         return [str(row[0]) for row in self._db.execute(query, (_MOST_CLIENTS,))]
 

@@ -17,6 +17,7 @@ from bitneck_cloud.observe.audit import record
 __all__ = ["Sender"]
 
 _LOG = logging.getLogger(__name__)
+_FAREWELL_S = 3.0
 _IDLE_S = 1.0
 _LONGEST_WAIT_S = 3600.0
 _ERROR_CHARACTERS = 300
@@ -109,8 +110,10 @@ class Sender:
             pause_s = backoff.failed(random.random()) or 0.0  # noqa: S311  spreads attempts, nothing secret
             self._stop.wait(min(max(pause_s, attempt.retry_after_s or 0.0), _LONGEST_WAIT_S))
         try:
-            if self.sink.restless() and not failing:  # such as clients' states, which nobody would correct
-                self._attempt()
+            end = time.monotonic() + _FAREWELL_S
+            while self.sink.restless() and not failing and time.monotonic() < end:  # the states of clients
+                attempt, _ = self._attempt()
+                failing = bool(attempt.error)
             self.sink.close()
         except Exception:  # noqa: BLE001  likewise
             _LOG.exception("sink %s: closing failed", self.table.name)

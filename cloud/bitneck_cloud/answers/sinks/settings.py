@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
+import httpx
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from bitneck.errors import InvalidConfig
@@ -195,6 +196,12 @@ class WebhookTable(SinkTable):
             raise ValueError(f"url is none ({exc})") from exc
         if url.scheme not in ("http", "https") or not host or port == 0 or not self.url.isprintable():
             raise ValueError("url is not http://HOST[:PORT]/PATH or https://HOST[:PORT]/PATH")
+        try:
+            httpx.URL(self.url)
+            if self.proxy:
+                httpx.Proxy(self.proxy)
+        except (httpx.InvalidURL, ValueError) as exc:
+            raise ValueError(f"url or proxy cannot be used ({exc})") from exc
         if url.username is not None or url.fragment:
             raise ValueError("url has a user or a fragment; give credentials as a header instead")
         if (self.secret is None) == (self.secret_file is None):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 
@@ -123,7 +124,7 @@ class WebhookSink:
         if 200 <= status < 300:
             self.most = min(self._table.batch, self.most * 2)
             return Attempt(("",) * answers)
-        said = f"status {status}" + (f": {text}" if text else "")
+        said = f"status {status}" + (f": {self._without_secrets(text)}" if text else "")
         if 300 <= status < 400:
             return Attempt(error=f"{self._where}: {said}; it redirects, which is not followed: give the new url")
         if status not in _NEVER:
@@ -132,6 +133,16 @@ class WebhookSink:
             self.most = answers // 2
             return Attempt()
         return Attempt((said,))
+
+    def _without_secrets(self, text: str) -> str:
+        """What the other side said, without what may be a secret of this sink: it may repeat what it was sent."""
+        url = urlsplit(self._table.url)
+        values = [value.get_secret_value() for value in self._table.headers.values()]
+        secrets = {part for value in values for part in (value, *value.split())} | {url.query, url.path}
+        secrets |= {value for _, value in parse_qsl(url.query)}
+        for secret in sorted((each for each in secrets if len(each) > 1), key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text
 
     async def _post(self, body: bytes, identity: str, key: bytes) -> tuple[int, str, float | None]:
         """Status, text of an error, and the seconds that the server asks to wait."""
