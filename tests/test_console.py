@@ -213,7 +213,7 @@ def test_answers_come_live(open_server: Server, window: Browser, sender: str) ->
     assert sender
     window.open(f"{open_server.http}/console/#answers")
     window.until_text(HOSTILE, "tbody")
-    window.until_text("answers in the last ten minutes")
+    window.until_text("answers since this page was opened")
     window.button("Pause").click()
     window.button("Go on")
     assert window.origins() == {open_server.http}
@@ -258,3 +258,17 @@ def test_the_description_of_the_api_comes_from_this_server(open_server: Server, 
     window.until_text("/v1/sessions")
     assert window.origins() == {open_server.http}
     assert window.errors() == []
+
+
+def test_a_misspelt_query_parameter_is_refused(open_server: Server) -> None:
+    with httpx.Client(base_url=open_server.http, headers=MARKED) as http:
+        for method, path in (
+            ("DELETE", "/v1/rate?client=cam-9"),
+            ("GET", "/v1/answers?clients=x"),
+            ("GET", "/v1/models?x=1"),
+        ):
+            answer = http.request(method, path)
+            assert answer.status_code == 400, path
+            assert "has no query parameter" in answer.json()["detail"]
+        assert "clients" in http.request("DELETE", "/v1/rate?client=cam-9").json()["detail"]
+        assert http.get("/v1/clients?client=x&limit=1").status_code == 200

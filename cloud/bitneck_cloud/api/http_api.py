@@ -67,7 +67,8 @@ def build_app(
         docs_url=None,  # the console has the page, without scripts from elsewhere
         redoc_url=None,
     )
-    guarded = [Depends(HTTPBearer(auto_error=False))]  # says in openapi.json what the guard asks for
+    # The first one says in openapi.json what the guard asks for.
+    guarded = [Depends(HTTPBearer(auto_error=False)), Depends(_refuse_unknown_query)]
     problems: dict[int | str, dict[str, Any]] = {
         "4XX": {"description": "problem details", "content": {PROBLEM_TYPE: {}}}
     }
@@ -160,3 +161,16 @@ def build_app(
 
     add_fleet(app, fleet, guarded, problems)
     return app
+
+
+def _refuse_unknown_query(request: Request) -> None:
+    """A misspelt filter must not pass for none.
+
+    Raises:
+        InvalidConfig: the route has no query parameter of this name.
+    """
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    for name in request.query_params:
+        if name not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+            raise InvalidConfig(f"{request.scope['path']} has no query parameter {name[:80]!r}; {has}")

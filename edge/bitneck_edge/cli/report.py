@@ -31,7 +31,7 @@ _PLAIN = (
     "file", "seq", "point", "split", "payload_bytes", "reference", "message_bytes", "link_bytes_up", "link_bytes_down",
     "bpp_payload",
 )  # fmt: skip
-CSV_NAMES = (*_PLAIN, *(f"{stage}_ms" for stage in _STAGES), "answer", "share", "error")
+CSV_NAMES = (*_PLAIN, *(f"{stage}_ms" for stage in _STAGES), "answer", "share", "spool", "captured", "error")
 """Columns of ``run --csv``."""
 
 
@@ -159,6 +159,8 @@ def csv_row(result: Answer | Failure) -> dict[str, Any]:
         return {"file": result.file, "error": str(result.error)}
     row = {name: getattr(result, name) for name in _PLAIN}
     row |= {f"{stage}_ms": round(getattr(result.ms, stage), 3) for stage in _STAGES}
+    if result.spool:
+        row |= {name: result.to_dict()[name] for name in ("spool", "captured")}
     if result.segmentation is not None and result.segmentation.classes:
         row |= {"answer": result.segmentation.classes[0].name, "share": result.segmentation.classes[0].share}
     elif result.labels:

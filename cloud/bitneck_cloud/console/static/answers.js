@@ -32,7 +32,7 @@ export function answersPage(main, { complain, fine }) {
       element("label", { class: "inline" }, maps, "class maps"), element("button", { class: "main" }, "Apply"), pause),
     state,
     element("div", { class: "side" },
-      element("section", { class: "card", "aria-labelledby": "counts" }, element("h2", { id: "counts" }, "Classes in the last ten minutes"), counted),
+      element("section", { class: "card", "aria-labelledby": "counts" }, element("h2", { id: "counts" }, "Classes since this page was opened, of ten minutes at most"), counted),
       figure),
     element("h2", {}, "Live"), table.element,
   );
@@ -110,7 +110,7 @@ export function answersPage(main, { complain, fine }) {
     counted.replaceChildren(...most.map(([name, number]) => element("li", {}, element("span", {}, name),
       element("meter", { min: "0", max: String(most[0][1]), value: String(number), "aria-label": `${name}: ${number}` }), element("span", {}, count(number)))));
     if (!most.length) counted.replaceChildren(element("li", { class: "quiet" }, "none yet"));
-    state.textContent = `${count(seen.length)} answers in the last ten minutes${missed ? `; ${count(missed)} were missed, because they came faster than they are kept` : ""}.`;
+    state.textContent = `${count(seen.length)} answers since this page was opened, of ten minutes at most${missed ? `; ${count(missed)} were missed, because they came faster than they are kept` : ""}.`;
     const mapped = kept.find((answer) => answer.map);
     figure.hidden = !mapped;
     if (mapped) {
