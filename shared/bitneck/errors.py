@@ -25,7 +25,7 @@
     |-- DeadlineExceeded            DEADLINE_EXCEEDED    504  1
     |-- Unavailable                 UNAVAILABLE          503  1   no server, or it is going away
     |   `-- Unreachable             UNAVAILABLE          503  2   one side wants TLS, or refuses a certificate
-    |-- StateUnusable               INTERNAL             500  1   the state database, or the queue of sinks, cannot be used
+    |-- StateUnusable               INTERNAL             500  1   a database of the server cannot be used
     `-- ModelFailure                INTERNAL             500  1   ONNX Runtime failed, or gave impossible numbers
 
 A message says what happened, what was received and what was expected, where, and what to do. Foreign exceptions are
@@ -262,7 +262,7 @@ class Unreachable(Unavailable):
 
 
 class StateUnusable(BitneckError):
-    """The state database, or the queue of sinks, is damaged, belongs to another program or server, or cannot be written."""
+    """A database of the server (state, sinks) is damaged, another program's or server's, or cannot be written."""
 
 
 class ModelFailure(BitneckError):
