@@ -54,8 +54,9 @@ class Spool:
         self._limits = limits
         self._lock_descriptor = lock
         self._mutex = threading.RLock()
+        self._syncing = threading.Lock()
         self._segments: list[Segment] = []
-        self._dirty = False
+        self._unsynced: set[Segment] = set()
         self._closed = False
         self._spooled = self._sent = self._dropped = self._damaged = 0
         self._logged = -_LOG_EVERY_S
@@ -193,7 +194,7 @@ class Spool:
                 self._refuse(exc.strerror or str(exc))
                 return None
             self._spooled += 1
-            self._dirty = True
+            self._unsynced.add(active)
             return seq
 
     def _make_room(self, size: int) -> bool:
@@ -275,7 +276,9 @@ class Spool:
                 if full:
                     break
                 taken.append(frame)
-        self._dropped += segment.done(old)
+        if old:
+            self._dropped += segment.done(old)
+            self._unsynced.add(segment)
         return full
 
     def done(self, seqs: Iterable[int]) -> None:
@@ -284,9 +287,9 @@ class Spool:
             for seq in seqs:
                 if (segment := self._of(seq)) is not None:
                     self._sent += segment.done([seq])
+                    self._unsynced.add(segment)
                     if not segment.waiting and not segment.held and segment is not self._segments[-1]:
                         self._remove(segment)
-            self._dirty = True
 
     def has_waiting(self, without: Collection[str] = ()) -> bool:
         """Whether a frame is to be sent, bundles to be passed over left out."""
@@ -295,27 +298,38 @@ class Spool:
 
     @property
     def dirty(self) -> bool:
-        """Whether something was written since the last `sync`."""
-        return self._dirty
+        """Whether something was written that no `sync` has brought to the disk."""
+        return bool(self._unsynced)
 
-    def sync(self) -> None:
-        """What was written is on the disk when this returns. Then the spool is tidied up."""
-        with self._mutex:
-            if self._closed:
-                return
-            for segment in self._segments:
-                segment.note_done()
-            dirty, self._dirty = self._dirty, False
-            descriptors = [each for segment in self._segments[-2:] for each in segment.descriptors()] if dirty else []
-            descriptors += self._segments[0].descriptors() if dirty else []
-        try:
-            for descriptor in descriptors:
-                _SYNC(descriptor)
-        except OSError as exc:
-            self._complain(f"it cannot be brought to the disk: {exc.strerror}")
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+    def sync(self) -> bool:
+        """Bring to the disk what was written before.
+
+        Returns:
+            Whether it is there. If not, the next call tries it again.
+        """
+        with self._syncing:  # a second caller must not return before what the first one brings is there
+            descriptors: list[int] = []
+            segments: set[Segment] = set()
+            try:
+                with self._mutex:
+                    if self._closed:
+                        return not self._unsynced
+                    for segment in self._segments:
+                        segment.note_done()
+                    segments, self._unsynced = self._unsynced, set()
+                    for segment in segments:
+                        descriptors += segment.descriptors()
+                for descriptor in descriptors:
+                    _SYNC(descriptor)
+            except OSError as exc:
+                with self._mutex:
+                    self._unsynced |= segments.intersection(self._segments)
+                self._complain(f"it cannot be brought to the disk: {exc.strerror}")
+                return False
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            return True
 
     def tidy(self) -> None:
         """Remove what is too old, and the file that is written if none of its frames is needed."""
@@ -352,6 +366,7 @@ class Spool:
 
     def _remove(self, segment: Segment) -> None:
         self._segments.remove(segment)
+        self._unsynced.discard(segment)
         segment.remove()
 
     def _is_old(self, captured_unix_us: int) -> bool:
