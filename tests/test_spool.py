@@ -11,22 +11,29 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitneck.errors import InvalidConfig, Unavailable
+from bitneck.bundle import Bundle
+from bitneck.errors import InvalidConfig, Overloaded, Unavailable
+from bitneck.wire.frames import MAX_MESSAGE_BYTES
+from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.link import Link
-from bitneck_edge.session import EdgeSession
+from bitneck_edge.link.sent import Sent
+from bitneck_edge.session import EdgeSession, Encoding
 from bitneck_edge.settings import EdgeSettings
+from bitneck_edge.sources.capture import Capture
 from bitneck_edge.spool import files as spool_files
 from bitneck_edge.spool import sender, spooling
 from bitneck_edge.spool.bounds import Limits
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.format import Damage, Done, FrameEntry, Header, Table, pack, read
+from bitneck_edge.spool.outage import Outage
 from bitneck_edge.spool.pace import SpoolPace
 from bitneck_edge.spool.segment import Kept
 from bitneck_testing.processes import edge
@@ -475,3 +482,45 @@ async def test_a_session_that_is_opened_while_the_client_is_closed_is_closed_too
     assert [str(each) for each in results] == ["the client is closed"] * 2
     assert (old.closed, late.closed) == (True, True)
     assert client._opened() is client._session is cast("Any", old)
+
+
+def test_a_frame_that_no_server_would_take_is_refused(tmp_path: Path) -> None:
+    spool = Spool.open(tmp_path, LIMITS)
+    with pytest.raises(Overloaded, match="choose an operating point of a lower rate"):
+        spool.put(frame(0, payload=bytes(MAX_MESSAGE_BYTES + 1)))
+    assert spool.counts.dropped == 1
+    assert spool.put(frame(1, payload=bytes(MAX_MESSAGE_BYTES))) == 1
+    assert names(spool) == ["cam#1"]
+    spool.close()
+
+
+async def test_a_frame_that_a_full_spool_does_not_take_is_told(tmp_path: Path, tiny_bundle: Bundle) -> None:
+    """Both one that the link did not take, and one that was sent and has no answer when the link goes."""
+    spool = Spool.open(tmp_path, Limits(most_bytes=20_000, most_age_s=1e6, first="newest"))
+    while spool.put(frame(0)) is not None:
+        pass
+    before, handed = spool.counts.dropped, list[Answer | Failure]()
+    outage = Outage(spool, handed.append, lambda: None)
+    photo: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    photo.set_result(SimpleNamespace(point="s1-r1", encoded=SimpleNamespace(payload=bytes(100))))
+    encoding = Encoding(
+        capture=Capture("photo.jpg", "photo.jpg"), decision=cast("Any", None), photo=photo, candidate=None
+    )
+    link = SimpleNamespace(up=True, silent_s=0.0)
+    session = cast("EdgeSession", SimpleNamespace(bundle=tiny_bundle, link=link, silence_s=1.0, failure=None))
+    with pytest.raises(Overloaded, match="the spool has no room, the frame is lost"):
+        await outage.keep(session, encoding)
+    assert spool.counts.dropped == before + 1
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    flight = outage.sent(session, encoding, Sent(1, b"", 0, 0.0, answer))
+    watching = asyncio.create_task(outage.watch(flight))
+    await asyncio.sleep(1.1)  # it is tried again and again, and counts once
+    assert spool.counts.dropped == before + 1, "its answer may still come"
+    link.up = False
+    with pytest.raises(Overloaded, match="the spool has no room, the frame is lost"):
+        await watching
+    assert spool.counts.dropped == before + 2
+    answer.set_exception(Unavailable("the link was closed"))
+    await outage.close()
+    assert (spool.counts.dropped, handed) == (before + 2, [])
+    spool.close()

@@ -22,7 +22,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Self
 
-from bitneck.errors import InvalidConfig, Unavailable
+from bitneck.errors import InvalidConfig, Overloaded, Unavailable
+from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_edge.spool.bounds import Limits, SpoolCounts
 from bitneck_edge.spool.known import KnownBundles
 from bitneck_edge.spool.segment import GONE, Kept, Segment
@@ -169,14 +170,21 @@ class Spool:
             held: another session may still answer it: it is not given out until `release`.
 
         Returns:
-            Its number in the spool; None if there is no room for it, which is counted.
+            Its number in the spool; None if there is no room for it. Unless it is held, it counts as dropped then.
 
         Raises:
+            Overloaded: it is larger than any server takes. Unless it is held, it counts as dropped.
             Unavailable: the spool is closed.
         """
         with self._mutex:
             if self._closed:
                 raise Unavailable("the spool is closed")
+            if len(frame.payload) > MAX_MESSAGE_BYTES:
+                self._refuse("it is larger than any server takes", held=held)
+                raise Overloaded(
+                    f"a frame of {len(frame.payload)} bytes at {frame.point}, the limit is {MAX_MESSAGE_BYTES}; "
+                    "it is not kept: choose an operating point of a lower rate"
+                )
             prefix = _prefix_of(frame.name)
             active = self._segments[-1]
             seq = active.next_seq
@@ -187,11 +195,11 @@ class Spool:
                     active = self._segments[-1]
                     data = active.record_of(seq, frame, prefix)
                 if not self._make_room(len(data)):
-                    self._refuse("it is full")
+                    self._refuse("it is full", held=held)
                     return None
                 self._write(active, data, held=held)
             except OSError as exc:
-                self._refuse(exc.strerror or str(exc))
+                self._refuse(exc.strerror or str(exc), held=held)
                 return None
             self._spooled += 1
             self._unsynced.add(active)
@@ -223,8 +231,8 @@ class Spool:
         self._remove(oldest)
         return True
 
-    def _refuse(self, why: str) -> None:
-        self._dropped += 1
+    def _refuse(self, why: str, *, held: bool) -> None:
+        self._dropped += not held
         self._complain(f"a frame cannot be kept: {why}; {self._dropped} are lost so far")
 
     def _complain(self, text: str) -> None:
