@@ -21,14 +21,19 @@ from prometheus_client.parser import text_string_to_metric_families
 from bitneck.bundle import Bundle
 from bitneck.errors import ImageError, InvalidConfig
 from bitneck.v2 import inference_pb2 as pb
+from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import Device
 from bitneck_cloud.api.wire import from_wire
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.wire import client_message
 from bitneck_edge.observe.buckets import FINE_S, SCRAPED_S, Buckets
 from bitneck_edge.observe.http import serve_page
+from bitneck_edge.observe.metrics import Exposition
 from bitneck_edge.observe.temperature import temperatures_c
 from bitneck_edge.settings import EdgeSettings
+from bitneck_edge.spool.bounds import SpoolCounts
+from bitneck_edge.spool.sender import Sender
+from bitneck_edge.spool.spooling import Spooling
 from bitneck_testing.photographs import add_photos, photo
 from bitneck_testing.processes import BIN, Server, edge, edge_run, free_port
 
@@ -197,6 +202,22 @@ async def test_an_address_that_is_taken_is_refused(server: Server, tmp_path: Pat
                 pass
 
 
+async def test_the_state_of_a_client_with_a_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metrics have the spool's counts, and the bytes that cross the link for its frames."""
+    client = EdgeClient("127.0.0.1:9", spool=tmp_path)
+    assert "spool" not in Exposition(client.state).render().decode()
+    spooling = client._spooling = await Spooling.open(client.settings, lambda: None, lambda _result: None)
+    assert spooling is not None
+    monkeypatch.setattr(Sender, "link_bytes", LinkBytes(70.0, 30.0))
+    counts = SpoolCounts(spooled=9, sent=5, kept=3, unknown=2, dropped=1, bytes=700)
+    monkeypatch.setattr(Sender, "counts", counts)
+    found = samples(Exposition(client.state).render().decode())
+    assert (found["bitneck_edge_link_bytes_total/up"], found["bitneck_edge_link_bytes_total/down"]) == (70, 30)
+    names = ("spooled_total", "sent_total", "dropped_total", "kept_frames", "unknown_frames", "bytes")
+    assert [found[f"bitneck_edge_spool_{name}"] for name in names] == [9, 5, 1, 3, 2, 700]
+    await spooling.close()
+
+
 async def test_strange_requests_to_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     from bitneck_edge.observe import http
 
@@ -213,6 +234,9 @@ async def test_strange_requests_to_the_page(monkeypatch: pytest.MonkeyPatch) -> 
             (await client.get(f"{url}/metrics", headers={"X": "y" * 20_000})).status_code,
         ]
         assert statuses == [200, 200, 200, 404, 405, 421, 400]
+        head = await client.head(f"{url}/metrics")
+        assert (head.status_code, head.reason_phrase, head.content) == (200, "OK", b"")
+        assert head.headers["content-length"] == "7"
 
         async def talk(data: bytes) -> bytes:
             reader, writer = await asyncio.open_connection(where.host, where.port)

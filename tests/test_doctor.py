@@ -15,7 +15,11 @@ from bitneck_edge.bundles.fetch import fetch_bundle
 from bitneck_edge.cli.doctor import examine, report_lines
 from bitneck_edge.doctor.finding import Finding
 from bitneck_edge.doctor.network import check_clock
+from bitneck_edge.doctor.spool import check_spool
 from bitneck_edge.settings import EdgeSettings
+from bitneck_edge.spool.bounds import Limits
+from bitneck_edge.spool.files import Spool
+from bitneck_edge.spool.segment import Kept
 from bitneck_testing.authority import Authority
 from bitneck_testing.photographs import photo_bytes
 from bitneck_testing.processes import Server, edge, free_port, running_server
@@ -188,3 +192,35 @@ def test_the_report_fits_80_columns() -> None:
     assert lines[-1] == "1 of 2 checks failed"
     assert [len(line) <= 80 or "xxx" in line for line in lines] == [True] * len(lines)
     assert report_lines(findings[:1])[-1] == "nothing keeps this device from working"
+
+
+def test_the_spool(tmp_path: Path) -> None:
+    """What is in it, who uses it, whether it can be written; and nothing of it is changed."""
+    folder = tmp_path / "spool"
+
+    def check(place: Path = folder) -> tuple[str, str]:
+        (found,) = check_spool(EdgeSettings.load({"server": "127.0.0.1:9", "spool": place}))
+        return found.state, found.found
+
+    assert check_spool(EdgeSettings.load({"server": "127.0.0.1:9"})) == []
+    assert check() == ("ok", f"{folder} is not there yet; it can be made")
+    assert not folder.exists()
+    (tmp_path / "file").touch()
+    assert check(tmp_path / "file" / "spool")[0] == check(tmp_path / "file")[0] == "failed"
+    spool = Spool.open(folder, Limits(most_bytes=1_000_000, most_age_s=1e9))
+    bundle_id = "sha256:" + "ab" * 32
+    for _ in range(5):
+        spool.put(Kept(seq=0, bundle_id=bundle_id, point="p", payload=b"x", captured_unix_us=1, name="c"))
+    spool.done([2])
+    assert check()[0] == "warning"
+    assert "4 frames" in check()[1]
+    assert "another process uses it" in check()[1]
+    spool.close()
+    assert check()[0] == "ok"
+    with next(folder.glob("*.frames")).open("ab") as torn:
+        torn.write(b"torn")
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    assert check()[0] == "warning"
+    assert "4 frames" in check()[1]
+    assert "1 places are damaged" in check()[1]
+    assert before == {path: path.read_bytes() for path in folder.glob("*.*")}

@@ -92,7 +92,6 @@ class EdgeClient(ClientFacts):
         self._on_switch = on_switch
         self._on_spooled = on_spooled
         self._spooling: Spooling | None = None
-        self._keeper: asyncio.Task[None] | None = None
         self._finish = finish
         self._pool = ModulePool(first_run_s=FIRST_RUN_S)
         self._threads: Workers | None = None
@@ -126,6 +125,7 @@ class EdgeClient(ClientFacts):
         Raises:
             BitneckError: see `open_supply`, `EdgeSession.open` and `Spool.open`.
         """
+        self._closed = False
         self._threads = Workers(self.workers, "bitneck-edge")
         try:
             self._spooling = await Spooling.open(
@@ -140,14 +140,10 @@ class EdgeClient(ClientFacts):
                 self._session = await self._open()  # the cached bundle is not the server's any more
             await self._telling.enter_async_context(reports(self.settings.report_s, self.state, self._tell))
         except BaseException:
-            await self._telling.aclose()
-            if self._spooling is not None:
-                await self._spooling.close()
-            self._threads.close(wait=True)
+            await self.close()
             raise
         if self._spooling is not None:
-            self._spooling.start()
-            self._keeper = asyncio.create_task(keep_open(self._opened, self._reopen))
+            self._spooling.start(keep_open(self._opened, self._reopen))
         return self
 
     async def __aexit__(
@@ -161,8 +157,6 @@ class EdgeClient(ClientFacts):
         self._closed = True
         await self._telling.aclose()
         if self._spooling is not None:
-            if self._keeper is not None:
-                self._keeper.cancel()
             await self._spooling.stop()
         if self._session is not None:
             await self._session.close()
@@ -267,8 +261,7 @@ class EdgeClient(ClientFacts):
                 raise failure
             self._revivals += 1
             await lost.close()
-            self._session = await self._open(before=lost)
-            self._renewal_failure = None
+            await self._replace(lost)
 
     def _may_renew(self, failure: BitneckError | None) -> bool:
         return isinstance(failure, BundleMismatch) and not self.settings.bundle_id
@@ -285,7 +278,7 @@ class EdgeClient(ClientFacts):
             _LOG.warning("%s; fetching the server's bundle again", old.failure)
             await old.close()
             try:
-                self._session = await self._open(before=old)
+                await self._replace(old)
             except BitneckError as exc:
                 if not self._may_renew(exc):
                     self._renewal_failure = exc
@@ -297,8 +290,23 @@ class EdgeClient(ClientFacts):
 
     async def _reopen(self, old: EdgeSession) -> None:
         """Put another session in place of one that has failed; that goes on encoding until then."""
-        self._session = await self._open(before=old)
-        await old.close()
+        async with self._renewing:
+            if self._opened() is not old:
+                return
+            await self._replace(old)
+            try:
+                await old.close()
+            except asyncio.CancelledError:  # the client is being closed: leave nothing open
+                await old.close()
+                raise
+
+    async def _replace(self, old: EdgeSession) -> None:
+        """Open a session and put it in place of another one, unless the client was closed meanwhile."""
+        session = await self._open(before=old)
+        if self._closed:
+            await session.close()
+            raise Unavailable("the client is closed")
+        self._session, self._renewal_failure = session, None
 
     async def _passages(self, source: AsyncGenerator[Capture], *, live: bool) -> AsyncGenerator[Passage]:
         with contextlib.suppress(BitneckError):  # else each photograph says why

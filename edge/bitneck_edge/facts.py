@@ -69,8 +69,7 @@ class ClientFacts:
     @property
     def link_bytes(self) -> LinkBytes:
         """What crossed this device's interface for all frames so far; see `bitneck.wire.link_bytes`."""
-        live = self._opened().link_bytes
-        return live + self._spooling.link_bytes if self._spooling is not None else live
+        return self._all_link_bytes(self._opened())
 
     @property
     def spool(self) -> SpoolCounts | None:
@@ -96,11 +95,17 @@ class ClientFacts:
             unanswered=len(session.link.unanswered) if session is not None else 0,
             reconnects=session.reconnects if session is not None else 0,
             switches=self._switched_times,
-            link=session.link_bytes if session is not None else LinkBytes(),
+            link=self._all_link_bytes(session),
+            spool=self.spool,
             point=self.point,
             connected=session is not None and session.link.connected,
             temperatures_c=temperatures_c(),
         )
+
+    def _all_link_bytes(self, session: EdgeSession | None) -> LinkBytes:
+        """Those of a session and those before it, and of the spool."""
+        live = session.link_bytes if session is not None else LinkBytes()
+        return live + self._spooling.link_bytes if self._spooling is not None else live
 
     @property
     def auto(self) -> bool:

@@ -34,6 +34,6 @@ async def keep_open(session: Callable[[], EdgeSession], reopen: Callable[[EdgeSe
         _LOG.warning("%s; opening another session", old.failure)
         try:
             await reopen(old)
-        except BitneckError as exc:
+        except (BitneckError, OSError) as exc:
             _LOG.warning("%s; frames go to the spool", exc)
         await asyncio.sleep(backoff.failed(random.random()) or _MOST_PAUSE_S)  # noqa: S311  no secret

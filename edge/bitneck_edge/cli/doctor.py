@@ -22,7 +22,8 @@ _FIRST = " " * (_STATE + _CHECK)
 
 
 @with_settings(
-    EdgeSettings, *ACCESS, "client", "bundle_id", "precision", "connect_timeout_s", "answer_timeout_s"
+    EdgeSettings, *ACCESS, "client", "bundle_id", "precision", "spool", "spool_mb", "connect_timeout_s",
+    "answer_timeout_s"
 )  # fmt: skip
 def doctor(
     sources: Annotated[
@@ -61,10 +62,12 @@ async def examine(settings: EdgeSettings, sources: Sequence[str]) -> list[Findin
     """
     from bitneck_edge.doctor.device import check_device, check_sources
     from bitneck_edge.doctor.network import check_network
+    from bitneck_edge.doctor.spool import check_spool
 
     network, offer = await check_network(settings)
     device = await asyncio.to_thread(check_device, settings, offer)
-    return [*network, *device, *await check_sources(sources)]
+    spool = await asyncio.to_thread(check_spool, settings)
+    return [*network, *device, *spool, *await check_sources(sources)]
 
 
 def report_lines(findings: Sequence[Finding]) -> list[str]:

@@ -1,9 +1,10 @@
-"""A page for Prometheus: ``GET /metrics`` and nothing else, within limits of time, size and connections."""
+"""A page for Prometheus: ``GET`` or ``HEAD /metrics`` and nothing else, within limits of time, size and connections."""
 
 import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
 
 import h11
 
@@ -71,18 +72,22 @@ async def _answer(
 ) -> None:
     """One request, one answer; the connection ends then."""
     http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MOST_REQUEST_BYTES)
-    status, text = 400, b"this is no request of HTTP\n"
+    status, text, method = 400, b"this is no request of HTTP\n", b""
     with contextlib.suppress(h11.RemoteProtocolError):
         while (event := http.next_event()) is h11.NEED_DATA:
             http.receive_data(await reader.read(_MOST_REQUEST_BYTES))
         if not isinstance(event, h11.Request):
             return
+        method = event.method
         status, text = _page_of(event, page, loopback=loopback)
     kind = TEXT_TYPE if status == 200 else b"text/plain; charset=utf-8"
     headers = [(b"content-length", b"%d" % len(text)), (b"content-type", kind), (b"cache-control", b"no-store")]
-    response = h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")])
-    for part in (response, h11.Data(data=text), h11.EndOfMessage()):
-        writer.write(http.send(part) or b"")
+    headers.append((b"connection", b"close"))
+    reason = HTTPStatus(status).phrase.encode()
+    writer.write(http.send(h11.Response(status_code=status, headers=headers, reason=reason)) or b"")
+    if method != b"HEAD":
+        writer.write(http.send(h11.Data(data=text)) or b"")
+    writer.write(http.send(h11.EndOfMessage()) or b"")
     await writer.drain()
 
 

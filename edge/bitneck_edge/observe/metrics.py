@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 import bitneck
 from bitneck_edge.observe.buckets import Buckets
 from bitneck_edge.observe.state import ClientState
+from bitneck_edge.spool.bounds import SpoolCounts
 
 __all__ = ["Exposition"]
 
@@ -61,6 +62,8 @@ class Exposition(Collector):
         yield link
         yield _gauge("unanswered_frames", "Frames that wait for their answer.", state.unanswered)
         yield _gauge("connected", "Whether a connection to the server is up.", state.connected)
+        if state.spool is not None:
+            yield from _of_spool(state.spool)
         if state.point:
             point = GaugeMetricFamily(
                 "bitneck_edge_point", "The operating point of the next frame; always 1.", labels=["point"]
@@ -79,6 +82,15 @@ class Exposition(Collector):
         info = GaugeMetricFamily("bitneck_edge_info", "What runs here; always 1.", labels=["version", "machine"])
         info.add_metric([bitneck.__version__, platform.machine()], 1)
         yield info
+
+
+def _of_spool(counts: SpoolCounts) -> Iterable[Metric]:
+    yield _counter("spool_spooled", "Frames that were written into the spool.", counts.spooled)
+    yield _counter("spool_sent", "Frames of the spool that were answered, or refused for good.", counts.sent)
+    yield _counter("spool_dropped", "Frames that fell out of the spool, or could not be kept.", counts.dropped)
+    yield _gauge("spool_kept_frames", "Frames that are in the spool.", counts.kept)
+    yield _gauge("spool_unknown_frames", "Those whose bundle the server does not have.", counts.unknown)
+    yield _gauge("spool_bytes", "Bytes of the spool's files.", counts.bytes)
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

@@ -9,6 +9,7 @@ from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import Device
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.observe.buckets import SCRAPED_S, Buckets
+from bitneck_edge.spool.bounds import SpoolCounts
 
 __all__ = ["ClientState", "Report", "Tally"]
 
@@ -50,10 +51,11 @@ class ClientState:
         unanswered: frames that wait for their answer.
         reconnects: how often the link was opened again.
         switches: changes of the operating point.
-        link: bytes that crossed the link.
+        link: bytes that crossed the link, those of the spool's frames included.
         point: operating point of the next frame; empty before the session is open.
         connected: whether a connection to the server is up.
         temperatures_c: degrees Celsius, by the name of the sensor.
+        spool: what became of the frames of the spool; None without one.
     """
 
     tally: Tally
@@ -65,6 +67,7 @@ class ClientState:
     point: str
     connected: bool
     temperatures_c: Mapping[str, float]
+    spool: SpoolCounts | None = None
 
 
 class Report:

@@ -22,7 +22,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Self
 
-from bitneck.errors import InvalidConfig, Unavailable
+from bitneck.errors import InvalidConfig, Overloaded, Unavailable
+from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_edge.spool.bounds import Limits, SpoolCounts
 from bitneck_edge.spool.known import KnownBundles
 from bitneck_edge.spool.segment import GONE, Kept, Segment
@@ -54,8 +55,9 @@ class Spool:
         self._limits = limits
         self._lock_descriptor = lock
         self._mutex = threading.RLock()
+        self._syncing = threading.Lock()
         self._segments: list[Segment] = []
-        self._dirty = False
+        self._unsynced: set[Segment] = set()
         self._closed = False
         self._spooled = self._sent = self._dropped = self._damaged = 0
         self._logged = -_LOG_EVERY_S
@@ -168,14 +170,21 @@ class Spool:
             held: another session may still answer it: it is not given out until `release`.
 
         Returns:
-            Its number in the spool; None if there is no room for it, which is counted.
+            Its number in the spool; None if there is no room for it. Unless it is held, it counts as dropped then.
 
         Raises:
+            Overloaded: it is larger than any server takes. Unless it is held, it counts as dropped.
             Unavailable: the spool is closed.
         """
         with self._mutex:
             if self._closed:
                 raise Unavailable("the spool is closed")
+            if len(frame.payload) > MAX_MESSAGE_BYTES:
+                self._refuse("it is larger than any server takes", held=held)
+                raise Overloaded(
+                    f"a frame of {len(frame.payload)} bytes at {frame.point}, the limit is {MAX_MESSAGE_BYTES}; "
+                    "it is not kept: choose an operating point of a lower rate"
+                )
             prefix = _prefix_of(frame.name)
             active = self._segments[-1]
             seq = active.next_seq
@@ -186,14 +195,14 @@ class Spool:
                     active = self._segments[-1]
                     data = active.record_of(seq, frame, prefix)
                 if not self._make_room(len(data)):
-                    self._refuse("it is full")
+                    self._refuse("it is full", held=held)
                     return None
                 self._write(active, data, held=held)
             except OSError as exc:
-                self._refuse(exc.strerror or str(exc))
+                self._refuse(exc.strerror or str(exc), held=held)
                 return None
             self._spooled += 1
-            self._dirty = True
+            self._unsynced.add(active)
             return seq
 
     def _make_room(self, size: int) -> bool:
@@ -222,8 +231,8 @@ class Spool:
         self._remove(oldest)
         return True
 
-    def _refuse(self, why: str) -> None:
-        self._dropped += 1
+    def _refuse(self, why: str, *, held: bool) -> None:
+        self._dropped += not held
         self._complain(f"a frame cannot be kept: {why}; {self._dropped} are lost so far")
 
     def _complain(self, text: str) -> None:
@@ -275,7 +284,9 @@ class Spool:
                 if full:
                     break
                 taken.append(frame)
-        self._dropped += segment.done(old)
+        if old:
+            self._dropped += segment.done(old)
+            self._unsynced.add(segment)
         return full
 
     def done(self, seqs: Iterable[int]) -> None:
@@ -284,9 +295,9 @@ class Spool:
             for seq in seqs:
                 if (segment := self._of(seq)) is not None:
                     self._sent += segment.done([seq])
+                    self._unsynced.add(segment)
                     if not segment.waiting and not segment.held and segment is not self._segments[-1]:
                         self._remove(segment)
-            self._dirty = True
 
     def has_waiting(self, without: Collection[str] = ()) -> bool:
         """Whether a frame is to be sent, bundles to be passed over left out."""
@@ -295,27 +306,38 @@ class Spool:
 
     @property
     def dirty(self) -> bool:
-        """Whether something was written since the last `sync`."""
-        return self._dirty
+        """Whether something was written that no `sync` has brought to the disk."""
+        return bool(self._unsynced)
 
-    def sync(self) -> None:
-        """What was written is on the disk when this returns. Then the spool is tidied up."""
-        with self._mutex:
-            if self._closed:
-                return
-            for segment in self._segments:
-                segment.note_done()
-            dirty, self._dirty = self._dirty, False
-            descriptors = [each for segment in self._segments[-2:] for each in segment.descriptors()] if dirty else []
-            descriptors += self._segments[0].descriptors() if dirty else []
-        try:
-            for descriptor in descriptors:
-                _SYNC(descriptor)
-        except OSError as exc:
-            self._complain(f"it cannot be brought to the disk: {exc.strerror}")
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+    def sync(self) -> bool:
+        """Bring to the disk what was written before.
+
+        Returns:
+            Whether it is there. If not, the next call tries it again.
+        """
+        with self._syncing:  # a second caller must not return before what the first one brings is there
+            descriptors: list[int] = []
+            segments: set[Segment] = set()
+            try:
+                with self._mutex:
+                    if self._closed:
+                        return not self._unsynced
+                    for segment in self._segments:
+                        segment.note_done()
+                    segments, self._unsynced = self._unsynced, set()
+                    for segment in segments:
+                        descriptors += segment.descriptors()
+                for descriptor in descriptors:
+                    _SYNC(descriptor)
+            except OSError as exc:
+                with self._mutex:
+                    self._unsynced |= segments.intersection(self._segments)
+                self._complain(f"it cannot be brought to the disk: {exc.strerror}")
+                return False
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            return True
 
     def tidy(self) -> None:
         """Remove what is too old, and the file that is written if none of its frames is needed."""
@@ -352,6 +374,7 @@ class Spool:
 
     def _remove(self, segment: Segment) -> None:
         self._segments.remove(segment)
+        self._unsynced.discard(segment)
         segment.remove()
 
     def _is_old(self, captured_unix_us: int) -> bool:

@@ -44,6 +44,7 @@ class Flight:
         sent: the frame.
         seq: its number in the spool, if it is there.
         over: it was answered, or left to the spool.
+        lost: why it could not be left to the spool.
     """
 
     session: EdgeSession
@@ -51,6 +52,7 @@ class Flight:
     sent: Sent
     seq: int | None = None
     over: bool = False
+    lost: BitneckError | None = None
 
 
 class Outage:
@@ -69,21 +71,22 @@ class Outage:
         self._flights: set[Flight] = set()
         self._busy = 0
 
-    async def keep(self, session: EdgeSession, encoding: Encoding) -> int | None:
+    async def keep(self, session: EdgeSession, encoding: Encoding) -> int:
         """Keep a picture's frame in the spool, once it is encoded.
 
         Returns:
-            Its number there; None if the spool has no room, which is counted.
+            Its number there.
 
         Raises:
             ImageError: the picture cannot be read.
+            Overloaded: the spool has no room, or the frame is larger than any server takes. It counts as dropped.
             Unavailable: the spool is closed.
             BitneckError: it could not be encoded.
         """
         self._busy += 1
         try:
             await encoding.photo
-            return self._put(session, encoding, held=False)
+            return self._put_or_lose(session, encoding)
         finally:
             self._busy -= 1
 
@@ -99,6 +102,10 @@ class Outage:
 
         Returns:
             Whether the answer, or a fault that does not pass, is there. If not, the frame is in the spool.
+
+        Raises:
+            Overloaded: there is no answer, and the spool has no room.
+            Unavailable: there is no answer, and the spool is closed.
         """
         answer, pause_s = flight.sent.answer, _HOLD_S
         self._busy += 1
@@ -112,9 +119,15 @@ class Outage:
                 link = flight.session.link
                 if not link.up or link.silent_s > flight.session.silence_s:
                     flight.over = True
-                    return False
+                    if flight.seq is None:  # no room until now
+                        self._leave(flight)
+                    break
                 pause_s = _LOOK_S
-            if flight.over or (_passes(flight.session, answer) and self._leave(flight)):
+            if not flight.over and _passes(flight.session, answer):
+                self._leave(flight)
+            if flight.lost is not None:
+                raise flight.lost
+            if flight.over:
                 return False
             flight.over = True
             if flight.seq is not None:
@@ -138,19 +151,21 @@ class Outage:
                 return
             await asyncio.sleep(0.01)
 
-    def _leave(self, flight: Flight) -> bool:
+    def _leave(self, flight: Flight) -> None:
         """Leave a frame without an answer to the spool."""
         flight.over = True
         self._flights.discard(flight)
+        if flight.lost is not None:
+            return
         try:
             if flight.seq is None:
-                flight.seq = self._put(flight.session, flight.encoding, held=False)
+                flight.seq = self._put_or_lose(flight.session, flight.encoding)
             else:
                 self._spool.release(flight.seq)
                 self._on_change()
-        except Unavailable as exc:
-            _LOG.warning("a frame is lost: %s", exc)
-        return True
+        except BitneckError as exc:
+            flight.lost = exc
+            _LOG.warning("%s: %s", flight.encoding.capture.name, exc)
 
     def _answered(self, flight: Flight, answer: "asyncio.Future[Received]") -> None:
         """The session has settled a frame; if nobody watches it any more, hand its answer out."""
@@ -175,6 +190,14 @@ class Outage:
             found = Failure(name, exc)
         self._hand_out(found)
         self._spool.done([flight.seq])
+
+    def _put_or_lose(self, session: EdgeSession, encoding: Encoding) -> int:
+        seq = self._put(session, encoding, held=False)
+        if seq is None:
+            raise Overloaded(
+                "the spool has no room, the frame is lost: make room, or let the spool have more (--spool-mb)"
+            )
+        return seq
 
     def _put(self, session: EdgeSession, encoding: Encoding, *, held: bool) -> int | None:
         photo = encoding.photo.result()

@@ -7,7 +7,6 @@
 import contextlib
 import logging
 import os
-import stat
 from array import array
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
@@ -15,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from bitneck_edge.spool.disk import open_again, sync_folder, whole, write
 from bitneck_edge.spool.format import Damage, Done, FrameEntry, Header, Table, pack, read
 
 __all__ = ["Kept", "Segment"]
 
 _LOG = logging.getLogger(__name__)
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-_MOST_FILE = 64 << 20
-"""A larger file is none of ours."""
 _MOST_GAP = 1 << 20
 """A number that lies further from the first one of its file is damage that has a right CRC by chance."""
 _NO_TABLE = 0xFFFF
@@ -123,7 +121,7 @@ class Segment:
         """
         segment = cls(folder, number)
         try:
-            data = _whole(segment._open(), segment.path)
+            data = whole(segment._open(), segment.path)
             segment.size = len(data)
             segment._load(data)
             if segment.done_path.exists():
@@ -154,7 +152,7 @@ class Segment:
 
     def _load_done(self) -> None:
         descriptor = self._open_done()
-        data = _whole(descriptor, self.done_path)
+        data = whole(descriptor, self.done_path)
         self.done_size = len(data)
         for entry, _ in read(data):
             if isinstance(entry, Done):
@@ -246,7 +244,7 @@ class Segment:
                     self._set(entry.seq, HELD)
 
     def _append(self, data: bytes) -> None:
-        _write(self._open(), data, self.size)
+        write(self._open(), data, self.size)
         self.size += len(data)
 
     def state(self, seq: int) -> int:
@@ -279,7 +277,7 @@ class Segment:
             return
         data = pack(Done(tuple(self._unnoted)))
         try:
-            _write(self._open_done(), data, self.done_size)
+            write(self._open_done(), data, self.done_size)
         except OSError as exc:
             _LOG.warning("%s cannot be written (%s): after a restart, answers may come twice", self.done_path, exc)
             return
@@ -328,8 +326,12 @@ class Segment:
         self.close()
 
     def descriptors(self) -> list[int]:
-        """Copies of what is open, for a sync; the caller closes them."""
-        return [os.dup(each) for each in (self._descriptor, self._done_descriptor) if each >= 0]
+        """The files, opened once more for a sync; the caller closes them.
+
+        Raises:
+            OSError: they cannot be opened.
+        """
+        return open_again([self.path, self.done_path] if self.done_size else [self.path])
 
     def close(self) -> None:
         """Close the files; they are opened again when they are needed."""
@@ -356,37 +358,3 @@ class Segment:
         if self._done_descriptor < 0:
             self._done_descriptor = os.open(self.done_path, _FLAGS, 0o600)
         return self._done_descriptor
-
-
-def sync_folder(folder: Path) -> None:
-    """The names of a folder are on the disk when this returns."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _whole(descriptor: int, path: Path) -> bytes:
-    """A regular file's bytes."""
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_FILE:
-        raise OSError(f"{path} is no file of a spool")
-    parts, place = [], 0
-    while part := os.pread(descriptor, 1 << 20, place):
-        parts.append(part)
-        place += len(part)
-    return b"".join(parts)
-
-
-def _write(descriptor: int, data: bytes, place: int) -> None:
-    """Write at a place; if that fails, nothing behind it is left."""
-    view, at = memoryview(data), place
-    try:
-        while view:
-            written = os.pwrite(descriptor, view, at)
-            view, at = view[written:], at + written
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, place)
-        raise

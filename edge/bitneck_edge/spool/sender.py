@@ -114,11 +114,11 @@ class Sender:
         """Send what is there whenever the link is up."""
         backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S)
         while True:
-            await self._something_to_send()
             try:
+                await self._something_to_send()
                 if await self._send_some():
                     backoff.succeeded()
-            except BitneckError as exc:
+            except (BitneckError, OSError) as exc:  # the server, or the disk
                 pause_s = backoff.failed(random.random()) or _MOST_PAUSE_S  # noqa: S311  no secret
                 _LOG.warning("frames of the spool are sent again in %.0f s: %s", pause_s, exc)
                 await asyncio.sleep(pause_s)
@@ -168,6 +168,7 @@ class Sender:
 
         Raises:
             BitneckError: the session failed, or the server did, and may do better later.
+            OSError: the spool cannot be read.
         """
         following = await asyncio.to_thread(self._spool.take, 1, 0, self.refused)
         if not following:
@@ -231,7 +232,12 @@ class Sender:
             any_answered, idle_since = True, time.monotonic()
 
     async def _next(self, link: Link) -> list[Kept]:
-        """The frames of the next batch, when it is their turn."""
+        """The frames of the next batch, when it is their turn.
+
+        Raises:
+            Unavailable: their numbers cannot be brought to the disk.
+            OSError: they cannot be read.
+        """
         limit = time.monotonic() + _YIELD_S
         while True:
             live, now = self._live(), time.monotonic()
@@ -245,8 +251,9 @@ class Sender:
                 break
             await asyncio.sleep(max(0.01, min(pause_s, _POLL_S)))
         frames = await asyncio.to_thread(self._spool.take, count, self._pace.most_bytes, self.refused)
-        if frames:
-            await asyncio.to_thread(self._spool.sync)  # no number is sent that a power failure could give away again
+        if frames and not await asyncio.to_thread(self._spool.sync):
+            # No number is sent that a power failure could give away again.
+            raise Unavailable("what is written in the spool cannot be brought to the disk")
         return frames
 
     async def _send_batch(self, link: Link, known: KnownBundle, frames: list[Kept]) -> None:

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Coroutine
+from typing import Any, Self
 
 from bitneck.wire.link_bytes import LinkBytes
 from bitneck_edge.answers.results import Answer, Failure
@@ -62,9 +62,13 @@ class Spooling:
         )
         return cls(await asyncio.to_thread(Spool.open, settings.spool, limits), settings, live, hand_out)
 
-    def start(self) -> None:
-        """Send what is there from now on, and bring to the disk what is written."""
-        self._tasks = [asyncio.create_task(self._sender.run()), asyncio.create_task(self._keep_house())]
+    def start(self, keeper: Coroutine[Any, Any, None]) -> None:
+        """Send what is there from now on, and bring to the disk what is written.
+
+        Args:
+            keeper: keeps the client's own session open; it ends with the others.
+        """
+        self._tasks = [asyncio.create_task(each) for each in (self._sender.run(), self._keep_house(), keeper)]
         for task in self._tasks:
             task.add_done_callback(_log_failure)
 
@@ -95,7 +99,7 @@ class Spooling:
             await asyncio.sleep(_DRAINED_POLL_S)
 
     async def stop(self) -> None:
-        """Send no more."""
+        """Send no more, and open no more sessions."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -113,16 +117,23 @@ class Spooling:
             _LOG.exception("the program failed on the answer to a frame of the spool")
 
     async def _keep_house(self) -> None:
-        turns = 0
+        turns, failing = 0, False
         while True:
             await asyncio.sleep(_SYNC_S)
             turns += 1
-            if self._spool.dirty:
-                await asyncio.to_thread(self._spool.sync)
-            if turns % _TIDY_EVERY == 0:
-                await asyncio.to_thread(self._spool.tidy)
+            try:
+                if self._spool.dirty:
+                    await asyncio.to_thread(self._spool.sync)
+                if turns % _TIDY_EVERY == 0:
+                    await asyncio.to_thread(self._spool.tidy)
+            except OSError as exc:
+                if not failing:  # once, not each half second
+                    _LOG.warning("the spool cannot be tidied up: %s; it is tried again", exc)
+                failing = True
+            else:
+                failing = failing and turns % _TIDY_EVERY != 0
 
 
 def _log_failure(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        _LOG.error("the spool stops working: %r", error, exc_info=error)
+        _LOG.error("a part of the spool stops working: %r", error, exc_info=error)
