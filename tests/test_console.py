@@ -1,8 +1,11 @@
 """The console in a real browser, against a real server process."""
 
+import contextlib
 import json
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck_cloud.api.http_guard import MAX_PHOTO_BYTES
+from bitneck_cloud.console.routes import MOST_PHOTOS
 from bitneck_testing.consumers.browser import BROWSER, Browser, browser
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.processes import Server, child_process, edge_run, running_server, wait_for_session
@@ -145,6 +149,31 @@ def test_what_is_no_photograph_is_refused_and_the_next_one_is_tried(open_server:
         assert large.status_code == 413
         assert http.put("/v1/rate", content=bytes(20_000)).status_code == 413  # elsewhere bodies stay small
         assert http.post("/v1/models/tiny/try", content=photo_bytes()).status_code == 200
+
+
+def test_a_photograph_that_does_not_arrive_keeps_no_other_one_waiting(open_server: Server) -> None:
+    host, port = open_server.http.removeprefix("http://").split(":")
+    head = f"POST /v1/models/tiny/try HTTP/1.1\r\nHost: {host}\r\nX-Bitneck-Request: 1\r\nContent-Length: 1000\r\n\r\n"
+    with contextlib.ExitStack() as slow, httpx.Client(base_url=open_server.http, headers=MARKED, timeout=60) as http:
+        for number in range(1, MOST_PHOTOS + 1):
+            tried = http.post("/v1/models/tiny/try", content=photo_bytes(3))
+            assert tried.status_code == 200, f"with {number - 1} that do not arrive: {tried.text}"
+            connection = slow.enter_context(socket.create_connection((host, int(port))))
+            connection.sendall(head.encode() + b"half of it")
+            time.sleep(0.2)
+        tried = http.post("/v1/models/tiny/try", content=photo_bytes(3))
+        assert (tried.status_code, tried.json()["title"]) == (429, "Overloaded")
+
+
+def test_one_photograph_is_tried_at_once(open_server: Server) -> None:
+    def status(_: int) -> int:
+        tried = httpx.post(f"{open_server.http}/v1/models/tiny/try", content=photo_bytes(3), headers=MARKED, timeout=60)
+        return tried.status_code
+
+    with ThreadPoolExecutor(3) as pool:
+        found = set(pool.map(status, range(3)))
+    assert 200 in found
+    assert found <= {200, 429}
 
 
 def test_photographs_are_tried_by_operators_only_and_where_it_is_allowed(guarded: Server) -> None:

@@ -243,6 +243,7 @@ async def test_running_sessions_are_told_at_once(
             await open_stream(cloud, tiny_bundle.bundle_id, client=name, model="tiny")
             for name in ("run-1", "run-9", "other", "run-away")
         ]
+        spooled = await open_stream(cloud, tiny_bundle.bundle_id, client="run-spool", model="tiny", spool="s-1")
         assert (await away.ask(frames.frame(1))).HasField("result")
         await away.call.done_writing()
         assert await away.call.read() is grpc.aio.EOF
@@ -256,7 +257,7 @@ async def test_running_sessions_are_told_at_once(
         assert (told.set_point.point, told.set_point.reason) == ("s1-r1", "control API: point=s1-r1")
         back = await open_stream(cloud, tiny_bundle.bundle_id, away.opened.resume_token, "run-away", "tiny")
         assert (back.opened.session_id, back.opened.point) == (away.opened.session_id, "s1-r1")
-        for stream in (nine, other):  # neither was told anything: the next message is the answer
+        for stream in (nine, other, spooled):  # none was told anything: the next message is the answer
             assert (await stream.ask(frames.frame(1))).HasField("result")
         unreachable = {"clients": "run-1", "max_kbps": 16.0, "model": "tiny", "running": True}
         for seq in range(1, 20):  # hundreds of frames a second: 16 kbit/s is not enough for them
@@ -315,6 +316,17 @@ async def test_a_pattern_reaches_a_running_client_from_the_first_frame_encoded_a
         async with edge_client(fleet.grpc, tmp_path, client="moving-1") as client:
             _, answers = await asyncio.gather(operator(), answers_of(client, camera()))
     assert [answer.point for answer in answers] == ["s1-r2"] * 20 + ["s1-r1"] * 20
+
+
+async def test_a_rule_is_deleted_while_it_is_set(http: httpx.AsyncClient) -> None:
+    body = {"clients": "both", "auto": True}
+    for _ in range(10):
+        put, deleted = await asyncio.gather(
+            http.put("/v1/rate", json=body), http.delete("/v1/rate", params={"clients": "both"})
+        )
+        assert put.status_code == 200
+        assert deleted.status_code in (200, 404), deleted.text
+        await http.delete("/v1/rate", params={"clients": "both"})
 
 
 def logged(server: Server, action: str) -> list[dict[str, Any]]:

@@ -8,7 +8,10 @@ the server was started again.
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -26,6 +29,10 @@ __all__ = ["EarlierBundles"]
 
 _LOG = logging.getLogger(__name__)
 _PREFIX = "sha256:"
+_PART, _GONE = ".part-", ".gone-"
+_LEFT_BEHIND_S = 3600.0
+"""Age of a half copied or half removed bundle whose process must have been killed."""
+_TRIES = 3
 
 
 class EarlierBundles:
@@ -43,8 +50,12 @@ class EarlierBundles:
         self._most_age_s = most_age_s
         self._loading = asyncio.Lock()
 
-    def keep(self, bundle: Bundle) -> None:
+    def keep(self, bundle: Bundle, replaced: Bundle | None = None) -> None:
         """Keep a bundle that is served from now on, and remove those that are too many or too old.
+
+        Args:
+            bundle: the one that is served from now on.
+            replaced: the one that was served until now. At a server's start, it is the one that was used last.
 
         Raises:
             InvalidConfig: the folder cannot be written.
@@ -53,10 +64,15 @@ class EarlierBundles:
             return
         place = self._place(bundle.manifest.name, bundle.bundle_id)
         try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left_behind(place.parent)
+            last = self._place(bundle.manifest.name, replaced.bundle_id) if replaced is not None else _used_last(place)
+            if last is not None:
+                _use(last)
             if not (place / MANIFEST_NAME).is_file():
                 self._copy(bundle, place)
-            place.touch()
-            self._forget_old(place.parent, place)
+            _use(place)
+            self._forget_old(place)
         except OSError as exc:
             raise InvalidConfig(
                 f"the folder of earlier bundles {self._folder} cannot be written ({exc.strerror or exc}); "
@@ -74,14 +90,14 @@ class EarlierBundles:
             BitneckError: it cannot be loaded.
         """
         try:
-            return registry.generation(model, bundle_id)
+            return registry.generation(model, bundle_id, earlier=True)
         except BundleMismatch:
             newest = registry.model(model)
             if self._folder is None or not self._has(newest.name, bundle_id):
                 raise
         async with self._loading:
             with contextlib.suppress(BundleMismatch):
-                return registry.generation(model, bundle_id)
+                return registry.generation(model, bundle_id, earlier=True)
             served = await asyncio.to_thread(self._load, newest, bundle_id, pool, threads)
             registry.add_earlier(served)
             _LOG.info("loaded the earlier bundle %s of %s for a spool", bundle_id, newest.name)
@@ -100,7 +116,7 @@ class EarlierBundles:
             raise BundleMismatch(f"this server cannot load the earlier bundle {bundle_id} any more") from exc
         return_freed_memory()
         with contextlib.suppress(OSError):
-            place.touch()
+            _use(place)
         return served
 
     def _has(self, model: str, bundle_id: str) -> bool:
@@ -114,22 +130,69 @@ class EarlierBundles:
 
     def _copy(self, bundle: Bundle, place: Path) -> None:
         """Copy the cloud's half; the folder gets its name when it is whole."""
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent) as part:
+        with tempfile.TemporaryDirectory(prefix=_PART, dir=place.parent) as part:
             whole = Path(part) / "bundle"
             for name in bundle.manifest.files_for("cloud"):
                 target = whole / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(bundle.path(name), target)
             (whole / MANIFEST_NAME).write_bytes(bundle.manifest_json)
-            with contextlib.suppress(FileExistsError):  # another server of this folder was faster
-                whole.replace(place)
+            for left in reversed(range(_TRIES)):
+                try:
+                    whole.replace(place)
+                    return
+                except OSError as exc:
+                    if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not left:
+                        raise
+                if (place / MANIFEST_NAME).is_file():
+                    return  # another server of this folder was faster
+                _remove(place)  # what a removal has left that was cut off
 
-    def _forget_old(self, folder: Path, current: Path) -> None:
+    def _forget_old(self, current: Path) -> None:
         now = time.time()
-        others = [path for path in folder.iterdir() if path.is_dir() and path != current and len(path.name) == 64]
-        others.sort(key=lambda path: -path.stat().st_mtime)
-        for place, path in enumerate(others):
-            if place >= self._most or now - path.stat().st_mtime > self._most_age_s:
+        for number, (used, path) in enumerate(_others(current)):
+            if number >= self._most or now - used > self._most_age_s:
                 _LOG.info("the earlier bundle %s is removed", path)
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
+
+
+def _others(current: Path) -> list[tuple[float, Path]]:
+    """The other bundles of a model, with the time when each was used, the one that was used last first."""
+    found = []
+    for path in current.parent.iterdir():
+        if path != current and len(path.name) == 64:
+            with contextlib.suppress(FileNotFoundError):  # another server of this folder has removed it
+                found.append((path.stat().st_mtime, path))
+    return sorted(found, reverse=True)
+
+
+def _used_last(place: Path) -> Path | None:
+    """The bundle that was used last, if it is another one than this."""
+    others = _others(place)
+    if not others or (place.exists() and place.stat().st_mtime >= others[0][0]):
+        return None
+    return others[0][1]
+
+
+def _use(place: Path) -> None:
+    """A bundle's age counts from now on."""
+    with contextlib.suppress(FileNotFoundError):  # another server of this folder has removed it
+        os.utime(place)
+
+
+def _remove(path: Path) -> None:
+    """Remove a bundle. From the first moment on, none is there under its name: half of one is never loaded."""
+    gone = path.with_name(_GONE + secrets.token_hex(8))
+    with contextlib.suppress(FileNotFoundError):  # another server of this folder was faster
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Remove what killed processes have left."""
+    now = time.time()
+    for path in folder.iterdir():
+        if path.name.startswith((_PART, _GONE)):
+            with contextlib.suppress(FileNotFoundError):
+                if now - path.stat().st_mtime > _LEFT_BEHIND_S:
+                    shutil.rmtree(path, ignore_errors=True)

@@ -105,6 +105,6 @@ class Reloader:
         before = self._pool.loads
         model = ServedModel(bundle, threads=self._threads, pool=self._pool, before=old)
         if self._earlier is not None:
-            self._earlier.keep(bundle)
+            self._earlier.keep(bundle, old.bundle)
         return_freed_memory()
         return model, self._pool.loads - before

@@ -94,6 +94,7 @@ class _Protocol(H11Protocol):
         self._lost = lost
         self._deadline: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
+        self._left = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -109,7 +110,7 @@ class _Protocol(H11Protocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._stall_s and self._unread is None:
-            self._unread = self.loop.call_later(self._stall_s, self._too_slow)
+            self._watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -143,6 +144,17 @@ class _Protocol(H11Protocol):
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
+
+    def _watch(self) -> None:
+        self._left = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(self._stall_s, self._look)
+
+    def _look(self) -> None:
+        """Go on as long as the client reads, however slowly."""
+        if self.transport.get_write_buffer_size() < self._left:
+            self._watch()
+        else:
+            self._too_slow()
 
     def _too_slow(self) -> None:
         self.transport.abort()

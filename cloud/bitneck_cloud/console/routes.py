@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
+from starlette.requests import ClientDisconnect
 
 import bitneck
 from bitneck.errors import Overloaded
@@ -18,7 +19,10 @@ from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.observe.audit import RecentChanges
 from bitneck_cloud.sessions.registry import Registry
 
-__all__ = ["add_console"]
+__all__ = ["MOST_PHOTOS", "add_console"]
+
+MOST_PHOTOS = 4
+"""Photographs that are in memory at once, while they arrive or are tried."""
 
 
 def add_console(
@@ -46,7 +50,7 @@ def add_console(
         guarded: dependencies of routes that need a token.
         problems: the responses that errors have.
     """
-    trials, began = Trials(), time.monotonic()
+    trials, began, photos = Trials(), time.monotonic(), asyncio.Semaphore(MOST_PHOTOS)
     add_pages(app)
     shared: dict[str, Any] = {"dependencies": guarded, "responses": problems}
 
@@ -86,9 +90,11 @@ def add_console(
         if not try_photos:
             raise HTTPException(403, "photographs cannot be tried here; its operator can allow it with --try-photos")
         served = registry.model(name)
-        if not trials.busy.acquire(blocking=False):
-            raise Overloaded("another photograph is being tried; wait a few seconds, then send yours again")
-        try:
-            return await asyncio.to_thread(trials.run, served, await request.body())
-        finally:
-            trials.busy.release()
+        if photos.locked():
+            raise Overloaded(f"{MOST_PHOTOS} photographs are being sent already; wait a few seconds, then send yours")
+        async with photos:
+            try:
+                data = await request.body()
+            except ClientDisconnect:
+                raise HTTPException(400, "the connection ended before the photograph did") from None
+            return await asyncio.to_thread(trials.run, served, data)

@@ -22,7 +22,7 @@ from bitneck.bundle import Bundle
 from bitneck.chain import PointEncoder, SegmentChain
 from bitneck.coding.class_map import MAX_CLASSES, decode_map
 from bitneck.coding.colours import colours
-from bitneck.errors import BitneckError, InvalidConfig, ModelFailure
+from bitneck.errors import BitneckError, InvalidConfig, ModelFailure, Overloaded
 from bitneck.image import opened_reduced, to_input, view
 from bitneck.runtime import ModulePool
 from bitneck.wire.messages import Classification, CodedMap, Output
@@ -68,11 +68,11 @@ class _EdgeHalf:
 
 
 class Trials:
-    """Runs photographs through both halves. `run` blocks; call it in a thread, one at a time."""
+    """Runs photographs through both halves. `run` blocks; call it in a thread."""
 
     def __init__(self) -> None:
         self._halves: dict[str, _EdgeHalf] = {}
-        self.busy = threading.Lock()
+        self._busy = threading.Lock()
 
     def run(self, served: ServedModel, data: bytes) -> Trial:
         """What each operating point makes of a photograph.
@@ -82,10 +82,19 @@ class Trials:
             data: the photograph's file.
 
         Raises:
+            Overloaded: another one is being tried.
             ImageError: it is no photograph, or too large.
             InvalidConfig: the folder has no edge's half, or another bundle by now.
             ModelFailure: ONNX Runtime failed.
         """
+        if not self._busy.acquire(blocking=False):
+            raise Overloaded("another photograph is being tried; wait a few seconds, then send yours again")
+        try:
+            return self._run(served, data)
+        finally:
+            self._busy.release()
+
+    def _run(self, served: ServedModel, data: bytes) -> Trial:
         half = self._halves.get(served.name)
         if half is None or half.bundle_id != served.bundle.bundle_id:
             half = self._halves[served.name] = _EdgeHalf(served.bundle)

@@ -148,7 +148,7 @@ class Fleet:
             assert put is not None
             return await self._change("PUT rate", book, rule.key, put, running=running)
 
-    async def delete(self, key: tuple[str, str], *, running: bool) -> Told | None:
+    async def delete(self, key: tuple[str, str], *, running: bool) -> tuple[RateRule, Told | None]:
         """Delete a rule. Sessions that run and that it was for may get the next rule that is for them.
 
         Args:
@@ -156,7 +156,7 @@ class Fleet:
             running: whether sessions that run are told now. Where no other rule is for them, the client chooses.
 
         Returns:
-            As for `put`.
+            The rule that was deleted, and what became of the running sessions, as for `put`.
 
         Raises:
             FixedByFile: the config file has the rules.
@@ -165,7 +165,9 @@ class Fleet:
         """
         self._refuse_if_fixed()
         async with self._changing:
-            return await self._change("DELETE rate", self.registry.rules.without(key), key, None, running=running)
+            book, rule = self.registry.rules.without(key), self.registry.rules.get(key)
+            assert rule is not None
+            return rule, await self._change("DELETE rate", book, key, None, running=running)
 
     async def _change(
         self, action: str, book: RuleBook, key: tuple[str, str], rule: RateRule | None, *, running: bool
@@ -201,8 +203,8 @@ class Fleet:
         counts = {"told": 0, "waiting": 0, "unreachable": 0, "overruled": 0}
         present = self.registry.rules.get(changed.key)
         async for session in self._sessions():
-            if not changed.matches(session.model, session.client):
-                continue
+            if session.spool or not changed.matches(session.model, session.client):
+                continue  # frames of a spool are coded already: such a session is asked for no rate
             governing = self.registry.rule_for(session)
             if governing is not None and governing.rank > changed.rank:
                 counts["overruled"] += 1

@@ -168,9 +168,7 @@ def add_fleet(app: FastAPI, fleet: Fleet, guarded: Sequence[Any], problems: dict
         clients: _PatternText = EVERYTHING, model: _PatternText = EVERYTHING, running: bool = False
     ) -> RuleDeleted:
         """Delete the rule with these patterns. With `running`, its sessions get the next rule that is for them."""
-        rule = registry.rules.get((model, clients))
-        told = await fleet.delete((model, clients), running=running)
-        assert rule is not None
+        rule, told = await fleet.delete((model, clients), running=running)
         return RuleDeleted(model=model, clients=clients, policy=policy_dict(rule.policy), running=_told(told))
 
     @app.get("/v1/rate/changes", tags=["rate"], **common)

@@ -100,15 +100,21 @@ class Registry:
             raise UnknownModel(f"no model {name[:80]!r} is served; there are: {', '.join(self._generations)}")
         return self._generations[name][0]
 
-    def generation(self, name: str, bundle_id: str) -> ServedModel:
+    def generation(self, name: str, bundle_id: str, *, earlier: bool = False) -> ServedModel:
         """The generation of a model that a client has.
+
+        Args:
+            name: of the model.
+            bundle_id: of the generation.
+            earlier: also look among those that were loaded for spools, and that may go at any time.
 
         Raises:
             UnknownModel: see `model`.
             BundleMismatch: this generation is not served.
         """
         newest = self.model(name)
-        for model in self._generations[newest.name] + self._earlier.get(newest.name, []):
+        found = self._generations[newest.name] + (self._earlier.get(newest.name, []) if earlier else [])
+        for model in found:
             if model.bundle.bundle_id == bundle_id:
                 return model
         raise BundleMismatch(

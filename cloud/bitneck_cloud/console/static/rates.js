@@ -171,7 +171,7 @@ export function ratesPage(main, { operate, complain, fine }) {
     changeable = rated.changeable;
     const names = served.map((each) => [each.name, each.name]);
     if (names.join() !== [...model.options].map((each) => [each.value, each.value]).join()) options(model, names, model.value);
-    const here = open.filter((each) => each.connected).map((each) => [each.id, `${each.client || "(no name)"} – ${each.model} – ${each.id.slice(0, 8)}`]);
+    const here = open.filter((each) => each.connected && !each.spool).map((each) => [each.id, `${each.client || "(no name)"} – ${each.model} – ${each.id.slice(0, 8)}`]);
     if (here.join() !== [...session.options].map((each) => [each.value, each.textContent]).join()) options(session, here, session.value);
     note.textContent = `${rated.note}.`;
     rules.show(rated.rules, (rule) => JSON.stringify([rule.model, rule.clients, rule.since]));
