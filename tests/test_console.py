@@ -252,6 +252,7 @@ def test_answers_come_live(open_server: Server, window: Browser, sender: str) ->
 def test_a_photograph_is_tried_in_the_browser(open_server: Server, window: Browser, tmp_path: Path) -> None:
     file = tmp_path / "mine.png"
     photo(5, (300, 200)).save(file)
+    window.errors()  # of the tests before, which were refused on purpose
     window.open(f"{open_server.http}/console/#try")
     window.find("input[type=file]").send_keys(str(file))
     window.until_text("Every point", "caption")
