@@ -1,16 +1,19 @@
-"""Ids of models and operating points, and paths inside a bundle: checked before they are used anywhere."""
+"""Ids of models and operating points, and paths inside a bundle: checked before they are used. Length of names."""
 
 import re
 
 from bitneck.errors import InvalidConfig
 
-__all__ = ["ID_PATTERN", "PATH_PATTERN", "check_id", "check_relative_path"]
+__all__ = ["ID_PATTERN", "MAX_CLIENT_CHARACTERS", "PATH_PATTERN", "check_id", "check_relative_path"]
 
 ID_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 """Pattern of the id of a model or an operating point. No slash and no leading dot: it cannot leave a folder."""
 
 PATH_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}(/[a-z0-9][a-z0-9._-]{0,63}){0,3}$"
 """Pattern of a file's path inside a bundle: at most four ids, joined by slashes."""
+
+MAX_CLIENT_CHARACTERS = 128
+"""Of a client's name. It may have any characters; those that move a cursor are replaced where it is shown."""
 
 # \Z, not $: in Python `$` also matches before a final newline.
 _ID = re.compile(ID_PATTERN[:-1] + r"\Z")

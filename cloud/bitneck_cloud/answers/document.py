@@ -16,17 +16,15 @@ from PIL import Image
 from bitneck.coding.class_map import MAX_CLASSES, decode_map
 from bitneck.coding.coarse_map import coarse_size
 from bitneck.coding.colours import colours
+from bitneck.ids import MAX_CLIENT_CHARACTERS
 from bitneck.text import clean_text
 from bitneck.wire.messages import Classification, CodedMap, Output
 from bitneck_cloud.answers.answered import Answered
 
-__all__ = ["MAX_CLIENT", "VERSION", "MapForm", "Published", "answer_document"]
+__all__ = ["VERSION", "MapForm", "Published", "answer_document"]
 
 VERSION = 1
 """Of the document. A new key keeps it; a key that goes, or means something else, does not."""
-
-MAX_CLIENT = 128
-"""Characters of a client's name, and of a spool's id."""
 
 _LAST_US = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp()) * 1_000_000
 _LARGE_MAP_BYTES = 1 << 16
@@ -142,7 +140,7 @@ def answer_document(published: Published, form: MapForm) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1024)
 def _clean(text: str) -> str:
-    return clean_text(text, MAX_CLIENT)
+    return clean_text(text, MAX_CLIENT_CHARACTERS)
 
 
 def _time(unix_us: int) -> str | None:

@@ -1,4 +1,4 @@
-"""The routes that the console asks for beside the control API's: who am I, how is the server, what changed, try."""
+"""The routes that the console asks for beside the control API's: who am I, how is the server, the audit log, try."""
 
 import asyncio
 import time
@@ -79,9 +79,9 @@ def add_console(
             try_photos=try_photos,
         )
 
-    @app.get("/v1/changes", tags=["operation"], **shared)
-    async def recent_changes() -> list[Change]:
-        """The newest lines of the audit log, the newest first: rates, reloads and sessions, with who did it."""
+    @app.get("/v1/audit", tags=["operation"], **shared)
+    async def audit() -> list[Change]:
+        """The newest lines of the audit log in memory, newest first: rates, reloads, sessions, and who did it."""
         return [Change(**asdict(change)) for change in changes.newest()]
 
     @app.post("/v1/models/{name}/try", tags=["models"], **shared)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bitneck.errors import InvalidConfig
-from bitneck.ids import check_id
+from bitneck.ids import MAX_CLIENT_CHARACTERS, check_id
 from bitneck.text import clean_text
 
 __all__ = ["MAX_GROUPS", "MAX_PATTERNS_OF_GROUP", "MAX_PATTERN_CHARACTERS", "Clients", "Groups", "Pattern"]
 
-MAX_PATTERN_CHARACTERS = 128
+MAX_PATTERN_CHARACTERS = MAX_CLIENT_CHARACTERS
 MAX_GROUPS = 256
 MAX_PATTERNS_OF_GROUP = 1024
 _GROUP_MARK = "@"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from bitneck.errors import BundleMismatch, Overloaded, UnknownModel, UnknownSession
+from bitneck.ids import MAX_CLIENT_CHARACTERS
 from bitneck.text import clean_text
 from bitneck_cloud.access.callers import ANONYMOUS, Caller
 from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
@@ -12,9 +13,7 @@ from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.fleet.rules import RateRule, RuleBook
 from bitneck_cloud.sessions.session import Session
 
-__all__ = ["MAX_CLIENT_CHARACTERS", "Admission", "Registry", "new_session_id"]
-
-MAX_CLIENT_CHARACTERS = 128
+__all__ = ["Admission", "Registry", "new_session_id"]
 
 
 @dataclass(frozen=True, slots=True)

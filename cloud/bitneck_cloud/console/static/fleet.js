@@ -36,6 +36,7 @@ export function fleetPage(main, { complain, fine }) {
     table.element,
   );
   let rows = [];
+  let total = 0; // with those that the server did not list
   const before = new Map();
 
   // Bytes a second between two looks at a client, smoothed; null until there are two.
@@ -60,7 +61,8 @@ export function fleetPage(main, { complain, fine }) {
       (!text || [row.client, row.model, row.point ?? ""].some((part) => part.toLowerCase().includes(text)))
       && (!state.value || (state.value === "here" && row.connected) || (state.value === "gone" && !row.connected)
         || (state.value === "faults" && row.faults > 0)));
-    const line = shown.length === rows.length ? `${count(rows.length)} clients` : `${count(shown.length)} of ${count(rows.length)} clients`;
+    const parts = [shown.length, rows.length, total].filter((number, k, all) => k === 0 || number !== all[k - 1]);
+    const line = `${parts.map(count).join(" of ")} clients`; // found, listed, and all
     if (found.textContent !== line) found.textContent = line;
     table.show(shown, (row) => row.key);
   }
@@ -78,6 +80,7 @@ export function fleetPage(main, { complain, fine }) {
       }
       newest.set(key, known);
     }
+    total = clients.total;
     const at = performance.now() / 1000;
     const keys = new Set();
     rows = clients.clients.map((client) => {

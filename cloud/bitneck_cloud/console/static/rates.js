@@ -69,12 +69,14 @@ export function ratesPage(main, { operate, complain, fine }) {
     { name: "By", value: (rule) => rule.by },
     { name: "", value: (rule) => removal(rule) },
   ]);
-  const changes = new Table("What changed", [
-    { name: "When", value: (change) => new Date(1000 * change.unix_s).toLocaleString() },
-    { name: "What", value: (change) => `${change.action} ${change.target}` },
+  const changes = new Table("Rules that were set or deleted", [
+    { name: "When", value: (change) => new Date(change.at).toLocaleString() },
+    { name: "Clients", value: (change) => change.clients },
+    { name: "Model", value: (change) => change.model },
+    { name: "Before", value: (change) => change.before ? policyText(change.before) : "no rule" },
+    { name: "After", value: (change) => change.after ? policyText(change.after) : "no rule" },
+    { name: "For", value: (change) => change.running ? "new and running sessions" : "new sessions" },
     { name: "By", value: (change) => change.who },
-    { name: "Before", kind: "text", value: (change) => change.before },
-    { name: "After", kind: "text", value: (change) => change.after },
   ]);
   const more = element("details", {}, element("summary", {}, "The points as a table"), points.element);
   main.append(element("div", { class: "row" }, field("Model", model)), picture, legend, more, setting, element("h2", {}, "Rules"), note, rules.element, element("h2", {}, "Changes"), changes.element);
@@ -164,7 +166,7 @@ export function ratesPage(main, { operate, complain, fine }) {
 
   async function look(signal) {
     const [served, open, rated, changed] = await Promise.all([
-      get("/v1/models", signal), get("/v1/sessions", signal), get("/v1/rate", signal), get("/v1/changes", signal),
+      get("/v1/models", signal), get("/v1/sessions", signal), get("/v1/rate", signal), get("/v1/rate/changes", signal),
     ]);
     models = served;
     sessions = open;
@@ -175,7 +177,7 @@ export function ratesPage(main, { operate, complain, fine }) {
     if (here.join() !== [...session.options].map((each) => [each.value, each.textContent]).join()) options(session, here, session.value);
     note.textContent = `${rated.note}.`;
     rules.show(rated.rules, (rule) => JSON.stringify([rule.model, rule.clients, rule.since]));
-    changes.show(changed.slice(0, 100), (change) => JSON.stringify([change.unix_s, change.target, change.action]));
+    changes.show(changed, (change) => JSON.stringify([change.at, change.clients, change.model, change.after]));
     draw();
     fine();
   }

@@ -1,4 +1,4 @@
-// Server: queue, batches, models, sinks, and reloading a model with its result.
+// Server: queue, batches, models, sinks, the audit log, and reloading a model with its result.
 
 import { ApiError, get, send } from "./api.js";
 import { Table, count, duration, element } from "./dom.js";
@@ -25,7 +25,14 @@ export function serverPage(main, { operate, complain, fine }) {
     { name: "Dropped", kind: "number", value: (sink) => lost(sink) },
     { name: "Last error", kind: "text", value: (sink) => sink.last_error || "–" },
   ]);
-  main.append(facts, result, models.element, element("h2", {}, "Sinks"), sinks.element);
+  const audit = new Table("The newest changes", [
+    { name: "When", value: (line) => new Date(1000 * line.unix_s).toLocaleString() },
+    { name: "What", value: (line) => `${line.action} ${line.target}` },
+    { name: "By", value: (line) => line.who },
+    { name: "Before", kind: "text", value: (line) => line.before },
+    { name: "After", kind: "text", value: (line) => line.after },
+  ]);
+  main.append(facts, result, models.element, element("h2", {}, "Sinks"), sinks.element, element("h2", {}, "Audit"), audit.element);
   let last = null;
 
   function reloading(name) {
@@ -60,7 +67,9 @@ export function serverPage(main, { operate, complain, fine }) {
   }
 
   async function look(signal) {
-    const [server, served] = await Promise.all([get("/v1/server", signal), get("/v1/models", signal)]);
+    const [server, served, lines] = await Promise.all([
+      get("/v1/server", signal), get("/v1/models", signal), get("/v1/audit", signal),
+    ]);
     const at = performance.now() / 1000;
     const speed = last && server.frames >= last.frames ? (server.frames - last.frames) / (at - last.at) : null;
     const batch = last && server.batches > last.batches ? (server.frames - last.frames) / (server.batches - last.batches) : null;
@@ -72,6 +81,7 @@ export function serverPage(main, { operate, complain, fine }) {
       fact("Dropped", count(server.dropped)), fact("Streams", count(server.streams)), fact("Sessions", count(server.sessions)),
     );
     models.show(served, (model) => model.name);
+    audit.show(lines, (line) => JSON.stringify([line.unix_s, line.target, line.action]));
     try {
       sinks.show(await get("/v1/sinks", signal), (sink) => sink.name);
     } catch (error) {
