@@ -18,10 +18,12 @@ from bitneck.errors import (
     UnknownPoint,
 )
 from bitneck.v2 import inference_pb2 as pb
+from bitneck.wire.messages import Result
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.bundles.fetch import take_bundle
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
+from bitneck_edge.link.exchange import Exchange
 from bitneck_edge.settings import EdgeSettings
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.rogue_servers import answer_all, opened, result, rogue_server
@@ -284,3 +286,24 @@ async def test_settings_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("BITNECK_EDGE_RETRYS", "7")
     with pytest.raises(InvalidConfig, match="BITNECK_EDGE_RETRYS"):
         EdgeClient("localhost:1")
+
+
+async def test_everyone_who_waits_for_room_is_woken() -> None:
+    """Waiters share one event, and each one clears it: none may miss that a frame was answered, or that all is over."""
+    exchange = Exchange(key_every=1)
+    exchange.granted(window=1, reach=0, same_session=True)
+    first = await exchange.send("s1-r1", b"1")
+    waiters = [asyncio.create_task(exchange.takes(0, 60.0)) for _ in range(5)]
+    await asyncio.sleep(0)
+    exchange.take(Result(first.seq, None, None))
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*waiters) == [True] * 5
+    second = await exchange.send("s1-r1", b"2")
+    waiters = [asyncio.create_task(exchange.takes(0, 60.0)) for _ in range(5)]
+    sending = [asyncio.create_task(exchange.send("s1-r1", b"3")) for _ in range(2)]
+    await asyncio.sleep(0)
+    exchange.fail(Unavailable("the end"))
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*waiters) == [False] * 5
+        results = await asyncio.gather(second.answer, *sending, return_exceptions=True)
+    assert [str(each) for each in results] == ["the end"] * 3

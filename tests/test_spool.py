@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.format import Damage, Done, FrameEntry, Header, Table, pack, read
 from bitneck_edge.spool.outage import Outage
 from bitneck_edge.spool.pace import SpoolPace
-from bitneck_edge.spool.segment import Kept
+from bitneck_edge.spool.segment import Kept, Segment
 from bitneck_testing.processes import edge
 
 BUNDLE, OTHER = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
@@ -273,7 +274,7 @@ import sys, time
 from pathlib import Path
 from bitneck_edge.spool.bounds import Limits
 from bitneck_edge.spool.files import Spool
-from bitneck_edge.spool.segment import Kept
+from bitneck_edge.spool.segment import Kept, Segment
 spool = Spool.open(Path(sys.argv[1]), Limits(most_bytes=10_000_000, most_age_s=1e9))
 print("open", spool.counts.kept, flush=True)
 while True:
@@ -524,3 +525,71 @@ async def test_a_frame_that_a_full_spool_does_not_take_is_told(tmp_path: Path, t
     await outage.close()
     assert (spool.counts.dropped, handed) == (before + 2, [])
     spool.close()
+
+
+def test_the_next_file_is_begun_ahead_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then `put` does not wait for the disk, and numbers count up all the same, also after a kill."""
+    limits = Limits(most_bytes=1_000_000, most_age_s=1e6)
+    spool = Spool.open(tmp_path, limits)
+    given = list[int | None]()
+    with monkeypatch.context() as patched:
+        while len(spool._segments) < 3:
+            given.append(spool.put(frame(len(given))))
+            if len(given) % 10 == 0:
+                patched.undo()
+                spool.prepare()
+                patched.setattr(Segment, "create", refuse_to_open)
+    assert None not in given
+    assert given == sorted(set(given), key=lambda seq: seq or 0)
+    while spool._ready is None:
+        given.append(spool.put(frame(len(given))))
+        spool.prepare()
+    left = tmp_path / "left"
+    shutil.copytree(tmp_path, left, ignore=shutil.ignore_patterns("left"))
+    last = spool.put(frame(len(given)))
+    spool.close()
+    assert last is not None
+    for folder, count in ((tmp_path, len(given) + 1), (left, len(given))):
+        again = Spool.open(folder, limits)
+        assert names(again) == [f"cam#{number}" for number in range(count)]
+        more = again.put(frame(0))
+        assert more is not None
+        assert more > last or (more == last and folder == left)
+        again.done(seq for seq in [*given, last, more] if seq)
+        assert not again.has_waiting()
+        again.close()
+
+
+def test_files_that_are_begun_while_frames_are_put(tmp_path: Path) -> None:
+    limits = Limits(most_bytes=1_000_000, most_age_s=1e6)
+    spool, ended = Spool.open(tmp_path, limits), threading.Event()
+
+    def keep_house() -> None:
+        while not ended.is_set():
+            spool.sync()
+            spool.prepare()
+
+    house = threading.Thread(target=keep_house)
+    house.start()
+    given = [spool.put(frame(number)) or 0 for number in range(3000)]
+    ended.set()
+    house.join()
+    spool.close()
+    assert given == sorted(set(given))
+    again = Spool.open(tmp_path, limits)
+    assert [each.seq for each in again.take(1 << 20, 1 << 30)] == given
+    again.close()
+
+
+def test_a_file_that_was_begun_too_early(tmp_path: Path) -> None:
+    """The device was killed before it was used, and others have numbers above its first one: none comes twice."""
+    spool = Spool.open(tmp_path, LIMITS)
+    for number in range(9):
+        spool.put(frame(number))
+    Segment.create(tmp_path, 7, spool.spool_id, 4).close()
+    spool.close()
+    again = Spool.open(tmp_path, LIMITS)
+    assert again.put(frame(9)) == 10
+    again.done([3, 4, 5])
+    assert [each.seq for each in again.take(99, 1 << 20)] == [1, 2, 6, 7, 8, 9, 10]
+    again.close()

@@ -8,6 +8,8 @@ __all__ = ["Limits", "SpoolCounts"]
 _LEAST_SEGMENT, _MOST_SEGMENT = 16 << 10, 1 << 20
 _SEGMENTS = 64
 """What falls out is a whole file: one of so many."""
+_CLOCK_SET_US = 1_735_689_600_000_000
+"""Times before 2025 are those of a clock that nobody has set: they say nothing about a frame's age."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,15 @@ class Limits:
     def segment_bytes(self) -> int:
         """After so many bytes another file begins."""
         return max(_LEAST_SEGMENT, min(_MOST_SEGMENT, self.most_bytes // _SEGMENTS))
+
+    def too_old(self, now_s: float, captured_unix_us: int) -> bool:
+        """Whether a frame falls out for its age.
+
+        Args:
+            now_s: seconds since 1970.
+            captured_unix_us: when its picture was taken, microseconds since 1970.
+        """
+        return captured_unix_us >= _CLOCK_SET_US and now_s - captured_unix_us / 1e6 > self.most_age_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

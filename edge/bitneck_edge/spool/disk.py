@@ -1,15 +1,50 @@
-"""Reading, writing and syncing the files of a spool."""
+"""The folder and the files of a spool: locking, reading, writing, syncing."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["open_again", "sync_folder", "whole", "write"]
+from bitneck.errors import InvalidConfig
 
+__all__ = ["FULL", "locked", "numbers_in", "open_again", "sync_folder", "whole", "write"]
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk that has no room."""
 _MOST_FILE = 64 << 20
 """A larger file is none of ours."""
+
+
+def locked(folder: Path) -> int:
+    """Make a folder if it is not there, and lock it for this process.
+
+    Returns:
+        The descriptor that holds the lock as long as it is open.
+
+    Raises:
+        InvalidConfig: another process uses it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as exc:
+        raise InvalidConfig(f"the spool {folder} cannot be written ({exc.strerror}); choose another folder") from exc
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        os.close(lock)
+        raise InvalidConfig(
+            f"the spool {folder} is used by another process; give each its own folder (--spool)"
+        ) from exc
+    return lock
+
+
+def numbers_in(folder: Path) -> list[int]:
+    """The numbers of the files of frames in a folder, in order."""
+    return sorted(int(path.stem) for path in folder.glob("*.frames") if path.stem.isdecimal() and len(path.stem) < 12)
 
 
 def open_again(paths: Iterable[Path]) -> list[int]:

@@ -9,8 +9,6 @@ of the process at any moment. `sync` brings it to the disk; whoever calls it eac
 when power fails. All methods may be called from any thread.
 """
 
-import errno
-import fcntl
 import logging
 import os
 import secrets
@@ -25,6 +23,8 @@ from typing import Self
 from bitneck.errors import InvalidConfig, Overloaded, Unavailable
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_edge.spool.bounds import Limits, SpoolCounts
+from bitneck_edge.spool.disk import FULL, locked, numbers_in
+from bitneck_edge.spool.format import LEAST_FRAME
 from bitneck_edge.spool.known import KnownBundles
 from bitneck_edge.spool.segment import GONE, Kept, Segment
 
@@ -34,9 +34,6 @@ _LOG = logging.getLogger(__name__)
 _TIDY_BYTES = 4096
 _MOST_LOST = 1 << 16
 """A file that has lost more bytes is not appended to."""
-_CLOCK_SET_US = 1_735_689_600_000_000
-"""Times before 2025 are those of a clock that nobody has set: they say nothing about a frame's age."""
-_MOST_PREFIX = 120
 _LOG_EVERY_S = 60.0
 
 
@@ -58,6 +55,8 @@ class Spool:
         self._syncing = threading.Lock()
         self._segments: list[Segment] = []
         self._unsynced: set[Segment] = set()
+        self._ready: Segment | None = None  # begun ahead of time
+        self._reserved = 0
         self._closed = False
         self._spooled = self._sent = self._dropped = self._damaged = 0
         self._logged = -_LOG_EVERY_S
@@ -69,21 +68,7 @@ class Spool:
         Raises:
             InvalidConfig: another process uses it, or the folder cannot be written.
         """
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError as exc:
-            raise InvalidConfig(
-                f"the spool {folder} cannot be written ({exc.strerror}); choose another folder"
-            ) from exc
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            os.close(lock)
-            raise InvalidConfig(
-                f"the spool {folder} is used by another process; give each its own folder (--spool)"
-            ) from exc
-        spool = cls(folder, limits, lock)
+        spool = cls(folder, limits, locked(folder))
         try:
             spool._load()
         except OSError as exc:
@@ -94,7 +79,7 @@ class Spool:
         return spool
 
     def _load(self) -> None:
-        for number in self._numbers():
+        for number in numbers_in(self._folder):
             try:
                 self._segments.append(Segment.load(self._folder, number))
             except OSError as exc:
@@ -107,7 +92,8 @@ class Spool:
         named = Counter(segment.spool for segment in self._segments if segment.spool)
         self.spool_id = named.most_common(1)[0][0] if named else f"spool-{secrets.token_hex(8)}"
         last = self._segments[-1] if self._segments else None
-        if last is None or last.spool != self.spool_id or last.lost_bytes > _MOST_LOST:
+        behind = last is not None and last.next_seq < max(segment.next_seq for segment in self._segments)
+        if last is None or behind or last.spool != self.spool_id or last.lost_bytes > _MOST_LOST:
             try:
                 self._begin_segment()
             except OSError:  # a full disk: go on in the last file, if there is one
@@ -122,21 +108,48 @@ class Spool:
             if not path.with_suffix(".frames").exists():
                 path.unlink(missing_ok=True)
 
-    def _numbers(self) -> list[int]:
-        return sorted(
-            int(path.stem) for path in self._folder.glob("*.frames") if path.stem.isdecimal() and len(path.stem) < 12
-        )
+    def _next_number(self) -> int:
+        self._reserved = max([self._reserved, *numbers_in(self._folder)]) + 1
+        return self._reserved
+
+    def prepare(self) -> None:
+        """Begin the next file ahead of time, so that `put` need not wait until its beginning is on the disk.
+
+        Its first number is above all that the one before may still get; the numbers between are never given.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with self._syncing:
+            with self._mutex:
+                active, full = self._segments[-1], self._limits.segment_bytes
+                if self._closed or self._ready is not None or active.size < full * 3 // 4:
+                    return
+                number = self._next_number()
+                first = active.next_seq + max(0, full - active.size) // LEAST_FRAME + 2
+            ready = Segment.create(self._folder, number, self.spool_id, first)
+            with self._mutex:
+                if self._segments[-1] is active:
+                    self._ready = ready
+                else:  # it was full meanwhile, and the numbers of another one may reach this one's
+                    ready.remove()
 
     def _begin_segment(self) -> None:
         """Begin another file."""
-        number = max([0, *self._numbers()]) + 1
         first = max([1, *(segment.next_seq for segment in self._segments)])
+        ready, self._ready = self._ready, None
+        if ready is not None and ready.first >= first:
+            self._segments.append(ready)
+            return
+        if ready is not None:
+            ready.remove()
+        number = self._next_number()
         while True:
             try:
                 segment = Segment.create(self._folder, number, self.spool_id, first)
                 break
             except OSError as exc:
-                if exc.errno not in _FULL or self._limits.first == "newest" or not self._drop_oldest():
+                if exc.errno not in FULL or self._limits.first == "newest" or not self._drop_oldest():
                     raise
         self._segments.append(segment)
 
@@ -185,15 +198,14 @@ class Spool:
                     f"a frame of {len(frame.payload)} bytes at {frame.point}, the limit is {MAX_MESSAGE_BYTES}; "
                     "it is not kept: choose an operating point of a lower rate"
                 )
-            prefix = _prefix_of(frame.name)
             active = self._segments[-1]
-            seq = active.next_seq
-            data = active.record_of(seq, frame, prefix)
+            data = active.record_of(active.next_seq, frame)
             try:
                 if active.frames and active.size + len(data) > self._limits.segment_bytes:
                     self._begin_segment()
                     active = self._segments[-1]
-                    data = active.record_of(seq, frame, prefix)
+                    data = active.record_of(active.next_seq, frame)
+                seq = active.next_seq
                 if not self._make_room(len(data)):
                     self._refuse("it is full", held=held)
                     return None
@@ -218,7 +230,7 @@ class Spool:
                 active.append(data, held=held)
                 return
             except OSError as exc:
-                if exc.errno not in _FULL or self._limits.first == "newest" or not self._drop_oldest():
+                if exc.errno not in FULL or self._limits.first == "newest" or not self._drop_oldest():
                     raise
 
     def _drop_oldest(self) -> bool:
@@ -274,7 +286,7 @@ class Spool:
         old, full = [], False
         size = sum(len(one.payload) for one in taken)
         for frame in segment.waiting_frames():
-            if self._is_old(frame.captured_unix_us):
+            if self._limits.too_old(time.time(), frame.captured_unix_us):
                 old.append(frame.seq)
             elif frame.bundle_id not in without:
                 size += len(frame.payload)
@@ -356,10 +368,12 @@ class Spool:
     def close(self) -> None:
         """Bring everything to the disk, and let others use the spool."""
         self.sync()
-        with self._mutex:
+        with self._syncing, self._mutex:
             if self._closed:
                 return
             self._closed = True
+            if self._ready is not None:
+                self._ready.remove()
             for segment in self._segments:
                 segment.close()
             os.close(self._lock_descriptor)
@@ -377,19 +391,9 @@ class Spool:
         self._unsynced.discard(segment)
         segment.remove()
 
-    def _is_old(self, captured_unix_us: int) -> bool:
-        age_s = time.time() - captured_unix_us / 1e6
-        return captured_unix_us >= _CLOCK_SET_US and age_s > self._limits.most_age_s
-
     def _drop_old(self) -> None:
-        while len(self._segments) > 1 and self._is_old(self._segments[0].newest_us):
+        while len(self._segments) > 1 and self._limits.too_old(time.time(), self._segments[0].newest_us):
             self._drop_oldest()
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has the latter only
-
-
-def _prefix_of(name: str) -> str:
-    """What the names of other pictures of the same source begin with, too."""
-    return name[: max(name.rfind("/"), name.rfind("#")) + 1][:_MOST_PREFIX]

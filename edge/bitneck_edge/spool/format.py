@@ -22,7 +22,7 @@ import google_crc32c
 
 from bitneck.ids import ID_PATTERN
 
-__all__ = ["Damage", "Done", "FrameEntry", "Header", "Table", "pack", "read"]
+__all__ = ["LEAST_FRAME", "Damage", "Done", "FrameEntry", "Header", "Table", "pack", "read"]
 
 VERSION = 1
 _MARK = 0x5EB7
@@ -31,6 +31,8 @@ _HEAD = struct.Struct("<HII")
 _HEADER = struct.Struct("<BQ")
 _TABLE = struct.Struct("<H32sB")
 _FRAME = struct.Struct("<QQHB")
+LEAST_FRAME = _HEAD.size + 1 + _FRAME.size
+"""Bytes of a frame's record without name and payload."""
 _MOST_BODY = 1 << 20
 _MOST_NAME = 255
 

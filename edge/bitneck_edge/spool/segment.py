@@ -24,6 +24,7 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 _MOST_GAP = 1 << 20
 """A number that lies further from the first one of its file is damage that has a right CRC by chance."""
 _NO_TABLE = 0xFFFF
+_MOST_PREFIX = 120
 WAITING, GONE, HELD = 0, 1, 2
 
 
@@ -217,8 +218,9 @@ class Segment:
         pairs = zip(self._states, self._of_table, strict=True)
         return bool(others) and any(state == WAITING and table in others for state, table in pairs)
 
-    def record_of(self, seq: int, frame: Kept, prefix: str) -> bytes:
+    def record_of(self, seq: int, frame: Kept) -> bytes:
         """The bytes that `append` writes for a frame."""
+        prefix = _prefix_of(frame.name)
         key = frame.bundle_id, frame.point, prefix
         index = self._indices.get(key)
         table = b""
@@ -358,3 +360,8 @@ class Segment:
         if self._done_descriptor < 0:
             self._done_descriptor = os.open(self.done_path, _FLAGS, 0o600)
         return self._done_descriptor
+
+
+def _prefix_of(name: str) -> str:
+    """What the names of other pictures of the same source begin with, too."""
+    return name[: max(name.rfind("/"), name.rfind("#")) + 1][:_MOST_PREFIX]

@@ -124,6 +124,7 @@ class Spooling:
             try:
                 if self._spool.dirty:
                     await asyncio.to_thread(self._spool.sync)
+                    await asyncio.to_thread(self._spool.prepare)
                 if turns % _TIDY_EVERY == 0:
                     await asyncio.to_thread(self._spool.tidy)
             except OSError as exc:
