@@ -13,6 +13,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -147,7 +148,7 @@ def show_rate_change(console: Console, bundle: Bundle, edge: Edge, photos: list[
     seconds = 6
     repeat = int(FPS * seconds / len(photos))
     command = edge.command("--client", "demo", "--point", high.id, "--fps", str(FPS), "--repeat", str(repeat))
-    with child_process([*command, *photos]) as child:
+    with child_process([*command, *photos], stderr=subprocess.DEVNULL) as child:
         session = wait_for_session(edge.cloud, "demo")
         time.sleep(seconds / 3)
         url = f"{edge.cloud.http}/v1/sessions/{session}/rate"
@@ -231,7 +232,7 @@ def show_console(console: Console, edge: Edge, photos: list[Path], out: Path) ->
         with contextlib.ExitStack() as stack:
             for name, fps in (("gate", "5"), ("yard", "2")):
                 command = edge.command("--client", name, "--fps", fps, "--repeat", "1000")
-                stack.enter_context(child_process([*command, *photos]))
+                stack.enter_context(child_process([*command, *photos], stderr=subprocess.DEVNULL))
                 wait_for_session(edge.cloud, name)
             window = stack.enter_context(browser(1200, 1000))
             window.open(f"{edge.cloud.http}/console/#rates")

@@ -330,7 +330,7 @@ def test_models_sessions_health_and_docs(server: Server) -> None:
     assert [p["id"] for p in model["points"]] == ["s1-r1", "s2-r1", "s1-r2"]
     assert httpx.get(f"{server.http}/healthz").status_code == 200
     assert httpx.get(f"{server.http}/readyz").status_code == 200
-    assert httpx.get(f"{server.http}/docs").status_code == 200
+    assert httpx.get(f"{server.http}/docs", follow_redirects=True).status_code == 200
     paths = httpx.get(f"{server.http}/openapi.json").json()["paths"]
     assert {"/v1/models", "/v1/sessions", "/v1/rate", "/v1/sessions/{session_id}/rate"} <= set(paths)
 

@@ -16,6 +16,8 @@ import yaml
 
 from bitneck.bundle import Bundle
 from bitneck_cloud.access.bearers import Role, read_token_file
+from bitneck_cloud.answers.sinks.outgoing import Outgoing
+from bitneck_cloud.answers.sinks.showing import SinkMetrics
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.settings import CloudSettings
 from bitneck_edge.answers.results import Answer
@@ -199,6 +201,7 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
     metrics = Metrics()
     for name in ("streams", "open_sessions", "queue_frames", "ready"):
         metrics.gauge(name, name, lambda: 0.0)
+    metrics.registry.register(SinkMetrics(Outgoing((), None, server="here")))
     known = {sample for family in metrics.registry.collect() for sample in _sample_names(family)}
     used: set[str] = set()
     for path in (

@@ -279,7 +279,9 @@ async def test_names_that_are_no_text_or_look_like_markup(
                 env=os.environ | {"COLUMNS": "200"} | locale,
             )  # fmt: skip
             out, err = await process.communicate()
-            assert (process.returncode, err) == (0, b"")
+            assert process.returncode == 0
+            assert err.startswith(b"3 frames: 3 answered")
+            assert err.count(b"\n") == 1
             assert b"[bold]a.png" in out
             if options == ("--json",):
                 assert json.loads(out)["frames"][0]["labels"][0]["name"] == "[/x] 鳥"

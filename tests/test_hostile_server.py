@@ -34,7 +34,7 @@ from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.link import Link, LinkSettings
 from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access, _Pace
 from bitneck_edge.link.wire import MAX_LABELS, server_message
-from bitneck_edge.session import _most_answer_bytes
+from bitneck_edge.opening import most_answer_bytes
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.processes import BIN, heeding_interrupts
 from bitneck_testing.rogue_servers import opened, result, rogue_server
@@ -205,13 +205,13 @@ async def test_a_servers_own_times_cannot_lead_the_rate_astray(tiny_bundle: Bund
 
 
 def test_the_largest_class_map_of_a_bundle_may_come(tiny_bundle: Bundle, scene_bundle: Bundle) -> None:
-    assert _most_answer_bytes(tiny_bundle.manifest) == MAX_ANSWER_BYTES
-    assert _most_answer_bytes(scene_bundle.manifest) == MAX_ANSWER_BYTES
+    assert most_answer_bytes(tiny_bundle.manifest) == MAX_ANSWER_BYTES
+    assert most_answer_bytes(scene_bundle.manifest) == MAX_ANSWER_BYTES
     wide = scene_bundle.manifest.input.model_copy(update={"height": 1500, "width": 1500})
     large = scene_bundle.manifest.model_copy(update={"input": wide})
-    assert 2 * 1500 * 1500 < _most_answer_bytes(large) <= MAX_MAP_BYTES + (1 << 16)
+    assert 2 * 1500 * 1500 < most_answer_bytes(large) <= MAX_MAP_BYTES + (1 << 16)
     huge = large.model_copy(update={"input": wide.model_copy(update={"height": 4000, "width": 4000})})
-    assert _most_answer_bytes(huge) == MAX_MAP_BYTES + (1 << 16)
+    assert most_answer_bytes(huge) == MAX_MAP_BYTES + (1 << 16)
 
 
 # Downloads

@@ -172,9 +172,8 @@ def test_people_read_classes_and_bytes(server: Server, street: Path, tmp_path: P
     assert table.returncode == 0
     assert "back" in table.stdout
     assert "%" in table.stdout
-    *lines, last = edge(*run, "--verbose", street).stdout.splitlines()
+    lines = edge(*run, "--verbose", street).stdout.splitlines()
     assert len(lines) == 5
-    assert last.startswith("5 answers, ")
     assert all(" back " in line and "%" in line for line in lines)
 
 

@@ -42,6 +42,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "bitneck_cloud.api.schemas",
         "bitneck_cloud.api.readiness",
         "bitneck_cloud.api.http_api",
+        "bitneck_cloud.fleet.tables",
     ),
     "bitneck_cloud.logs": ("bitneck_cloud.observe.logs",),
     "bitneck_cloud.messages": ("bitneck_cloud.faults",),

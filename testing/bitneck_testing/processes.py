@@ -228,15 +228,15 @@ def edge(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess
 
 
 def run_json(command: Sequence[object]) -> dict[str, Any]:
-    """Run a command that prints one JSON document. What it logs goes to standard error.
+    """Run a command that prints one JSON document.
 
     Raises:
-        ProcessFailed: it ended with another status than 0.
+        ProcessFailed: it ended with another status than 0; the message has what it wrote to standard error.
     """
     parts = [str(part) for part in command]
-    done = subprocess.run(parts, stdout=subprocess.PIPE, check=False)
+    done = subprocess.run(parts, capture_output=True, check=False)
     if done.returncode != 0:
-        raise ProcessFailed(f"{' '.join(parts)} ended with {done.returncode}")
+        raise ProcessFailed(f"{' '.join(parts)} ended with {done.returncode}: {done.stderr.decode(errors='replace')}")
     document: dict[str, Any] = json.loads(done.stdout)
     return document
 
