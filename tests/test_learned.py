@@ -28,9 +28,11 @@ validate_every = 4
 [first]
 steps = 6
 batch = 4
+precision = "float32"
 [further]
 steps = 3
 batch = 4
+precision = "float32"
 """
 CODEC = 'kind = "scale_hyperprior"\nname = "codec"\nchannels = 4\nlatent_channels = 6\ncrop = 32\nlambdas = [1.0, 1e-4]'
 STUDENT = """
