@@ -367,7 +367,7 @@ def test_a_secret_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
     for content, message in ((None, "cannot read the secret"), ("short\n", "secret_file is too short")):
         if content is not None:
             (tmp_path / "secret").write_text(content)
-        with pytest.raises(StateUnusable, match=message):
+        with pytest.raises(InvalidConfig, match=message):
             with outgoing(tmp_path, sink):
                 pass
 
