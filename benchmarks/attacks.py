@@ -1,6 +1,6 @@
 """What attacks on a server cost a well-behaved client of another address.
 
-    python benchmarks/attacks.py --bundle build/efficientnet_lite0 [--only NAME ...] [--seconds 8] [--json]
+    python benchmarks/attacks.py --bundle build/efficientnet_lite0 [--only NAME ...] [--seconds 8] [--point ID] [--json]
 
 For each attack, in one run: the round trip of clean frames, 20 a second, before, during and after it (p50 and p99, ms);
 how many of them failed; and the server's memory before and after. The attacker is a process of its own with another
@@ -247,15 +247,16 @@ ATTACKS: dict[str, Callable[[Target], None]] = {
 class Clean:
     """A client that sends a frame 20 times a second and notes each round trip."""
 
-    def __init__(self, server: Server, cache: Path) -> None:
+    def __init__(self, server: Server, cache: Path, point: str) -> None:
         self._server = server
+        self._wanted = point
         self._settings = EdgeSettings.load({"server": server.grpc, "cache_dir": cache, "retries": 20})
         self.failed = 0
 
     async def prepare(self) -> tuple[Bundle, str, bytes]:
         self._bundle = await fetch_bundle(self._settings)
         encoder = EdgeEncoder(self._bundle)
-        point = encoder.ladder.best.id
+        point = encoder.ladder[self._wanted].id if self._wanted else encoder.ladder.best.id
         self._point, self._payload = point, encoder.encode(sample_photo(), point).encoded.payload
         return self._bundle, point, self._payload
 
@@ -289,10 +290,10 @@ class Clean:
         return trips
 
 
-async def measure(name: str, bundle: Path, seconds: float) -> dict[str, Any]:
+async def measure(name: str, bundle: Path, seconds: float, point_id: str) -> dict[str, Any]:
     """One attack on a server of its own."""
     with tempfile.TemporaryDirectory() as cache, running_server(bundle, options=QUIET) as server:
-        clean = Clean(server, Path(cache))
+        clean = Clean(server, Path(cache), point_id)
         opened, point, payload = await clean.prepare()
         await clean.run(1.0)
         before, memory = p50_and_p99(await clean.run(seconds)), server.resident_mib
@@ -318,6 +319,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=sorted(ATTACKS), default=list(ATTACKS))
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--point", default="", help="operating point of all frames; the most accurate one without it")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--as-attacker", choices=sorted(ATTACKS), help=argparse.SUPPRESS)
     parser.add_argument("--target", help=argparse.SUPPRESS)
@@ -327,7 +329,7 @@ def main() -> None:
         return
     results = {}
     for name in plan.only:
-        found = results[name] = asyncio.run(measure(name, plan.bundle, plan.seconds))
+        found = results[name] = asyncio.run(measure(name, plan.bundle, plan.seconds, plan.point))
         if not plan.json:
             trips = "  ".join(
                 f"{when} {found[when]['p50_ms']:.1f} / {found[when]['p99_ms']:.1f}"
