@@ -25,7 +25,25 @@ SUBSCRIBE = "/Subscribe"
 _READERS = (Role.READ, Role.OPERATE)
 
 
-class DeviceTokens(grpc.aio.ServerInterceptor):
+class _TokenCheck(grpc.aio.ServerInterceptor):
+    """What both checks of tokens have."""
+
+    def __init__(self, tokens: BearerTokens, metrics: Metrics, refusals: RefusalLog) -> None:
+        self._tokens = tokens
+        self._metrics = metrics
+        self._refusals = refusals
+
+    def _refusing(self, handler: Any, exc: BitneckError) -> Any:
+        """A handler that refuses its calls, counts and logs that."""
+
+        def count(context: Any) -> None:
+            self._metrics.refused(exc.grpc_status)
+            self._refusals.refused(f"address {host_of(context.peer() or '')}", exc.grpc_status)
+
+        return aborting(handler, exc, count)
+
+
+class DeviceTokens(_TokenCheck):
     """Refuses calls of our service and of reflection without a bearer token of a device; health checks stay open.
 
     Args:
@@ -33,11 +51,6 @@ class DeviceTokens(grpc.aio.ServerInterceptor):
         metrics: counts refusals.
         refusals: logs them.
     """
-
-    def __init__(self, tokens: BearerTokens, metrics: Metrics, refusals: RefusalLog) -> None:
-        self._tokens = tokens
-        self._metrics = metrics
-        self._refusals = refusals
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """Pass the call on, or replace it by a handler that aborts it."""
@@ -48,14 +61,10 @@ class DeviceTokens(grpc.aio.ServerInterceptor):
         if self._tokens.find(bearer_token(handler_call_details.invocation_metadata)) is not None:
             return handler
         exc = Unauthenticated("this server asks devices for a bearer token; give it with --token or BITNECK_EDGE_TOKEN")
-        return aborting(handler, exc, self._count)
-
-    def _count(self, context: Any) -> None:
-        self._metrics.refused("UNAUTHENTICATED")
-        self._refusals.refused(f"address {host_of(context.peer() or '')}", "UNAUTHENTICATED")
+        return self._refusing(handler, exc)
 
 
-class ReaderTokens(grpc.aio.ServerInterceptor):
+class ReaderTokens(_TokenCheck):
     """Refuses ``Subscribe`` without a bearer token of the control API whose role may read.
 
     A server that has no such token refuses every call: the port of gRPC may be reachable from where the control API is
@@ -66,11 +75,6 @@ class ReaderTokens(grpc.aio.ServerInterceptor):
         metrics: counts refusals.
         refusals: logs them.
     """
-
-    def __init__(self, tokens: BearerTokens, metrics: Metrics, refusals: RefusalLog) -> None:
-        self._tokens = tokens
-        self._metrics = metrics
-        self._refusals = refusals
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """Pass the call on, or replace it by a handler that aborts it."""
@@ -89,12 +93,7 @@ class ReaderTokens(grpc.aio.ServerInterceptor):
             return handler
         else:
             exc = PermissionDenied(f"a token of the role {holder.role} may not read answers; it needs read or operate")
-
-        def count(context: Any) -> None:
-            self._metrics.refused(exc.grpc_status)
-            self._refusals.refused(f"address {host_of(context.peer() or '')}", exc.grpc_status)
-
-        return aborting(handler, exc, count)
+        return self._refusing(handler, exc)
 
 
 def aborting(handler: Any, exc: BitneckError, refused: Callable[[Any], None]) -> Any:

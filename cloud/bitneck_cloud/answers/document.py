@@ -5,21 +5,17 @@ Answered --Published (number, server)--> answer_document --> JSON text, one line
 
 import base64
 import functools
-import io
 import json
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from PIL import Image
-
-from bitneck.coding.class_map import MAX_CLASSES, decode_map
 from bitneck.coding.coarse_map import coarse_size
-from bitneck.coding.colours import colours
 from bitneck.ids import MAX_CLIENT_CHARACTERS
 from bitneck.text import clean_text
 from bitneck.wire.messages import Classification, CodedMap, Output
 from bitneck_cloud.answers.answered import Answered
+from bitneck_cloud.answers.map_picture import png_of_coded
 
 __all__ = ["VERSION", "MapForm", "Published", "answer_document"]
 
@@ -167,14 +163,5 @@ def _map(output: Output, form: MapForm) -> dict[str, Any] | None:
     if form is MapForm.NONE or not isinstance(output, CodedMap):
         return None
     height, width = coarse_size(output.height, output.step), coarse_size(output.width, output.step)
-    data = output.map if form is MapForm.RUNS else _png(output.map, height, width)
+    data = output.map if form is MapForm.RUNS else png_of_coded(output.map, height, width)
     return {"height": height, "width": width, "encoding": form.value, "data": base64.b64encode(data).decode()}
-
-
-def _png(coded: bytes, height: int, width: int) -> bytes:
-    classes = decode_map(coded, height=height, width=width, number=MAX_CLASSES)  # (H, W) uint8
-    picture = Image.fromarray(classes)
-    picture.putpalette(colours().tobytes())  # makes it a palette picture
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return out.getvalue()

@@ -26,6 +26,7 @@ from bitneck.errors import BitneckError, InvalidConfig, ModelFailure, Overloaded
 from bitneck.image import opened_reduced, to_input, view
 from bitneck.runtime import ModulePool
 from bitneck.wire.messages import Classification, CodedMap, Output
+from bitneck_cloud.answers.map_picture import png_of
 from bitneck_cloud.console.schemas import Trial, TriedAnswer, TriedJpeg, TriedLabel, TriedPoint
 from bitneck_cloud.engine.outputs import output_of
 from bitneck_cloud.engine.served_model import ServedModel
@@ -209,17 +210,8 @@ def _tried(output: Output, whole: Output) -> TriedAnswer:
     classes = _classes(output)
     same = float((classes == _classes(whole)).mean())
     labels = [TriedLabel(index=c.index, name=c.name, score=c.share) for c in output.classes]
-    return TriedAnswer(labels=labels, map=_as_text(_map_file(classes)), agreement=same)
+    return TriedAnswer(labels=labels, map=_as_text(png_of(classes)), agreement=same)
 
 
 def _classes(coded: CodedMap) -> NDArray[np.uint8]:
     return decode_map(coded.map, height=coded.height, width=coded.width, number=MAX_CLASSES)
-
-
-def _map_file(classes: NDArray[np.uint8]) -> bytes:
-    """A class map as a PNG with a palette."""
-    picture = Image.fromarray(classes)
-    picture.putpalette(colours().tobytes())
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    return file.getvalue()

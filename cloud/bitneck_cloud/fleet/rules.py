@@ -68,8 +68,7 @@ class RuleBook:
             raise InvalidConfig(f"there may be {MAX_RULES} rules; delete one, or use a pattern or a group")
         self._by_key = {rule.key: rule for rule in self.rules}
         if len(self._by_key) < len(self.rules):
-            seen: set[tuple[str, str]] = set()
-            twice = next(rule for rule in self.rules if rule.key in seen or seen.add(rule.key))  # type: ignore[func-returns-value]
+            twice = next(rule for rule in self.rules if self._by_key[rule.key] is not rule)
             raise InvalidConfig(f"two rules have the model {twice.model.text!r} and the clients {twice.clients.text!r}")
 
     def matching(self, model: str, client: str) -> Iterator[RateRule]:

@@ -1,15 +1,11 @@
 """Class maps in queued documents: as run lengths in the queue, and in the sink's own form when they go out."""
 
 import base64
-import io
 import json
 import logging
 
-from PIL import Image
-
-from bitneck.coding.class_map import MAX_CLASSES, decode_map
-from bitneck.coding.colours import colours
 from bitneck.errors import BitneckError
+from bitneck_cloud.answers.map_picture import png_of_coded
 
 __all__ = ["with_map"]
 
@@ -32,7 +28,7 @@ def with_map(body: bytes, form: str) -> bytes:
         document["map"] = None
     elif form == "png" and coded["encoding"] == "runs":
         try:
-            data = _png(base64.b64decode(coded["data"]), coded["height"], coded["width"])
+            data = png_of_coded(base64.b64decode(coded["data"]), coded["height"], coded["width"])
         except (BitneckError, ValueError) as exc:
             _LOG.warning("answer %s: its class map cannot be read and is left out: %s", document.get("number"), exc)
             document["map"] = None
@@ -41,11 +37,3 @@ def with_map(body: bytes, form: str) -> bytes:
     else:
         return body
     return json.dumps(document, separators=(",", ":")).encode()
-
-
-def _png(coded: bytes, height: int, width: int) -> bytes:
-    picture = Image.fromarray(decode_map(coded, height=height, width=width, number=MAX_CLASSES))
-    picture.putpalette(colours().tobytes())
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return out.getvalue()
