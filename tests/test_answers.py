@@ -118,6 +118,21 @@ async def test_nothing_is_sent_before_its_pass_is_committed(model: ServedModel, 
     await engine.stop()
 
 
+async def test_a_pass_that_cannot_be_sent_keeps_no_other_back() -> None:
+    readers = subscriptions()
+    publishing = Publishing("server", readers, Metrics())
+    sent: list[int] = []
+
+    def broken() -> None:
+        raise RuntimeError("a bug")
+
+    publishing.answered([answered(1)], broken)
+    publishing.answered([answered(2)], lambda: sent.append(2))
+    kept = readers.hub.read(1, everything, most=9, look_at=9).answers
+    assert (sent, [each.answered.origin.seq for each in kept]) == ([2], [1, 2])
+    await publishing.close()
+
+
 async def test_faults_and_frames_that_nobody_waits_for_are_no_answers(model: ServedModel, frames: Frames) -> None:
     readers = subscriptions()
     publishing = Publishing("server", readers, Metrics())

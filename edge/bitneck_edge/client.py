@@ -187,11 +187,11 @@ class EdgeClient(ClientFacts):
         try:
             await passage.send(prompt=True)
             answer = await passage.answer()
-            if answer is None:
-                raise Unavailable("no server answers: the photograph is in the spool, its answer comes to on_spooled")
         except BitneckError as exc:
             self.tally.failed(exc)
             raise
+        if answer is None:
+            raise Unavailable("no server answers: the photograph is in the spool, its answer comes to on_spooled")
         return answer
 
     def stream(

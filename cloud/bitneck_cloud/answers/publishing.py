@@ -80,8 +80,7 @@ class Publishing:
         )
         self._next += len(published)
         if self._publisher is None:
-            send()
-            self._keep(published)
+            self._hand_on(published, send)
             return
         self._waiting.append((published, send))
         self._idle.clear()
@@ -118,10 +117,17 @@ class Publishing:
         if self._waiting:
             self._begin(publisher)  # the thread goes on while answers are sent
         for answers, send in passes:
-            send()
-            self._keep(answers)
+            self._hand_on(answers, send)
         if not self._committing:
             self._idle.set()
+
+    def _hand_on(self, answers: Sequence[Published], send: Callable[[], None]) -> None:
+        """Send a pass to its devices, then keep it: numbers must follow on, whatever becomes of one pass."""
+        try:
+            send()
+        except Exception:  # noqa: BLE001  a bug with one pass must not keep others from their devices
+            _LOG.exception("%d answers could not be sent", len(answers))
+        self._keep(answers)
 
     def _keep(self, answers: Sequence[Published]) -> None:
         self._metrics.published(answers[0].answered.model, len(answers))
