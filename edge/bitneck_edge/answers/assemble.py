@@ -60,7 +60,7 @@ def answer_of(
         bpp_payload=len(payload) * 8 / pixels,
         bpp_wire=received.message_bytes * 8 / pixels,
         payload_crc32c=crc32c_hex(payload),
-        symbols_crc32c=crc32c_hex(encoded.encoded.symbols.astype("<i4").tobytes()),
+        symbols_crc32c=crc32c_hex(encoded.encoded.symbols.astype("<i4", copy=False).tobytes()),
         labels=labels_of(received.result, names) if answered and not segmented else (),
         segmentation=segmentation_of(received.result, manifest, names, answers) if answered and segmented else None,
         ms=StageTimes(

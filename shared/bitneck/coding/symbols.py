@@ -41,12 +41,16 @@ def quantize(y: NDArray[np.float32], step: float, lo: NDArray[np.int32], hi: NDA
         raise InvalidConfig(f"quantizer step {step} is not a positive number that float32 holds")
     if y.ndim != 3 or lo.shape != (y.shape[0],) or hi.shape != lo.shape:
         raise InvalidConfig(f"latent of shape {y.shape} does not match tables of {lo.shape[0]} channels")
-    if not np.isfinite(y).all():
-        raise ModelFailure(
-            "the bottleneck encoder gave a latent that is not finite; check the photograph and the bundle"
-        )
     most = min(_FAR * step, _LARGEST_STEP)
-    s: NDArray[np.int32] = np.rint(y.clip(-most, most) / np.float32(step)).astype(np.int32)  # (Cr, h, w)
+    least, largest = np.minimum.reduce(y, None), np.maximum.reduce(y, None)  # NaN if one of them is
+    if not (-most <= least and largest <= most):
+        if not np.isfinite(y).all():
+            raise ModelFailure(
+                "the bottleneck encoder gave a latent that is not finite; check the photograph and the bundle"
+            )
+        y = y.clip(-most, most)
+    y = y / np.float32(step)
+    s: NDArray[np.int32] = np.rint(y, out=y).astype(np.int32)  # (Cr, h, w)
     np.maximum(s, lo[:, None, None], out=s)
     return np.minimum(s, hi[:, None, None], out=s)
 
