@@ -27,6 +27,7 @@ from bitneck.errors import (
 from bitneck.ladder import Ladder, OperatingPoint
 from bitneck.wire.messages import Classification, SetPoint
 from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
+from bitneck_cloud.engine.batch_time import BatchTime
 from bitneck_cloud.engine.chain_plan import plan_batch
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import Computed, Job, JobState
@@ -235,6 +236,41 @@ async def test_a_model_of_large_tensors_gets_smaller_batches(slow: Slow, tiny_bu
         await engine.stop()
     assert slow.batches == [2, 2, 1]
     assert [outcome.batch for outcome in outcomes] == [2, 2, 2, 2, 1]
+
+
+async def test_a_batch_that_will_take_long_gets_no_more_frames(slow: Slow, tiny_bundle: Bundle) -> None:
+    payload = Frames(tiny_bundle).payload("s1-r2", 1)
+    slow.seconds = 0.2
+    engine = Engine(max_batch=8, max_queue=8, max_batch_s=0.3)
+    engine.start()
+
+    def submit() -> Coroutine[Any, Any, Computed]:
+        return engine.compute(Job(slow, "s1-r2", payload, None))  # type: ignore[arg-type]
+
+    try:
+        await submit()
+        await asyncio.gather(*[submit() for _ in range(8)])
+    finally:
+        await engine.stop()
+    assert slow.batches[:2] == [1, 2]  # 0.2 s each, as far as anyone knows then
+    assert max(slow.batches) <= 4
+
+
+def test_the_time_of_a_batch_is_learned_by_operating_point() -> None:
+    times = BatchTime()
+    assert times.of("s1") == 0.0
+    times.learn(["s1"], 0.002)
+    assert times.of("s1") == times.of("s4") == 0.002
+    for _ in range(30):
+        times.learn(["s4"] * 3, 0.06)
+        times.learn(["s1"] * 10, 0.02)
+    assert times.of("s4") == pytest.approx(0.02, rel=0.02)
+    assert times.of("s1") == pytest.approx(0.002, rel=0.02)
+    assert times.of("new") == times.of("s4")
+    times.learn(["s1", "s4"], 10.0)  # held up by something else
+    assert times.of("s1") < 0.003
+    times.learn(["s1"], 0.0)
+    assert times.of("s1") > 0
 
 
 async def test_frames_are_decoded_beside_the_tail(slow: Slow, tiny_bundle: Bundle) -> None:

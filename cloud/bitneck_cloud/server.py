@@ -175,6 +175,7 @@ async def _serve(
     publishing = Publishing(_name(settings), subscriptions, metrics, publisher)
     engine = Engine(
         max_batch=settings.max_batch,
+        max_batch_s=settings.max_batch_ms / 1e3,
         max_queue=settings.max_queue,
         decode_threads=settings.decode_threads,
         metrics=metrics,

@@ -126,6 +126,7 @@ class CloudSettings(Settings):
     ] = 1
     # Beyond 16 a batch gains little on a CPU and delays its first frame.
     max_batch: Annotated[int, setting("Frames in one batch, at most.", _COMPUTE, ge=1, le=1024)] = 16
+    max_batch_ms: Annotated[float, setting("A batch that takes this long gets no more frames.", _COMPUTE, gt=0)] = 50
     max_queue: Annotated[
         int,
         setting("Frames of all sessions that may wait for the engine. More are refused.", _COMPUTE, ge=1, le=1_000_000),

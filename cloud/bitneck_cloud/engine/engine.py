@@ -10,9 +10,11 @@ each step: before they are taken, before they are decoded, and before the tail.
 import asyncio
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +23,10 @@ from bitneck.errors import BitneckError, ModelFailure, Overloaded, Unavailable
 from bitneck.wire.messages import Output
 from bitneck.workers import Workers
 from bitneck_cloud.answers.answered import Answered
+from bitneck_cloud.engine.batch_time import BatchTime
 from bitneck_cloud.engine.fair_queue import FairQueue
 from bitneck_cloud.engine.job import INTERNAL_ERROR, Computed, Job
+from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.observe.metrics import Metrics
 
 __all__ = ["Engine"]
@@ -36,6 +40,8 @@ class Engine:
     Args:
         max_batch: frames in one batch; models with large tensors take fewer, see `ServedModel.max_frames`.
         max_queue: frames that may wait.
+        max_batch_s: a batch takes no more frames once it is expected to take as long as this. A frame waits for the
+            batch before its own.
         decode_threads: threads that decode beside the tail; 0 leaves decoding to the engine's own thread.
         metrics: counts what happens.
         answered: takes the answers of each pass, and a function that settles its frames: it calls that once, then or
@@ -47,12 +53,15 @@ class Engine:
         *,
         max_batch: int,
         max_queue: int,
+        max_batch_s: float = math.inf,
         decode_threads: int = 1,
         metrics: Metrics | None = None,
         answered: Callable[[Sequence[Answered], Callable[[], None]], None] | None = None,
     ) -> None:
         self._answered = answered
         self._max_batch = max_batch
+        self._max_batch_s = max_batch_s
+        self._times: WeakKeyDictionary[ServedModel, BatchTime] = WeakKeyDictionary()
         self.max_queue = max_queue
         self._metrics = metrics or Metrics()
         self._queue: FairQueue[Job] = FairQueue(max_queue)
@@ -147,15 +156,19 @@ class Engine:
 
     def _compute(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
         """In the engine's thread: compute one batch, and hand the results to the event loop."""
+        begin = time.perf_counter()
         try:
             results = _pass(batch)
         except Exception:  # noqa: BLE001  a bug must not end the engine: these frames fail, the next are served
             _LOG.exception("the engine failed on a batch of %d frames", len(batch))
             results = [ModelFailure(INTERNAL_ERROR)] * len(batch)
-        loop.call_soon_threadsafe(self._finish, results)
+        loop.call_soon_threadsafe(self._finish, results, time.perf_counter() - begin)
 
-    def _finish(self, results: list[Computed | BitneckError]) -> None:
+    def _finish(self, results: list[Computed | BitneckError], seconds: float) -> None:
         batch, self._in_hand = self._in_hand, []
+        computed = [job.point for job, result in zip(batch, results, strict=True) if isinstance(result, Computed)]
+        if computed:
+            self._times.setdefault(batch[0].model, BatchTime()).learn(computed, seconds)
         self._idle.set()
         self._begin()  # the thread goes on while answers are sent
         self.batches += 1
@@ -181,12 +194,14 @@ class Engine:
     def _take(self) -> list[Job]:
         """The next batch: frames of one model, by turns. Late and abandoned frames are dropped."""
         batch: list[Job] = []
-        now = time.monotonic()
+        now, expected_s = time.monotonic(), 0.0
 
         def fits(job: Job) -> bool:
             return not batch or job.model is batch[0].model
 
-        while not batch or len(batch) < min(self._max_batch, batch[0].model.max_frames):
+        while not batch or (
+            len(batch) < min(self._max_batch, batch[0].model.max_frames) and expected_s < self._max_batch_s
+        ):
             job = self._queue.pop(fits)
             if job is None:
                 break
@@ -198,6 +213,7 @@ class Engine:
             else:
                 job.take(now)
                 batch.append(job)
+                expected_s += self._times.setdefault(job.model, BatchTime()).of(job.point)
         return batch
 
 
