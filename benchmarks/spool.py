@@ -9,8 +9,8 @@ Hour: a device sends through a link that is cut. It captures `--frames` pictures
 apart, and is started again twice. Then the link is mended. A device with live pictures sends what is there, and the
 server is killed and started again in the middle of it.
 
-Ends with status 1 if a picture that was captured a second before a kill has no answer, if one has two, or another time
-of capture than its own.
+Ends with status 1 if a picture that was encoded a second before a kill has no answer, if one has two, or another time
+of capture than its own. Pictures that were captured a second before a kill and were not encoded by then are counted.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _KEY = 'token_key = "the same key for each of them"\n'
 
 
 def _killed_device(command: list[str], seconds: float, log: DeviceLog) -> set[int]:
-    """Run a device for some seconds and kill it; which of its pictures may not be lost."""
+    """Run a device for some seconds and kill it; which of its pictures may not be lost: those of a second before."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         assert child.stdout is not None
         while '"ready"' not in (line := child.stdout.readline()):
@@ -47,7 +47,9 @@ def _killed_device(command: list[str], seconds: float, log: DeviceLog) -> set[in
         child.kill()
         before = set(log.captured)
         log.read(child.stdout.read().splitlines())
-    return {number for number in set(log.captured) - before if log.captured[number] < killed - LOSS_S}
+    unencoded = set(log.captured) - before - set(log.encoded)
+    log.late |= {number for number in unencoded if log.captured[number] < killed - LOSS_S}
+    return log.encoded_before(killed - LOSS_S) - before
 
 
 def _whole_device(command: list[str], log: DeviceLog, **options: Any) -> set[int]:
@@ -64,7 +66,8 @@ def _found(log: DeviceLog, safe: set[int]) -> dict[str, Any]:
         "answered_once": sum(count == 1 for count in log.answers.values()),
         "answered_twice": sum(count > 1 for count in log.answers.values()),
         "from_the_spool": sum(count > 0 for count in log.spooled.values()),
-        "lost_of_the_last_second": len(set(log.captured) - safe - set(log.answers)),
+        "lost_of_the_last_second": len(set(log.captured) - safe - set(log.answers) - log.late),
+        "lost_not_encoded_in_a_second": len(log.late - set(log.answers)),
         "lost": len(safe - set(log.answers)),
         "wrong_times": log.wrong_times,
         "failed": len(log.failures),

@@ -510,10 +510,11 @@ async def test_a_frame_that_a_full_spool_does_not_take_is_told(tmp_path: Path, t
     link = SimpleNamespace(up=True, silent_s=0.0)
     session = cast("EdgeSession", SimpleNamespace(bundle=tiny_bundle, link=link, silence_s=1.0, failure=None))
     with pytest.raises(Overloaded, match="the spool has no room, the frame is lost"):
-        await outage.keep(session, encoding)
+        await outage.keep(outage.begin(session, encoding))
     assert spool.counts.dropped == before + 1
     answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    flight = outage.sent(session, encoding, Sent(1, b"", 0, 0.0, answer))
+    flight = outage.begin(session, encoding)
+    outage.sent(flight, Sent(1, b"", 0, 0.0, answer))
     watching = asyncio.create_task(outage.watch(flight))
     await asyncio.sleep(1.1)  # it is tried again and again, and counts once
     assert spool.counts.dropped == before + 1, "its answer may still come"

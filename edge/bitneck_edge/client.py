@@ -231,10 +231,13 @@ class EdgeClient(ClientFacts):
     async def _open(self, *, offline: bool = False, before: EdgeSession | None = None) -> EdgeSession:
         """A session with the bundle that the server has now; see `open_supply` and `EdgeSession.open`."""
         assert self._threads is not None
-        return await EdgeSession.open(
+        session = await EdgeSession.open(
             await open_supply(self.settings, offline=offline), self.settings,
             workers=self._threads, pool=self._pool, on_switch=self._switched, on_fetch=self._on_fetch, before=before,
         )  # fmt: skip
+        if self._spooling is not None:
+            await self._spooling.know(session.bundle)
+        return session
 
     def _usable(self) -> EdgeSession:
         """The session for the next photograph."""

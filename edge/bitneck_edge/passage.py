@@ -1,5 +1,6 @@
 """One photograph's way through a client: encoded, sent, answered, across changes of the server's bundle."""
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -73,9 +74,11 @@ class Passage:
         return self._through(self._send, self._encode)
 
     def drop(self) -> None:
-        """Do not encode it, if that has not begun."""
+        """Do not encode it, if that has not begun. With a spool, a frame that is encoded goes there."""
         if self._encoding is not None:
             self._encoding.photo.cancel()
+        if self._flight is not None and (outage := self._ways.outage()) is not None:
+            outage.give_up(self._flight)
 
     def answer(self) -> Awaitable[Answer | None]:
         """Wait for its answer; None if the frame is in the spool."""
@@ -89,6 +92,10 @@ class Passage:
     def _begin(self) -> Encoding:
         self._session = self._ways.usable()
         self._encoding = self._session.begin(self._capture, self._ways.interval_s())
+        if (outage := self._ways.outage()) is not None:
+            if self._flight is not None:  # it is encoded again
+                outage.failed(self._flight)
+            self._flight = outage.begin(self._session, self._encoding)
         return self._encoding
 
     async def _encode(self) -> None:
@@ -96,30 +103,39 @@ class Passage:
 
     async def _send(self) -> None:
         encoding = self._encoding or self._begin()
-        if (outage := self._ways.outage()) is not None:
-            await self._send_or_keep(outage, encoding)
+        if (outage := self._ways.outage()) is not None and self._flight is not None:
+            await self._send_or_keep(outage, encoding, self._flight)
             return
         self._sent = await self._session.send(encoding, prompt=self._prompt, live=self._live)
 
-    async def _send_or_keep(self, outage: Outage, encoding: Encoding) -> None:
+    async def _send_or_keep(self, outage: Outage, encoding: Encoding, flight: Flight) -> None:
         """Send it if the link takes it; else it goes to the spool."""
-        await encoding.photo
-        if await self._session.takes_frames():
-            try:
-                self._sent = await self._session.send(encoding, prompt=self._prompt, live=self._live)
-            except BitneckError:
-                if self._session.failure is None:
-                    raise
-            else:
-                self._flight = outage.sent(self._session, encoding, self._sent)
-                return
-        self._spooled = True
-        await outage.keep(self._session, encoding)
+        try:
+            await outage.encoded(flight)
+            if await self._session.takes_frames():
+                try:
+                    self._sent = await self._session.send(encoding, prompt=self._prompt, live=self._live)
+                except BitneckError:
+                    if self._session.failure is None:
+                        raise
+                else:
+                    outage.sent(flight, self._sent)
+                    return
+            self._spooled = True
+            await outage.keep(flight)
+        except BitneckError:
+            outage.failed(flight)
+            raise
+        except asyncio.CancelledError:
+            outage.give_up(flight)
+            raise
 
     async def _answer(self) -> Answer | None:
         assert self._encoding is not None
+        if self._spooled:
+            return None
         outage = self._ways.outage()
-        if self._spooled or (outage is not None and self._flight is not None and not await outage.watch(self._flight)):
+        if outage is not None and self._flight is not None and not await outage.watch(self._flight):
             return None
         return await self._ways.finished(self._capture, await self._session.answer(self._encoding, self._sent))
 

@@ -3,19 +3,42 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import stat
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from bitneck.errors import InvalidConfig
 
-__all__ = ["FULL", "locked", "numbers_in", "open_again", "sync_folder", "whole", "write"]
+__all__ = ["FULL", "Complaints", "locked", "numbers_in", "open_again", "sync_folder", "whole", "write"]
+
+_LOG = logging.getLogger(__name__)
+_LOG_EVERY_S = 60.0
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a disk that has no room."""
 _MOST_FILE = 64 << 20
 """A larger file is none of ours."""
+
+
+class Complaints:
+    """What goes wrong with a spool, in the log, once a minute at most.
+
+    Args:
+        folder: of the spool.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._logged = -_LOG_EVERY_S
+
+    def say(self, text: str) -> None:
+        """Log it, unless something was logged a moment ago."""
+        if time.monotonic() - self._logged >= _LOG_EVERY_S:
+            self._logged = time.monotonic()
+            _LOG.warning("the spool %s: %s", self._folder, text)
 
 
 def locked(folder: Path) -> int:

@@ -23,10 +23,10 @@ from typing import Self
 from bitneck.errors import InvalidConfig, Overloaded, Unavailable
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_edge.spool.bounds import Limits, SpoolCounts
-from bitneck_edge.spool.disk import FULL, locked, numbers_in
+from bitneck_edge.spool.disk import FULL, Complaints, locked, numbers_in
 from bitneck_edge.spool.format import LEAST_FRAME
 from bitneck_edge.spool.known import KnownBundles
-from bitneck_edge.spool.segment import GONE, Kept, Segment
+from bitneck_edge.spool.segment import GONE, Kept, Segment, sync_names
 
 __all__ = ["Spool"]
 
@@ -34,7 +34,6 @@ _LOG = logging.getLogger(__name__)
 _TIDY_BYTES = 4096
 _MOST_LOST = 1 << 16
 """A file that has lost more bytes is not appended to."""
-_LOG_EVERY_S = 60.0
 
 
 class Spool:
@@ -59,7 +58,7 @@ class Spool:
         self._reserved = 0
         self._closed = False
         self._spooled = self._sent = self._dropped = self._damaged = 0
-        self._logged = -_LOG_EVERY_S
+        self._complaints = Complaints(folder)
 
     @classmethod
     def open(cls, folder: Path, limits: Limits) -> Self:
@@ -135,7 +134,7 @@ class Spool:
                     ready.remove()
 
     def _begin_segment(self) -> None:
-        """Begin another file."""
+        """Begin another file, without waiting for the disk: `sync` brings it there."""
         first = max([1, *(segment.next_seq for segment in self._segments)])
         ready, self._ready = self._ready, None
         if ready is not None and ready.first >= first:
@@ -146,12 +145,13 @@ class Spool:
         number = self._next_number()
         while True:
             try:
-                segment = Segment.create(self._folder, number, self.spool_id, first)
+                segment = Segment.create(self._folder, number, self.spool_id, first, synced=False)
                 break
             except OSError as exc:
                 if exc.errno not in FULL or self._limits.first == "newest" or not self._drop_oldest():
                     raise
         self._segments.append(segment)
+        self._unsynced.add(segment)
 
     @property
     def counts(self) -> SpoolCounts:
@@ -239,18 +239,13 @@ class Spool:
             return False
         oldest = self._segments[0]
         self._dropped += oldest.waiting + oldest.held
-        self._complain(f"{oldest.waiting + oldest.held} of the oldest frames fall out, to make room")
+        self._complaints.say(f"{oldest.waiting + oldest.held} of the oldest frames fall out, to make room")
         self._remove(oldest)
         return True
 
     def _refuse(self, why: str, *, held: bool) -> None:
         self._dropped += not held
-        self._complain(f"a frame cannot be kept: {why}; {self._dropped} are lost so far")
-
-    def _complain(self, text: str) -> None:
-        if time.monotonic() - self._logged >= _LOG_EVERY_S:
-            self._logged = time.monotonic()
-            _LOG.warning("the spool %s: %s", self._folder, text)
+        self._complaints.say(f"a frame cannot be kept: {why}; {self._dropped} are lost so far")
 
     def release(self, seq: int) -> None:
         """A frame that was held is to be sent from here on."""
@@ -341,10 +336,11 @@ class Spool:
                         descriptors += segment.descriptors()
                 for descriptor in descriptors:
                     _SYNC(descriptor)
+                sync_names(self._folder, segments)
             except OSError as exc:
                 with self._mutex:
                     self._unsynced |= segments.intersection(self._segments)
-                self._complain(f"it cannot be brought to the disk: {exc.strerror}")
+                self._complaints.say(f"it cannot be brought to the disk: {exc.strerror}")
                 return False
             finally:
                 for descriptor in descriptors:
@@ -358,11 +354,15 @@ class Spool:
                 return
             self._drop_old()
             active = self._segments[-1]
-            if not active.waiting and not active.held and active.size > _TIDY_BYTES:
-                try:
-                    self._begin_segment()
-                except OSError:
-                    return  # no room: it stays until there is some
+            if active.waiting or active.held or active.size <= _TIDY_BYTES:
+                return
+            try:
+                self._begin_segment()
+            except OSError:
+                return  # no room: it stays until there is some
+        synced = self.sync()  # whoever puts a frame meanwhile must not wait for the disk
+        with self._mutex:
+            if synced and not self._closed and active in self._segments:
                 self._remove(active)
 
     def close(self) -> None:

@@ -1,11 +1,13 @@
 """Frames that the link does not take, or does not answer: into the spool with them, so that none is lost.
 
-    Passage --link down or silent--> keep -----------------------------------------> spool --> Sender
-    Passage --sent--> watch --no answer for half a second--> held in the spool --answer--> done
-                                                              `--link fails--------> spool --> Sender
+    Passage --begin--> encoded --no answer for half a second, wherever it waits--> held in the spool --answer--> done
+                          |                                                           `--link fails--> spool --> Sender
+                          `--link down or silent--> keep ------------------------------------------> spool --> Sender
 
-A held frame waits for the session that it was sent on, so that the cloud does not compute it twice. If the process ends
-before its answer comes, it is a frame like any other in the spool.
+The half second counts from the moment in which the frame is encoded, and not from its sending: it may wait for others,
+for room in the window, for its turn, or for a connection to be written to. A held frame waits for the session that it
+was sent on, so that the cloud does not compute it twice. If the process ends before its answer comes, it is a frame
+like any other in the spool.
 """
 
 import asyncio
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from bitneck.errors import BitneckError, Overloaded, Unavailable
 from bitneck_edge.answers.results import Answer, Failure
+from bitneck_edge.encoder import EncodedPhoto
 from bitneck_edge.link.sent import Received, Sent
 from bitneck_edge.session import EdgeSession, Encoding
 from bitneck_edge.spool.files import Spool
@@ -26,7 +29,7 @@ __all__ = ["Flight", "HandOut", "Outage"]
 
 _LOG = logging.getLogger(__name__)
 _HOLD_S = 0.5
-"""A frame that has no answer after this time is written to the disk."""
+"""A frame that was encoded and has no answer after this time is written to the disk."""
 _LOOK_S = 0.25
 _LATEST_US = 1 << 62
 
@@ -36,23 +39,25 @@ HandOut = Callable[[Answer | Failure], None]
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A frame that was sent live.
+    """A frame, from the beginning of its encoding to its answer.
 
     Attributes:
-        session: that it was sent on.
+        session: that encodes it, and may send it.
         encoding: of its picture.
-        sent: the frame.
+        sent: the frame, once the session has sent it.
         seq: its number in the spool, if it is there.
-        over: it was answered, or left to the spool.
+        over: it was answered, left to the spool, or given up.
         lost: why it could not be left to the spool.
+        timer: of its writing to the disk.
     """
 
     session: EdgeSession
     encoding: Encoding
-    sent: Sent
+    sent: Sent | None = None
     seq: int | None = None
     over: bool = False
     lost: BitneckError | None = None
+    timer: asyncio.TimerHandle | None = None
 
 
 class Outage:
@@ -71,34 +76,62 @@ class Outage:
         self._flights: set[Flight] = set()
         self._busy = 0
 
-    async def keep(self, session: EdgeSession, encoding: Encoding) -> int:
-        """Keep a picture's frame in the spool, once it is encoded.
+    def begin(self, session: EdgeSession, encoding: Encoding) -> Flight:
+        """A picture is being encoded: half a second after that, its frame is on the disk if it has no answer."""
+        flight = Flight(session, encoding)
+        self._flights.add(flight)
+        encoding.photo.add_done_callback(functools.partial(self._encoded, flight))
+        return flight
 
-        Returns:
-            Its number there.
+    async def encoded(self, flight: Flight) -> None:
+        """Wait until a picture is encoded.
 
         Raises:
-            ImageError: the picture cannot be read.
-            Overloaded: the spool has no room, or the frame is larger than any server takes. It counts as dropped.
-            Unavailable: the spool is closed.
+            ImageError: it cannot be read.
             BitneckError: it could not be encoded.
         """
         self._busy += 1
         try:
-            await encoding.photo
-            return self._put_or_lose(session, encoding)
+            await flight.encoding.photo
         finally:
             self._busy -= 1
 
-    def sent(self, session: EdgeSession, encoding: Encoding, sent: Sent) -> Flight:
+    async def keep(self, flight: Flight) -> None:
+        """Leave a frame to the spool, once it is encoded.
+
+        Raises:
+            Overloaded: the spool has no room, or the frame is larger than any server takes. It counts as dropped.
+            Unavailable: the spool is closed.
+            BitneckError: see `encoded`.
+        """
+        await self.encoded(flight)
+        if not flight.over:
+            self._leave(flight)
+        if flight.lost is not None:
+            raise flight.lost
+
+    def sent(self, flight: Flight, sent: Sent) -> None:
         """A frame was sent."""
-        flight = Flight(session, encoding, sent)
-        self._flights.add(flight)
+        flight.sent = sent
         sent.answer.add_done_callback(functools.partial(self._answered, flight))
-        return flight
+
+    def give_up(self, flight: Flight) -> None:
+        """Nobody waits for a frame any more that was not sent. If it is encoded, it is left to the spool."""
+        if not flight.over and flight.sent is None:
+            if _is_encoded(flight):
+                self._leave(flight, told=False)
+            else:
+                self._end(flight)
+
+    def failed(self, flight: Flight) -> None:
+        """The program is told why a frame that was not sent has no answer."""
+        if not flight.over:
+            self._end(flight)
+            if flight.seq is not None:
+                self._spool.done([flight.seq])
 
     async def watch(self, flight: Flight) -> bool:
-        """Wait for a frame's answer.
+        """Wait for the answer of a frame that was sent.
 
         Returns:
             Whether the answer, or a fault that does not pass, is there. If not, the frame is in the spool.
@@ -107,6 +140,7 @@ class Outage:
             Overloaded: there is no answer, and the spool has no room.
             Unavailable: there is no answer, and the spool is closed.
         """
+        assert flight.sent is not None
         answer, pause_s = flight.sent.answer, _HOLD_S
         self._busy += 1
         try:
@@ -114,11 +148,10 @@ class Outage:
                 await asyncio.wait({answer}, timeout=pause_s)
                 if answer.done() or flight.over:
                     break
-                if flight.seq is None:
-                    flight.seq = self._put(flight.session, flight.encoding, held=True)
                 link = flight.session.link
                 if not link.up or link.silent_s > flight.session.silence_s:
-                    flight.over = True
+                    self._hold(flight)
+                    flight.over = True  # it stays held: the session may be resumed, and answer it
                     if flight.seq is None:  # no room until now
                         self._leave(flight)
                     break
@@ -129,7 +162,7 @@ class Outage:
                 raise flight.lost
             if flight.over:
                 return False
-            flight.over = True
+            self._end(flight)
             if flight.seq is not None:
                 self._spool.done([flight.seq])
             return True
@@ -144,28 +177,66 @@ class Outage:
     async def close(self) -> None:
         """The session has ended: what is out goes to the spool. Waits until nothing is being written."""
         for flight in list(self._flights):
-            if not flight.sent.answer.done() or _passes(flight.session, flight.sent.answer):
-                self._leave(flight)
+            if flight.sent is None:
+                if _is_encoded(flight):
+                    self._leave(flight)
+            elif not flight.sent.answer.done() or _passes(flight.session, flight.sent.answer):
+                self._leave(flight, told=False)
         for _ in range(100):
             if not self._busy:
                 return
             await asyncio.sleep(0.01)
 
-    def _leave(self, flight: Flight) -> None:
-        """Leave a frame without an answer to the spool."""
+    def _encoded(self, flight: Flight, photo: "asyncio.Future[EncodedPhoto]") -> None:
+        """A picture was encoded, or cannot be."""
+        if not _is_encoded(flight):
+            self._end(flight)
+        elif not flight.over:
+            flight.timer = photo.get_loop().call_later(_HOLD_S, self._hold, flight)
+
+    def _hold(self, flight: Flight) -> None:
+        """It has no answer in time: write it to the disk, whatever it waits for. Without room, it is tried again."""
+        self._stop_timer(flight)
+        if flight.seq is not None or (flight.sent is not None and flight.sent.answer.done()):
+            return
+        try:
+            flight.seq = self._put(flight, held=True)
+        except BitneckError:  # whoever sends it, or leaves it to the spool, is told
+            return
+        if flight.seq is None:
+            flight.timer = asyncio.get_running_loop().call_later(_LOOK_S, self._hold, flight)
+
+    def _end(self, flight: Flight) -> None:
+        """Nothing more is to be done with a frame."""
         flight.over = True
         self._flights.discard(flight)
+        self._stop_timer(flight)
+
+    def _stop_timer(self, flight: Flight) -> None:
+        if flight.timer is not None:
+            flight.timer.cancel()
+            flight.timer = None
+
+    def _leave(self, flight: Flight, *, told: bool = True) -> None:
+        """Leave a frame without an answer to the spool.
+
+        Args:
+            flight: the frame.
+            told: whether somebody raises `Flight.lost` if it cannot be left there; else the log has it.
+        """
+        self._end(flight)
         if flight.lost is not None:
             return
         try:
             if flight.seq is None:
-                flight.seq = self._put_or_lose(flight.session, flight.encoding)
+                flight.seq = self._put_or_lose(flight)
             else:
                 self._spool.release(flight.seq)
                 self._on_change()
         except BitneckError as exc:
             flight.lost = exc
-            _LOG.warning("%s: %s", flight.encoding.capture.name, exc)
+            if not told:
+                _LOG.warning("%s: %s", flight.encoding.capture.name, exc)
 
     def _answered(self, flight: Flight, answer: "asyncio.Future[Received]") -> None:
         """The session has settled a frame; if nobody watches it any more, hand its answer out."""
@@ -174,9 +245,9 @@ class Outage:
             if not passes:
                 self._flights.discard(flight)
             return
-        self._flights.discard(flight)
+        self._end(flight)
         if passes:
-            self._leave(flight)
+            self._leave(flight, told=False)
             return
         if flight.seq is None:
             return
@@ -191,24 +262,25 @@ class Outage:
         self._hand_out(found)
         self._spool.done([flight.seq])
 
-    def _put_or_lose(self, session: EdgeSession, encoding: Encoding) -> int:
-        seq = self._put(session, encoding, held=False)
+    def _put_or_lose(self, flight: Flight) -> int:
+        seq = self._put(flight, held=False)
         if seq is None:
             raise Overloaded(
                 "the spool has no room, the frame is lost: make room, or let the spool have more (--spool-mb)"
             )
         return seq
 
-    def _put(self, session: EdgeSession, encoding: Encoding, *, held: bool) -> int | None:
+    def _put(self, flight: Flight, *, held: bool) -> int | None:
+        encoding, bundle = flight.encoding, flight.session.bundle
         photo = encoding.photo.result()
         try:
-            self._spool.known.keep(session.bundle)
+            self._spool.known.keep(bundle)
         except OSError as exc:
             _LOG.warning("the manifest of the bundle cannot be kept in the spool: %s", exc)
         seq = self._spool.put(
             Kept(
                 seq=0,
-                bundle_id=session.bundle.bundle_id,
+                bundle_id=bundle.bundle_id,
                 point=photo.point,
                 payload=photo.encoded.payload,
                 captured_unix_us=_captured_us(encoding),
@@ -219,6 +291,11 @@ class Outage:
         if not held:
             self._on_change()
         return seq
+
+
+def _is_encoded(flight: Flight) -> bool:
+    photo = flight.encoding.photo
+    return photo.done() and not photo.cancelled() and photo.exception() is None
 
 
 def _captured_us(encoding: Encoding) -> int:

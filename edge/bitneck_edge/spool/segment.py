@@ -17,7 +17,7 @@ from typing import Self
 from bitneck_edge.spool.disk import open_again, sync_folder, whole, write
 from bitneck_edge.spool.format import Damage, Done, FrameEntry, Header, Table, pack, read
 
-__all__ = ["Kept", "Segment"]
+__all__ = ["Kept", "Segment", "sync_names"]
 
 _LOG = logging.getLogger(__name__)
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -63,6 +63,7 @@ class Segment:
         held: frames that another session may still answer.
         damaged: places at which something was no record.
         lost_bytes: bytes there.
+        named: whether its name is on the disk.
         torn: whether the file ended in the middle of a record, which was cut off.
 
     Args:
@@ -81,6 +82,7 @@ class Segment:
         self.waiting = self.held = 0
         self.damaged = self.lost_bytes = 0
         self.torn = False
+        self.named = True
         self._tables: dict[int, Table] = {}
         self._indices: dict[tuple[str, str, str], int] = {}
         self._states = bytearray()
@@ -92,8 +94,15 @@ class Segment:
         self._next = 1
 
     @classmethod
-    def create(cls, folder: Path, number: int, spool: str, first: int) -> Self:
-        """A new file, which is on the disk when this returns.
+    def create(cls, folder: Path, number: int, spool: str, first: int, *, synced: bool = True) -> Self:
+        """A new file.
+
+        Args:
+            folder: of the spool.
+            number: of the file.
+            spool: id of the spool.
+            first: number of its first frame.
+            synced: it is on the disk when this returns; else a sync of the file and its folder brings it there.
 
         Raises:
             OSError: it cannot be written.
@@ -104,8 +113,10 @@ class Segment:
         segment._descriptor = os.open(segment.path, _FLAGS | os.O_TRUNC, 0o600)
         try:
             segment._append(pack(Header(first, spool)))
-            os.fsync(segment._descriptor)
-            sync_folder(folder)
+            if synced:
+                os.fsync(segment._descriptor)
+                sync_folder(folder)
+            segment.named = synced
         except OSError:
             segment.close()
             with contextlib.suppress(OSError):
@@ -360,6 +371,19 @@ class Segment:
         if self._done_descriptor < 0:
             self._done_descriptor = os.open(self.done_path, _FLAGS, 0o600)
         return self._done_descriptor
+
+
+def sync_names(folder: Path, segments: Iterable[Segment]) -> None:
+    """The names of new files are on the disk when this returns.
+
+    Raises:
+        OSError: they cannot be brought there.
+    """
+    new = [segment for segment in segments if not segment.named]
+    if new:
+        sync_folder(folder)
+    for segment in new:
+        segment.named = True
 
 
 def _prefix_of(name: str) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
+from bitneck.bundle import Bundle
 from bitneck.wire.link_bytes import LinkBytes
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.link.link import Link
@@ -71,6 +72,13 @@ class Spooling:
         self._tasks = [asyncio.create_task(each) for each in (self._sender.run(), self._keep_house(), keeper)]
         for task in self._tasks:
             task.add_done_callback(_log_failure)
+
+    async def know(self, bundle: Bundle) -> None:
+        """Keep what answers to a bundle's frames are understood with, before its first frame comes."""
+        try:
+            await asyncio.to_thread(self._spool.known.keep, bundle)
+        except OSError as exc:  # it is tried again with each frame
+            _LOG.warning("the manifest of the bundle cannot be kept in the spool: %s", exc)
 
     @property
     def spool_id(self) -> str:

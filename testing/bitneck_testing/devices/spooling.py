@@ -3,13 +3,14 @@
     python -m bitneck_testing.devices.spooling HOST:PORT FOLDER --first 100 --count 3600 --fps 50
 
 It captures pictures number 100, 101, ..., each with the time of capture `captured_us(number)`, and sends them through a
-client with the spool FOLDER/spool and the cache FOLDER/cache. For each picture that it has captured, and for each
-answer, it prints a line of JSON. It ends when all pictures are sent and the spool is empty or no server answers; with
-`--wait` it waits for the server.
+client with the spool FOLDER/spool and the cache FOLDER/cache. For each picture that it has captured, for each that it
+has encoded, and for each answer, it prints a line of JSON. It ends when all pictures are sent and the spool is empty or
+no server answers; with `--wait` it waits for the server.
 """
 
 import argparse
 import asyncio
+import functools
 import json
 import sys
 import time
@@ -19,8 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
+from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto
 from bitneck_edge.sources.capture import Capture
 from bitneck_testing.photographs import photo
 
@@ -30,6 +34,7 @@ PICTURES = 8
 _FIRST_US = 1_790_000_000_000_000
 """When the first picture was captured, microseconds since 1970."""
 _POLL_S = 0.05
+_NUMBER = "number"
 
 
 def captured_us(number: int) -> int:
@@ -49,18 +54,26 @@ class DeviceLog:
 
     Attributes:
         captured: when each picture was captured by the clock, seconds since 1970.
+        encoded: when each picture was encoded, likewise.
         answers: how many answers each picture had.
         spooled: those of them that came from the spool.
+        late: those that were captured long before their device was killed, and not encoded; the reader fills it.
         wrong_times: answers with another time of capture than the picture's.
         failures: what was no answer.
     """
 
     captured: dict[int, float] = field(default_factory=dict)
+    encoded: dict[int, float] = field(default_factory=dict)
     answers: Counter[int] = field(default_factory=Counter)
     spooled: Counter[int] = field(default_factory=Counter)
+    late: set[int] = field(default_factory=set)
     wrong_times: int = 0
     failures: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+
+    def encoded_before(self, at: float) -> set[int]:
+        """The pictures that were encoded before this time, seconds since 1970."""
+        return {number for number, encoded_at in self.encoded.items() if encoded_at < at}
 
     def read(self, lines: Iterable[str]) -> None:
         """Read a device's lines; the last one may be cut off."""
@@ -71,6 +84,8 @@ class DeviceLog:
                 continue
             if "captured" in said:
                 self.captured[said["captured"]] = said["at"]
+            elif "encoded" in said:
+                self.encoded[said["encoded"]] = said["at"]
             elif "answered" in said:
                 self.answers[said["answered"]] += 1
                 self.spooled[said["answered"]] += said["spooled"]
@@ -82,7 +97,9 @@ class DeviceLog:
 
 
 def _say(**said: Any) -> None:
-    print(json.dumps(said), flush=True)  # noqa: T201
+    """Print a line, whole in one call: several threads do so."""
+    sys.stdout.write(json.dumps(said) + "\n")
+    sys.stdout.flush()
 
 
 def _tell(result: Answer | Failure) -> None:
@@ -93,13 +110,33 @@ def _tell(result: Answer | Failure) -> None:
     _say(answered=number, spooled=bool(result.spool), captured_us=result.captured_unix_us, seq=result.seq)
 
 
+def _tell_encoded() -> None:
+    """From now on each encoder of this process says when it has encoded a picture."""
+    encode = EdgeEncoder.encode
+
+    @functools.wraps(encode)
+    def told(encoder: EdgeEncoder, picture: Any, *values: Any, **options: Any) -> EncodedPhoto:
+        encoded = encode(encoder, picture, *values, **options)
+        _say(encoded=picture.info[_NUMBER], at=time.time())
+        return encoded
+
+    EdgeEncoder.encode = told  # type: ignore[method-assign]
+
+
+def _picture(number: int) -> Image.Image:
+    picture = photo(number % PICTURES)
+    picture.info[_NUMBER] = number
+    return picture
+
+
 async def _device(plan: argparse.Namespace) -> None:
     async def pictures() -> AsyncIterator[Capture]:
         for number in range(plan.first, plan.first + plan.count):
             _say(captured=number, at=time.time())
-            yield Capture(photo(number % PICTURES), f"camera#{number}", unix_us=captured_us(number))
+            yield Capture(_picture(number), f"camera#{number}", unix_us=captured_us(number))
             await asyncio.sleep(1 / plan.fps)
 
+    _tell_encoded()
     client = EdgeClient(
         plan.server, spool=plan.folder / "spool", cache_dir=plan.folder / "cache", threads=1,
         connect_timeout_s=plan.connect_timeout,
