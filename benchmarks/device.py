@@ -116,7 +116,7 @@ def least(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float
 def video_ms(path: Path, device: Device, point: str, *, exact: bool) -> float:
     """Milliseconds for a picture of a video, decoding included."""
     begun, pictures = time.perf_counter(), 0
-    for capture in read_video(str(path), None, spec=None if exact else device.spec):
+    for capture in read_video(str(path), None, spec=lambda: None if exact else device.spec):
         device.frame(capture.photo, point)
         pictures += 1
     return (time.perf_counter() - begun) * 1e3 / pictures

@@ -10,7 +10,9 @@ apart, and is started again twice. Then the link is mended. A device with live p
 server is killed and started again in the middle of it.
 
 Ends with status 1 if a picture that was encoded a second before a kill has no answer, if one has two, or another time
-of capture than its own. Pictures that were captured a second before a kill and were not encoded by then are counted.
+of capture than its own. The second counts from the last moment in which the device's event loop ran, ten times a second
+on a machine that lets it: `longest_standstill_s` says how long before a kill that was. Pictures that were captured that
+long before a kill, and were not encoded, are counted too.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +38,17 @@ LIVE = 100
 _KEY = 'token_key = "the same key for each of them"\n'
 
 
-def _killed_device(command: list[str], seconds: float, log: DeviceLog) -> set[int]:
-    """Run a device for some seconds and kill it; which of its pictures may not be lost: those of a second before."""
+@dataclass
+class _Kill:
+    """What a kill may not have lost, which pictures it came too early for, and when the device ran last before it."""
+
+    safe: set[int]
+    late: set[int]
+    standstill_s: float
+
+
+def _killed_device(command: list[str], seconds: float, log: DeviceLog) -> _Kill:
+    """Run a device for some seconds and kill it."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         assert child.stdout is not None
         while '"ready"' not in (line := child.stdout.readline()):
@@ -48,8 +60,8 @@ def _killed_device(command: list[str], seconds: float, log: DeviceLog) -> set[in
         before = set(log.captured)
         log.read(child.stdout.read().splitlines())
     unencoded = set(log.captured) - before - set(log.encoded)
-    log.late |= {number for number in unencoded if log.captured[number] < killed - LOSS_S}
-    return log.encoded_before(killed - LOSS_S) - before
+    late = {number for number in unencoded if log.captured[number] < log.alive - LOSS_S}
+    return _Kill(log.encoded_before(LOSS_S) - before, late, max(0.0, killed - log.alive))
 
 
 def _whole_device(command: list[str], log: DeviceLog, **options: Any) -> set[int]:
@@ -60,14 +72,15 @@ def _whole_device(command: list[str], log: DeviceLog, **options: Any) -> set[int
     return set(log.captured) - before
 
 
-def _found(log: DeviceLog, safe: set[int]) -> dict[str, Any]:
+def _found(log: DeviceLog, safe: set[int], late: set[int] | None = None) -> dict[str, Any]:
+    late = late or set()
     return {
         "captured": len(log.captured),
         "answered_once": sum(count == 1 for count in log.answers.values()),
         "answered_twice": sum(count > 1 for count in log.answers.values()),
         "from_the_spool": sum(count > 0 for count in log.spooled.values()),
-        "lost_of_the_last_second": len(set(log.captured) - safe - set(log.answers) - log.late),
-        "lost_not_encoded_in_a_second": len(log.late - set(log.answers)),
+        "lost_of_the_last_second": len(set(log.captured) - safe - set(log.answers) - late),
+        "lost_not_encoded_in_a_second": len(late - set(log.answers)),
         "lost": len(safe - set(log.answers)),
         "wrong_times": log.wrong_times,
         "failed": len(log.failures),
@@ -78,15 +91,18 @@ def _found(log: DeviceLog, safe: set[int]) -> dict[str, Any]:
 
 def kills(bundle: Path, folder: Path, count: int, fps: float, dice: random.Random) -> dict[str, Any]:
     """SIGKILL at random moments."""
-    log, address = DeviceLog(), f"127.0.0.1:{free_port()}"
+    log, address, found = DeviceLog(), f"127.0.0.1:{free_port()}", list[_Kill]()
     with running_server(bundle, options=QUIET, grpc=address):
         safe = _whole_device(device_command(address, folder, "--count", 4), log)
     for turn in range(count):
         command = device_command(address, folder, "--first", 10_000 * (turn + 1), "--count", 10_000, "--fps", fps)
-        safe |= _killed_device(command, dice.uniform(*UP_S), log)
+        found.append(_killed_device(command, dice.uniform(*UP_S), log))
     with running_server(bundle, options=QUIET, grpc=address):
         _whole_device(device_command(address, folder, "--wait"), log)
-    return {"kills": count, **_found(log, safe)}
+    safe |= set[int]().union(*(kill.safe for kill in found))
+    late = set[int]().union(*(kill.late for kill in found))
+    longest = max(kill.standstill_s for kill in found)
+    return {"kills": count, "longest_standstill_s": round(longest, 2), **_found(log, safe, late)}
 
 
 async def hour(bundle: Path, folder: Path, frames: int, fps: float) -> dict[str, Any]:

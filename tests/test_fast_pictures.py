@@ -199,13 +199,14 @@ def test_pictures_of_a_video_are_scaled_before_they_become_rgb(tmp_path: Path) -
         container.mux(stream.encode())
     whole = [capture.photo for capture in read_video(str(path), None)]
     for spec in (CROP, STRETCH):
-        small = [capture.photo for capture in read_video(str(path), None, spec=spec)]
+        pictures = read_video(str(path), None, spec=lambda spec=spec: spec)  # type: ignore[misc]
+        small = [capture.photo for capture in pictures]
         assert len(small) == len(whole) == 3
         assert isinstance(small[0], Image.Image)
         assert small[0].size == resized_size((1280, 720), spec)
         with input_of(whole[0], spec, exact=True) as (a, _), input_of(small[0], spec, exact=False) as (b, _):
             assert np.abs(a - b).mean() < 0.03
     huge = CROP.model_copy(update={"resize": 800, "height": 700, "width": 700})
-    (first, *_) = [capture.photo for capture in read_video(str(path), None, spec=huge)]
+    (first, *_) = [capture.photo for capture in read_video(str(path), None, spec=lambda: huge)]
     assert isinstance(first, Image.Image)
     assert first.size == (1280, 720)  # never enlarged here

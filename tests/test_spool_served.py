@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HANG_S = 120.0
 LOSS_S = 1.0
 """What is promised, from the moment in which a picture is encoded."""
+LATE_S = 10.0
+"""A busy machine may keep a device from running at all for so long."""
 KILLS, ENCODED, ENCODERS = 3, 8, 2
 
 
@@ -195,7 +197,8 @@ def test_a_device_that_is_killed_again_and_again(tiny_bundle: Bundle, tmp_path: 
             killed = time.time()
             child.kill()
             log.read(child.stdout.read().splitlines())
-        safe |= log.encoded_before(killed - LOSS_S)
+        assert log.alive > killed - LATE_S
+        safe |= log.encoded_before(LOSS_S)
         killed_early = set(log.encoded) - safe
         waiting = {number for number in log.captured if number >= began} - set(log.encoded)
         assert len(waiting) <= ENCODERS, "no picture waits for more than its encoding"

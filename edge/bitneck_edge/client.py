@@ -30,7 +30,7 @@ from bitneck_edge.observe.state import Tally
 from bitneck_edge.passage import Passage, Ways
 from bitneck_edge.pipeline import Slots, pipeline
 from bitneck_edge.points import MeanInterval
-from bitneck_edge.reopening import keep_open
+from bitneck_edge.reopening import keep_open, open_at_last
 from bitneck_edge.session import EdgeSession
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture, captures, newest
@@ -120,7 +120,7 @@ class EdgeClient(ClientFacts):
 
         If the server cannot be reached and its last bundle is in the cache, the head is loaded from there, and the link
         goes on trying, as often as `EdgeSettings.retries` says; with a spool it does so for ever, and frames are kept
-        there meanwhile.
+        there meanwhile. With a spool and no bundle in the cache, this waits for the server: nothing can be encoded.
 
         Raises:
             BitneckError: see `open_supply`, `EdgeSession.open` and `Spool.open`.
@@ -132,12 +132,7 @@ class EdgeClient(ClientFacts):
                 self.settings, lambda: self._session.link if self._session is not None else None, self._on_spooled
             )
             await self._telling.enter_async_context(metrics_page(self.settings.metrics, self.state))
-            try:
-                self._session = await self._open(offline=True)
-            except BundleMismatch:
-                if self.settings.bundle_id:
-                    raise
-                self._session = await self._open()  # the cached bundle is not the server's any more
+            self._session = await (open_at_last(self._open_first) if self._spooling else self._open_first())
             await self._telling.enter_async_context(reports(self.settings.report_s, self.state, self._tell))
         except BaseException:
             await self.close()
@@ -228,11 +223,21 @@ class EdgeClient(ClientFacts):
             all_sent=self._flush,
         )
 
+    async def _open_first(self) -> EdgeSession:
+        try:
+            return await self._open(offline=True)
+        except BundleMismatch:
+            if self.settings.bundle_id:
+                raise
+            return await self._open()  # the cached bundle is not the server's any more
+
     async def _open(self, *, offline: bool = False, before: EdgeSession | None = None) -> EdgeSession:
         """A session with the bundle that the server has now; see `open_supply` and `EdgeSession.open`."""
         assert self._threads is not None
         session = await EdgeSession.open(
-            await open_supply(self.settings, offline=offline), self.settings,
+            # with a spool, whoever calls this tries again
+            await open_supply(self.settings, offline=offline, retries=None if self._spooling is None else 0),
+            self.settings,
             workers=self._threads, pool=self._pool, on_switch=self._switched, on_fetch=self._on_fetch, before=before,
         )  # fmt: skip
         if self._spooling is not None:

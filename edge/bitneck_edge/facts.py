@@ -108,6 +108,11 @@ class ClientFacts:
         return live + self._spooling.link_bytes if self._spooling is not None else live
 
     @property
+    def opened(self) -> bool:
+        """Whether it has a session: the first one was opened, and its bundle is here."""
+        return self._session is not None
+
+    @property
     def auto(self) -> bool:
         """Whether the operating point is chosen for each frame by what the link and the device can do."""
         return self._session.points.auto if self._session is not None else self.settings.point == AUTO

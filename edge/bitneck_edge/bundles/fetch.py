@@ -65,12 +65,13 @@ class ServerSource:
         await self._stack.aclose()
 
 
-async def open_supply(settings: EdgeSettings, *, offline: bool = False) -> Supply:
+async def open_supply(settings: EdgeSettings, *, offline: bool = False, retries: int | None = None) -> Supply:
     """The server's bundle: its manifest now, its files as they are needed.
 
     Args:
         settings: server, cache and limits.
         offline: if no server answers the first attempt, take the bundle that it had last, if its manifest is here.
+        retries: attempts after the first one to ask for the manifest; None for those of the settings.
 
     Raises:
         Unavailable: no server after the retries.
@@ -79,7 +80,7 @@ async def open_supply(settings: EdgeSettings, *, offline: bool = False) -> Suppl
         InvalidConfig: the cache cannot be written.
     """
     store = FileStore(settings.cache_dir or default_cache_dir())
-    offer = await _offer(settings, store, offline=offline)
+    offer = await _offer(settings, store, offline, settings.retries if retries is None else retries)
     bundle = store.bundle(offer.manifest_json)
     bundle.precision = await asyncio.to_thread(choose_precision, settings.precision, bundle.manifest, store.root)
     files = bundle.manifest.files_for("edge", bundle.precision)
@@ -161,12 +162,12 @@ def take_bundle(folder: Path, settings: EdgeSettings, points: Iterable[str] | No
     return bundle
 
 
-async def _offer(settings: EdgeSettings, store: FileStore, *, offline: bool) -> Offer:
+async def _offer(settings: EdgeSettings, store: FileStore, offline: bool, retries: int) -> Offer:
     """What the server offers, checked; or what it had last."""
     access = settings.access
     async with access.channel(MAX_MANIFEST_BYTES) as channel:
         stub = stub_of(channel)
-        backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=settings.retries)
+        backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=retries)
         while True:
             try:
                 await access.connected(channel, settings.connect_timeout_s)
@@ -184,6 +185,8 @@ async def _offer(settings: EdgeSettings, store: FileStore, *, offline: bool) -> 
                 if not exc.transient:
                     raise
                 pause_s = backoff.failed(random.random())  # noqa: S311  no secret
+                if pause_s is None and not retries:
+                    raise
                 if pause_s is None:
                     raise Unavailable(f"{exc}; gave up after {backoff.failures} attempts") from exc
                 await asyncio.sleep(pause_s)

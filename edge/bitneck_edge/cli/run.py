@@ -26,14 +26,16 @@ from bitneck_edge.cli.report import CSV_NAMES, RunSummary, csv_row, line, run_do
 from bitneck_edge.cli.tables import print_table, write_rows
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
-from bitneck_edge.sources.capture import Capture
+from bitneck_edge.sources.capture import Ahead, Capture
 from bitneck_edge.sources.parse import Source
-from bitneck_edge.sources.read import read_sources
+from bitneck_edge.sources.read import begun_watches, read_sources
 
 __all__ = ["RunPlan", "run_plan"]
 
 _SWITCH_LOG = logging.getLogger("bitneck_edge.points")
 
+_AHEAD = 4
+"""Pictures of a camera that are kept until the client is open: the newest ones."""
 _LAST_ANSWERS_S = 2.0
 """How long to wait, after a signal, for the answers of frames that are under way."""
 
@@ -130,6 +132,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
         finish = writer.write if writer is not None else None
         client = EdgeClient(settings=settings, on_fetch=on_fetch, on_switch=on_switch, finish=finish, on_spooled=take)
         async with contextlib.AsyncExitStack() as stack:
+            source = await _begun(stack, client, plan, settings)
             if not await _opened(client, stack, stop):
                 errors.print("stopped before the session was open", highlight=False)
                 return 128 + received[0]
@@ -144,8 +147,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
             sending = progress.add_task("photographs", total=plan.total, visible=(plan.total or 0) > 20)
             # Pictures that are overtaken are never written, so they get no name beforehand.
             reserve = writer.reserve if writer is not None and not plan.newest else None
-            spec = client.bundle.manifest.input if writer is None and not settings.exact else None
-            pictures = _pictures(client, plan, settings.retries, stop, reserve, spec)
+            pictures = _pictures(client, plan, source, stop, reserve)
             try:
                 async for result in client.stream(pictures, stop=stop, ordered=plan.ordered, newest_first=plan.newest):
                     take(result)
@@ -232,23 +234,43 @@ def _stop_on_signals(stop: asyncio.Event, received: list[int]) -> None:
         loop.add_signal_handler(signum, handle, signum)
 
 
+async def _begun(
+    stack: contextlib.AsyncExitStack, client: EdgeClient, plan: RunPlan, settings: EdgeSettings
+) -> AsyncGenerator[Capture]:
+    """The pictures of the plan, at their pace, unless the client has failed. The client is not open yet.
+
+    Files wait until they are read. Folders are watched from now on. With a spool, which makes the client wait for its
+    first bundle, a camera or stream is read from now on, too.
+    """
+
+    def spec() -> InputSpec | None:
+        """What pictures of videos need not be finer than, once that is known."""
+        return client.bundle.manifest.input if client.opened and plan.out is None and not settings.exact else None
+
+    def drop(_capture: Capture) -> None:
+        client.dropped += 1
+
+    pictures = read_sources(
+        plan.sources, repeat=plan.repeat, fps=plan.fps, retries=settings.retries,
+        hurry=lambda: client.failure is not None, spec=spec,
+        watches=await stack.enter_async_context(begun_watches(plan.sources)),
+    )  # fmt: skip
+    if settings.spool is None or not plan.sources[0].live:
+        return pictures
+    ahead = Ahead(pictures, _AHEAD, drop)
+    stack.push_async_callback(ahead.close)
+    return ahead.pictures()
+
+
 async def _pictures(
     client: EdgeClient,
     plan: RunPlan,
-    retries: int,
+    pictures: AsyncGenerator[Capture],
     stop: asyncio.Event,
     announce: Callable[[str], None] | None,
-    spec: InputSpec | None,
 ) -> AsyncGenerator[Capture]:
-    """The pictures of the plan until `stop` is set; at their pace, unless the client has failed.
-
-    `announce` learns the name of each picture, in order. Pictures of videos are no finer than `spec` needs.
-    """
+    """The pictures of the plan until `stop` is set. `announce` learns the name of each picture, in order."""
     stopping = asyncio.create_task(stop.wait())
-    pictures = read_sources(
-        plan.sources, repeat=plan.repeat, fps=plan.fps, retries=retries, hurry=lambda: client.failure is not None,
-        spec=spec,
-    )  # fmt: skip
     try:
         while True:
             following = asyncio.ensure_future(anext(pictures, None))

@@ -1,8 +1,9 @@
-"""A picture with the moment when it was taken; and the newest of pictures that come faster than they are sent."""
+"""A picture with the moment when it was taken; and what is done with pictures that come faster than they are sent."""
 
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from bitneck.errors import ImageError
 from bitneck_edge.sources.photo import Photo, PhotoLike, Pixels, photo_of
 
-__all__ = ["Capture", "captures", "newest"]
+__all__ = ["Ahead", "Capture", "captures", "newest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,3 +105,50 @@ async def newest(source: AsyncGenerator[Capture], on_drop: Callable[[Capture], N
     finally:
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
+
+
+class Ahead:
+    """Reads a source from now on. Until somebody takes its pictures, the newest few are kept, the others dropped.
+
+    Args:
+        source: of the pictures; closed at the end.
+        most: pictures that are kept.
+        on_drop: called with each picture that is dropped.
+    """
+
+    def __init__(self, source: AsyncGenerator[Capture], most: int, on_drop: Callable[[Capture], None]) -> None:
+        self._source, self._most, self._on_drop = source, most, on_drop
+        self._kept: deque[Capture] = deque()
+        self._taken = False
+        self._arrived, self._empty = asyncio.Event(), asyncio.Event()
+        self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(lambda _: self._arrived.set())
+
+    async def pictures(self) -> AsyncGenerator[Capture]:
+        """The pictures; none is dropped any more. What the source raises comes behind them."""
+        self._taken = True
+        while True:
+            await self._arrived.wait()
+            while self._kept:
+                yield self._kept.popleft()
+            self._empty.set()
+            if self._reader.done():
+                self._reader.result()
+                return
+            self._arrived.clear()
+
+    async def close(self) -> None:
+        """Read no more."""
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def _read(self) -> None:
+        async with contextlib.aclosing(self._source):
+            async for capture in self._source:
+                while self._taken and self._kept:
+                    self._empty.clear()
+                    await self._empty.wait()
+                if len(self._kept) == self._most:
+                    self._on_drop(self._kept.popleft())
+                self._kept.append(capture)
+                self._arrived.set()

@@ -11,9 +11,10 @@ import random
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from bitneck.backoff import Backoff
@@ -24,9 +25,9 @@ from bitneck_edge.sources.capture import Capture
 from bitneck_edge.sources.parse import Source
 from bitneck_edge.sources.threads import in_thread
 from bitneck_edge.sources.video import read_video
-from bitneck_edge.sources.watch import watched
+from bitneck_edge.sources.watch import watched, watching
 
-__all__ = ["read_sources"]
+__all__ = ["begun_watches", "read_sources"]
 
 _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.3, 5.0
@@ -39,7 +40,8 @@ async def read_sources(
     fps: float | None = None,
     retries: int = 3,
     hurry: Callable[[], bool] = lambda: False,
-    spec: InputSpec | None = None,
+    spec: Callable[[], InputSpec | None] = lambda: None,
+    watches: Mapping[str, AsyncGenerator[Capture]] = MappingProxyType({}),
 ) -> AsyncGenerator[Capture]:
     """The pictures of some sources, one source after another.
 
@@ -51,6 +53,7 @@ async def read_sources(
         retries: attempts in a row to open a live source again without getting a picture; -1 for no limit.
         hurry: called before each picture that is not live; if it returns True, `fps` is ignored.
         spec: see `read_video`.
+        watches: of `begun_watches`; a folder that is not among them is watched when its turn comes.
 
     Raises:
         ImageError: a source cannot be read.
@@ -61,7 +64,8 @@ async def read_sources(
             if source.endless:
                 if turn:
                     continue
-                pictures = _endless(source, retries, spec)
+                pictures = watches.get(source.name) if source.watch is not None else None
+                pictures = pictures or _endless(source, retries, spec)
             elif source.video:
                 name = source.name
                 pictures = in_thread(lambda name=name: read_video(name, fps, spec=spec))  # type: ignore[misc]
@@ -77,6 +81,17 @@ async def read_sources(
                         await pace.wait()
                     unix_us = capture.unix_us if source.watch is not None else 0  # of a file that is new, or old
                     yield replace(capture, at=time.perf_counter(), unix_us=unix_us)
+
+
+@contextlib.asynccontextmanager
+async def begun_watches(sources: Sequence[Source]) -> AsyncGenerator[Mapping[str, AsyncGenerator[Capture]]]:
+    """Watch the folders among some sources from now on, so that what appears before their turn is not passed over."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield {
+            source.name: await stack.enter_async_context(watching(Path(source.name), source.watch))
+            for source in sources
+            if source.watch is not None
+        }
 
 
 class _Pace:
@@ -105,7 +120,7 @@ class _Pace:
         self._next = max(self._next, now - self._interval) + self._interval if self._next else now + self._interval
 
 
-def _endless(source: Source, retries: int, spec: InputSpec | None) -> AsyncGenerator[Capture]:
+def _endless(source: Source, retries: int, spec: Callable[[], InputSpec | None]) -> AsyncGenerator[Capture]:
     if source.watch is not None:
         return watched(Path(source.name), source.watch)
     return _standard_input() if source.stdin else _live(source.name, retries, spec)
@@ -140,7 +155,7 @@ def _lines(stream: IO[str]) -> Iterator[str]:
             yield path
 
 
-async def _live(name: str, retries: int, spec: InputSpec | None) -> AsyncGenerator[Capture]:
+async def _live(name: str, retries: int, spec: Callable[[], InputSpec | None]) -> AsyncGenerator[Capture]:
     """A camera or network stream, opened again when it breaks off; a video behind a URL ends with its last picture."""
     backoff, number = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=retries), 0
     complete = threading.Event()

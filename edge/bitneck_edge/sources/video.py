@@ -4,7 +4,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -55,7 +55,10 @@ def require_av() -> Any:
 
 
 def read_video(
-    name: str, fps: float | None, complete: threading.Event | None = None, spec: InputSpec | None = None
+    name: str,
+    fps: float | None,
+    complete: threading.Event | None = None,
+    spec: Callable[[], InputSpec | None] = lambda: None,
 ) -> Iterator[Capture]:
     """The pictures of a video or camera, decoded and upright.
 
@@ -63,7 +66,8 @@ def read_video(
         name: a file, a URL, or ``camera:`` and a number or name.
         fps: leave out pictures of a video file, down to this many a second; None for all.
         complete: set after the last picture, if the source has a known duration and was shown to its end.
-        spec: an input; pictures that are finer than it needs are scaled before they become RGB. None for whole ones.
+        spec: asked with each picture for an input; pictures that are finer than it needs are scaled before they become
+            RGB. None for whole ones.
 
     Raises:
         ImageError: it cannot be opened, has no pictures or too large ones, breaks off, or too many pictures in a row
@@ -89,7 +93,7 @@ def read_video(
                 pictures += 1
                 if clock.wants(frame.time):
                     yield Capture(
-                        _upright(frame, spec), f"{name}#{number}", unix_us=time.time_ns() // 1000 if live else 0,
+                        _upright(frame, spec()), f"{name}#{number}", unix_us=time.time_ns() // 1000 if live else 0,
                         similar=True,
                     )  # fmt: skip
             if not pictures:

@@ -27,7 +27,7 @@ from bitneck_edge.sources.capture import Capture
 if TYPE_CHECKING:
     from watchdog.events import FileSystemEvent
 
-__all__ = ["Watch", "check_watch", "is_network_folder", "list_photos", "watched"]
+__all__ = ["Watch", "check_watch", "is_network_folder", "list_photos", "watched", "watching"]
 
 _LOG = logging.getLogger(__name__)
 _MOST_WAITING = 10_000
@@ -76,7 +76,15 @@ def check_watch(folder: Path) -> None:
 
 
 async def watched(folder: Path, watch: Watch) -> AsyncGenerator[Capture]:
-    """The photographs that appear in a folder or below it, each once, when they are complete. It never ends.
+    """The photographs of `watching`, from the moment in which the first one is asked for."""
+    async with watching(folder, watch) as pictures:
+        async for capture in pictures:
+            yield capture
+
+
+@contextlib.asynccontextmanager
+async def watching(folder: Path, watch: Watch) -> AsyncGenerator[AsyncGenerator[Capture]]:
+    """The photographs that appear in a folder or below it from now on, each once, when they are complete, without end.
 
     Names that begin with a dot are passed over, and other endings than those of photographs. A file that is gone again
     when its turn comes fails when it is read. If the folder itself goes, it is waited for.
@@ -86,11 +94,15 @@ async def watched(folder: Path, watch: Watch) -> AsyncGenerator[Capture]:
         watch: how.
     """
     eyes = _Eyes(folder, watch)
-    try:
-        await eyes.begin()
+
+    async def pictures() -> AsyncGenerator[Capture]:
         while True:
             path, mtime_ns = await eyes.following()
             yield Capture(path, str(path), unix_us=max(0, mtime_ns // 1000))
+
+    try:
+        await eyes.begin()
+        yield pictures()
     finally:
         await asyncio.to_thread(eyes.close)
 

@@ -4,8 +4,8 @@
 
 It captures pictures number 100, 101, ..., each with the time of capture `captured_us(number)`, and sends them through a
 client with the spool FOLDER/spool and the cache FOLDER/cache. For each picture that it has captured, for each that it
-has encoded, and for each answer, it prints a line of JSON. It ends when all pictures are sent and the spool is empty or
-no server answers; with `--wait` it waits for the server.
+has encoded, and for each answer, it prints a line of JSON; and one ten times a second, if its event loop runs. It ends
+when all pictures are sent and the spool is empty or no server answers; with `--wait` it waits for the server.
 """
 
 import argparse
@@ -34,6 +34,7 @@ PICTURES = 8
 _FIRST_US = 1_790_000_000_000_000
 """When the first picture was captured, microseconds since 1970."""
 _POLL_S = 0.05
+_ALIVE_S = 0.1
 _NUMBER = "number"
 
 
@@ -57,7 +58,7 @@ class DeviceLog:
         encoded: when each picture was encoded, likewise.
         answers: how many answers each picture had.
         spooled: those of them that came from the spool.
-        late: those that were captured long before their device was killed, and not encoded; the reader fills it.
+        alive: when the event loop ran last, seconds since 1970.
         wrong_times: answers with another time of capture than the picture's.
         failures: what was no answer.
     """
@@ -66,14 +67,17 @@ class DeviceLog:
     encoded: dict[int, float] = field(default_factory=dict)
     answers: Counter[int] = field(default_factory=Counter)
     spooled: Counter[int] = field(default_factory=Counter)
-    late: set[int] = field(default_factory=set)
+    alive: float = 0.0
     wrong_times: int = 0
     failures: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def encoded_before(self, at: float) -> set[int]:
-        """The pictures that were encoded before this time, seconds since 1970."""
-        return {number for number, encoded_at in self.encoded.items() if encoded_at < at}
+    def encoded_before(self, seconds: float) -> set[int]:
+        """The pictures that were encoded so long before the device's event loop ran last.
+
+        A machine that is so busy that a device that is ready to run does not run keeps it from writing, too.
+        """
+        return {number for number, at in self.encoded.items() if at < self.alive - seconds}
 
     def read(self, lines: Iterable[str]) -> None:
         """Read a device's lines; the last one may be cut off."""
@@ -86,6 +90,8 @@ class DeviceLog:
                 self.captured[said["captured"]] = said["at"]
             elif "encoded" in said:
                 self.encoded[said["encoded"]] = said["at"]
+            elif "alive" in said:
+                self.alive = said["alive"]
             elif "answered" in said:
                 self.answers[said["answered"]] += 1
                 self.spooled[said["answered"]] += said["spooled"]
@@ -123,6 +129,12 @@ def _tell_encoded() -> None:
     EdgeEncoder.encode = told  # type: ignore[method-assign]
 
 
+async def _live() -> None:
+    while True:
+        _say(alive=time.time())
+        await asyncio.sleep(_ALIVE_S)
+
+
 def _picture(number: int) -> Image.Image:
     picture = photo(number % PICTURES)
     picture.info[_NUMBER] = number
@@ -144,11 +156,13 @@ async def _device(plan: argparse.Namespace) -> None:
     )  # fmt: skip
     async with client:
         _say(ready=True)
+        living = asyncio.create_task(_live())
         async for result in client.stream(pictures(), ordered=False):
             _tell(result)
         while plan.wait and client.spool is not None and client.spool.kept:  # noqa: ASYNC110  many things change it
             await asyncio.sleep(_POLL_S)
         await client.drain(asyncio.Event())
+        living.cancel()
     counts = client.spool
     assert counts is not None
     _say(counts={"kept": counts.kept, "dropped": counts.dropped, "damaged": counts.damaged})
