@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from bitneck.bundle import Bundle
 from bitneck_edge.bundles.fetch import fetch_bundle
 from bitneck_edge.cli.doctor import examine, report_lines
+from bitneck_edge.cli.main import app
 from bitneck_edge.doctor.finding import Finding
 from bitneck_edge.doctor.network import check_clock
+from bitneck_edge.doctor.sources import check_out, check_watches
 from bitneck_edge.doctor.spool import check_spool
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.spool.bounds import Limits
@@ -77,6 +81,56 @@ def test_the_command(server: Server, tmp_path: Path) -> None:
     assert "--model" in done.stdout
     assert done.stdout.endswith("1 of 13 checks failed\n")
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def options_of(name: str) -> set[str]:
+    """All that a command takes, hidden flags included."""
+    command = get_command(app)
+    assert isinstance(command, TyperGroup)
+    return {option for parameter in command.commands[name].params for option in (*parameter.opts, parameter.name)}
+
+
+def test_doctor_in_place_of_run(server: Server, tmp_path: Path) -> None:
+    """Whatever flags and sources `run` is given, `doctor` takes them, and checks what they name."""
+    assert options_of("run") <= options_of("doctor")
+    photos, watched = tmp_path / "photos", tmp_path / "watched"
+    for folder in (photos, watched):
+        folder.mkdir()
+        (folder / "a.png").write_bytes(photo_bytes(1))
+    arguments = [
+        "--server", server.grpc, "--cache-dir", tmp_path / "cache", "--model", "tiny", "--client", "gate-1",
+        "--point", "s1-r1", "--answers", "labels", "--pack", 3, "--similar", "off", "--retries", -1, "--report-s", 60,
+        "--spool", tmp_path / "spool", "--spool-age", 10, photos, "--watch", watched, "--existing", "--fps", 3,
+        "--newest", "--as-they-come", "--json-lines", "--verbose", "--out", tmp_path / "out",
+    ]  # fmt: skip
+    done = edge("doctor", *arguments, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {each["check"]: each for each in json.loads(done.stdout)["checks"]}
+    assert "48x40" in found["source"]["found"]
+    assert "1 photographs" in found["watch"]["found"]
+    assert found["out"]["state"] == found["spool"]["state"] == "ok"
+    assert not (tmp_path / "out").exists(), "it changes nothing"
+    wrong = edge("doctor", *arguments, "--json", "--pack-ms", 20_000)
+    assert (wrong.returncode, "--pack-ms" in wrong.stderr) == (2, True), "what `run` refuses"
+    assert "fps" not in edge("doctor", "--help").stdout
+
+
+def test_settings_that_the_bundle_does_not_fit(server: Server, tmp_path: Path) -> None:
+    found = doctor(server.grpc, tmp_path / "cache", model="tiny", point="s9-r9")
+    assert failed(found) == {"bundle"}
+    assert "s1-r1" in found["bundle"]["found"]
+    assert failed(doctor(server.grpc, tmp_path / "cache", model="tiny", answers="map")) == {"bundle"}
+    assert failed(doctor(server.grpc, tmp_path / "cache", model="tiny", point="auto")) == set()
+
+
+def test_a_watched_folder_and_one_for_class_maps(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert [each.state for each in check_watches([tmp_path])] == ["ok"]
+    (two,) = check_watches([tmp_path, tmp_path])
+    (none,) = check_watches([tmp_path / "none"])
+    (no_folder,) = check_out(tmp_path / "file" / "out")
+    assert {each.state for each in (two, none, no_folder)} == {"failed"}
+    assert check_watches([]) == check_out(None) == []
 
 
 def test_tls_and_token(secured: Server, authority: Authority, tmp_path: Path) -> None:

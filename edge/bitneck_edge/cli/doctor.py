@@ -6,12 +6,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bitneck.settings.flags import with_settings
-from bitneck_edge.cli.options import ACCESS, Json
+from bitneck_edge.cli.options import CLIENT, Json
 from bitneck_edge.doctor.finding import Finding
 from bitneck_edge.settings import EdgeSettings
 
@@ -21,25 +22,29 @@ _COLUMNS, _STATE, _CHECK = 80, 9, 13
 _FIRST = " " * (_STATE + _CHECK)
 
 
-@with_settings(
-    EdgeSettings, *ACCESS, "client", "bundle_id", "precision", "spool", "spool_mb", "connect_timeout_s",
-    "answer_timeout_s"
-)  # fmt: skip
+@with_settings(EdgeSettings, *CLIENT)
 def doctor(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Cameras, videos or photographs to take a picture of.",
-            metavar="[PHOTO|VIDEO|camera:N ...]",
+            help="Cameras, videos, photographs or folders of them, to take a picture of.",
+            metavar="[PHOTO|FOLDER|VIDEO|camera:N ...]",
             show_default=False,
         ),
     ] = None,
     *,
     settings: EdgeSettings,
+    watch: Annotated[list[Path] | None, typer.Option(help="A folder that `run` is to watch.", metavar="FOLDER")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder that `run` is to write class maps into.", metavar="DIR")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check everything between a picture and the server, and say what to do. Exit status 1 if something failed."""
-    findings = asyncio.run(examine(settings, sources or ()))
+    """Check everything between a picture and the server, and say what to do. Exit status 1 if something failed.
+
+    It takes all flags and sources of `run`: put `doctor` in its place.
+    """
+    findings = asyncio.run(examine(settings, sources or (), watch or (), out))
     failed = [finding for finding in findings if finding.state == "failed"]
     if as_json:
         document = {
@@ -53,21 +58,27 @@ def doctor(
     sys.exit(1 if failed else 0)
 
 
-async def examine(settings: EdgeSettings, sources: Sequence[str]) -> list[Finding]:
+async def examine(
+    settings: EdgeSettings, sources: Sequence[str], watch: Sequence[Path] = (), out: Path | None = None
+) -> list[Finding]:
     """Check the way to the server, this device, and some sources.
 
     Args:
         settings: of the client.
         sources: as `run` takes them; each is asked for a picture.
+        watch: folders that are to be watched.
+        out: folder for class maps; None if there is none.
     """
-    from bitneck_edge.doctor.device import check_device, check_sources
+    from bitneck_edge.doctor.device import check_device
     from bitneck_edge.doctor.network import check_network
+    from bitneck_edge.doctor.sources import check_out, check_sources, check_watches
     from bitneck_edge.doctor.spool import check_spool
 
     network, offer = await check_network(settings)
     device = await asyncio.to_thread(check_device, settings, offer)
     spool = await asyncio.to_thread(check_spool, settings)
-    return [*network, *device, *spool, *await check_sources(sources)]
+    watches = await asyncio.to_thread(check_watches, watch)
+    return [*network, *device, *spool, *await check_sources(sources), *watches, *check_out(out)]
 
 
 def report_lines(findings: Sequence[Finding]) -> list[str]:

@@ -20,7 +20,7 @@ from bitneck.settings.flags import with_settings
 from bitneck.settings.program import END_S, make_app, run_app
 from bitneck.wire.frames import crc32c_hex, seal_frame
 from bitneck_edge.cli.doctor import doctor
-from bitneck_edge.cli.options import ACCESS, Csv, Json
+from bitneck_edge.cli.options import ACCESS, CLIENT, Csv, Json, accepting
 from bitneck_edge.link.wire import frame_bytes
 from bitneck_edge.settings import AUTO, EdgeSettings
 
@@ -31,11 +31,9 @@ _MAX_LOAD_PHOTOS = 64
 
 app = make_app("Run the first part of a split network here, send a few hundred bytes, get the answer.")
 
-app.command()(doctor)
-
 
 @app.command()
-@with_settings(EdgeSettings, *(name for name in EdgeSettings.model_fields if name != "bundle"))
+@with_settings(EdgeSettings, *CLIENT)
 def run(
     sources: Annotated[
         list[str] | None,
@@ -128,6 +126,9 @@ def run(
         else "table",
     )
     sys.exit(asyncio.run(run_plan(settings, plan)))
+
+
+app.command()(accepting(run)(doctor))
 
 
 @app.command()

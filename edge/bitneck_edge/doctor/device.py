@@ -1,32 +1,23 @@
-"""The device itself: cache, bundle, precision, temperature, and the sources that are named."""
+"""The device itself: cache, bundle, precision, temperature."""
 
-import asyncio
-import contextlib
-import os
 import shutil
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from bitneck.errors import BitneckError, ImageError
+from bitneck.errors import BitneckError
 from bitneck.manifest import FileEntry, Manifest, bundle_id_of
+from bitneck.wire.messages import Answers
 from bitneck_edge.bundles.notes import noted_bundle
 from bitneck_edge.bundles.precision import choose_precision
 from bitneck_edge.bundles.store import FileStore, default_cache_dir
 from bitneck_edge.doctor.finding import Finding, skipped
 from bitneck_edge.link.remote import Offer
 from bitneck_edge.observe.temperature import temperatures_c
-from bitneck_edge.settings import EdgeSettings
-from bitneck_edge.sources.parse import Source, parse_sources
-from bitneck_edge.sources.photo import picture_of
-from bitneck_edge.sources.threads import in_thread
-from bitneck_edge.sources.video import read_video
+from bitneck_edge.settings import AUTO, EdgeSettings
 
-__all__ = ["check_device", "check_sources", "check_temperature"]
+__all__ = ["check_device", "check_temperature"]
 
 _ROOM_BYTES = 100 * 1000 * 1000
-_SOURCE_S = 20.0
 _HOT_C = 85.0
 
 
@@ -86,6 +77,9 @@ def _bundle(
             return Finding("bundle", "skipped", "the server gave none, and none of it is kept here"), None
         data = known
     manifest = Manifest.from_json(data, "the manifest")
+    if settings.point not in ("", AUTO):
+        manifest.ladder[settings.point]  # or it says which there are
+    Answers(settings.answers).check(manifest.task)
     precision = choose_precision(settings.precision, manifest, store.root)
     files = manifest.files_for("edge", precision)
     here = {path for path, entry in files.items() if store.has(entry)}
@@ -132,48 +126,3 @@ def check_temperature() -> Finding:
     if max(found.values()) >= _HOT_C:
         return Finding("temperature", "warning", text, "it slows down when hot: cool it, or send fewer frames (--fps)")
     return Finding("temperature", "ok", text)
-
-
-async def check_sources(names: Sequence[str]) -> list[Finding]:
-    """Take a picture of each source. One that gives none in time fails."""
-    return [await _source(name) for name in names]
-
-
-async def _source(name: str) -> Finding:
-    begun = time.perf_counter()
-    try:
-        source = parse_sources([name])[0]
-        if source.stdin:
-            return Finding("source", "skipped", "standard input is not read here")
-        async with asyncio.timeout(_SOURCE_S):
-            size, more = await _first_picture(source)
-    except TimeoutError:
-        return Finding("source", "failed", f"{name}: no picture within {_SOURCE_S:.0f} s", "is it sending?")
-    except BitneckError as exc:
-        return Finding("source", "failed", str(exc), _camera_advice(name) if name.startswith("camera:") else "")
-    took = time.perf_counter() - begun
-    return Finding("source", "ok", f"{name}: {size[0]}x{size[1]} pixels in {took:.1f} s{more}")
-
-
-async def _first_picture(source: Source) -> tuple[tuple[int, int], str]:
-    """Width and height of its first picture, and what else there is."""
-    if not source.video:
-        picture = await asyncio.to_thread(picture_of, source.photos[0])
-        return picture.size, f"; {len(source.photos)} photographs" if len(source.photos) > 1 else ""
-    async with contextlib.aclosing(in_thread(lambda: read_video(source.name, None))) as pictures:
-        async for capture in pictures:
-            if capture.broken is None:
-                return (await asyncio.to_thread(picture_of, capture.photo)).size, ""
-    raise ImageError(f"{source.name}: it gave no picture")
-
-
-def _camera_advice(name: str) -> str:
-    """What to do about a camera that cannot be opened."""
-    number = name.partition(":")[2]
-    device = Path(f"/dev/video{number}")
-    if not number.isdigit() or not device.exists():
-        cameras = sorted(str(path) for path in Path("/dev").glob("video*"))
-        return f"cameras here: {', '.join(cameras) or 'none'}; is it plugged in?"
-    if not os.access(device, os.R_OK | os.W_OK):
-        return f"this user may not open {device}: add it to the group video"
-    return "another program may use it"
