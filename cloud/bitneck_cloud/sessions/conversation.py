@@ -344,7 +344,7 @@ class Conversation:
             self._tracer.frame(self._model.name, point, seq, received, computed, self._trace)
 
     def _fault(self, seq: int, exc: BitneckError) -> None:
-        self._session.faults[exc.grpc_code] += 1
+        self._session.refused(seq, exc.grpc_code)
         self._metrics.frame(self._model.name, exc.grpc_status)
         self._put(fault_of(seq, exc), time.monotonic())
 

@@ -6,25 +6,20 @@ reconnects with its token and sends unanswered frames again. Every seq is comput
     seq unknown, above the floor  -> NEW       compute it
     seq in flight                 -> ATTACHED  its answer will come, on the newest stream
     seq answered lately           -> ANSWERED  the kept answer is sent again
+    seq that had a fault          -> NEW       also below the floor: it was never answered
 """
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from enum import Enum, auto
 
 from bitneck.coding.conditional_codec import Reference
-from bitneck.errors import (
-    MalformedFrame,
-    Overloaded,
-    ProtocolError,
-    RateUnreachable,
-    ReferenceUnknown,
-    UnknownPoint,
-)
+from bitneck.errors import Overloaded, ProtocolError, RateUnreachable, ReferenceUnknown, UnknownPoint
 from bitneck.ladder import Ladder
 from bitneck.wire.link_bytes import LinkBytes, LinkMeter
 from bitneck.wire.messages import Device, Result
 from bitneck_cloud.access.limits import TokenBucket
 from bitneck_cloud.sessions.rates import MaxKbps, RatePolicy, choose, fits
+from bitneck_cloud.sessions.settled import Settled
 
 __all__ = ["Event", "Phase", "Session", "StreamState", "Verdict"]
 
@@ -162,8 +157,7 @@ class Session:
         self._taken = 0
         self._weighed = 0.0
         self._in_flight: set[int] = set()
-        self._answers: OrderedDict[int, Result] = OrderedDict()
-        self._floor = 0
+        self._settled = Settled(window)
         self._arrivals: deque[tuple[float, int]] = deque(maxlen=_RATE_SAMPLES)  # of messages; frames before each
         self._max_bytes_per_s = max_bytes_per_s
         self._bytes = TokenBucket.of_bytes(max_bytes_per_s, now) if max_bytes_per_s else None
@@ -234,11 +228,10 @@ class Session:
         if seq in self._in_flight:
             self.resent += 1
             return Verdict.ATTACHED
-        if seq in self._answers:
+        if seq in self._settled:
             self.resent += 1
             return Verdict.ANSWERED
-        if seq <= self._floor:
-            raise MalformedFrame(f"seq {seq} is not above {self._floor}, which was answered long ago; count upwards")
+        self._settled.check(seq)
         if len(self._in_flight) >= self.window:
             raise Overloaded(f"frame {seq}: {self.window} frames are unanswered already, the window is full; wait")
         self._spend(seq, payload_bytes, now)
@@ -260,7 +253,7 @@ class Session:
 
     def kept_answer(self, seq: int) -> Result:
         """The answer of a seq that `accept` called ANSWERED."""
-        return self._answers[seq]
+        return self._settled[seq]
 
     def keep(self, most: int) -> None:
         """Keep symbols of answered frames, so that later ones may refer to them, as the client asks at the opening.
@@ -309,20 +302,28 @@ class Session:
             if len(self._kept) > self.reach + 1:
                 del self._kept[min(self._kept)]
         self._in_flight.discard(result.seq)
-        self._answers[result.seq] = result
+        self._settled.answered(result)
         self.answered += 1
-        while len(self._answers) > 2 * self.window:
-            old, _ = self._answers.popitem(last=False)
-            self._floor = max(self._floor, old)
 
     def fail(self, seq: int, code: int) -> None:
         """A frame ended in a fault; its seq may be sent again."""
-        self._in_flight.discard(seq)
+        self._end(seq)
         self.faults[code] += 1
+
+    def refused(self, seq: int, code: int) -> None:
+        """A frame was not accepted, or a message made no sense (0); a frame's seq may be sent again."""
+        self.faults[code] += 1
+        if seq not in self._in_flight and seq not in self._settled:
+            self._settled.failed(seq, accepted=False)
+
+    def _end(self, seq: int) -> None:
+        if seq in self._in_flight:
+            self._in_flight.discard(seq)
+            self._settled.failed(seq)
 
     def drop(self, seq: int) -> None:
         """A frame was dropped because its client went away; it may be sent again."""
-        self._in_flight.discard(seq)
+        self._end(seq)
         self.dropped += 1
 
     @property

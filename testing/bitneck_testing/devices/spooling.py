@@ -20,11 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
-from bitneck_edge.encoder import EdgeEncoder, EncodedPhoto
+from bitneck_edge.session import EdgeSession, Encoding
 from bitneck_edge.sources.capture import Capture
 from bitneck_testing.photographs import photo
 
@@ -35,7 +33,6 @@ _FIRST_US = 1_790_000_000_000_000
 """When the first picture was captured, microseconds since 1970."""
 _POLL_S = 0.05
 _ALIVE_S = 0.1
-_NUMBER = "number"
 
 
 def captured_us(number: int) -> int:
@@ -55,7 +52,7 @@ class DeviceLog:
 
     Attributes:
         captured: when each picture was captured by the clock, seconds since 1970.
-        encoded: when each picture was encoded, likewise.
+        encoded: when the client had the encoded frame of each picture, likewise.
         answers: how many answers each picture had.
         spooled: those of them that came from the spool.
         alive: when the event loop ran last, seconds since 1970.
@@ -103,9 +100,7 @@ class DeviceLog:
 
 
 def _say(**said: Any) -> None:
-    """Print a line, whole in one call: several threads do so."""
-    sys.stdout.write(json.dumps(said) + "\n")
-    sys.stdout.flush()
+    print(json.dumps(said), flush=True)  # noqa: T201
 
 
 def _tell(result: Answer | Failure) -> None:
@@ -117,16 +112,17 @@ def _tell(result: Answer | Failure) -> None:
 
 
 def _tell_encoded() -> None:
-    """From now on each encoder of this process says when it has encoded a picture."""
-    encode = EdgeEncoder.encode
+    """From now on each session of this process says when it has the encoded frame of a picture."""
+    begin = EdgeSession.begin
 
-    @functools.wraps(encode)
-    def told(encoder: EdgeEncoder, picture: Any, *values: Any, **options: Any) -> EncodedPhoto:
-        encoded = encode(encoder, picture, *values, **options)
-        _say(encoded=picture.info[_NUMBER], at=time.time())
-        return encoded
+    @functools.wraps(begin)
+    def told(session: EdgeSession, capture: Capture, interval_s: float) -> Encoding:
+        encoding = begin(session, capture, interval_s)
+        number = int(capture.name.partition("#")[2])
+        encoding.photo.add_done_callback(lambda _photo: _say(encoded=number, at=time.time()))
+        return encoding
 
-    EdgeEncoder.encode = told  # type: ignore[method-assign]
+    EdgeSession.begin = told  # type: ignore[method-assign]
 
 
 async def _live() -> None:
@@ -135,17 +131,11 @@ async def _live() -> None:
         await asyncio.sleep(_ALIVE_S)
 
 
-def _picture(number: int) -> Image.Image:
-    picture = photo(number % PICTURES)
-    picture.info[_NUMBER] = number
-    return picture
-
-
 async def _device(plan: argparse.Namespace) -> None:
     async def pictures() -> AsyncIterator[Capture]:
         for number in range(plan.first, plan.first + plan.count):
             _say(captured=number, at=time.time())
-            yield Capture(_picture(number), f"camera#{number}", unix_us=captured_us(number))
+            yield Capture(photo(number % PICTURES), f"camera#{number}", unix_us=captured_us(number))
             await asyncio.sleep(1 / plan.fps)
 
     _tell_encoded()
