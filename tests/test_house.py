@@ -131,7 +131,10 @@ PURE = (
     *(f"cloud/bitneck_cloud/answers/sinks/{name}.py" for name in ("filters", "seen", "topics")),
     *(f"cloud/bitneck_cloud/engine/{name}.py" for name in ("batch_time", "chain_plan", "fair_queue")),
     *(f"cloud/bitneck_cloud/fleet/{name}.py" for name in ("patterns", "records", "rules")),
-    *(f"cloud/bitneck_cloud/sessions/{name}.py" for name in ("acknowledging", "answering", "session", "rates")),
+    *(
+        f"cloud/bitneck_cloud/sessions/{name}.py"
+        for name in ("acknowledging", "answering", "session", "settled", "rates")
+    ),
     *(f"cloud/bitneck_cloud/{name}.py" for name in ("faults", "access/tokens", "access/limits")),
     *(
         f"edge/bitneck_edge/{name}.py"

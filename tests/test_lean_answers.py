@@ -68,6 +68,7 @@ async def test_parts_of_a_class_map(server: Server, scene_bundle: Bundle, tmp_pa
         async with edge_client(server.grpc, tmp_path, model="scene", answers=answers.value) as it:
             found[answers] = await it.infer(photo(4))
     assert found["none"].segmentation is None
+    assert not {"labels", "classes"} & found["none"].to_dict().keys(), "it is no classification"
     whole = found["all"].segmentation
     assert whole is not None
     for name in ("map", "map/4", "shares"):

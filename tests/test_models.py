@@ -433,11 +433,15 @@ def test_folders_of_labelled_photographs(tmp_path: Path) -> None:
         ([["file", "index"], ["a.png", "1"]], None),
         ([["file", "index"], ["a.png", "2"]], "line 2: index '2'"),
         ([["file", "index"], ["a.png", "x"]], "line 2: index 'x'"),
+        ([["file", "index"], ["a.png", "²"]], "line 2: index '²'"),
         ([["file", "index"], ["b.png", "1"]], "no file"),
+        ([["file", "index"], ["../table/a.png", "1"]], "line 2: '../table/a.png' is not below"),
+        ([["file", "index"], [str(table / "a.png"), "1"]], "is not below"),
+        ([["file", "index"], ["", "1"]], "is not below"),
         ([["file", "label"], ["a.png", "1"]], "needs the columns"),
         ([["file", "index"]], "no photographs"),
     ):
-        with (table / "labels.csv").open("w", newline="") as file:
+        with (table / "labels.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
         if message is None:
             assert labelled_photos(table, wnids, labels) == [LabelledPhoto(table / "a.png", 1)]

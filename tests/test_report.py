@@ -95,6 +95,9 @@ def test_a_page_with_pictures(tmp_path: Path) -> None:
         ("[]", "no results of"),
         (json.dumps(evaluation("x", {"a": "s1"}) | {"points": [{}]}), "recipe"),
         (json.dumps(evaluation("x", {"a": "s1"}, images=99)), "different photographs"),
+        (json.dumps(evaluation("x", {"a": "s1"})).replace("0.6,", "NaN,"), "NaN is no number"),
+        (json.dumps(evaluation("x", {"a": "s1"})).replace("0.6,", "1e999,"), "1e999 is no number"),
+        (json.dumps(evaluation("x", {"a": "s1"})).replace("50.0,", "0.0,"), "has 0.0 bytes"),
     ],
 )
 def test_results_that_are_refused(tmp_path: Path, content: str | None, message: str) -> None:

@@ -61,6 +61,7 @@ def answer_of(
         bpp_wire=received.message_bytes * 8 / pixels,
         payload_crc32c=crc32c_hex(payload),
         symbols_crc32c=crc32c_hex(encoded.encoded.symbols.astype("<i4", copy=False).tobytes()),
+        task=manifest.task,
         labels=labels_of(received.result, names) if answered and not segmented else (),
         segmentation=segmentation_of(received.result, manifest, names, answers) if answered and segmented else None,
         ms=StageTimes(
@@ -113,6 +114,7 @@ def spooled_answer_of(
         bpp_wire=received.message_bytes * 8 / manifest.input.pixels,
         payload_crc32c=crc32c_hex(frame.payload),
         symbols_crc32c="",
+        task=manifest.task,
         labels=labels_of(received.result, known.labels) if answered and not segmented else (),
         segmentation=segmentation_of(received.result, manifest, known.labels, answers)
         if answered and segmented

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.errors import BitneckError
+from bitneck.manifest import Task
 from bitneck.wire.messages import ClassShare, Label
 
 __all__ = ["Answer", "ClassShare", "Failure", "Label", "Segmentation", "StageTimes", "Switch", "Written"]
@@ -92,6 +93,7 @@ class Answer:
         payload_crc32c: CRC-32C of the payload, 8 hexadecimal digits.
         symbols_crc32c: CRC-32C of the symbols as little-endian int32.
         ms: time of each stage.
+        task: what the network is for: ``classification`` or ``segmentation``.
         labels: of a classification network, the best first; else empty. Without answers it is empty too.
         segmentation: of a segmentation network; else, and without answers, None.
         written: the files that the answer was written to; None if it was not written.
@@ -115,6 +117,7 @@ class Answer:
     payload_crc32c: str
     symbols_crc32c: str
     ms: StageTimes
+    task: Task = "classification"
     labels: tuple[Label, ...] = ()
     segmentation: Segmentation | None = None
     written: Written | None = None
@@ -130,18 +133,20 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: ``labels``, or ``classes`` and ``map_bytes``; the files if it was written; no pixels.
 
-        Without answers ``labels`` is empty. A frame from a spool has ``spooled``, ``spool`` and ``captured``.
+        Without answers ``labels`` is empty, and of a segmentation network there is none of these. A frame from a spool
+        has ``spooled``, ``spool`` and ``captured``.
         """
         document = {each.name: getattr(self, each.name) for each in fields(self)}
         document["ms"] = asdict(self.ms)
         document["labels"] = [asdict(label) for label in self.labels]
-        for name in ("segmentation", "written", "spool", "captured_unix_us"):
+        for name in ("task", "segmentation", "written", "spool", "captured_unix_us"):
             del document[name]
         if self.spool:
             captured = datetime.fromtimestamp(self.captured_unix_us / 1e6, UTC).isoformat(timespec="microseconds")
             document |= {"spooled": True, "spool": self.spool, "captured": captured.replace("+00:00", "Z")}
-        if self.segmentation is not None:
+        if self.task == "segmentation" or self.segmentation is not None:
             del document["labels"]
+        if self.segmentation is not None:
             document |= self.segmentation.to_dict()
         if self.written is not None:
             document |= asdict(self.written)

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -77,6 +77,12 @@ def labelled_photos(folder: Path, wnids: Sequence[str], labels: Sequence[str]) -
     return photos
 
 
+def is_below(name: str) -> bool:
+    """Whether a name that a data set lists is a path below its folder. Whoever made the list has no say elsewhere."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
 def _from_table(folder: Path, table: Path, classes: int) -> list[LabelledPhoto]:
     photos = []
     try:
@@ -88,9 +94,14 @@ def _from_table(folder: Path, table: Path, classes: int) -> list[LabelledPhoto]:
         if not {"file", "index"} <= set(rows.fieldnames or ()):
             raise InvalidConfig(f"{table}: needs the columns file and index, has {rows.fieldnames}")
         for line, row in enumerate(rows, start=2):
-            path = folder / (row["file"] or "")
-            index = row["index"] or ""
-            if not index.isdigit() or int(index) >= classes:
+            name, index = row["file"] or "", row["index"] or ""
+            if not is_below(name):
+                raise InvalidConfig(
+                    f"{table}, line {line}: {name!r} is not below {folder}; list files by their paths from there, "
+                    "without '..', and copy or link what lies elsewhere into the folder"
+                )
+            path = folder / name
+            if not (index.isascii() and index.isdigit()) or int(index) >= classes:
                 raise InvalidConfig(f"{table}, line {line}: index {index!r} is not within 0 and {classes - 1}")
             if not path.is_file():
                 raise InvalidConfig(f"{table}, line {line}: no file {path}")

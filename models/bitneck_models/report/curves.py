@@ -95,7 +95,7 @@ def read_results(folder: Path) -> Results:
         raise InvalidConfig(f"{folder}: no results (*.json); `evaluate --zoo` and `baselines` write them with --json")
     for path in paths:
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(path.read_bytes(), parse_float=_finite, parse_constant=_finite)
             ((key, uncompressed),) = document["uncompressed"].items()
             measured.add((document["dataset"], document["images"], key, uncompressed))
             samples = _baselines(document, key) if "baselines" in document else _evaluation(document, key)
@@ -122,6 +122,14 @@ def read_results(folder: Path) -> Results:
         studies=studies,
         baselines=baselines,
     )
+
+
+def _finite(text: str) -> float:
+    """A number of a document. What is none, as of a training that diverged, must not be drawn as if it were one."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number; measure it again")
+    return value
 
 
 def _evaluation(document: Mapping[str, Any], key: str) -> list[tuple[str, Sample]]:
@@ -161,6 +169,8 @@ def _baselines(document: Mapping[str, Any], key: str) -> list[tuple[str, Sample]
 def _grouped(samples: Iterable[tuple[str, Sample]]) -> dict[str, Curve]:
     curves: dict[str, list[Sample]] = {}
     for name, sample in samples:
+        if not sample.payload_bytes > 0:
+            raise ValueError(f"{sample.name} has {sample.payload_bytes} bytes; measure it again")
         curves.setdefault(name, []).append(sample)
     return {name: tuple(sorted(curve, key=lambda s: s.payload_bytes)) for name, curve in curves.items()}
 
