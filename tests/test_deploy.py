@@ -186,7 +186,9 @@ def test_the_health_check_of_the_image(tiny_bundle: Bundle, tmp_path: Path) -> N
 
 def test_compose_mounts_what_is_there() -> None:
     services = compose()["services"]
-    assert set(services) == {"cloud", "edge", "prometheus", "grafana"}
+    assert set(services) == {"cloud", "edge", "camera", "prometheus", "grafana"}
+    assert services["camera"]["profiles"] == ["camera"], "not every machine has one"
+    volumes = set(compose()["volumes"])
     for service in services.values():
         if "build" in service:
             assert (ROOT / service["build"]["dockerfile"]).is_file()
@@ -194,6 +196,21 @@ def test_compose_mounts_what_is_there() -> None:
             source = volume.split(":")[0]
             if source.startswith("./"):
                 assert (ROOT / source).exists(), source
+            elif re.fullmatch(r"[\w-]+", source):
+                assert source in volumes
+
+
+def test_the_edges_image_reads_heic_and_has_folders_for_its_volumes() -> None:
+    """A new volume gets the owner of the folder that it is mounted on; without one it would be root's."""
+    text = (ROOT / "edge" / "Dockerfile").read_text()
+    extras = re.search(r"\[(edge[\w,]*)\]", text)
+    assert extras is not None
+    assert set(extras[1].split(",")) == {"edge", "video", "heif"}
+    made = re.search(r"mkdir (.*?) \\\n *&& chown 10001 (.*)\n", text)
+    assert made is not None
+    assert made[1] == made[2] == "/cache /spool"
+    mounted = [volume.split(":")[1] for volume in compose()["services"]["camera"]["volumes"]]
+    assert mounted == made[1].split()
 
 
 def test_the_dashboard_shows_metrics_that_exist() -> None:
