@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 
 from bitneck.bundle import Bundle
@@ -48,7 +49,7 @@ def camera() -> Iterator[str]:
         stream: Any = out.add_stream("mpeg2video", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for k in range(10):
-            out.mux(stream.encode(av.VideoFrame.from_image(photo(k, (64, 48)))))
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(photo(k, (64, 48))), format="rgb24")))
         out.mux(stream.encode())
     Handler.showing = buffer.getvalue()
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

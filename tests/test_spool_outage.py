@@ -1,6 +1,7 @@
 """A frame that is encoded is on the disk in time, whatever it waits for: its turn, room, others, the link."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,7 +81,7 @@ class Bench:
 
     def begin(self, name: str, *, encoded: bool = True) -> Flight:
         photo: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        encoding = Encoding(capture=Capture(name, name), decision=cast("Any", None), photo=photo, candidate=None)
+        encoding = Encoding(capture=Capture(Path(name), name), decision=cast("Any", None), photo=photo, candidate=None)
         flight = self.outage.begin(self.session, encoding)
         if encoded:
             self.encode(flight)
@@ -157,7 +158,7 @@ def test_a_put_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
     """A new file is brought to the disk by the next sync, with its name; also one that `tidy` begins."""
     spool = Spool.open(tmp_path, LIMITS)
     named: list[Path] = []
-    monkeypatch.setattr(segment.os, "fsync", lambda _descriptor: pytest.fail("it waits for the disk"))
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: pytest.fail("it waits for the disk"))
     monkeypatch.setattr(segment, "sync_folder", named.append)
 
     def put() -> int:

@@ -249,7 +249,7 @@ class Outage:
         if passes:
             self._leave(flight, told=False)
             return
-        if flight.seq is None:
+        if flight.seq is None or flight.sent is None:
             return
         name = flight.encoding.capture.name
         try:
