@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from bitneck.settings.flags import default_text, group_of
-from bitneck.settings.model import Settings, Table, has_tables
+from bitneck.settings.model import Settings, Table, has_flag
 from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTable, WebhookTable
 from bitneck_cloud.settings import CloudSettings
 from bitneck_edge.settings import EdgeSettings
@@ -45,7 +45,7 @@ def table(model: type[Settings]) -> str:
         for name, field in model.model_fields.items():
             if group_of(field) == group:
                 default = f"`{default_text(field)}`" if default_text(field) else ""
-                flag = "" if has_tables(field) else f"`{model.flag(name)}`"
+                flag = f"`{model.flag(name)}`" if has_flag(field) else ""
                 cells = (f"`{name}`", flag, f"`{model.variable(name)}`", default, field.description)
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

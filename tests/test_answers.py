@@ -23,10 +23,12 @@ from bitneck_cloud.answers.subscriptions import Subscriptions
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import Computed, Job
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_testing.streams import Frames
 
 EPOCH = "0123abcd"
+GROUPS = Groups({"letters": ("[a-z]",), "digits": ("[0-9]",)})
 LABELS = {"tiny": ("cat", "dog", "7"), "scene": ("sky", "road")}
 
 
@@ -45,7 +47,7 @@ def published(number: int, **values: Any) -> Published:
 
 def subscriptions(most: int = 100, most_bytes: int = 1 << 30) -> Subscriptions:
     hub = Hub(EPOCH, most=most, most_bytes=most_bytes)
-    return Subscriptions(hub, most=10, metrics=Metrics(), heartbeat_s=60.0, stall_s=0.0)
+    return Subscriptions(hub, most=10, metrics=Metrics(), heartbeat_s=60.0, stall_s=0.0, groups=GROUPS)
 
 
 def everything(_: Published) -> bool:
@@ -226,32 +228,63 @@ async def test_a_subscriber_looks_at_many_answers_without_keeping_the_loop() -> 
         (Wanted(classes=("dog",), min_score=0.75), True),
         (Wanted(classes=("1",)), True),
         (Wanted(classes=("cat",), min_score=0.26), False),
-        (Wanted(classes=("7",)), False),  # the name of a class that was not found, not an index
-        (Wanted(classes=("cat", "7"), min_score=0.2), True),
+        (Wanted(classes=("[7]",)), False),  # the name of a class that was not found
+        (Wanted(classes=("cat", "[7]"), min_score=0.2), True),
+        (Wanted(classes=("d?g", "c*"), min_score=0.75), True),
+        (Wanted(classes=("2",)), False),
         (Wanted(min_score=0.76), False),
         (Wanted(client=("c",)), True),
         (Wanted(client=("C",)), False),
         (Wanted(client=("[abc]", "x*")), True),
-        (Wanted(client=("",)), False),
+        (Wanted(client=("@letters",)), True),
+        (Wanted(client=("@digits", "x*")), False),
         (Wanted(session=("s-2",)), False),
         (Wanted(model=("scene",)), False),
+        (Wanted(model=("scene", "t*")), True),
     ],
 )
 def test_a_filter_fits(wanted: Wanted, fits: bool) -> None:
-    assert AnswerFilter(wanted, LABELS)(published(1)) is fits
+    """Of what a subscriber gets, and of the document that sinks look at."""
+    chosen = AnswerFilter(wanted, GROUPS)
+    chosen.check_served(LABELS)
+    assert chosen(published(1)) is fits
+    found = [(1, "dog", 0.75), (0, "cat", 0.25)]
+    assert chosen.takes("c", "tiny", "s-1", found) is fits
 
 
-def test_a_filter_names_what_it_does_not_know() -> None:
-    with pytest.raises(InvalidConfig, match="nearest names are 'road'"):
-        AnswerFilter(Wanted(classes=("raod",)), LABELS)
-    with pytest.raises(InvalidConfig, match="indices are 0 to 1"):
-        AnswerFilter(Wanted(classes=("2",), model=("scene",)), LABELS)
-    with pytest.raises(UnknownModel):
-        AnswerFilter(Wanted(model=("none",)), LABELS)
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted(classes=("raod",)), "nearest names are 'road'"),
+        (Wanted(classes=("raod",), model=("t*",)), "indices are 0 to 2"),
+        (Wanted(classes=("2",), model=("scene",)), "indices are 0 to 1"),
+        (Wanted(classes=("[7",)), r"nearest names are '\[7\]'"),
+        (Wanted(model=("none*",)), "no model 'none\\*' is served; there are: tiny, scene"),
+    ],
+)
+def test_a_filter_names_what_it_does_not_know(wanted: Wanted, message: str) -> None:
+    with pytest.raises((InvalidConfig, UnknownModel), match=message):
+        AnswerFilter(wanted, GROUPS).check_served(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Wanted(client=("@nobody",)), "no group 'nobody' in the settings; there are: letters, digits"),
+        (Wanted(client=("",)), "a pattern has 1 to 128 characters, got 0"),
+        (Wanted(model=("a\n",)), "control characters"),
+        (Wanted(classes=("x",) * 65), "65 values of class, at most 64"),
+        (Wanted(session=("x" * 257,)), "at most 256 characters"),
+        (Wanted(min_score=1.1), "give 0 to 1"),
+    ],
+)
+def test_what_is_no_filter_is_refused(wanted: Wanted, message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        AnswerFilter(wanted, GROUPS)
 
 
 def test_a_pattern_that_means_harm_is_matched_in_no_time() -> None:
-    hard = AnswerFilter(Wanted(client=("*a" * 100,)), LABELS)
+    hard = AnswerFilter(Wanted(client=("*a" * 64,)), GROUPS)
     assert not hard(published(1, client="a" * 127 + "b"))
 
 

@@ -1,12 +1,17 @@
 """Sinks: settings, filters, topics, the queue on disk with its bounds, JSON Lines, a server killed in between."""
 
 import base64
+import fcntl
 import io
 import json
 import os
 import re
 import resource
 import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,12 +25,11 @@ from PIL import Image
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, MalformedFrame, StateUnusable
-from bitneck_cloud.answers.sinks.filters import Filter
 from bitneck_cloud.answers.sinks.maps import with_map
 from bitneck_cloud.answers.sinks.queue_file import QueueFile
 from bitneck_cloud.answers.sinks.queue_thread import log_bytes
 from bitneck_cloud.answers.sinks.seen import MOST_RUNS, Seen
-from bitneck_cloud.answers.sinks.state import Bounds, Entry
+from bitneck_cloud.answers.sinks.state import DROPPED, Bounds, Entry
 from bitneck_cloud.answers.sinks.topics import check_topic, topic_of
 from bitneck_cloud.settings import CloudSettings
 from bitneck_testing.consumers.committer import Committer, only, outgoing, wait_for
@@ -78,6 +82,9 @@ LINES: dict[str, Any] = {"kind": "jsonl", "name": "l", "path": "a.jsonl"}
         ([MQTT | {"pause_s": 90}], "pause_s 90 is longer"),
         ([MQTT | {"queue_bytes": 4096}], "has no room for one answer"),
         ([MQTT | {"min_score": 2}], "less than or equal to 1"),
+        ([MQTT | {"client": ""}], "sink 'm': a pattern has 1 to 128 characters, got 0"),
+        ([MQTT | {"client": "@night"}], "sink 'm': there is no group 'night' in the settings"),
+        ([MQTT | {"class": ["x"] * 65}], "sink 'm': 65 values of class, at most 64"),
         ([HOOK | {"secret": "hush-hush"}], "secret is too short"),
         ([HOOK | {"secret": "whsec_!hush"}], "no base64"),
         ([HOOK | {"secret_file": "x"}], "give secret or secret_file"),
@@ -122,34 +129,6 @@ def test_examples_of_the_page_load(page: str, tmp_path: Path) -> None:
 
 
 # What is pure
-
-
-@pytest.mark.parametrize(
-    ("given_filter", "expected"),
-    [
-        (Filter(), True),
-        (Filter(clients=["cam-*"]), True),
-        (Filter(clients=["door", "cam-?"]), True),
-        (Filter(clients=["CAM-1"]), False),
-        (Filter(models=["tiny"], min_score=0.75), True),
-        (Filter(min_score=0.76), False),
-        (Filter(models=["other"]), False),
-        (Filter(classes=["class 1"]), True),
-        (Filter(classes=["class 1"], min_score=0.5), False),
-        (Filter(classes=["class *"], min_score=0.5), True),
-        (Filter(classes=["class 9"]), False),
-    ],
-)
-def test_filters(given_filter: Filter, expected: bool) -> None:
-    assert given_filter.takes(answer(1)) is expected
-
-
-def test_filters_of_shares() -> None:
-    document = answer(1, shares=[{"index": 0, "name": "sky", "share": 0.3}])
-    del document["labels"]
-    assert Filter(classes=["sky"], min_score=0.3).takes(document)
-    assert not Filter(classes=["sky"], min_score=0.31).takes(document)
-    assert not Filter(classes=["road"]).takes(document)
 
 
 @given(st.text(), st.text())
@@ -225,11 +204,18 @@ def test_a_repeat_is_not_queued_again_also_after_a_restart(tmp_path: Path) -> No
 
 
 def test_filters_apply_before_the_queue(tmp_path: Path) -> None:
-    two = jsonl(tmp_path, name="two", path=str(tmp_path / "two.jsonl"), client="cam-2")
-    with outgoing(tmp_path, jsonl(tmp_path), two) as running:
-        running.commit([answer(1), answer(2, client="cam-2", session="s-2")])
-        wait_for(lambda: [state.delivered for state in running.states()] == [2, 1])
-    assert numbers(tmp_path / "two.jsonl") == [2]
+    """Each of four answers is for one filter beside the first, which takes all."""
+    sky = answer(4, session="s-4", seq=4, client="cam-3", shares=[{"index": 0, "name": "sky", "share": 0.3}])
+    del sky["labels"]
+    fields: list[dict[str, Any]] = [
+        {}, {"client": "cam-2"}, {"session": "s-3"},
+        {"class": "sk?", "min_score": 0.3}, {"class": "sky", "min_score": 0.31},
+    ]  # fmt: skip
+    tables = [jsonl(tmp_path, name=f"n{k}", path=str(tmp_path / f"{k}.jsonl"), **it) for k, it in enumerate(fields)]
+    with outgoing(tmp_path, *tables) as running:
+        running.commit([answer(1), answer(2, client="cam-2", session="s-2"), answer(3, session="s-3"), sky])
+        wait_for(lambda: [state.delivered for state in running.states()] == [4, 1, 1, 1, 0])
+    assert [numbers(tmp_path / f"{k}.jsonl") for k in (1, 2, 3)] == [[2], [3], [4]]
 
 
 def stuck(folder: Path, **other: Any) -> dict[str, Any]:
@@ -245,7 +231,7 @@ def test_the_oldest_fall_out_beyond_the_bytes(tmp_path: Path) -> None:
         state = only(running)
         assert state.queued <= 100
         assert state.queue_bytes <= 100 * size
-        assert state.dropped == {"bytes": 990 - state.queued, "age": 0, "size": 0, "disk": 0}
+        assert state.dropped == dict.fromkeys(DROPPED, 0) | {"bytes": 990 - state.queued}
         assert state.queued >= 95
         wait_for(lambda: only(running).failing)
         assert "No such file" in only(running).last_error
@@ -360,6 +346,56 @@ def test_a_queue_that_cannot_be_used_stops_the_start(damage: str, tmp_path: Path
             pass
     if holder is not None:
         holder.close()
+
+
+HOLDER = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], timeout=0.2, isolation_level=None)
+try:
+    db.execute(sys.argv[2]).fetchall()
+    print("done", flush=True)
+    sys.stdin.read()
+except sqlite3.OperationalError as exc:
+    print(exc, flush=True)
+"""
+
+
+@contextmanager
+def stranger(path: Path, statement: str) -> Iterator[str]:
+    """Another program that does something with a database, and stays; what it says."""
+    command = [sys.executable, "-c", HOLDER, str(path), statement]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.communicate()
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_OFD_SETLK"), reason="locks of Linux")
+@pytest.mark.parametrize("statement", ["BEGIN IMMEDIATE", "SELECT count(*) FROM answers"])
+def test_another_program_cannot_open_the_queue_and_hold_commits_up(statement: str, tmp_path: Path) -> None:
+    path = tmp_path / "queue.db"
+    with outgoing(tmp_path, jsonl(tmp_path)) as running:
+        running.commit(answers(1, 5))
+        with stranger(path, statement) as said:
+            assert said == "database is locked"
+            running.commit(answers(6, 10))
+            wait_for(lambda: only(running).delivered == 10)
+            wait_for(lambda: log_bytes(path) == 0 or path.stat().st_size > 4096)  # housekeeping checkpoints beside it
+    with stranger(path, statement) as said:  # the server has ended
+        assert said == "done"
+    assert not (tmp_path / "queue.db-wal").exists()
+
+
+def test_a_queue_that_another_program_has_open_stops_the_start(tmp_path: Path) -> None:
+    with outgoing(tmp_path, jsonl(tmp_path)):
+        pass
+    with stranger(tmp_path / "queue.db", "SELECT count(*) FROM answers") as said:
+        assert said == "done"
+        with pytest.raises(StateUnusable, match="another program has it open"):
+            with outgoing(tmp_path, jsonl(tmp_path)):
+                pass
 
 
 def test_a_secret_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
@@ -500,6 +536,20 @@ def test_a_full_disk_under_the_queue_is_counted_and_holds_nothing_up(
 
 
 # A server
+
+
+def test_a_server_does_not_start_with_a_filter_that_nothing_fits(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    for line, message in (
+        ('class = "clas 1"', "sink file: no served model has a class 'clas 1'; the nearest names are 'class 1'"),
+        ('model = "tinny"', "sink file: no model 'tinny' is served; there are: tiny"),
+    ):
+        config.write_text(
+            f'sinks_queue = "{tmp_path}/queue.db"\n[groups]\nnight = ["n-*"]\n'
+            f'[[sinks]]\nkind = "jsonl"\nname = "file"\npath = "{tmp_path}/a.jsonl"\nclient = "@night"\n{line}\n'
+        )
+        with pytest.raises(ProcessFailed, match=re.escape(message)):
+            start_server(tiny_bundle.root, options=["--config", str(config)])
 
 
 def test_a_server_shows_its_sinks(tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -139,10 +139,66 @@ def test_what_the_broker_refuses_is_set_aside(tmp_path: Path) -> None:
     acl = "topic readwrite answers/cam-1/#\ntopic read #\n"
     with Broker(tmp_path / "broker", "max_packet_size 2000", acl=acl) as broker:
         with outgoing(tmp_path, mqtt(broker.port)) as running:
-            running.commit([answer(1), answer(2, client="cam-2"), answer(3, labels=[{"name": "x" * 3000, "score": 1}])])
+            running.commit([answer(1), answer(2, client="cam-2"), large(3)])
             running.commit([answer(4)])
             wait_for(lambda: not only(running).queued)
             assert (only(running).delivered, only(running).refused, only(running).failing) == (2, 2, False)
+
+
+def large(number: int, **other: Any) -> dict[str, Any]:
+    return answer(number, labels=[{"index": 0, "name": "x" * 3000, "score": 1}], **other)
+
+
+def test_a_message_at_which_the_broker_ends_the_connection_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MQTT 3.1.1 has no other way to say that a message is too large."""
+    with Broker(tmp_path / "broker", "max_packet_size 2000") as broker:
+        with Subscriber.running(broker.port, "answers/#") as subscriber:
+            with outgoing(tmp_path, mqtt(broker.port, protocol="3.1.1")) as running:
+                running.commit([*answers(1, 5), large(6), *answers(7, 30), large(31), large(32), answer(33)])
+                wait_for(lambda: not only(running).queued)
+                wait_for(lambda: not only(running).failing)
+                state = only(running)
+                assert (state.delivered, state.refused, state.dropped["connection"]) == (30, 0, 3)
+                running.commit(answers(34, 40))
+                wait_for(lambda: 40 in numbers(subscriber))
+            found = numbers(subscriber)
+            assert list(dict.fromkeys(found)) == [k for k in range(1, 41) if k not in (6, 31, 32)]
+    assert caplog.text.count("the connection ended 3 times in a row when it was sent") == 3
+
+
+def test_a_state_at_which_the_broker_ends_the_connection_holds_nothing_up(tmp_path: Path) -> None:
+    table = {"protocol": "3.1.1", "state_topic": "state/{client}"}
+    long = "x" * 120
+    with Broker(tmp_path / "broker", "max_packet_size 400") as broker:
+        with Subscriber.running(broker.port, "state/#") as subscriber:
+            with outgoing(tmp_path, mqtt(broker.port, topic="a", **table)) as running:
+                for client in ("a", long, "b"):
+                    running.client_state(
+                        ClientState(client=client, model="tiny", online=True, point=client if client == long else None)
+                    )
+                wait_for(lambda: subscriber.of("state/a") and subscriber.of("state/b"))
+                wait_for(lambda: not only(running).failing)
+            assert not subscriber.of(f"state/{long}")
+
+
+async def test_losses_that_are_not_a_messages_fault_set_nothing_aside(broker: Broker, tmp_path: Path) -> None:
+    """The link is cut in the middle of a message again and again, at another one each time."""
+    async with Proxy(f"127.0.0.1:{broker.port}", delay_s=0.02) as link:
+        port = int(link.address.rpartition(":")[2])
+        with outgoing(tmp_path, mqtt(port, topic="lossy/{client}", protocol="3.1.1")) as running:
+            await asyncio.to_thread(running.commit, answers(1, 400))
+            for _ in range(8):
+                before = only(running)
+                await asyncio.to_thread(
+                    wait_for,
+                    lambda before=before: only(running).delivered > before.delivered or not only(running).queued,
+                )
+                link.cut()
+                link.mend()
+            await asyncio.to_thread(wait_for, lambda: not only(running).queued)
+            assert (only(running).delivered, only(running).dropped["connection"]) == (400, 0)
 
 
 def test_states_of_clients_are_retained(broker: Broker, tmp_path: Path) -> None:

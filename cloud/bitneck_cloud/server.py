@@ -115,15 +115,16 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopping.set)
     groups = Groups(settings.groups)
-    fixed = book_of(settings.rates, groups) if settings.rates is not None else None
+    fixed = book_of(settings.rates, groups) if settings.rates_are_fixed else None
     fleet = Fleet(groups, fixed, settings.state_db, settings.max_clients)
     outgoing = Outgoing(
-        settings.sinks, settings.sinks_queue, server=_name(settings), sync=settings.sinks_sync == "always"
-    )
+        settings.sinks, settings.sinks_queue, server=_name(settings), sync=settings.sinks_sync == "always",
+        groups=groups,
+    )  # fmt: skip
     try:
         await fleet.open()
         await asyncio.to_thread(outgoing.start)
-        await _serve(settings, bundles, on_ready, stopping, fleet, outgoing)
+        await _serve(settings, bundles, on_ready, stopping, groups, fleet, outgoing)
     finally:
         try:
             await fleet.close()
@@ -136,6 +137,7 @@ async def _serve(
     bundles: Sequence[Path],
     on_ready: Callable[[Ready], None],
     stopping: asyncio.Event,
+    groups: Groups,
     fleet: Fleet,
     outgoing: Outgoing,
 ) -> None:
@@ -143,6 +145,7 @@ async def _serve(
     check_providers(settings.providers)
     pool = ModulePool(settings.providers)
     models = await asyncio.to_thread(load_models, bundles, settings.threads, pool)
+    outgoing.check_served({name: served.labels for name, served in models.items()})
     metrics, refusals, changes = Metrics(), RefusalLog(), RecentChanges()
     devices = BearerTokens(Role.DEVICE, _secret(settings.device_token), settings.device_tokens)
     operators = BearerTokens(Role.OPERATE, _secret(settings.http_token), settings.http_tokens)
@@ -170,6 +173,7 @@ async def _serve(
         metrics=metrics,
         heartbeat_s=settings.heartbeat_s,
         stall_s=settings.stall_s,
+        groups=groups,
     )
     publisher = SinkPublisher(outgoing) if settings.sinks else None
     publishing = Publishing(_name(settings), subscriptions, metrics, publisher)

@@ -284,18 +284,21 @@ class CloudSettings(Settings):
             _FLEET,
             flag="--rate",
         ),
-    ] = None
+    ] = ()
     groups: Annotated[
         JsonTable[tuple[str, ...]],
-        setting("Lists of patterns of clients' names, by the name of a group, for rules. As a flag, JSON.", _FLEET),
-    ] = None
+        setting(
+            "Lists of patterns of clients' names, by the name of a group, for rules and filters. As a flag, JSON.",
+            _FLEET,
+        ),
+    ] = {}  # noqa: RUF012  a field
     max_clients: Annotated[
         int,
         setting("Clients that are remembered after they are gone. The oldest are forgotten.", _FLEET, ge=0, le=100_000),
     ] = 10_000
     sinks: Annotated[
-        tuple[SinkTables, ...],
-        setting("Where answers go in the cloud: a table [[sinks]] for each. See docs/sinks.md.", _SINKS, tables=True),
+        Tables[SinkTables],
+        setting("Where answers go in the cloud: a table [[sinks]] for each. See docs/sinks.md.", _SINKS, flag=None),
     ] = ()
     sinks_queue: Annotated[
         Path | None, setting("File of the queue of all sinks, on a local disk. Sinks need it.", _SINKS)
@@ -345,6 +348,11 @@ class CloudSettings(Settings):
         setting("Share of the frames that are traced. Frames of traced callers always are.", _OBSERVE, ge=0, le=1),
     ] = 0.01
 
+    @property
+    def rates_are_fixed(self) -> bool:
+        """Whether rules of rates are given here, be it an empty list: the control API cannot change them then."""
+        return "rates" in self.model_fields_set
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         open_to_others = [name for name in ("grpc", "http") if not Address.parse(getattr(self, name)).loopback]
@@ -353,7 +361,6 @@ class CloudSettings(Settings):
                 "the control API would be open to the network: set http_token (BITNECK_CLOUD_HTTP_TOKEN) or "
                 "http_tokens, or listen on 127.0.0.1"
             )
-        check_sinks(self.sinks, self.sinks_queue)
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together: give both, or none")
         if self.tls_cert is None and (self.tls_client_ca or self.http_tls_client_ca):
@@ -364,9 +371,11 @@ class CloudSettings(Settings):
                 "listen on 127.0.0.1, or allow it with insecure (--insecure) where you trust the network"
             )
         try:
-            book_of(self.rates or (), Groups(self.groups))
+            groups = Groups(self.groups)
+            book_of(self.rates, groups)
         except InvalidConfig as exc:
             raise ValueError(str(exc)) from exc
+        check_sinks(self.sinks, self.sinks_queue, groups)
         for name in ("http_token", "device_token", "token_key"):
             secret: SecretStr | None = getattr(self, name)
             if secret is not None and len(secret.get_secret_value()) < MIN_SECRET_CHARACTERS:

@@ -1,35 +1,40 @@
-"""Which answers a subscriber wants: by client, model, session, class and score. Pure."""
+"""Which answers a subscriber or a sink wants: by client, model, session, class and score. Pure."""
 
 import difflib
-import fnmatch
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+import glob
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from bitneck.errors import InvalidConfig, UnknownModel
 from bitneck.wire.messages import Classification
 from bitneck_cloud.answers.document import Published
+from bitneck_cloud.fleet.patterns import Groups, Pattern
 
 __all__ = ["MAX_VALUES", "AnswerFilter", "Wanted"]
 
 MAX_VALUES = 64
 """Values that one filter may have."""
 _MAX_CHARACTERS = 256
-"""Of a value."""
+"""Of a session's id."""
 _MAX_VERDICTS = 4096
+"""Names whose verdict is remembered: a pattern can take a millisecond, and names repeat."""
+_INDEX_DIGITS = 9
+"""That a class's index has at most."""
 _NEAREST = 3
 """Names that an error message proposes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a subscriber asks for. Of several values of one field, one has to fit; an empty field fits all.
+    """What is asked for. Of several values of one field, one has to fit; an empty field fits all.
 
     Attributes:
-        client: names of clients, or patterns with ``*``, ``?`` and ``[...]``.
-        model: ids of models.
+        client: names of clients, patterns, or ``@`` and the name of a group; see `bitneck_cloud.fleet.patterns`.
+        model: ids of models, or patterns.
         session: ids of sessions.
-        classes: names of classes, or their indices.
+        classes: names of classes, patterns, or indices. A number is an index; ``[7]`` is a class with the name 7.
         min_score: least score of a wanted class, or its least share of a class map, 0 to 1. Without classes, that of
             the best class.
     """
@@ -40,98 +45,130 @@ class Wanted:
     classes: tuple[str, ...] = ()
     min_score: float = 0.0
 
-    def check(self) -> None:
-        """Refuse what no filter can be made of.
-
-        Raises:
-            InvalidConfig: too many values, too long ones, or a score beyond 0 to 1.
-        """
-        for field in ("client", "model", "session", "classes"):
-            values: tuple[str, ...] = getattr(self, field)
-            name = "class" if field == "classes" else field
-            if len(values) > MAX_VALUES:
-                raise InvalidConfig(f"{len(values)} values of {name}, at most {MAX_VALUES}; use a pattern, or none")
-            if any(len(value) > _MAX_CHARACTERS for value in values):
-                raise InvalidConfig(f"a value of {name} has at most {_MAX_CHARACTERS} characters")
-        if not 0.0 <= self.min_score <= 1.0:
-            raise InvalidConfig(f"min_score {self.min_score:g}: give 0 to 1")
-
 
 class AnswerFilter:
     """Says of each answer whether it is wanted.
 
     Args:
-        wanted: by the subscriber.
-        labels: names of the classes of each served model, by its id.
+        wanted: by the subscriber or sink.
+        groups: of clients.
 
     Raises:
-        InvalidConfig: see `Wanted.check`; or no served model has a class of this name or index.
-        UnknownModel: a model that is not served.
+        InvalidConfig: too many values, a pattern that is refused, a group that is not there, or a score beyond 0 to 1.
     """
 
-    def __init__(self, wanted: Wanted, labels: Mapping[str, Sequence[str]]) -> None:
-        wanted.check()
-        for model in wanted.model:
-            if model not in labels:
-                raise UnknownModel(f"no model {model[:80]!r} is served; there are: {', '.join(labels)}")
-        self._names = frozenset(wanted.client)
-        patterns = [value for value in wanted.client if any(mark in value for mark in "*?[")]
-        self._patterns = re.compile("|".join(map(fnmatch.translate, patterns))) if patterns else None
-        self._verdicts: dict[str, bool] = {}  # of clients: a pattern can take a millisecond, and names repeat
-        self._models = frozenset(wanted.model)
+    def __init__(self, wanted: Wanted, groups: Groups) -> None:
+        for field in ("client", "model", "session", "classes"):
+            if (count := len(getattr(wanted, field))) > MAX_VALUES:
+                name = "class" if field == "classes" else field
+                raise InvalidConfig(f"{count} values of {name}, at most {MAX_VALUES}; use a pattern, or none")
+        if any(len(value) > _MAX_CHARACTERS for value in wanted.session):
+            raise InvalidConfig(f"a value of session has at most {_MAX_CHARACTERS} characters")
+        if not 0.0 <= wanted.min_score <= 1.0:
+            raise InvalidConfig(f"min_score {wanted.min_score:g}: give 0 to 1")
+        self._models = [Pattern(text) for text in wanted.model]
+        self._classes = [_OfClass(text) for text in wanted.classes]
+        self._of_client = _any_of([groups.clients(text) for text in wanted.client])
+        self._of_model = _any_of(self._models)
+        self._of_class = _any_class_of(self._classes)
         self._sessions = frozenset(wanted.session)
         self._min_score = wanted.min_score
-        meant = [names for model, names in labels.items() if not wanted.model or model in wanted.model]
-        self._indices, self._classes = _classes(wanted.classes, meant)
         self._by_class = bool(wanted.classes) or wanted.min_score > 0.0
+
+    def check_served(self, labels: Mapping[str, Sequence[str]]) -> None:
+        """Refuse what fits no answer of the served models.
+
+        Args:
+            labels: names of the classes of each served model, by its id.
+
+        Raises:
+            InvalidConfig: no served model has a class of this name or index.
+            UnknownModel: a model that is not served.
+        """
+        for pattern in self._models:
+            if not any(map(pattern.matches, labels)):
+                raise UnknownModel(f"no model {pattern.text[:80]!r} is served; there are: {', '.join(labels)}")
+        meant = [names for model, names in labels.items() if self._of_model(model)]
+        for wanted in self._classes:
+            if not any(wanted.matches(index, name) for names in meant for index, name in enumerate(names)):
+                raise InvalidConfig(f"no served model has a class {wanted.text[:80]!r}; {_hint(wanted.text, meant)}")
+
+    def takes_client(self, client: str, model: str) -> bool:
+        """Whether it takes answers of this client and model at all.
+
+        Args:
+            client: cleaned name.
+            model: id.
+        """
+        return self._of_model(model) and self._of_client(client)
+
+    def takes(self, client: str, model: str, session: str, found: Iterable[tuple[int, str, float]]) -> bool:
+        """Whether an answer is wanted.
+
+        Args:
+            client: cleaned name.
+            model: id.
+            session: id.
+            found: index, name, and score or share of each class of the answer.
+        """
+        if not self._of_model(model) or (self._sessions and session not in self._sessions):
+            return False
+        if not self._of_client(client):
+            return False
+        return not self._by_class or any(
+            score >= self._min_score and self._of_class(index, name) for index, name, score in found
+        )
 
     def __call__(self, published: Published) -> bool:
         """Whether the answer is wanted."""
         answered = published.answered
-        if self._models and answered.model not in self._models:
-            return False
-        if self._sessions and answered.origin.session not in self._sessions:
-            return False
-        if self._names and not self._of_client(published.client):
-            return False
-        return not self._by_class or self._has_class(published)
-
-    def _of_client(self, client: str) -> bool:
-        if client in self._names or self._patterns is None:
-            return client in self._names
-        verdict = self._verdicts.get(client)
-        if verdict is None:
-            if len(self._verdicts) >= _MAX_VERDICTS:
-                self._verdicts.clear()
-            verdict = self._verdicts[client] = self._patterns.match(client) is not None
-        return verdict
-
-    def _has_class(self, published: Published) -> bool:
-        output = published.answered.output
+        output = answered.output
         found: Iterable[tuple[int, str, float]]
         if isinstance(output, Classification):
             found = ((each.index, each.name, each.score) for each in output.labels)
         else:
             found = ((each.index, each.name, each.share) for each in output.classes)
-        every = not self._indices and not self._classes
-        return any(
-            score >= self._min_score and (every or index in self._indices or name in self._classes)
-            for index, name, score in found
-        )
+        return self.takes(published.client, answered.model, answered.origin.session, found)
 
 
-def _classes(values: Sequence[str], models: Sequence[Sequence[str]]) -> tuple[frozenset[int], frozenset[str]]:
-    """Indices and names of classes. A number is an index, unless it is a name."""
-    indices, names = set(), set()
+class _OfClass:
+    """A value of the field ``class``: an index, or a pattern of names."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._index = int(text) if text.isascii() and text.isdigit() and len(text) <= _INDEX_DIGITS else None
+        self._pattern = Pattern(text)
+
+    def matches(self, index: int, name: str) -> bool:
+        return index == self._index if self._index is not None else self._pattern.matches(name)
+
+
+class _Matching(Protocol):
+    def matches(self, name: str) -> bool: ...
+
+
+def _any_of(patterns: Sequence[_Matching]) -> Callable[[str], bool]:
+    """Whether one of the patterns fits a name; without patterns, every name does."""
+    if not patterns:
+        return lambda _: True
+    return functools.lru_cache(_MAX_VERDICTS)(lambda name: any(it.matches(name) for it in patterns))
+
+
+def _any_class_of(classes: Sequence[_OfClass]) -> Callable[[int, str], bool]:
+    if not classes:
+        return lambda _index, _name: True
+    return functools.lru_cache(_MAX_VERDICTS)(lambda index, name: any(it.matches(index, name) for it in classes))
+
+
+def _hint(value: str, models: Sequence[Sequence[str]]) -> str:
+    """What to write in place of a class that no model has."""
     known = {name for labels in models for name in labels}
-    most = max((len(labels) for labels in models), default=0)
-    for value in values:
-        if value in known:
-            names.add(value)
-        elif value.isascii() and value.isdigit() and int(value) < most:
-            indices.add(int(value))
-        else:
-            near = difflib.get_close_matches(value[:80], known, _NEAREST)
-            hint = f"the nearest names are {', '.join(map(repr, near))}" if near else f"indices are 0 to {most - 1}"
-            raise InvalidConfig(f"no served model has a class {value[:80]!r}; {hint}")
-    return frozenset(indices), frozenset(names)
+    near = [_written(name) for name in difflib.get_close_matches(value[:80], known, _NEAREST)]
+    if near:
+        return f"the nearest names are {', '.join(map(repr, near))}"
+    return f"indices are 0 to {max((len(labels) for labels in models), default=0) - 1}"
+
+
+def _written(name: str) -> str:
+    """The pattern that stands for a class's name and nothing else."""
+    return f"[{name[0]}]{name[1:]}" if name.isascii() and name.isdigit() else glob.escape(name)

@@ -52,11 +52,15 @@ def add_answers(
     )  # fmt: skip
     async def answers(
         request: Request,
-        client: Annotated[list[str], Query(description="a client's name, or a pattern")] = _NONE,
-        model: Annotated[list[str], Query(description="id of a model")] = _NONE,
+        client: Annotated[list[str], Query(description="a client's name, a pattern, or @GROUP")] = _NONE,
+        model: Annotated[list[str], Query(description="id of a model, or a pattern")] = _NONE,
         session: Annotated[list[str], Query(description="id of a session")] = _NONE,
-        classes: Annotated[list[str], Query(alias="class", description="name or index of a class")] = _NONE,
-        min_score: Annotated[float, Query(ge=0, le=1, description="least score or share of such a class")] = 0.0,
+        classes: Annotated[
+            list[str], Query(alias="class", description="name of a class, a pattern, or an index")
+        ] = _NONE,
+        min_score: Annotated[
+            float, Query(ge=0, le=1, description="least score, or share of a class map, of such a class")
+        ] = 0.0,
         map_form: Annotated[MapForm, Query(alias="map", description="form of class maps")] = MapForm.NONE,
         after: Annotated[str, Query(description="id of the last answer that you have; 0 for all that is kept")] = "",
         last_event_id: Annotated[str, Header(description="the same; it counts more than after")] = "",

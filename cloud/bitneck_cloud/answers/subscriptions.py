@@ -16,6 +16,7 @@ from bitneck_cloud.access.bearers import BearerTokens, Holder
 from bitneck_cloud.answers.document import MapForm, Published
 from bitneck_cloud.answers.filters import AnswerFilter, Wanted
 from bitneck_cloud.answers.hub import Hub, Missed
+from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.observe.audit import record
 from bitneck_cloud.observe.metrics import Metrics
 
@@ -192,10 +193,14 @@ class Subscriptions:
         metrics: counts what happens.
         heartbeat_s: seconds after which a subscriber without news gets a sign of life.
         stall_s: seconds that a subscriber may leave one message unread; 0 for ever.
+        groups: of clients, for filters.
     """
 
-    def __init__(self, hub: Hub, *, most: int, metrics: Metrics, heartbeat_s: float, stall_s: float) -> None:
+    def __init__(
+        self, hub: Hub, *, most: int, metrics: Metrics, heartbeat_s: float, stall_s: float, groups: Groups
+    ) -> None:
         self.hub = hub
+        self._groups = groups
         self.heartbeat_s = heartbeat_s
         self.stall_s = stall_s
         self._most = most
@@ -231,13 +236,14 @@ class Subscriptions:
             who: the caller, for the log; None for the one that the context knows.
 
         Raises:
-            InvalidConfig, UnknownModel: see `AnswerFilter` and `Hub.begin`.
+            InvalidConfig, UnknownModel: see `AnswerFilter`, its `check_served`, and `Hub.begin`.
             Overloaded: there are too many subscribers.
             Unavailable: the server is stopping.
         """
         if self._draining is not None:
             raise self._draining
-        chosen = AnswerFilter(wanted, labels)
+        chosen = AnswerFilter(wanted, self._groups)
+        chosen.check_served(labels)
         position, gone = self.hub.begin(after)
         if len(self._open) >= self._most:
             raise Overloaded(f"{self._most} subscribers are there already; end one, or raise max_subscribers")

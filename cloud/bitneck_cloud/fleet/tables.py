@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitneck.errors import InvalidConfig
+from bitneck.settings.model import Table
 from bitneck_cloud.fleet.patterns import MAX_PATTERN_CHARACTERS, Groups, Pattern
 from bitneck_cloud.fleet.rules import EVERYTHING, RateRule, RuleBook
 from bitneck_cloud.sessions.rates import ClientChooses, FixedPoint, MaxBytesPerFrame, MaxKbps, MinAccuracy, RatePolicy
@@ -50,7 +51,7 @@ class RateRequest(BaseModel):
                 return MinAccuracy(given["min_accuracy"])
 
 
-class RateTable(RateRequest):
+class RateTable(RateRequest, Table):
     """A rule: a rate for some clients with some models."""
 
     model: str = Field(

@@ -85,6 +85,8 @@ def default_text(field: FieldInfo) -> str:
     match field.default:
         case None | "" | ():
             return ""
+        case dict(value) if not value:
+            return ""
         case bool(value):
             return "on" if value else "off"
         case float(value):

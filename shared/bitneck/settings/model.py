@@ -31,7 +31,7 @@ from pydantic_settings import (
 from bitneck.errors import InvalidConfig
 
 __all__ = [
-    "Address", "JsonTable", "Names", "Paths", "Settings", "Table", "Tables", "has_tables", "setting", "unknown_name",
+    "Address", "JsonTable", "Names", "Paths", "Settings", "Table", "Tables", "has_flag", "setting", "unknown_name",
 ]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
@@ -73,29 +73,29 @@ def _parse(value: Any) -> Any:
 
 Item = TypeVar("Item")
 
-Tables = Annotated[tuple[Item, ...] | None, NoDecode, BeforeValidator(_parse)]
-"""Tables of the file (``[[name]]``); in the environment a JSON list, as flags JSON objects. None if not given."""
+Tables = Annotated[tuple[Item, ...], NoDecode, BeforeValidator(_parse)]
+"""Tables of the file (``[[name]]``), such as `Table`s; in the environment a JSON list, as flags JSON objects."""
 
-JsonTable = Annotated[dict[str, Item] | None, NoDecode, BeforeValidator(_parse)]
-"""A table of the file (``[name]``); elsewhere a JSON object. None if not given."""
+JsonTable = Annotated[dict[str, Item], NoDecode, BeforeValidator(_parse)]
+"""A table of the file (``[name]``); elsewhere a JSON object."""
 
 
-def setting(text: str, group: str, *, flag: str = "", tables: bool = False, **bounds: Any) -> Any:
+def setting(text: str, group: str, *, flag: str | None = "", **bounds: Any) -> Any:
     """What a model says of one setting, to stand in ``Annotated``.
 
     Args:
         text: what it does, in plain words. The default need not be said.
         group: heading under which the help and the documents list it.
-        flag: the flag, if it is not the setting's name with dashes, such as ``--provider``.
-        tables: it is a list of tables of the file (see `Table`), a JSON list in the environment, and has no flag.
+        flag: the flag, if it is not the setting's name with dashes, such as ``--provider``; None if there is none,
+            because tables that hold secrets do not belong on a command line. No error shows the values of such.
         **bounds: of the value, as `pydantic.Field` takes them.
     """
-    return Field(description=text, json_schema_extra={"group": group, "flag": flag, "tables": tables}, **bounds)
+    return Field(description=text, json_schema_extra={"group": group, "flag": flag}, **bounds)
 
 
-def has_tables(field: FieldInfo) -> bool:
-    """Whether a setting is a list of tables, which has no flag."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("tables"))
+def has_flag(field: FieldInfo) -> bool:
+    """Whether a setting can be given on a command line."""
+    return not isinstance(field.json_schema_extra, dict) or field.json_schema_extra.get("flag") is not None
 
 
 def unknown_name(known: Iterable[str], names: Iterable[str]) -> str:
@@ -110,7 +110,7 @@ def unknown_name(known: Iterable[str], names: Iterable[str]) -> str:
 
 
 class Table(BaseModel):
-    """One table of a list in the file, such as ``[[sinks]]``: frozen, and its unknown keys are errors."""
+    """One of `Tables`, such as a table ``[[sinks]]``: frozen, and its unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -223,8 +223,8 @@ class Settings(BaseSettings):
 
     @classmethod
     def flagged(cls) -> list[str]:
-        """The settings that have a flag: all but lists of tables."""
-        return [name for name, field in cls.model_fields.items() if not has_tables(field)]
+        """The settings that have a flag."""
+        return [name for name, field in cls.model_fields.items() if has_flag(field)]
 
     @classmethod
     def environment(cls) -> list[str]:
@@ -277,6 +277,6 @@ class Settings(BaseSettings):
         if origin := origins.get(name, ""):
             where += f" ({origin})"
         field = cls.model_fields.get(name)
-        if field is not None and (has_tables(field) or "Secret" in repr(field.annotation)):
+        if field is not None and (not has_flag(field) or "Secret" in repr(field.annotation)):
             return InvalidConfig(f"{where}: {message}")
         return InvalidConfig(f"{where}: {message} (got {first.get('input')!r:.80})")

@@ -2,16 +2,21 @@
 
 One connection is used until it fails. The next one begins clean, and with the first answer that was not acknowledged:
 the client library keeps nothing that it would send again by itself, in another order.
+
+Some brokers end the connection at a message that they do not want, such as one that is too large. A message at which
+the connection ended is sent alone the next time, once the broker has shown that it answers. If the connection ends
+there again and again, the message is to blame, and it is set aside.
 """
 
 import json
+import logging
 import secrets
 import ssl
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from paho.mqtt import client as paho
@@ -27,6 +32,7 @@ from bitneck_cloud.answers.sinks.topics import topic_of
 
 __all__ = ["MqttSink"]
 
+_LOG = logging.getLogger(__name__)
 _BATCH, _BATCH_BYTES = 100, 1 << 20
 _KEEPALIVE_S = 30
 _IN_FLIGHT = 20
@@ -36,6 +42,10 @@ _MOST_CLIENTS = 10_000
 _STATES_AT_ONCE = 200
 _PACKET_OVERHEAD = 256
 """Bytes of a message beside its topic and its payload, at most: header, number, properties."""
+_MOST_LOSSES = 3
+"""Connections in a row that may end at one message."""
+_NO_TOPIC = "bitneck/no-such-topic"
+_CUT = f"the connection ended {_MOST_LOSSES} times in a row when it was sent; is it too large for the broker?"
 _REFUSED = 0x80
 _PASSING = frozenset({0x80, 0x83, 0x97})
 """Reasons after which the same message may pass later: unspecified, the implementation's own, a quota."""
@@ -43,6 +53,23 @@ _PASSING = frozenset({0x80, 0x83, 0x97})
 
 class _Failed(Exception):
     """The connection is of no use any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What became of messages.
+
+    Attributes:
+        reasons: what the broker says of them, from the first one up to the first without an acknowledgement.
+        error: why that one has none; empty if all of them have one.
+        cut: whether the connection ended while that one was under way.
+        blamed: whether that was so often enough that the message is to blame.
+    """
+
+    reasons: list[ReasonCode]
+    error: str = ""
+    cut: bool = False
+    blamed: bool = False
 
 
 class _Connection:
@@ -60,6 +87,7 @@ class _Connection:
         self._ended = ""
         self._window = _IN_FLIGHT
         self._acks: dict[int, ReasonCode] = {}
+        self._echoed = False
         self.max_packet = 0
         self._will_topic = topic_of(table.server_topic, {"server": server}) if table.server_topic else ""
         self._server = server
@@ -73,6 +101,7 @@ class _Connection:
         )
         client.connect_timeout = table.timeout_s
         client.on_connect, client.on_disconnect, client.on_publish = self._on_connect, self._on_disconnect, self._on_ack
+        client.on_unsubscribe = self._on_unsubscribe
         self._properties: Properties | None = None
         if five:
             self._properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
@@ -106,43 +135,55 @@ class _Connection:
             if self._ended or not self._connected:
                 raise _Failed(f"{table.host}:{port}: {self._ended or 'the broker does not answer'}")
         if self._will_topic:
-            _, error = self.publish([(self._will_topic, self._greeting(online=True), True)])
-            if error:
-                raise _Failed(error)
+            said = self.publish([(self._will_topic, self._greeting(online=True), True)])
+            if said.error:
+                raise _Failed(said.error)
 
     def usable(self) -> bool:
         """Whether messages can be sent."""
         return self._connected and not self._ended
 
-    def publish(self, messages: Sequence[tuple[str, bytes, bool]]) -> tuple[list[ReasonCode], str]:
+    def check(self) -> None:
+        """Ask the broker for any answer at all.
+
+        Raises:
+            _Failed: there is none.
+        """
+        self._echoed = False
+        self._client.unsubscribe(_NO_TOPIC)  # needs no right and changes nothing, and every broker acknowledges it
+        with self._changed:
+            self._changed.wait_for(lambda: self._echoed or self._ended, self._table.timeout_s)
+            if not self._echoed:
+                raise _Failed(self._ended or f"no answer within {self._table.timeout_s:g} s")
+
+    def publish(self, messages: Sequence[tuple[str, bytes, bool]]) -> _Said:
         """Send messages and wait for their acknowledgements.
 
         Args:
             messages: topic, payload, and whether the broker keeps it.
-
-        Returns:
-            What the broker says of the messages, from the first one up to the first without an acknowledgement; and
-            why that one has none.
         """
         numbers: list[int] = []
-        answers: list[ReasonCode] = []
+        reasons: list[ReasonCode] = []
         for place in range(len(messages)):
             while len(numbers) < min(len(messages), place + self._window):
                 topic, payload, retain = messages[len(numbers)]
                 try:
                     info = self._client.publish(topic, payload, qos=1, retain=retain, properties=self._properties)
                 except ValueError as exc:  # too long for the protocol itself
-                    return answers, f"a message cannot be sent: {exc}"
+                    return _Said(reasons, f"a message cannot be sent: {exc}")
                 if info.rc != paho.MQTT_ERR_SUCCESS:
-                    return answers, self._ended or paho.error_string(info.rc)
+                    break
                 numbers.append(info.mid)
+            if place == len(numbers):
+                return _Said(reasons, self._ended or paho.error_string(info.rc))
             with self._changed:
                 number = numbers[place]
                 self._changed.wait_for(lambda: number in self._acks or self._ended, self._table.timeout_s)  # noqa: B023
                 if number not in self._acks:
-                    return answers, self._ended or f"no acknowledgement within {self._table.timeout_s:g} s"
-                answers.append(self._acks.pop(number))
-        return answers, ""
+                    cut = bool(self._ended)
+                    return _Said(reasons, self._ended or f"no acknowledgement within {self._table.timeout_s:g} s", cut)
+                reasons.append(self._acks.pop(number))
+        return _Said(reasons)
 
     def close(self, *, goodbye: bool) -> None:
         """End the connection.
@@ -186,6 +227,11 @@ class _Connection:
             self._acks[mid] = reason
             self._changed.notify_all()
 
+    def _on_unsubscribe(self, *_: Any) -> None:
+        with self._changed:
+            self._echoed = True
+            self._changed.notify_all()
+
 
 class MqttSink:
     """See `bitneck_cloud.answers.sinks.state.Sink`.
@@ -203,6 +249,8 @@ class MqttSink:
         self._lock = threading.Lock()
         self._states: OrderedDict[str, bytes] = OrderedDict()
         self._untold: OrderedDict[str, None] = OrderedDict()
+        self._cut_at: int | str | None = None  # id of the answer, or the client, at whose message the connection ended
+        self._cuts = 0
 
     def restless(self) -> bool:
         """Whether it has to connect, or to tell the state of a client."""
@@ -254,16 +302,21 @@ class MqttSink:
 
     def _tell_states(self, connection: _Connection) -> None:
         with self._lock:
-            clients = list(self._untold)[:_STATES_AT_ONCE]
+            clients = sorted(self._untold, key=lambda client: client != self._cut_at)[:_STATES_AT_ONCE]
             payloads = [self._states[client] for client in clients]
             for client in clients:
                 del self._untold[client]
         topics = [topic_of(self._table.state_topic, {"client": c, "server": self._server}) for c in clients]
-        answers, error = connection.publish([(*pair, True) for pair in zip(topics, payloads, strict=True)])
-        if error:
+        said = self._say(connection, clients, [(*pair, True) for pair in zip(topics, payloads, strict=True)])
+        if said.error:
+            left = clients[len(said.reasons) :]
             with self._lock:
-                self._untold.update(dict.fromkeys(clients[len(answers) :]))
-            raise _Failed(error)
+                if said.blamed:
+                    _LOG.warning("sink %s: the state of client %r is not told: %s", self._table.name, left[0], _CUT)
+                    self._states.pop(left[0], None)
+                    del left[0]
+                self._untold.update(dict.fromkeys(left))
+            raise _Failed(said.error)
 
     def _publish(self, connection: _Connection, batch: Sequence[Queued]) -> Attempt:
         messages = [self._message(each) for each in batch]
@@ -272,21 +325,48 @@ class MqttSink:
             bool(limit) and len(topic.encode(errors="replace")) + len(body) + _PACKET_OVERHEAD > limit
             for topic, body, _ in messages
         ]
-        answers, error = connection.publish([m for m, big in zip(messages, too_large, strict=True) if not big])
+        fitting = [k for k, big in enumerate(too_large) if not big]
+        said = self._say(connection, [batch[k].id for k in fitting], [messages[k] for k in fitting])
+        error, cut = said.error, False
         settled: list[str] = []
-        said = iter(answers)
+        reasons = iter(said.reasons)
         for big in too_large:
             if big:
                 settled.append(f"the broker takes packets of {limit} bytes")
                 continue
-            reason = next(said, None)
+            reason = next(reasons, None)
             if reason is None:
+                if cut := said.blamed:
+                    settled.append(_CUT)
                 break
             if reason.value in _PASSING:
                 error = error or f"the broker refuses for the moment: {reason}"
                 break
             settled.append(f"the broker refuses: {reason}" if reason.value >= _REFUSED else "")
-        return Attempt(tuple(settled), error)
+        return Attempt(tuple(settled), error, cut=cut)
+
+    def _say(
+        self, connection: _Connection, keys: Sequence[int | str], messages: Sequence[tuple[str, bytes, bool]]
+    ) -> _Said:
+        """Publish, and remember at which message the connection ends."""
+        suspected = bool(keys) and keys[0] == self._cut_at
+        if suspected:
+            connection.check()
+            said = connection.publish(messages[:1])
+            if not said.error:
+                self._cut_at, self._cuts = None, 0
+                rest = connection.publish(messages[1:])
+                said = _Said(said.reasons + rest.reasons, rest.error, rest.cut)
+        else:
+            said = connection.publish(messages)
+        if said.cut:
+            key = keys[len(said.reasons)]
+            self._cuts = self._cuts + 1 if key == self._cut_at else 1
+            self._cut_at = key
+            if self._cuts >= _MOST_LOSSES:
+                self._cut_at, self._cuts = None, 0
+                return replace(said, blamed=True)
+        return said
 
     def _message(self, queued: Queued) -> tuple[str, bytes, bool]:
         document = json.loads(queued.body)

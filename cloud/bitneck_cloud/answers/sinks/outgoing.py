@@ -6,13 +6,13 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bitneck.errors import InvalidConfig
+from bitneck.errors import InvalidConfig, UnknownModel
 from bitneck.text import clean_text
-from bitneck_cloud.answers.sinks.filters import Filter
+from bitneck_cloud.answers.filters import AnswerFilter
 from bitneck_cloud.answers.sinks.jsonl import JsonlSink
 from bitneck_cloud.answers.sinks.mqtt import MqttSink
 from bitneck_cloud.answers.sinks.queue_file import QueueFile
@@ -21,6 +21,7 @@ from bitneck_cloud.answers.sinks.sender import Sender
 from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTable, WebhookTable, check_key, secret_of
 from bitneck_cloud.answers.sinks.state import Bounds, ClientState, Document, Entry, Sink, SinkState
 from bitneck_cloud.answers.sinks.webhook import WebhookSink
+from bitneck_cloud.fleet.patterns import Groups
 
 __all__ = ["Outgoing"]
 
@@ -39,7 +40,11 @@ class Outgoing:
         queue: file of the queue; None where there is no sink.
         server: name of this server.
         sync: whether each commit is forced to the disk; else that is done once a second.
+        groups: of clients, for filters; None for none.
         clock: seconds since 1970.
+
+    Raises:
+        InvalidConfig: a filter is refused.
     """
 
     def __init__(
@@ -49,16 +54,12 @@ class Outgoing:
         *,
         server: str,
         sync: bool = False,
+        groups: Groups | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path, self._clock = queue, clock
         self._tables = tuple(tables)
-        self._filters = {
-            table.name: Filter(
-                clients=table.client, models=table.model, classes=table.classes, min_score=table.min_score
-            )
-            for table in tables
-        }
+        self._filters = {table.name: AnswerFilter(table.wanted, groups or Groups()) for table in tables}
         bounds = {table.name: Bounds(table.queue_bytes, table.queue_age_s) for table in tables}
         self._queue = QueueThread(QueueFile(queue, bounds, sync=sync)) if queue is not None and tables else None
         self._senders: dict[str, Sender] = {}
@@ -75,6 +76,21 @@ class Outgoing:
     def wants_maps(self) -> bool:
         """Whether a sink sends class maps along. If none does, documents need not hold them."""
         return any(table.maps != "none" for table in self._tables)
+
+    def check_served(self, labels: Mapping[str, Sequence[str]]) -> None:
+        """Refuse a sink that no answer of the served models would ever go to.
+
+        Args:
+            labels: names of the classes of each served model, by its id.
+
+        Raises:
+            InvalidConfig: the filter of a sink has a model or class that is not served.
+        """
+        for name, chosen in self._filters.items():
+            try:
+                chosen.check_served(labels)
+            except (InvalidConfig, UnknownModel) as exc:
+                raise InvalidConfig(f"sink {name}: {exc}") from exc
 
     def start(self) -> None:
         """Open the queue and begin to deliver what is in it. It blocks.
@@ -127,9 +143,10 @@ class Outgoing:
         too_large: Counter[str] = Counter()
         for document, owner in zip(documents, owners or [""] * len(documents), strict=True):
             bodies: dict[str, bytes] = {}
+            facts = str(document["client"]), str(document["model"]), str(document["session"]), _found(document)
             with_map = without_map = b""
             for table in self._tables:
-                if not self._filters[table.name].takes(document):
+                if not self._filters[table.name].takes(*facts):
                     continue
                 if table.maps == "none" or document.get("map") is None:
                     body = without_map = without_map or _dump({**document, "map": None})
@@ -242,6 +259,12 @@ class Outgoing:
                 _LOG.warning("housekeeping of sinks_queue failed; it goes on: %s", exc)
             except Exception:  # noqa: BLE001  a bug here must not stop what comes after it
                 _LOG.exception("housekeeping of sinks_queue failed; it goes on")
+
+
+def _found(document: Document) -> list[tuple[int, str, float]]:
+    """Index, name, and score or share of the classes in a document."""
+    found = [(each["index"], each["name"], each["score"]) for each in document.get("labels") or ()]
+    return found + [(each["index"], each["name"], each["share"]) for each in document.get("shares") or ()]
 
 
 def _dump(document: Document) -> bytes:

@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import sqlite3
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from bitneck.errors import MalformedFrame, StateUnusable
 from bitneck.text import clean_text
 from bitneck_cloud.answers.sinks.seen import Seen
+from bitneck_cloud.answers.sinks.sole_owner import SoleOwner
 from bitneck_cloud.answers.sinks.state import Bounds, Entry, Held, Queued
 
 __all__ = ["QueueFile"]
@@ -46,7 +48,10 @@ _MOST_STREAMS, _MEMORY_S = 100_000, 7 * 86_400.0
 _MOST_REFUSED = 100
 _MOST_CLIENTS = 10_000
 _ORPHAN_AGE_S = 7 * 86_400.0
-_BUSY_MS = 3000
+_OPEN_S = 3.0
+"""Seconds that opening waits for a lock: the server before this one may still be closing the file."""
+_BUSY_MS = 100
+"""Milliseconds that a commit, and with it a frame, waits for another program's lock, where none could be kept out."""
 
 
 class QueueFile:
@@ -66,6 +71,7 @@ class QueueFile:
         self._path, self._bounds, self._sync = path, bounds, sync
         self.writes = 0
         self._lock = -1
+        self._owner: SoleOwner | None = None
         self._streams_counted = 0.0
         self.held = {sink: Held() for sink in bounds}
         self._seen: OrderedDict[str, Seen] = OrderedDict()
@@ -87,7 +93,7 @@ class QueueFile:
         except (sqlite3.Error, OSError) as exc:
             text = " ".join(str(exc).split())
             if "locked" in text:
-                text += "; another server uses it: give each its own file"
+                text += "; another server uses it, or another program has it open: give each server its own file"
             elif "malformed" in text or "not a database" in text:
                 text += "; move it away to begin with an empty queue, the answers in it are lost"
             else:
@@ -102,8 +108,10 @@ class QueueFile:
             raise sqlite3.OperationalError("it is locked") from None
         # The answers of all clients: nobody else of this machine reads them.
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        self._owner = SoleOwner(self._path)
+        self._wait_until_alone(self._owner)
         # Transactions are begun and ended in `_transaction`; the thread is always the same one.
-        self._db = db = sqlite3.connect(self._path, isolation_level=None, timeout=_BUSY_MS / 1000)
+        self._db = db = sqlite3.connect(self._path, isolation_level=None, timeout=_OPEN_S)
         found = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         mark = db.execute("PRAGMA application_id").fetchone()[0], db.execute("PRAGMA user_version").fetchone()[0]
         if found and mark[0] != _APPLICATION:
@@ -132,6 +140,8 @@ class QueueFile:
             (*self.held, now - _ORPHAN_AGE_S),
         )
         db.execute("COMMIT")
+        self._owner.keep_others_out()
+        db.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
         others: dict[str, int] = {}
         for sink, count, size in db.execute("SELECT sink, count(*), sum(length(body)) FROM answers GROUP BY sink"):
             if sink in self.held:
@@ -141,10 +151,23 @@ class QueueFile:
                 others[sink] = count
         return others
 
+    @staticmethod
+    def _wait_until_alone(owner: SoleOwner) -> None:
+        end = time.monotonic() + _OPEN_S
+        while not owner.alone():
+            if time.monotonic() > end:
+                raise sqlite3.OperationalError("it is locked")
+            time.sleep(0.05)
+
     def close(self) -> None:
         """Close the file; the log beside it goes into it."""
+        if self._owner is not None:
+            self._owner.let_others_in()
         with contextlib.suppress(AttributeError):  # not opened
             self._db.close()
+        if self._owner is not None:
+            self._owner.close()
+        self._owner = None
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
@@ -290,11 +313,11 @@ class QueueFile:
             held.taken = 0
 
     def lost(self, counts: Mapping[str, int], reason: str) -> None:
-        """Answers were not committed.
+        """Count answers that fell out without a place in the file.
 
         Args:
             counts: how many, by sink.
-            reason: ``size`` or ``disk``.
+            reason: one of `DROPPED`.
         """
         for sink, count in counts.items():
             self.held[sink].dropped[reason] += count

@@ -148,9 +148,11 @@ class Sender:
         if len(refused) < len(attempt.settled):
             self._delivered_at = time.time()
         self._delivered += len(attempt.settled) - len(refused)
-        self._refused += len(refused)
+        self._refused += len(refused) - attempt.cut
+        if attempt.cut:
+            self._queue.call(self._queue.file.lost, {name: 1}, "connection")
         if refused:
-            _LOG.warning("sink %s: %d answers are refused for good: %s", name, len(refused), _short(refused[0]))
+            _LOG.warning("sink %s: %d answers are set aside for good: %s", name, len(refused), _short(refused[-1]))
         try:
             settled = tuple(_short(reason) for reason in attempt.settled)
             self._queue.call(self._queue.file.settle, name, batch, settled, time.time())

@@ -13,7 +13,9 @@ from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_v
 
 from bitneck.errors import InvalidConfig
 from bitneck.settings.model import Address, Table
+from bitneck_cloud.answers.filters import AnswerFilter, Wanted
 from bitneck_cloud.answers.sinks.topics import check_topic
+from bitneck_cloud.fleet.patterns import Groups
 
 __all__ = [
     "JsonlTable",
@@ -36,7 +38,7 @@ def _several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Patterns = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], BeforeValidator(_several)]
+Values = Annotated[tuple[str, ...], BeforeValidator(_several)]
 """One text, or a list of texts."""
 
 
@@ -51,14 +53,25 @@ class SinkTable(Table):
         ),
     ]
     client: Annotated[
-        Patterns, Field(description="Names of clients whose answers it gets, with * and ?. One text, or a list.")
+        Values,
+        Field(description="Clients whose answers it gets: names, patterns, or @GROUP. One text, or a list."),
     ] = ()
-    model: Annotated[Patterns, Field(description="Names of models, likewise.")] = ()
+    model: Annotated[Values, Field(description="Models: ids or patterns, likewise.")] = ()
+    session: Annotated[Values, Field(description="Sessions: ids, likewise.")] = ()
     classes: Annotated[
-        Patterns, Field(alias="class", description="Names of classes, likewise. One of them must be in the answer.")
+        Values,
+        Field(
+            alias="class",
+            description="Classes: names, patterns or indices, likewise. One of them must be in the answer.",
+        ),
     ] = ()
     min_score: Annotated[
-        float, Field(ge=0, le=1, description="Least score, or share of the pixels, of a class that counts.")
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Least score, or share of a class map, of such a class; without class, of the best one.",
+        ),
     ] = 0.0
     maps: Annotated[
         Literal["none", "runs", "png"], Field(description="How class maps go along: not at all, as runs, or as PNG.")
@@ -82,6 +95,13 @@ class SinkTable(Table):
     timeout_s: Annotated[
         float, Field(gt=0, le=300, description="Seconds that a connection or one request may take.")
     ] = 10.0
+
+    @property
+    def wanted(self) -> Wanted:
+        """The answers that it gets."""
+        return Wanted(
+            client=self.client, model=self.model, session=self.session, classes=self.classes, min_score=self.min_score
+        )
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
@@ -239,11 +259,16 @@ SinkTables = Annotated[MqttTable | WebhookTable | JsonlTable, Field(discriminato
 """One table, told apart by its ``kind``."""
 
 
-def check_sinks(sinks: Sequence[SinkTable], queue: Path | None) -> None:
-    """Refuse sinks that do not go together.
+def check_sinks(sinks: Sequence[SinkTable], queue: Path | None, groups: Groups) -> None:
+    """Refuse sinks that do not go together, and filters that are none.
+
+    Args:
+        sinks: of a server.
+        queue: file of their queue.
+        groups: of clients.
 
     Raises:
-        ValueError: no file for the queue, one name twice, or one file for two things.
+        ValueError: no file for the queue, one name twice, one file for two things, or a filter that is refused.
     """
     if sinks and queue is None:
         raise ValueError("sinks need a queue on a local disk: give sinks_queue, such as sinks_queue = 'sinks.db'")
@@ -253,6 +278,10 @@ def check_sinks(sinks: Sequence[SinkTable], queue: Path | None) -> None:
         if sink.name in names:
             raise ValueError(f"two sinks have the name {sink.name!r}; give each its own")
         names.add(sink.name)
+        try:
+            AnswerFilter(sink.wanted, groups)
+        except InvalidConfig as exc:
+            raise ValueError(f"sink {sink.name!r}: {exc}") from exc
         if isinstance(sink, JsonlTable):
             if (path := sink.path.absolute()) in files:
                 raise ValueError(f"sink {sink.name!r}: {sink.path} is written by something else too")

@@ -27,7 +27,8 @@ class SinkInfo(BaseModel):
     failed: int = Field(description="attempts that delivered nothing, or not all")
     refused: int = Field(description="answers that the other side will never take")
     dropped: dict[str, int] = Field(
-        description="answers that fell out: of too many bytes, of age, of their own size, or because of the disk"
+        description="answers that fell out: of too many bytes, of age, of their own size, because of the disk, or "
+        "because the connection ended each time when one was sent"
     )
     failing: bool = Field(description="whether the last attempt failed")
     last_error: str

@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["Attempt", "Bounds", "ClientState", "Document", "Entry", "Held", "Queued", "Sink", "SinkState"]
+__all__ = ["DROPPED", "Attempt", "Bounds", "ClientState", "Document", "Entry", "Held", "Queued", "Sink", "SinkState"]
+
+DROPPED = ("bytes", "age", "size", "disk", "connection")
+"""Why an answer falls out."""
 
 Document = Mapping[str, Any]
 """What is said of one answer, as JSON can hold it."""
@@ -51,7 +54,7 @@ class Held:
     bytes: int = 0
     oldest_at: float = 0.0
     taken: int = 0
-    dropped: dict[str, int] = field(default_factory=lambda: {"bytes": 0, "age": 0, "size": 0, "disk": 0})
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(DROPPED, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +80,13 @@ class Attempt:
         settled: one text for each answer from the batch's front: empty if it was delivered, else why it never will be.
         error: why the others were not delivered; empty if there are none, or if they only wait for their turn.
         retry_after_s: seconds that the other side asks to wait; None if it does not say.
+        cut: whether the last one of the settled is given up because the connection ends at it each time.
     """
 
     settled: tuple[str, ...] = ()
     error: str = ""
     retry_after_s: float | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +158,7 @@ class SinkState:
         failed: attempts that delivered nothing, or not all.
         refused: answers that the other side will never take.
         dropped: answers that fell out, by reason: too many ``bytes``, too great an ``age``, a single one of too great a
-            ``size``, or a ``disk`` that did not take them.
+            ``size``, a ``disk`` that did not take them, or a ``connection`` that ended each time when one was sent.
         failing: whether the last attempt failed.
         last_error: text of the last failure; empty if there was none.
         last_error_at: when, seconds since 1970; None if there was none.
