@@ -80,6 +80,42 @@ async def test_each_answer_is_in_the_file_once_though_the_server_is_killed(tiny_
     assert all(labels[answer.seq] == answer.labels[0].name for answer in seen)
 
 
+async def test_numbers_and_ids_after_a_restart_are_new_also_where_no_sink_wants_the_answers(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    table = f'[[sinks]]\nkind = "jsonl"\nname = "file"\npath = "{tmp_path / "a.jsonl"}"\nclient = "nobody"\n'
+    last = ""
+    told: list[Any] = []
+    for _ in range(2):
+        with running_server(tiny_bundle.root, options=config(tmp_path, table)) as server:
+            async with edge_client(server.grpc, tmp_path, client="camera-1") as client:
+                for k in range(3):
+                    await client.infer(photo(k))
+            parameters = {"after": "0"} if not last else {}
+            headers = {"Last-Event-ID": last} if last else {}
+            async with (
+                asyncio.timeout(30),
+                httpx.AsyncClient(headers=headers) as http,
+                http.stream("GET", f"{server.http}/v1/answers", params=parameters) as response,
+            ):
+                async for line in response.aiter_lines():
+                    field, _, value = line.partition(": ")
+                    if field in ("event", "id"):
+                        told.append(value)
+                    elif field == "data" and told[-1] == "answer":
+                        told.append(json.loads(value)["number"])
+                    if field == "id" and told[-3:-1] in (["answer", 3], ["answer", 6]):
+                        break
+            last = told[-1]
+    numbers = [it for it in told if isinstance(it, int)]
+    assert numbers == [1, 2, 3, 4, 5, 6]
+    ids = [told[k + 2] for k, it in enumerate(told) if it == "answer"]
+    assert len({it.partition("-")[0] for it in ids}) == 2
+    assert [it.partition("-")[2] for it in ids] == list("123456")
+    assert told.count("missed") == 1
+    assert told.index("missed") > told.index(3)
+
+
 @pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 async def test_a_broker_learns_who_is_here_and_gets_answers(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with Broker(tmp_path / "broker") as broker, Subscriber.running(broker.port) as heard:

@@ -2,15 +2,19 @@
 
 A connection has `patience_s` for its TLS handshake, and the same for each request, from its first byte to the end of
 its body. It has `stall_s` to read what waits for it; an answer that is read may take as long as it wants. One that is
-silent, slow or one too many is closed, so strangers cannot use up the process's descriptors.
+silent, slow or one too many is closed, so strangers cannot use up the process's descriptors. Under TLS the same holds:
+there a client reads what its system acknowledges, because asyncio has two buffers then, and shows one of them.
 """
 
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import socket
 import ssl
+import struct
+import termios
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +32,12 @@ __all__ = ["HttpServer", "listen"]
 _LOG = logging.getLogger(__name__)
 _AFTER_ERROR_S = 0.2
 _GRACE_S = 5
+_STALLED_S = 1.0
+"""Seconds that a stopping server waits for a client that has something to read, and reads nothing of it."""
+_MOST_UNREAD_BYTES = 1 << 16
+"""That asyncio keeps for a connection before its answer has to wait; under TLS twice that, where it would be 0.5 MB."""
+_BYTES_ACKED = 120
+"""Place of ``tcpi_bytes_acked``, 8 bytes, in Linux's ``struct tcp_info``."""
 _NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 _RECEIVED = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
 
@@ -83,6 +93,7 @@ class _Protocol(H11Protocol):
         *args: Any,
         patience_s: float,
         stall_s: float,
+        connection: socket.socket,
         lost: "asyncio.Future[None]",
         refused: Callable[[str], None],
         **values: Any,
@@ -91,13 +102,15 @@ class _Protocol(H11Protocol):
         self._refused = refused
         self._patience_s = patience_s
         self._stall_s = stall_s
+        self._connection = connection
         self._lost = lost
         self._deadline: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
-        self._left = 0
+        self._left = (0, 0)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=_MOST_UNREAD_BYTES)
         self._expect()
 
     def data_received(self, data: bytes) -> None:
@@ -132,6 +145,47 @@ class _Protocol(H11Protocol):
         """Whether a request has come to its end, and is being answered."""
         return self.conn.their_state in _RECEIVED
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Something that changes when the client reads what waits for it."""
+        return self._acknowledged(), self._buffered()
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether there is nothing to do for the connection but to wait until its client has read, or closes it."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return answered or self._buffered() > 0 or self._in_kernel() > 0
+
+    def end(self) -> None:
+        """End the connection at once."""
+        self.transport.abort()
+        with contextlib.suppress(OSError):  # under TLS, a transport that was closed before does not hear that
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def _buffered(self) -> int:
+        """Bytes that asyncio keeps for the client, as far as it says so."""
+        try:
+            return self.transport.get_write_buffer_size()
+        except AttributeError:  # of TLS, and closed
+            return 0
+
+    def _acknowledged(self) -> int:
+        """Bytes that the client's system has acknowledged; 0 where that is not known."""
+        if not hasattr(socket, "TCP_INFO"):
+            return 0
+        try:
+            found = self._connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED + 8)
+        except OSError:  # it is closed
+            return 0
+        return int(struct.unpack_from("Q", found, _BYTES_ACKED)[0]) if len(found) == _BYTES_ACKED + 8 else 0
+
+    def _in_kernel(self) -> int:
+        """Bytes that the kernel keeps for the client; 0 where that is not known."""
+        try:
+            return int(struct.unpack("i", fcntl.ioctl(self._connection, termios.TIOCOUTQ, bytes(4)))[0])
+        except (OSError, ValueError):
+            return 0
+
     def _expect(self) -> None:
         self._deadline = self.loop.call_later(self._patience_s, self._too_slow)
 
@@ -146,18 +200,18 @@ class _Protocol(H11Protocol):
             self._unread = None
 
     def _watch(self) -> None:
-        self._left = self.transport.get_write_buffer_size()
+        self._left = self.progress
         self._unread = self.loop.call_later(self._stall_s, self._look)
 
     def _look(self) -> None:
         """Go on as long as the client reads, however slowly."""
-        if self.transport.get_write_buffer_size() < self._left:
+        if self.progress != self._left:
             self._watch()
         else:
             self._too_slow()
 
     def _too_slow(self) -> None:
-        self.transport.abort()
+        self.end()
 
 
 class HttpServer(uvicorn.Server):
@@ -215,11 +269,23 @@ class HttpServer(uvicorn.Server):
                 task.cancel()
         for protocol in list(self.server_state.connections):
             if isinstance(protocol, _Protocol) and not protocol.received:
-                protocol.transport.abort()  # what has not come by now is not waited for
+                protocol.end()  # what has not come by now is not waited for
+        ending = asyncio.create_task(self._end_stalled())
         await super().shutdown(sockets)
+        ending.cancel()
         for protocol in list(self.server_state.connections):
-            protocol.transport.abort()
+            if isinstance(protocol, _Protocol):
+                protocol.end()
         await asyncio.gather(*self._work, return_exceptions=True)
+
+    async def _end_stalled(self) -> None:
+        """Close the connections whose clients do not read. What is still to be answered is waited for."""
+        while True:
+            before = {it: it.progress for it in self.server_state.connections if isinstance(it, _Protocol)}
+            await asyncio.sleep(_STALLED_S)
+            for protocol, progress in before.items():
+                if protocol.waits_for_client and protocol.progress == progress:
+                    protocol.end()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -266,6 +332,7 @@ class HttpServer(uvicorn.Server):
                 app_state=self.lifespan.state,
                 patience_s=self._patience_s,
                 stall_s=self._stall_s,
+                connection=connection,
                 lost=lost,
                 refused=lambda reason: self._refusals.refused(f"address {host}", reason),
             )

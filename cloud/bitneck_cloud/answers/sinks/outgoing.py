@@ -1,5 +1,6 @@
 """Answers on their way to all sinks: committed to the queue on disk, then delivered by a thread for each sink."""
 
+import contextlib
 import json
 import logging
 import sqlite3
@@ -71,6 +72,7 @@ class Outgoing:
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep_house, name="bitneck-sinks-keeper", daemon=True)
         self._uncommitted, self._logged_at = 0, -_TROUBLE_LOG_S
+        self._reached = self._written = 0
 
     @property
     def wants_maps(self) -> bool:
@@ -120,9 +122,10 @@ class Outgoing:
         self._keeper.start()
 
     def last_number(self) -> int:
-        """The largest ``number`` of an answer that was committed to this queue; 0 for none. A server counts on from it.
+        """The largest ``number`` of an answer that was given to `commit`; 0 for none. A server counts on from it.
 
-        It reads the disk; call it once, after `start`.
+        After a kill, it may be that of an answer some seconds before, if no sink wanted those that came after it. It
+        reads the disk; call it once, after `start`.
         """
         return self._queue.call(self._queue.file.last_number) if self._queue is not None else 0
 
@@ -139,6 +142,7 @@ class Outgoing:
         """
         if self._queue is None or not documents:
             return
+        self._reached = max(self._reached, *(document["number"] for document in documents))
         entries: list[Entry] = []
         too_large: Counter[str] = Counter()
         for document, owner in zip(documents, owners or [""] * len(documents), strict=True):
@@ -169,6 +173,7 @@ class Outgoing:
         except sqlite3.Error as exc:
             self._not_committed(entries, exc)
             return
+        self._written = max(self._written, *(entry.number for entry in entries))
         for name in told:
             self._senders[name].wake()
 
@@ -203,6 +208,8 @@ class Outgoing:
             sender.join(max(0.0, deadline - time.monotonic()))
         if self._keeper.ident is not None:
             self._keeper.join()
+            with contextlib.suppress(sqlite3.Error):
+                self._keep_number()
         self._queue.close()
 
     def _tell(self, state: ClientState) -> bool:
@@ -221,6 +228,13 @@ class Outgoing:
             sender.sink.tell(told)
             sender.wake()
         return bool(wanting)
+
+    def _keep_number(self) -> None:
+        """Keep how far numbers have come, also where no sink wanted the newest answers."""
+        assert self._queue is not None
+        if (reached := self._reached) > self._written:
+            self._queue.call(self._queue.file.reach, reached)
+            self._written = reached
 
     def _keep_client(self, client: str, text: str) -> None:
         assert self._queue is not None
@@ -248,6 +262,7 @@ class Outgoing:
         forced = -1
         while not self._stop.wait(_HOUSEKEEPING_S):
             try:
+                self._keep_number()
                 if (writes := self._queue.file.writes) != forced:
                     forced = writes
                     checkpoint(self._path)

@@ -176,8 +176,16 @@ class QueueFile:
         """Copy what is left of the log into the file, and empty it."""
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
+    def reach(self, number: int) -> None:
+        """Remember the number of an answer that no sink wanted.
+
+        Args:
+            number: of the answer.
+        """
+        self._transaction(lambda: self._number(number))
+
     def last_number(self) -> int:
-        """The largest number of an answer that was ever committed; 0 if none was."""
+        """The largest number of an answer that was ever committed or reached; 0 if none was."""
         row = self._db.execute("SELECT value FROM numbers WHERE name = 'answer'").fetchone()
         return int(row[0]) if row else 0
 
@@ -212,10 +220,7 @@ class QueueFile:
                 "INSERT INTO streams VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET seqs = excluded.seqs, at = excluded.at",
                 [(stream, seen.dump(), now) for stream, seen in streams.items()],
             )
-            self._db.execute(
-                "INSERT INTO numbers VALUES ('answer', ?) ON CONFLICT DO UPDATE SET value = max(value, excluded.value)",
-                (number,),
-            )
+            self._number(number)
 
         self._transaction(write)
         for stream, seen in streams.items():
@@ -347,6 +352,10 @@ class QueueFile:
             _LOG.error("sinks_queue %s: what %s had answered is unreadable (%s); a repeat of it comes twice",
                        self._path, clean_text(stream), exc)  # fmt: skip
             return Seen()
+
+    def _number(self, number: int) -> None:
+        query = "INSERT INTO numbers VALUES ('answer', ?) ON CONFLICT DO UPDATE SET value = max(value, excluded.value)"
+        self._db.execute(query, (number,))
 
     def _look_at_oldest(self, sink: str) -> None:
         query = "SELECT at FROM answers WHERE sink = ? ORDER BY id LIMIT 1"
