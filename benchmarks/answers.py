@@ -1,11 +1,16 @@
-"""What subscribers cost a server: its processor time for a frame, its frames a second, and a frame's round trip.
+"""What subscribers and sinks cost a server: its processor time for a frame, its frames a second, a frame's round trip.
 
-    python benchmarks/answers.py --bundle build/efficientnet_lite0 [--subscribers 10] [--option=--FLAG ...] [--json]
+    python benchmarks/answers.py --bundle build/efficientnet_lite0 [--subscribers 10] [--sinks three] [--json]
 
-Two servers run side by side: one without subscribers, and one with subscribers that read all answers, in a process of
-their own, and with further options, such as a file that sets sinks up. They are loaded by turns, first as much as they
-take (saturation), then with half of that. Each figure is the median of the rounds' ratios, with / without: compare
-within one run only, because the machines that run this are shared.
+Two servers run side by side: a bare one, and one with subscribers that read all answers, in a process of their own, and
+with sinks: an MQTT broker (mosquitto), a webhook's server, each in a process of its own, and a file of JSON lines.
+`--sinks three` is the default where mosquitto is installed, `two` leaves the broker out. The servers are loaded by
+turns, first as much as they take (saturation), then with half of that. Each figure is the median of the rounds' ratios,
+with / without: compare within one run only, because the machines that run this are shared. At the end every sink must
+have delivered every answer, else the exit status is 1.
+
+`--against` compares with another environment's or checkout's server, which gets the same subscribers and sinks: before
+and after a change, in one run.
 """
 
 import argparse
@@ -16,12 +21,16 @@ import socket
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from multiprocessing import Queue
 from pathlib import Path
 from typing import Any
 
 import httpx
+import tomli_w
 
+from bitneck_testing.consumers.broker import MOSQUITTO, Broker
+from bitneck_testing.consumers.receiver import Receiver
 from bitneck_testing.photographs import sample_photo
 from bitneck_testing.processes import BIN, QUIET, Server, run_json, running_server, spawned_server
 
@@ -42,6 +51,42 @@ def subscribe(http: str, count: int, query: str, ready: "Queue[str]") -> None:
             assert isinstance(key.fileobj, socket.socket)
             if not key.fileobj.recv(1 << 16):
                 return
+
+
+def receive(address: "Queue[str]") -> None:
+    """The webhook's server."""
+    with Receiver().running() as running:
+        address.put(running.url)
+        while True:
+            time.sleep(1.0)
+            running.requests.clear()  # it keeps all that came
+
+
+def with_sinks(which: str, folder: Path, stack: ExitStack) -> tuple[str, ...]:
+    """Options of a server with sinks, whose other sides run until the stack ends."""
+    if which == "none":
+        return ()
+    folder.mkdir()
+    url = stack.enter_context(spawned_server(receive))
+    tables: list[dict[str, Any]] = [
+        {"kind": "jsonl", "name": "file", "path": str(folder / "answers.jsonl")},
+        {"kind": "webhook", "name": "webhook", "url": url, "secret": "0123456789abcdef"},
+    ]
+    if which == "three":
+        broker = stack.enter_context(Broker(folder / "broker"))
+        tables.append({"kind": "mqtt", "name": "broker", "host": "127.0.0.1", "port": broker.port})
+    config = folder / "config.toml"
+    config.write_text(tomli_w.dumps({"sinks_queue": str(folder / "queue.db"), "sinks": tables}))
+    return ("--config", str(config))
+
+
+def delivered(server: Server) -> list[dict[str, Any]]:
+    """The sinks of a server, once they have delivered what waits for them, or do not get on."""
+    while True:
+        sinks: list[dict[str, Any]] = httpx.get(f"{server.http}/v1/sinks").json()
+        if not any(sink["queued"] and not sink["failing"] for sink in sinks):
+            return sinks
+        time.sleep(0.2)
 
 
 def processor_s(server: Server) -> float:
@@ -69,6 +114,7 @@ def load(server: Server, photo: Path, cache: Path, options: argparse.Namespace, 
     return {
         "processor_ms": spent / frames * 1e3,
         "frames_per_s": document["frames_per_s"],
+        "p50_ms": document["ms"]["round_trip"]["p50"],
         "p99_ms": document["ms"]["round_trip"]["p99"],
     }
 
@@ -88,35 +134,52 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--subscribers", type=int, default=10)
     parser.add_argument("--query", default="", help="of the subscribers, such as map=png")
+    parser.add_argument(
+        "--sinks", choices=["three", "two", "none"], default="three" if MOSQUITTO is not None else "two"
+    )
     parser.add_argument("--option", action="append", default=[], help="of the server with subscribers")
+    parser.add_argument("--against", type=Path, help="the command of the other server, which is not bare then")
     parser.add_argument("--point", default="s1-r3")
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         photo = sample_photo()
-        with (
-            running_server(options.bundle, options=QUIET) as bare,
-            running_server(options.bundle, options=(*QUIET, *options.option)) as busy,
-            spawned_server(subscribe, busy.http.removeprefix("http://"), options.subscribers, options.query),
-        ):
-            servers = [bare, busy]
-            for server in servers:
-                load(server, photo, folder, argparse.Namespace(**vars(options) | {"seconds": 1.0}), 0.0)
-            time.sleep(1.0)
-            saturated = rounds(servers, photo, folder, options, 0.0)
-            half = rounds(servers, photo, folder, options, saturated["frames_per_s"][0] / 2)
+
+        def server(name: str, program: Path, *, bare: bool) -> Server:
+            more = () if bare else (*options.option, *with_sinks(options.sinks, folder / name, stack))
+            running = stack.enter_context(running_server(options.bundle, options=(*QUIET, *more), program=program))
+            if not bare and options.subscribers:
+                http = running.http.removeprefix("http://")
+                stack.enter_context(spawned_server(subscribe, http, options.subscribers, options.query))
+            return running
+
+        command = BIN / "bitneck-cloud"
+        servers = [
+            server("one", options.against or command, bare=options.against is None),
+            server("other", command, bare=False),
+        ]
+        for each in servers:
+            load(each, photo, folder, argparse.Namespace(**vars(options) | {"seconds": 1.0}), 0.0)
+        time.sleep(1.0)
+        saturated = rounds(servers, photo, folder, options, 0.0)
+        half = rounds(servers, photo, folder, options, saturated["frames_per_s"][0] / 2)
+        sinks = delivered(servers[1])
+        missing = [it["name"] for it in sinks if it["delivered"] < answered(servers[1]) or any(it["dropped"].values())]
     if options.json:
-        print(json.dumps({"subscribers": options.subscribers, "saturation": saturated, "half": half}, indent=1))
-        return
-    for text, result in (("saturation", saturated), ("half of it", half)):
-        print(f"{text}: without / with {options.subscribers} subscribers, ratio")
+        document = {"subscribers": options.subscribers, "sinks": options.sinks, "saturation": saturated, "half": half}
+        print(json.dumps(document | {"delivered": {it["name"]: it["delivered"] for it in sinks}}, indent=1))
+    for text, result in () if options.json else (("saturation", saturated), ("half of it", half)):
+        other = "without" if options.against is None else str(options.against)
+        print(f"{text}: {other} / with {options.subscribers} subscribers and {options.sinks} sinks, ratio")
         for key, unit in (("processor_ms", "ms of the processor a frame"), ("frames_per_s", "frames a second"),
-                          ("p99_ms", "ms round trip, p99")):  # fmt: skip
+                          ("p50_ms", "ms round trip, p50"), ("p99_ms", "ms round trip, p99")):  # fmt: skip
             without, busy_one = result[key]
             print(f"  {without:8.2f} {busy_one:8.2f}  {result[f'{key}_ratio']:.2f}  {unit}")
+    if missing:
+        raise SystemExit(f"not every answer was delivered to: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

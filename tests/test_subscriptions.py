@@ -249,6 +249,22 @@ async def test_a_class_map_goes_as_runs_or_as_a_picture(server: Server, scene_bu
     assert image.getpalette()[:15] == colours()[:5].reshape(-1).tolist()  # type: ignore[index]
 
 
+async def test_a_frame_of_a_spool_has_its_map_too(server: Server, scene_bundle: Bundle, scenes: Frames) -> None:
+    async with (
+        events(server, model="scene", map="runs") as source,
+        session(server, scene_bundle, spool="0123456789abcdef", answers=pb.ANSWERS_SHARES) as device,
+    ):
+        frame = scenes.frame(1, "s1-r2", seed=5)
+        await device.ask(frame)
+        (event,) = await take(source, 1)
+    SCHEMA.validate(event.data)
+    assert event.data["spool"] == "0123456789abcdef"
+    wanted = scenes.logits("s1-r2", frame.payload).argmax(axis=0)
+    np.testing.assert_array_equal(
+        decode_map(base64.b64decode(event.data["map"]["data"]), height=24, width=40, number=5), wanted
+    )
+
+
 async def test_a_coarse_map_says_its_own_size(server: Server, scene_bundle: Bundle, scenes: Frames) -> None:
     async with (
         events(server, model="scene", map="png") as source,
