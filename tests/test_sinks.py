@@ -26,8 +26,8 @@ from PIL import Image
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, MalformedFrame, StateUnusable
 from bitneck_cloud.answers.sinks.maps import with_map
+from bitneck_cloud.answers.sinks.queue_access import log_bytes
 from bitneck_cloud.answers.sinks.queue_file import QueueFile
-from bitneck_cloud.answers.sinks.queue_thread import log_bytes
 from bitneck_cloud.answers.sinks.seen import MOST_RUNS, Seen
 from bitneck_cloud.answers.sinks.state import DROPPED, Bounds, Entry
 from bitneck_cloud.answers.sinks.topics import check_topic, topic_of

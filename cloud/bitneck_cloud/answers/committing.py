@@ -24,4 +24,5 @@ class SinkPublisher:
         self._outgoing.commit(
             [answer_document(answer, self._form) for answer in answers],
             [answer.answered.origin.caller or answer.client for answer in answers],
+            lambda place, text: answers[place].keep_bare(text),  # subscribers get the same
         )

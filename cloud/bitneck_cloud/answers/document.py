@@ -84,6 +84,10 @@ class Published:
         """The document as JSON, if it was made before."""
         return self._texts.get(form if self.has_map else MapForm.NONE)
 
+    def keep_bare(self, text: str) -> None:
+        """Keep the document without a map, which was made elsewhere, as JSON."""
+        self._texts[MapForm.NONE] = text
+
     def takes_long(self, form: MapForm) -> bool:
         """Whether `text` should have a thread: for a picture, and for a large map."""
         output = self.answered.output

@@ -16,8 +16,8 @@ from bitneck.text import clean_text
 from bitneck_cloud.answers.filters import AnswerFilter
 from bitneck_cloud.answers.sinks.jsonl import JsonlSink
 from bitneck_cloud.answers.sinks.mqtt import MqttSink
+from bitneck_cloud.answers.sinks.queue_access import QueueAccess, checkpoint, log_bytes
 from bitneck_cloud.answers.sinks.queue_file import QueueFile
-from bitneck_cloud.answers.sinks.queue_thread import QueueThread, checkpoint, log_bytes
 from bitneck_cloud.answers.sinks.sender import Sender
 from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTable, WebhookTable, check_key, secret_of
 from bitneck_cloud.answers.sinks.state import Bounds, ClientState, Document, Entry, Sink, SinkState
@@ -62,7 +62,7 @@ class Outgoing:
         self._tables = tuple(tables)
         self._filters = {table.name: AnswerFilter(table.wanted, groups or Groups()) for table in tables}
         bounds = {table.name: Bounds(table.queue_bytes, table.queue_age_s) for table in tables}
-        self._queue = QueueThread(QueueFile(queue, bounds, sync=sync)) if queue is not None and tables else None
+        self._queue = QueueAccess(QueueFile(queue, bounds, sync=sync)) if queue is not None and tables else None
         self._senders: dict[str, Sender] = {}
         self._known: dict[str, set[str]] = {table.name: set() for table in tables}
         if self._queue is not None:
@@ -129,7 +129,12 @@ class Outgoing:
         """
         return self._queue.call(self._queue.file.last_number) if self._queue is not None else 0
 
-    def commit(self, documents: Sequence[Document], owners: Sequence[str] = ()) -> None:
+    def commit(
+        self,
+        documents: Sequence[Document],
+        owners: Sequence[str] = (),
+        made: Callable[[int, str], None] = lambda _place, _text: None,
+    ) -> None:
         """Commit the answers of a pass for all sinks that want them. It blocks until they are on disk.
 
         A commit outlives this process. It outlives a power cut too, at once or a second later: see `sync`.
@@ -139,13 +144,15 @@ class Outgoing:
             documents: of the answers, in the order of answering. A map has run lengths, or is null.
             owners: who sent each frame, so that nobody's frames pass for repeats of another's spool; none if that does
                 not matter.
+            made: called with the place of a document and its JSON without a map, which others need not make again.
         """
         if self._queue is None or not documents:
             return
         self._reached = max(self._reached, *(document["number"] for document in documents))
         entries: list[Entry] = []
         too_large: Counter[str] = Counter()
-        for document, owner in zip(documents, owners or [""] * len(documents), strict=True):
+        for place, document in enumerate(documents):
+            owner = owners[place] if owners else ""
             bodies: dict[str, bytes] = {}
             facts = str(document["client"]), str(document["model"]), str(document["session"]), _found(document)
             with_map = without_map = b""
@@ -153,9 +160,13 @@ class Outgoing:
                 if not self._filters[table.name].takes(*facts):
                     continue
                 if table.maps == "none" or document.get("map") is None:
-                    body = without_map = without_map or _dump({**document, "map": None})
+                    if not without_map:
+                        text = _dump({**document, "map": None})
+                        without_map = text.encode()
+                        made(place, text)
+                    body = without_map
                 else:
-                    body = with_map = with_map or _dump(document)
+                    body = with_map = with_map or _dump(document).encode()
                 if len(body) > table.max_answer_bytes:
                     too_large[table.name] += 1
                 else:
@@ -282,8 +293,8 @@ def _found(document: Document) -> list[tuple[int, str, float]]:
     return found + [(each["index"], each["name"], each["share"]) for each in document.get("shares") or ()]
 
 
-def _dump(document: Document) -> bytes:
-    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+def _dump(document: Document) -> str:
+    return json.dumps(document, separators=(",", ":"), allow_nan=False)
 
 
 def _sink_of(table: SinkTable, server: str) -> tuple[str, Sink]:

@@ -1,4 +1,4 @@
-"""The queue of all sinks in one SQLite file. One thread opens it and calls it.
+"""The queue of all sinks in one SQLite file. One thread at a time uses it.
 
 answers(id, sink, at, body)    what waits, in the order of answering
 streams(stream, seqs, at)      which frames were answered before: a repeat is not queued again
@@ -110,8 +110,8 @@ class QueueFile:
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._owner = SoleOwner(self._path)
         self._wait_until_alone(self._owner)
-        # Transactions are begun and ended in `_transaction`; the thread is always the same one.
-        self._db = db = sqlite3.connect(self._path, isolation_level=None, timeout=_OPEN_S)
+        # Transactions are begun and ended in `_transaction`.
+        self._db = db = sqlite3.connect(self._path, isolation_level=None, timeout=_OPEN_S, check_same_thread=False)
         found = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         mark = db.execute("PRAGMA application_id").fetchone()[0], db.execute("PRAGMA user_version").fetchone()[0]
         if found and mark[0] != _APPLICATION:

@@ -9,7 +9,7 @@ import time
 from bitneck.backoff import Backoff
 from bitneck.errors import InvalidConfig
 from bitneck.text import clean_text
-from bitneck_cloud.answers.sinks.queue_thread import QueueThread
+from bitneck_cloud.answers.sinks.queue_access import QueueAccess
 from bitneck_cloud.answers.sinks.settings import SinkTable
 from bitneck_cloud.answers.sinks.state import Attempt, Queued, Sink, SinkState
 from bitneck_cloud.observe.audit import record
@@ -33,7 +33,7 @@ class Sender:
         queue: of all sinks.
     """
 
-    def __init__(self, table: SinkTable, kind: str, sink: Sink, queue: QueueThread) -> None:
+    def __init__(self, table: SinkTable, kind: str, sink: Sink, queue: QueueAccess) -> None:
         self.table, self.kind, self.sink = table, kind, sink
         self._queue = queue
         self._wake, self._stop = threading.Event(), threading.Event()

@@ -20,6 +20,7 @@ export function fleetPage(main, { complain, fine }) {
   const table = new Table("Clients", [
     { name: "Client", value: (row) => row.client || "(no name)" },
     { name: "State", value: (row) => element("span", { class: row.connected ? "good" : "quiet" }, row.connected ? "connected" : "gone") },
+    { name: "Last seen", value: (row) => row.connected ? "now" : `${duration(row.ago)} ago` },
     { name: "Model", value: (row) => row.model },
     { name: "Point", value: (row) => row.point },
     { name: "Frames/s", kind: "number", value: (row) => row.rate === null ? "–" : row.rate.toFixed(1) },
@@ -29,7 +30,6 @@ export function fleetPage(main, { complain, fine }) {
     { name: "Answered", kind: "number", value: (row) => count(row.frames) },
     { name: "In flight", kind: "number", value: (row) => count(row.inFlight) },
     { name: "Faults", kind: "number", value: (row) => row.faults ? element("span", { class: "bad" }, count(row.faults)) : "0" },
-    { name: "Last seen", value: (row) => row.connected ? "now" : `${duration(row.ago)} ago` },
   ]);
   main.append(
     element("form", { class: "row", role: "search", onsubmit: (event) => event.preventDefault() }, field("Search name, model or point", search), field("Show", state), found),

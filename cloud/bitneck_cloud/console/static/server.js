@@ -23,7 +23,7 @@ export function serverPage(main, { operate, complain, fine }) {
     { name: "Behind", kind: "number", value: (sink) => duration(sink.behind_s) },
     { name: "Delivered", kind: "number", value: (sink) => count(sink.delivered) },
     { name: "Dropped", kind: "number", value: (sink) => lost(sink) },
-    { name: "Last error", kind: "text", value: (sink) => sink.last_error || "–" },
+    { name: "Last error", kind: "text", value: (sink) => trouble(sink) },
   ]);
   const audit = new Table("The newest changes", [
     { name: "When", value: (line) => new Date(1000 * line.unix_s).toLocaleString() },
@@ -91,6 +91,14 @@ export function serverPage(main, { operate, complain, fine }) {
   }
 
   return poll(2, look, complain);
+}
+
+// A sink's last error, how long ago it was, and whether it has delivered since.
+function trouble(sink) {
+  if (!sink.last_error) return "–";
+  const over = !sink.failing && sink.last_delivered_at > sink.last_error_at;
+  const ago = duration(Math.max(0, Date.now() / 1000 - sink.last_error_at));
+  return element("span", { class: over ? "quiet" : "bad" }, `${sink.last_error} (${ago} ago${over ? "; delivers again" : ""})`);
 }
 
 // What a sink will never deliver, with the reasons.

@@ -1,8 +1,9 @@
-"""The one thread that owns the queue's file, and how what it wrote is forced to the disk beside it."""
+"""How several threads use the queue's file, one at a time, and how what they wrote is forced to the disk beside it."""
 
 import contextlib
 import os
 import sqlite3
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any, TypeVar
 
 from bitneck_cloud.answers.sinks.queue_file import QueueFile
 
-__all__ = ["QueueThread", "checkpoint", "log_bytes"]
+__all__ = ["QueueAccess", "checkpoint", "log_bytes"]
 
 T = TypeVar("T")
 
 
-class QueueThread:
-    """The one thread that opens, reads and writes a `QueueFile`.
+class QueueAccess:
+    """Lets one thread at a time open, read and write a `QueueFile`.
+
+    Whoever commits does it in its own thread: each step from thread to thread would wait for the interpreter's lock,
+    and a frame with it.
 
     Args:
         file: not opened yet.
@@ -24,24 +28,32 @@ class QueueThread:
 
     def __init__(self, file: QueueFile) -> None:
         self.file = file
+        self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "bitneck-sinks-queue")
         self._closed = False
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The result of a call there; or what it raises."""
-        return self.post(function, *arguments).result()
+        """The result of a call while no other thread has the file; or what it raises.
+
+        Raises:
+            RuntimeError: the file is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the queue is closed")
+            return function(*arguments)
 
     def post(self, function: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Begin a call there."""
-        return self._thread.submit(function, *arguments)
+        """Begin a call in another thread; for those that may not wait."""
+        return self._thread.submit(self.call, function, *arguments)
 
     def close(self) -> None:
-        """Finish the calls that were begun, close the file, and end the thread. A second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        self._thread.submit(self.file.close)
+        """Finish the calls that were begun, and close the file. A second call does nothing."""
         self._thread.shutdown(wait=True)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.file.close()
 
 
 def checkpoint(path: Path) -> None:
