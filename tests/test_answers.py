@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -90,7 +90,13 @@ def job(model: ServedModel, payload: bytes, seq: int, point: str = "s1-r2") -> J
 async def test_nothing_is_sent_before_its_pass_is_committed(model: ServedModel, frames: Frames, fails: bool) -> None:
     disk, readers = Disk(fails=fails), subscriptions()
     publishing = Publishing("server", readers, Metrics(), disk)
-    engine = Engine(max_batch=4, max_queue=100, answered=publishing.answered)
+    passes: list[int] = []
+
+    def passed(answers: Sequence[Answered], send: Callable[[], None]) -> None:
+        publishing.answered(answers, send)
+        passes.append(len(answers))
+
+    engine = Engine(max_batch=4, max_queue=100, answered=passed)
     engine.start()
     payload = frames.payload("s1-r2", 0)
     sent: list[int] = []
@@ -104,7 +110,7 @@ async def test_nothing_is_sent_before_its_pass_is_committed(model: ServedModel, 
         for seq in range(1, 11):
             engine.submit(job(model, payload, seq), settled)
         assert await asyncio.to_thread(disk.begun.acquire)
-        while engine.batches < 3:  # noqa: ASYNC110  the engine goes on while the disk works
+        while passes != [4, 4, 2]:  # noqa: ASYNC110  the engine goes on while the disk works
             await asyncio.sleep(0.01)
         assert (sent, len(readers.hub)) == ([], 0)
         disk.go.release()
@@ -118,6 +124,22 @@ async def test_nothing_is_sent_before_its_pass_is_committed(model: ServedModel, 
     assert [it.answered.origin.seq for it in readers.hub.read(1, everything, most=99, look_at=99).answers] == sent
     assert len(disk.threads) == 1
     await engine.stop()
+
+
+async def test_the_next_commit_does_not_wait_for_the_event_loop() -> None:
+    disk, readers = Disk(fails=False), subscriptions()
+    publishing = Publishing("server", readers, Metrics(), disk)
+    sent: list[int] = []
+    publishing.answered([answered(1)], lambda: sent.append(1))
+    assert await asyncio.to_thread(disk.begun.acquire)
+    publishing.answered([answered(2)], lambda: sent.append(2))
+    publishing.answered([answered(3)], lambda: sent.append(3))
+    disk.go.release()
+    assert disk.begun.acquire(timeout=20)  # and the loop stands still meanwhile
+    assert sent == []
+    disk.go.release()
+    await publishing.close()
+    assert (sent, disk.commits) == ([1, 2, 3], [[1], [2, 3]])
 
 
 async def test_a_pass_that_cannot_be_sent_keeps_no_other_back() -> None:

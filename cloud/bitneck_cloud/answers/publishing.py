@@ -7,7 +7,10 @@ publisher has committed all of it. Passes that end while it is at work are commi
 """
 
 import asyncio
+import contextlib
+import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -60,8 +63,10 @@ class Publishing:
         self._publisher = publisher
         self._next = subscriptions.hub.end
         self._thread = Workers(1, "bitneck-commit")
-        self._waiting: list[_Pass] = []
+        self._lock = threading.Lock()
+        self._waiting: list[_Pass] = []  # with the lock, as the next one
         self._committing = False
+        self._begun = 0  # passes that are not handed on yet
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -82,10 +87,13 @@ class Publishing:
         if self._publisher is None:
             self._hand_on(published, send)
             return
-        self._waiting.append((published, send))
+        self._begun += 1
         self._idle.clear()
-        if not self._committing:
-            self._begin(self._publisher)
+        with self._lock:
+            self._waiting.append((published, send))
+            begin, self._committing = not self._committing, True
+        if begin:
+            self._thread.post(functools.partial(self._commit, self._publisher, asyncio.get_running_loop()))
 
     async def close(self) -> None:
         """Wait until everything is committed and handed on, within a bound. Nothing may come after it."""
@@ -97,28 +105,27 @@ class Publishing:
             return
         await asyncio.to_thread(self._thread.close, wait=True)
 
-    def _begin(self, publisher: Publisher) -> None:
-        passes, self._waiting = self._waiting, []
-        self._committing = True
-        loop = asyncio.get_running_loop()
-        answers = [published for answers, _ in passes for published in answers]
-
-        def commit() -> None:
+    def _commit(self, publisher: Publisher, loop: asyncio.AbstractEventLoop) -> None:
+        """Commit until nothing waits. The next commit does not wait for the event loop, which may be busy."""
+        while True:
+            with self._lock:
+                passes, self._waiting = self._waiting, []
+                if not passes:
+                    self._committing = False
+                    return
+            answers = [published for answers, _ in passes for published in answers]
             try:
                 publisher.commit(answers)
             except Exception:  # noqa: BLE001  a bug there must not keep answers from their devices
                 _LOG.exception("%d answers could not be committed; they are sent all the same", len(answers))
-            loop.call_soon_threadsafe(self._committed, publisher, passes)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server did not wait any longer
+                loop.call_soon_threadsafe(self._committed, passes)
 
-        self._thread.post(commit)
-
-    def _committed(self, publisher: Publisher, passes: Sequence[_Pass]) -> None:
-        self._committing = False
-        if self._waiting:
-            self._begin(publisher)  # the thread goes on while answers are sent
+    def _committed(self, passes: Sequence[_Pass]) -> None:
         for answers, send in passes:
             self._hand_on(answers, send)
-        if not self._committing:
+        self._begun -= len(passes)
+        if not self._begun:
             self._idle.set()
 
     def _hand_on(self, answers: Sequence[Published], send: Callable[[], None]) -> None:
