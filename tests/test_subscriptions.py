@@ -374,7 +374,9 @@ async def test_filters_choose(server: Server, tiny_bundle: Bundle, scene_bundle:
         ("after=5", 400, "no id of an answer"),
         ("after=%0d%0aevil", 400, "no id of an answer"),
         ("&".join(f"client={k}" for k in range(65)), 400, "at most 64"),
-        ("client=" + 257 * "x", 400, "at most 256 characters"),
+        ("client=" + 129 * "x", 400, "a pattern has 1 to 128 characters, got 129"),
+        ("session=" + 257 * "x", 400, "at most 256 characters"),
+        ("client=@night", 400, "there is no group 'night' in the settings"),
     ],
 )
 def test_bad_requests_are_refused_with_the_reason(server: Server, query: str, status: int, text: str) -> None:

@@ -266,10 +266,10 @@ async def _serve(
         service.drain("the server is stopping")
         await _streams_end(service, settings.drain_s)
         subscriptions.drain("the server is stopping")
+        http.should_exit = True  # both at once: each waits a second for subscribers that read nothing
         await server.stop(grace=1.0)
         await engine.stop()
         await publishing.close()
-        http.should_exit = True
         await http_task
         for task in keeping:
             task.cancel()
