@@ -136,7 +136,7 @@ async def run(options: argparse.Namespace, folder: Path, stack: ExitStack) -> di
     config.write_text(tomli_w.dumps({"token_key": key, "server_name": "here", "sinks_queue": queue, "sinks": tables}))
     flags, address = ("--config", str(config), *QUIET), f"127.0.0.1:{free_port()}"
     servers: list[Server] = [start_server(options.bundle, options=flags, grpc=address)]
-    stack.callback(lambda: [server.close() for server in servers])
+    stack.callback(lambda: list(map(Server.close, servers)))
     over = asyncio.Event()
 
     def sinks() -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
@@ -72,7 +73,7 @@ class Client:
 
     async def read(self, size: int) -> bytes:
         if self._tls is not None:
-            return bytes(await self._run(lambda: self._tls.read(size)))
+            return bytes(await self._run(functools.partial(self._tls.read, size)))
         return await asyncio.get_running_loop().sock_recv(self._connection, size)
 
     async def _run(self, act: Callable[[], Any]) -> Any:
