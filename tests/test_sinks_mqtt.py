@@ -190,11 +190,12 @@ async def test_losses_that_are_not_a_messages_fault_set_nothing_aside(broker: Br
         with outgoing(tmp_path, mqtt(port, topic="lossy/{client}", protocol="3.1.1")) as running:
             await asyncio.to_thread(running.commit, answers(1, 400))
             for _ in range(8):
-                before = only(running)
-                await asyncio.to_thread(
-                    wait_for,
-                    lambda before=before: only(running).delivered > before.delivered or not only(running).queued,
-                )
+                before = only(running).delivered
+
+                def further(before: int = before) -> bool:
+                    return only(running).delivered > before or not only(running).queued
+
+                await asyncio.to_thread(wait_for, further)
                 link.cut()
                 link.mend()
             await asyncio.to_thread(wait_for, lambda: not only(running).queued)
