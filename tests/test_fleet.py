@@ -533,7 +533,7 @@ def bad_row(path: Path) -> None:
         (lambda path: path.write_bytes(b"not a database at all" * 50), "is damaged, or no state database"),
         (damaged, "is damaged, or no state database"),
         (foreign, "is a database of another program"),
-        (newer, "was written by a newer version of bitneck (schema 7, this one has 1)"),
+        (newer, "was written by a newer version of bitneck (schema 7, this one has 2)"),
         (bad_row, "a rule cannot be read"),
         (lambda path: path.mkdir(), "unable to open"),
     ],
@@ -593,7 +593,7 @@ def test_the_state_file_reads_what_it_wrote_and_what_a_compatible_newer_program_
     with sqlite3.connect(path) as connection:  # a newer program that adds what this one need not know
         connection.execute("ALTER TABLE clients ADD COLUMN place TEXT NOT NULL DEFAULT ''")
         connection.execute("CREATE TABLE more (x)")
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     connection.close()
     state = StateFile.open(path)
     assert state.clients() == [known("a", 5.0, frames=4)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.runtime import ModulePool, return_freed_memory
+from bitneck_cloud.canary.control import Canaries
 from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.observe.metrics import Metrics
@@ -41,6 +42,8 @@ class Reloader:
         threads: see `ServedModel`.
         metrics: counts the outcomes.
         earlier: keeps each bundle that is served.
+        canaries: of the server; None for none. While one of the model runs, it is not reloaded.
+        lock: held while a bundle is changed; None for one of its own.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class Reloader:
         threads: int,
         metrics: Metrics,
         earlier: EarlierBundles | None = None,
+        canaries: Canaries | None = None,
+        lock: asyncio.Lock | None = None,
     ) -> None:
         self._registry = registry
         self._folders = dict(folders)
@@ -58,25 +63,33 @@ class Reloader:
         self._threads = threads
         self._metrics = metrics
         self._earlier = earlier
-        self._lock = asyncio.Lock()
+        self._canaries = canaries
+        self._lock = lock or asyncio.Lock()
 
     async def reload(self, name: str) -> Reloaded:
         """Load the model's folder again. If that fails, the old bundle stays in service.
 
-        Open streams finish with the bundle that they began with; new ones get the new one.
+        Open streams finish with the bundle that they began with; new ones get the new one. The folder's bundle takes
+        the place of one that was promoted.
 
         Raises:
+            CanaryRefused: a canary of it runs.
+            StateUnusable: a promotion cannot be forgotten; nothing is changed.
             UnknownModel: no model with this name is served.
             InvalidConfig, BundleCorrupt, ModelFailure: the bundle in the folder cannot be served.
         """
         async with self._lock:
             old = self._registry.model(name)
+            if self._canaries is not None:
+                self._canaries.refuse_if_running(old.name)
             try:
                 new, loads = await asyncio.to_thread(self._load, old)
             except BitneckError as exc:
                 self._metrics.reload(old.name, "failed")
                 _LOG.error("reload of %s failed, %s goes on serving: %s", old.name, old.bundle.bundle_id, exc)
                 raise
+            if self._canaries is not None:
+                await self._canaries.folder_read(old.name, (new or old).bundle.bundle_id)
             if new is None:
                 self._metrics.reload(old.name, "unchanged")
                 return Reloaded(old.bundle.bundle_id, changed=False, added=(), removed=(), altered=(), files_loaded=0)

@@ -40,6 +40,9 @@ from bitneck_cloud.api.http_api import build_app
 from bitneck_cloud.api.http_guard import HttpGuard, KnownHosts
 from bitneck_cloud.api.http_server import MOST, HttpServer, listen
 from bitneck_cloud.api.readiness import Readiness
+from bitneck_cloud.canary.candidates import Candidates
+from bitneck_cloud.canary.control import Canaries
+from bitneck_cloud.canary.routes import CanaryMetrics
 from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.served_model import ServedModel
@@ -201,10 +204,16 @@ async def _serve(
         earlier=lambda name, bundle_id: earlier.generation(registry, name, bundle_id, pool, settings.threads),
     )  # fmt: skip
     fleet.serve(registry, service)
-    folders = {model.name: model.bundle.root for model in models.values()}
-    reloader = Reloader(registry, folders, pool, settings.threads, metrics, earlier)
+    folders, changing = {model.name: model.bundle.root for model in models.values()}, asyncio.Lock()
+    canaries = Canaries(
+        registry, Candidates(settings.candidates), fleet, service, pool, settings.threads, earlier,
+        settings.canary_photos, changing,
+    )  # fmt: skip
+    await canaries.resume()
+    reloader = Reloader(registry, folders, pool, settings.threads, metrics, earlier, canaries, changing)
     readiness = Readiness()
     metrics.registry.register(SinkMetrics(outgoing))
+    metrics.registry.register(CanaryMetrics(canaries, registry))
     metrics.gauge("streams", "Open streams.", lambda: service.streams)
     metrics.gauge("open_sessions", "Sessions, disconnected ones included.", lambda: registry.count)
     metrics.gauge("queue_frames", "Frames that wait for the engine.", lambda: engine.waiting)
@@ -219,6 +228,7 @@ async def _serve(
             fleet=fleet,
             metrics=metrics,
             reloader=reloader,
+            canaries=canaries,
             outgoing=outgoing,
             engine=engine,
             changes=changes,
@@ -255,7 +265,7 @@ async def _serve(
             keeping.append(asyncio.create_task(_tell_presence(presence, registry, service)))
         grpc_host, http_host = Address.parse(settings.grpc).host, Address.parse(settings.http).host
         http_port = http_sockets[0].getsockname()[1]
-        on_ready(Ready(str(Address(grpc_host, port)), str(Address(http_host, http_port)), models))
+        on_ready(Ready(str(Address(grpc_host, port)), str(Address(http_host, http_port)), dict(registry.models)))
         await stopping.wait()
         readiness.ready = False
         await health_servicer.enter_graceful_shutdown()
@@ -273,7 +283,7 @@ async def _serve(
         await http_task
         for task in keeping:
             task.cancel()
-        await asyncio.gather(*keeping, return_exceptions=True)
+        await asyncio.gather(*keeping, canaries.close(), return_exceptions=True)
         presence.look((), service.connected, time.time())
         refusals.flush(all_of_it=True)
         await asyncio.to_thread(tracer.close)

@@ -34,6 +34,23 @@ class CloudSettings(Settings):
     grpc: Annotated[str, setting("HOST:PORT where devices connect.", _SERVE)] = "127.0.0.1:50051"
     http: Annotated[str, setting("HOST:PORT where the control API listens.", _SERVE)] = "127.0.0.1:8080"
 
+    candidates: Annotated[
+        Path | None,
+        setting(
+            "Folder of bundles, each in a folder of its own, that the control API may give to some clients first. "
+            "Without it, it can give none.",
+            _SERVE,
+        ),
+    ] = None
+    canary_photos: Annotated[
+        Path | None,
+        setting(
+            "Folder of photographs. When such a bundle is tried, the server runs the edge's half of both bundles on "
+            "up to 200 of them, in the background, and compares the answers.",
+            _SERVE,
+        ),
+    ] = None
+
     http_token: Annotated[
         SecretStr | None,
         setting(

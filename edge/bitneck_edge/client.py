@@ -23,6 +23,7 @@ from bitneck.wire.messages import Device
 from bitneck.workers import Workers
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import open_supply
+from bitneck_edge.bundles.supply import Supply
 from bitneck_edge.encoder import FIRST_RUN_S
 from bitneck_edge.facts import ClientFacts
 from bitneck_edge.observe.observing import metrics_page, reports
@@ -30,7 +31,7 @@ from bitneck_edge.observe.state import Tally
 from bitneck_edge.passage import Passage, Ways
 from bitneck_edge.pipeline import Slots, pipeline
 from bitneck_edge.points import MeanInterval
-from bitneck_edge.reopening import keep_open, open_at_last
+from bitneck_edge.reopening import keep_current, keep_open, open_at_last
 from bitneck_edge.session import EdgeSession
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture, captures, newest
@@ -110,6 +111,8 @@ class EdgeClient(ClientFacts):
         self._switched_times = 0
         self._renewing = asyncio.Lock()
         self._renewal_failure: BitneckError | None = None
+        self._new_bundle = asyncio.Event()
+        self._mover: asyncio.Task[None] | None = None
         self._revivals = 0
         self._closed = False
 
@@ -139,6 +142,8 @@ class EdgeClient(ClientFacts):
             raise
         if self._spooling is not None:
             self._spooling.start(keep_open(self._opened, self._reopen))
+        if not self.settings.bundle_id:
+            self._mover = asyncio.create_task(keep_current(self._new_bundle, self._move), name="bitneck-bundle")
         return self
 
     async def __aexit__(
@@ -151,6 +156,9 @@ class EdgeClient(ClientFacts):
         """End the session now; unanswered frames fail with `Unavailable`. Leaving the block does the same."""
         self._closed = True
         await self._telling.aclose()
+        if self._mover is not None:
+            self._mover.cancel()
+            await asyncio.gather(self._mover, return_exceptions=True)
         if self._spooling is not None:
             await self._spooling.stop()
         if self._session is not None:
@@ -233,15 +241,22 @@ class EdgeClient(ClientFacts):
 
     async def _open(self, *, offline: bool = False, before: EdgeSession | None = None) -> EdgeSession:
         """A session with the bundle that the server has now; see `open_supply` and `EdgeSession.open`."""
+        retries = None if self._spooling is None else 0  # with a spool, whoever calls this tries again
+        supply = await open_supply(self.settings, offline=offline, retries=retries)
+        return await self._open_with(supply, before)
+
+    async def _open_with(self, supply: Supply, before: EdgeSession | None) -> EdgeSession:
         assert self._threads is not None
         session = await EdgeSession.open(
-            # with a spool, whoever calls this tries again
-            await open_supply(self.settings, offline=offline, retries=None if self._spooling is None else 0),
-            self.settings,
-            workers=self._threads, pool=self._pool, on_switch=self._switched, on_fetch=self._on_fetch, before=before,
+            supply, self.settings, workers=self._threads, pool=self._pool, on_switch=self._switched,
+            on_fetch=self._on_fetch, before=before, on_new_bundle=self._new_bundle.set,
         )  # fmt: skip
-        if self._spooling is not None:
-            await self._spooling.know(session.bundle)
+        try:
+            if self._spooling is not None:
+                await self._spooling.know(session.bundle)
+        except BaseException:
+            await session.close()
+            raise
         return session
 
     def _usable(self) -> EdgeSession:
@@ -307,6 +322,22 @@ class EdgeClient(ClientFacts):
             except asyncio.CancelledError:  # the client is being closed: leave nothing open
                 await old.close()
                 raise
+
+    async def _move(self) -> None:
+        """The server has another bundle for this client: open a session with it, then let the old one finish."""
+        async with self._renewing:
+            old = self._opened()
+            if not old.link.new_bundle or self._closed or self.failure is not None:
+                return
+            supply = await open_supply(self.settings, retries=0)
+            if supply.bundle.bundle_id == old.bundle.bundle_id:  # taken back meanwhile, or another server answered
+                old.link.new_bundle = ""
+                await supply.close()
+                return
+            session = self._session = await self._open_with(supply, old)
+            _LOG.info("going over to the bundle %s", session.bundle.bundle_id)
+        await old.leave()
+        session.follow(old)
 
     async def _replace(self, old: EdgeSession) -> None:
         """Open a session and put it in place of another one, unless the client was closed meanwhile."""

@@ -116,11 +116,13 @@ class Passage:
                 try:
                     self._sent = await self._session.send(encoding, prompt=self._prompt, live=self._live)
                 except BitneckError:
-                    if self._session.failure is None:
+                    if self._session.failure is None or self._moved:
                         raise
                 else:
                     outage.sent(flight, self._sent)
                     return
+            if self._moved and (moved := self._session.failure) is not None:
+                raise moved
             self._spooled = True
             await outage.keep(flight)
         except BitneckError:
@@ -129,6 +131,11 @@ class Passage:
         except asyncio.CancelledError:
             outage.give_up(flight)
             raise
+
+    @property
+    def _moved(self) -> bool:
+        """Whether the client has another session with another bundle: what was not sent is coded again for that."""
+        return self._ways.renews(self._session) and self._ways.usable() is not self._session
 
     async def _answer(self) -> Answer | None:
         assert self._encoding is not None

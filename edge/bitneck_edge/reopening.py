@@ -1,4 +1,7 @@
-"""A session that is opened at last, and never stays failed: for clients with a spool, which do not give up."""
+"""Sessions that are opened at last, after another one has failed, or because the client has another bundle now.
+
+Clients with a spool do not give up: they go on encoding whatever the server does.
+"""
 
 import asyncio
 import logging
@@ -9,7 +12,7 @@ from bitneck.backoff import Backoff
 from bitneck.errors import BitneckError, DeadlineExceeded, Overloaded, Unavailable
 from bitneck_edge.session import EdgeSession
 
-__all__ = ["keep_open", "open_at_last"]
+__all__ = ["keep_current", "keep_open", "open_at_last"]
 
 _LOG = logging.getLogger(__name__)
 _LOOK_S = 0.5
@@ -60,3 +63,28 @@ async def keep_open(session: Callable[[], EdgeSession], reopen: Callable[[EdgeSe
         except (BitneckError, OSError) as exc:
             _LOG.warning("%s; frames go to the spool", exc)
         await asyncio.sleep(backoff.failed(random.random()) or _MOST_PAUSE_S)  # noqa: S311  no secret
+
+
+async def keep_current(wanted: asyncio.Event, move: Callable[[], Awaitable[None]]) -> None:
+    """Move to the bundle that the server has for this client whenever it says so; runs until it is cancelled.
+
+    The session in use goes on meanwhile, so a bundle that takes minutes to fetch costs no answer.
+
+    Args:
+        wanted: is set when the server has said so.
+        move: opens a session with that bundle, and puts it in place. If it fails, it is called again after a pause.
+    """
+    backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S)
+    while True:
+        await wanted.wait()
+        wanted.clear()
+        try:
+            await move()
+        except (BitneckError, OSError) as exc:
+            pause_s = backoff.failed(random.random()) or _MOST_PAUSE_S  # noqa: S311  no secret
+            _LOG.warning("the server's new bundle cannot be used: %s; trying again in %.1f s", exc, pause_s)
+            wanted.set()
+        else:
+            backoff.succeeded()
+            pause_s = _FIRST_PAUSE_S  # a server that says it again and again must not keep this device busy
+        await asyncio.sleep(pause_s)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError
+from bitneck.errors import BitneckError, BundleMismatch
 from bitneck.runtime import ModulePool
 from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import Answers
@@ -43,6 +43,8 @@ _LATEST_US = 1 << 62
 """A time of capture beyond this is no time, and is not sent."""
 _SILENCE = 1 / 3
 """Share of `answer_timeout_s`."""
+_LEAVE = 2.0
+"""The longest wait for last answers, in `answer_timeout_s`: time for one connection that breaks meanwhile."""
 _COST_FRESH = 8
 """Messages after which it weighs anew what a message costs on the link."""
 
@@ -83,6 +85,7 @@ class EdgeSession:
         rate: RateController,
         on_switch: Callable[[Switch], None],
         before: "EdgeSession | None" = None,
+        on_new_bundle: Callable[[], None] = lambda: None,
     ) -> None:
         self.encoder = encoder
         self.answers = Answers(settings.answers)
@@ -92,13 +95,15 @@ class EdgeSession:
             self.points.ask,
             lambda: rate.reconnected(time.perf_counter()),
             self._opened_late,
+            on_new_bundle,
         )
         self._settings = settings
         self._workers = workers
         self._supply = supply
         self._rate = rate
-        self._reconnects_before = before.reconnects + 1 if before is not None else 0
-        self._link_bytes_before = before.link_bytes if before is not None else LinkBytes()
+        self._reconnects_before, self._link_bytes_before = 0, LinkBytes()
+        if before is not None:
+            self.follow(before)
         self._interval = MeanInterval()  # between messages
         self._messages = 0
         self._unawaited = 0
@@ -115,6 +120,7 @@ class EdgeSession:
         on_switch: Callable[[Switch], None],
         on_fetch: Progress = lambda _done, _all: None,
         before: "EdgeSession | None" = None,
+        on_new_bundle: Callable[[], None] = lambda: None,
     ) -> Self:
         """Fetch what the first frame needs, load the encoder and open the session.
 
@@ -129,6 +135,7 @@ class EdgeSession:
             on_switch: called when the operating point changes.
             on_fetch: progress of the files that the first frame needs.
             before: the session that this one follows: its point and its count of reconnects go on.
+            on_new_bundle: see `Link`.
 
         Raises:
             UnknownPoint: the settings name a point that the bundle does not have.
@@ -160,7 +167,7 @@ class EdgeSession:
                 edge_s=edge_s,
                 cost=LinkCost(OVERHEAD_BYTES / settings.pack, frames=settings.pack),
             )
-            session = cls(settings, workers, supply, encoder, rate, on_switch, before)
+            session = cls(settings, workers, supply, encoder, rate, on_switch, before, on_new_bundle)
             link = session.link
             if settings.spool is None:
                 await link.open()
@@ -202,7 +209,22 @@ class EdgeSession:
     @property
     def failure(self) -> BitneckError | None:
         """Why the session cannot be used any more; None while it can."""
-        return self.link.failure
+        return self.link.refusal
+
+    def follow(self, before: "EdgeSession") -> None:
+        """Go on with the counts of the session before."""
+        self._reconnects_before, self._link_bytes_before = before.reconnects + 1, before.link_bytes
+
+    async def leave(self) -> None:
+        """Another session takes the new frames: wait for the answers to those that were sent, then end this one.
+
+        What was encoded and not sent fails with `BundleMismatch`, and so does what has no answer in time.
+        """
+        reason = BundleMismatch(f"the server has another bundle for this client than {self.bundle.bundle_id}")
+        try:
+            await self.link.leave(reason, _LEAVE * self._settings.answer_timeout_s)
+        finally:
+            await self.close()
 
     async def close(self) -> None:
         """End the session; unanswered frames fail with `Unavailable`."""

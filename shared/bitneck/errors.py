@@ -9,6 +9,8 @@
     |   |-- UnknownSession          NOT_FOUND            404  2
     |   |-- UnknownFile             NOT_FOUND            404  2   not a file that this bundle hands out
     |   |-- UnknownRule             NOT_FOUND            404  2   no rule of rates has these patterns
+    |   |-- UnknownCandidate        NOT_FOUND            404  2   no bundle of this name among the candidates
+    |   |-- CanaryRefused           FAILED_PRECONDITION  409  2   not now, or not with this bundle
     |   |-- FixedByFile             FAILED_PRECONDITION  409  2   the config file decides this, not the control API
     |   |-- RateUnreachable         FAILED_PRECONDITION  409  2   no operating point fits the rate asked for
     |   |-- Unauthenticated         UNAUTHENTICATED      401  2   no credential, or not the right one
@@ -41,6 +43,7 @@ __all__ = [
     "BundleError",
     "BundleMismatch",
     "CallerError",
+    "CanaryRefused",
     "CorruptPayload",
     "DeadlineExceeded",
     "FixedByFile",
@@ -57,6 +60,7 @@ __all__ = [
     "StateUnusable",
     "Unauthenticated",
     "Unavailable",
+    "UnknownCandidate",
     "UnknownFile",
     "UnknownModel",
     "UnknownPoint",
@@ -152,6 +156,20 @@ class UnknownRule(CallerError):
 
     grpc_status = "NOT_FOUND"
     http_status = 404
+
+
+class UnknownCandidate(CallerError):
+    """The server's folder of candidates has no bundle of this name."""
+
+    grpc_status = "NOT_FOUND"
+    http_status = 404
+
+
+class CanaryRefused(CallerError):
+    """A canary cannot begin, or end, as things are; or not with this bundle."""
+
+    grpc_status = "FAILED_PRECONDITION"
+    http_status = 409
 
 
 class FixedByFile(CallerError):

@@ -12,7 +12,7 @@ from bitneck.v2 import inference_pb2 as pb
 from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.compression import deflated
 from bitneck.wire.frames import check_frame
-from bitneck.wire.messages import GoAway, Open, Opened, SetPoint
+from bitneck.wire.messages import GoAway, NewBundle, Open, Opened, SetPoint
 from bitneck_cloud.aborting import abort
 from bitneck_cloud.access.bearers import BearerTokens
 from bitneck_cloud.access.callers import caller_of
@@ -88,10 +88,10 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._draining = False
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
-        """The manifest of a served model, compressed for a client that takes it so."""
+        """The manifest that a client gets of a served model, compressed for one that takes it so."""
         await _identify(context)
         try:
-            bundle = self._registry.model(request.model).bundle
+            bundle = self._registry.offered(request.model, request.client).bundle
         except BitneckError as exc:
             await abort(context, exc)
         sent, size = deflated(bundle.manifest_json) if request.deflate else (bundle.manifest_json, 0)
@@ -131,6 +131,9 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
 
     def _edge_file(self, request: pb.FetchFileRequest) -> Path:
         bundle = self._registry.model(request.model).bundle
+        candidate = self._registry.candidate(bundle.manifest.name)
+        if candidate is not None and request.bundle_id == candidate.bundle.bundle_id:
+            bundle = candidate.bundle
         if request.bundle_id != bundle.bundle_id:  # older generations are served, but their files are gone
             raise BundleMismatch(
                 f"the client has bundle {request.bundle_id[:80] or '(none)'}, this server has {bundle.bundle_id}; "
@@ -147,7 +150,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         frame = frame_from_wire(request.frame)
         known = caller_of(context, self._tokens)
         caller, client = known.name, known.holder.name if known.holder is not None else ""
-        name = "(none)"
+        name, model = "(none)", None
         try:
             self._limits.frame(caller, time.monotonic())
             self._limits.single(caller, len(frame.payload), time.monotonic())
@@ -157,13 +160,17 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             check_frame(frame)
             model.check(frame)
             origin = origin_of(frame, client, new_session_id(), received, None)
-            computing = self._engine.compute(job_of(model, frame, (caller, ""), origin))
+            job = job_of(model, frame, (caller, ""), origin)
+            computing = self._engine.compute(job)
             self._metrics.accepted(name, frame.point, len(frame.payload))
             computed = await computing
         except BitneckError as exc:
             self._metrics.frame(name, exc.grpc_status)
+            if model is not None:
+                model.count_fault(exc)
             await abort(context, exc)
         self._metrics.frame(name, "OK")
+        job.count(computed)
         trace = self._tracer.parent(context.invocation_metadata())
         self._tracer.frame(name, frame.point, frame.seq, received, computed, trace)
         return pb.InferResponse(
@@ -223,6 +230,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             async with self._in_time():
                 await context.write(to_wire(opened))
             self._tell_if_draining(conversation)
+            self._tell_of_bundle(session, conversation)
             asked = session.asked_point or ""
             if asked != opened.point:  # since `Opened` was made
                 conversation.push(SetPoint(asked, "asked for while the session began"))
@@ -287,6 +295,27 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         """Tell a stream that opened while the others were being told."""
         if self._draining:
             conversation.push(GoAway("the server is stopping"))
+
+    def tell_of_bundles(self, model: str) -> int:
+        """Tell the clients of a model that have another bundle than the one that they would get now.
+
+        Returns:
+            How many streams were told.
+        """
+        told = 0
+        for session in self._registry.sessions(time.monotonic()):
+            stream = self._streams.get(session.session_id)
+            if stream is not None and session.model == model:
+                told += self._tell_of_bundle(session, stream)
+        return told
+
+    def _tell_of_bundle(self, session: Session, stream: Conversation) -> bool:
+        """The same for one session. Frames of a spool are coded already."""
+        offered = self._registry.offered(session.model, session.client).bundle.bundle_id
+        if session.spool or session.bundle_id == offered:
+            return False
+        stream.push(NewBundle(offered, f"{session.client[:80]} gets this bundle now"))
+        return True
 
     def connected(self, session: Session) -> bool:
         """Whether a session has a stream."""

@@ -18,6 +18,8 @@ from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.open_inference import add_open_inference
 from bitneck_cloud.api.problems import PROBLEM_TYPE, add_error_handlers
 from bitneck_cloud.api.readiness import Readiness
+from bitneck_cloud.canary.control import Canaries
+from bitneck_cloud.canary.routes import add_canary
 from bitneck_cloud.console.routes import add_console
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.fleet.control import Fleet
@@ -38,6 +40,7 @@ def build_app(
     *,
     metrics: Metrics,
     reloader: Reloader,
+    canaries: Canaries,
     subscriptions: Subscriptions,
     fleet: Fleet,
     engine: Engine,
@@ -53,6 +56,7 @@ def build_app(
         readiness: for ``/readyz``.
         metrics: for ``/metrics``.
         reloader: of models.
+        canaries: likewise.
         subscriptions: to answers.
         fleet: rules of rates, and clients.
         engine: for the console.
@@ -129,6 +133,7 @@ def build_app(
         streams=lambda: service.streams, try_photos=try_photos, guarded=guarded, problems=problems,
     )  # fmt: skip
     add_sinks(app, outgoing, guarded, problems)
+    add_canary(app, canaries, registry, service.connected, guarded, problems)
 
     @app.get("/v1/sessions", dependencies=guarded, responses=problems, tags=["sessions"])
     async def sessions() -> list[schemas.SessionInfo]:

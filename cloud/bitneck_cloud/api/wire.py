@@ -19,6 +19,7 @@ from bitneck.wire.messages import (
     Fault,
     Frame,
     GoAway,
+    NewBundle,
     Open,
     Opened,
     Output,
@@ -177,6 +178,8 @@ def to_wire(message: ServerMessage) -> pb.ServerMessage:
             return pb.ServerMessage(set_point=pb.SetPoint(point=point, reason=reason, max_kbps=max_kbps))
         case GoAway(reason):
             return pb.ServerMessage(go_away=pb.GoAway(reason=reason))
+        case NewBundle(bundle_id, reason):
+            return pb.ServerMessage(new_bundle=pb.NewBundle(bundle_id=bundle_id, reason=reason))
         case Opened():
             return pb.ServerMessage(
                 opened=pb.Opened(

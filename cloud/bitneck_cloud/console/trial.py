@@ -11,24 +11,19 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from bitneck.bundle import Bundle
-from bitneck.chain import PointEncoder, SegmentChain
-from bitneck.coding.class_map import MAX_CLASSES, decode_map
 from bitneck.coding.colours import colours
-from bitneck.errors import BitneckError, InvalidConfig, ModelFailure, Overloaded
+from bitneck.errors import BitneckError, ModelFailure, Overloaded
 from bitneck.image import opened_reduced, to_input, view
-from bitneck.runtime import ModulePool
 from bitneck.wire.messages import Classification, CodedMap, Output
 from bitneck_cloud.answers.map_picture import png_of
 from bitneck_cloud.console.schemas import Trial, TriedAnswer, TriedJpeg, TriedLabel, TriedPoint
-from bitneck_cloud.engine.outputs import output_of
+from bitneck_cloud.engine.edge_half import EdgeHalf, classes_of
 from bitneck_cloud.engine.served_model import ServedModel
 
 __all__ = ["Trials"]
@@ -52,27 +47,11 @@ class _Jpeg:
     shown: Image.Image
 
 
-class _EdgeHalf:
-    """The edge's half of a bundle, loaded when it is first used."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle_id = bundle.bundle_id
-        try:
-            whole = Bundle.open(bundle.root)
-        except BitneckError as exc:
-            raise InvalidConfig(f"this server's folder has no edge's half of {bundle.manifest.name} ({exc})") from exc
-        if whole.bundle_id != bundle.bundle_id:
-            raise InvalidConfig(f"{bundle.root} holds another bundle than the one that is served; reload it first")
-        pool = ModulePool()
-        self.chain = SegmentChain(whole, pool=pool, precision="float32")
-        self.encoders = {point.id: PointEncoder(whole, point, pool=pool) for point in whole.manifest.ladder}
-
-
 class Trials:
     """Runs photographs through both halves. `run` blocks; call it in a thread."""
 
     def __init__(self) -> None:
-        self._halves: dict[str, _EdgeHalf] = {}
+        self._halves: dict[str, EdgeHalf] = {}
         self._busy = threading.Lock()
 
     def run(self, served: ServedModel, data: bytes) -> Trial:
@@ -98,13 +77,13 @@ class Trials:
     def _run(self, served: ServedModel, data: bytes) -> Trial:
         half = self._halves.get(served.name)
         if half is None or half.bundle_id != served.bundle.bundle_id:
-            half = self._halves[served.name] = _EdgeHalf(served.bundle)
+            half = self._halves[served.name] = EdgeHalf(served)
         spec = served.manifest.input
         with opened_reduced(data, spec) as (image, orientation):
             picture = view(image, spec, orientation).convert("RGB")
         x = to_input(picture, spec)
-        whole = _answers(served, half.chain.run(x, 0, len(half.chain)))[0]
-        features = _features(half.chain, x, (point.split for point in served.ladder))
+        whole = half.whole(x)
+        features = half.features(x)
         payloads, latents, times = [], [], []
         for point in served.ladder:
             begin = time.perf_counter()
@@ -123,9 +102,7 @@ class Trials:
         jpegs = _jpegs(picture)
         chosen = [_of_size(jpegs, len(payload)) for payload in payloads]
         distinct = list(dict.fromkeys(chosen))
-        answers = [
-            _answers(served, half.chain.run(to_input(jpegs[k].shown, spec), 0, len(half.chain)))[0] for k in distinct
-        ]
+        answers = [half.whole(to_input(jpegs[k].shown, spec)) for k in distinct]
         return Trial(
             model=served.name,
             bundle_id=served.bundle.bundle_id,
@@ -144,26 +121,6 @@ class Trials:
             ],
             classes=colours()[: len(served.labels)].tolist() if isinstance(whole, CodedMap) else [],
         )  # fmt: skip
-
-
-def _features(chain: SegmentChain, x: NDArray[np.float32], splits: Iterable[str]) -> dict[str, NDArray[np.float32]]:
-    """The feature at each split point; each segment of the head runs once."""
-    lengths = {split: chain.head_length(split) for split in splits}
-    features, done, f = {}, 0, x
-    for split, length in sorted(lengths.items(), key=lambda item: item[1]):
-        f = chain.run(f, done, length)
-        features[split], done = f, length
-    return features
-
-
-def _answers(served: ServedModel, logits: NDArray[np.float32]) -> list[Output]:
-    found = []
-    for one in logits:
-        output = output_of(served.manifest, served.labels, one, 1)
-        if isinstance(output, BitneckError):
-            raise output
-        found.append(output)
-    return found
 
 
 def _jpegs(picture: Image.Image) -> list[_Jpeg]:
@@ -207,11 +164,7 @@ def _tried(output: Output, whole: Output) -> TriedAnswer:
         return TriedAnswer(labels=labels, map=None, agreement=float(labels[0].index == whole.labels[0].index))
     if not isinstance(output, CodedMap) or not isinstance(whole, CodedMap):
         raise ModelFailure("the answers of one model are of different kinds; please report this")
-    classes = _classes(output)
-    same = float((classes == _classes(whole)).mean())
+    classes = classes_of(output)
+    same = float((classes == classes_of(whole)).mean())
     labels = [TriedLabel(index=c.index, name=c.name, score=c.share) for c in output.classes]
     return TriedAnswer(labels=labels, map=_as_text(png_of(classes)), agreement=same)
-
-
-def _classes(coded: CodedMap) -> NDArray[np.uint8]:
-    return decode_map(coded.map, height=coded.height, width=coded.width, number=MAX_CLASSES)

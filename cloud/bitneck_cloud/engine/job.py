@@ -146,6 +146,14 @@ class Job:
             compute_us=result.compute_us,
         )
 
+    def count(self, result: Computed | BitneckError) -> None:
+        """Count its answer, or its fault, if its bundle is compared with another one."""
+        if isinstance(result, BitneckError):
+            self.model.count_fault(result)
+        elif self.model.tally is not None and self.origin is not None:
+            origin = self.origin
+            self.model.tally.answered(self.point, origin.payload_bytes, origin.link_bytes, result.output)
+
     def late(self, now: float) -> DeadlineExceeded | None:
         """The error of a frame whose deadline has passed."""
         if self.deadline is None or now <= self.deadline:

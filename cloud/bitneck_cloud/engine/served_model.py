@@ -14,6 +14,7 @@ from bitneck.errors import BitneckError, MalformedFrame, ModelFailure, UnknownPo
 from bitneck.manifest import Manifest, UnitEntry
 from bitneck.runtime import ModulePool
 from bitneck.wire.messages import Frame, Output
+from bitneck_cloud.canary.tally import Tally
 from bitneck_cloud.engine.chain_plan import plan_batch
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
 
@@ -32,6 +33,7 @@ class ServedModel:
         max_frames: number of frames that one batch may have; see `bitneck_cloud.engine.outputs.frames_of_a_pass`.
         identities: what defines each operating point, by id: its entry and its files' digests.
         made_from: what each operating point's decoder is made from. Generations share equal ones.
+        tally: counts what is answered; None while nobody compares this bundle with another one.
         kept_bytes: memory of one frame that later ones may refer to, at most; 0 if no point has conditional tables.
 
     Args:
@@ -49,6 +51,7 @@ class ServedModel:
         self, bundle: Bundle, *, threads: int = 0, pool: ModulePool | None = None, before: "ServedModel | None" = None
     ) -> None:
         pool = pool or ModulePool()
+        self.tally: Tally | None = None
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.ladder = bundle.manifest.ladder
@@ -106,6 +109,11 @@ class ServedModel:
             raise MalformedFrame(
                 f"frame {frame.seq}: payload of {len(frame.payload)} bytes, {frame.point} gives at most {limit}"
             )
+
+    def count_fault(self, error: BitneckError) -> None:
+        """A frame failed; it is counted if there is a `tally`."""
+        if self.tally is not None:
+            self.tally.failed(error.grpc_code)
 
     def decode(self, point: str, payload: bytes) -> NDArray[np.float32]:
         """The latent for the bottleneck decoder, (Cr, h, w) float32. Any thread may call it.

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from bitneck.errors import BitneckError, FixedByFile, RateUnreachable, UnknownPoint
 from bitneck_cloud.fleet.patterns import Groups
-from bitneck_cloud.fleet.records import ClientBook, ClientRecord, RateChange
+from bitneck_cloud.fleet.records import BundleChoice, ClientBook, ClientRecord, RateChange
 from bitneck_cloud.fleet.rules import RateRule, RuleBook
 from bitneck_cloud.fleet.state_file import MAX_CHANGES, StateFile
 from bitneck_cloud.fleet.tables import policy_dict
@@ -72,6 +72,7 @@ class Fleet:
         self.fixed = fixed is not None
         self.clients = ClientBook(max_clients)
         self.changes: deque[RateChange] = deque(maxlen=MAX_CHANGES)
+        self.choices: list[BundleChoice] = []
         self._first = fixed or RuleBook()
         self._max_clients = max_clients
         self._path = state_db
@@ -98,6 +99,7 @@ class Fleet:
         self._state = await self._on_disk(StateFile.open, self._path)
         self.clients = ClientBook(self._max_clients, await self._on_disk(self._state.clients))
         self.changes.extend(await self._on_disk(self._state.changes))
+        self.choices = await self._on_disk(self._state.choices)
         rules = await self._on_disk(self._state.rules, self.groups)
         if self.fixed:
             if rules:
@@ -231,6 +233,16 @@ class Fleet:
                 "servers would not have it; change the file on every server and restart them, or set the rate of one "
                 "session (PUT /v1/sessions/{id}/rate)"
             )
+
+    async def choose(self, model: str, choices: Sequence[BundleChoice]) -> None:
+        """Keep which bundles of a model are served beside that of ``--bundle``, or in its place.
+
+        Raises:
+            StateUnusable: they cannot be kept; nothing is changed.
+        """
+        if self._state is not None:
+            await self._on_disk(self._state.save_choices, model, choices)
+        self.choices = [choice for choice in self.choices if choice.model != model] + list(choices)
 
     def ended(self, session: Session) -> None:
         """A session was forgotten."""

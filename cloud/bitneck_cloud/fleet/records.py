@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from bitneck_cloud.sessions.session import Session
 
-__all__ = ["ClientBook", "ClientRecord", "RateChange"]
+__all__ = ["BundleChoice", "ClientBook", "ClientRecord", "RateChange"]
 
 Key = tuple[str, str]
 """A client's name and its model's: what a record is known by."""
@@ -33,6 +33,31 @@ class RateChange:
     before: dict[str, str | float | bool] | None
     after: dict[str, str | float | bool] | None
     running: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleChoice:
+    """A bundle that is served beside the one of ``--bundle``, or in its place.
+
+    Attributes:
+        model: the model's name.
+        kind: ``canary`` for some clients, ``promoted`` for all.
+        base: id of the bundle that the folder of ``--bundle`` held. While it holds that, the choice counts.
+        bundle: name among the candidates.
+        bundle_id: of that bundle.
+        clients: pattern of the clients that have it, or ``@`` and a group; empty for all.
+        since: when, RFC 3339.
+        by: who chose.
+    """
+
+    model: str
+    kind: str
+    base: str
+    bundle: str
+    bundle_id: str
+    clients: str
+    since: str
+    by: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Self
 
 from bitneck.errors import BitneckError, StateUnusable
 from bitneck_cloud.fleet.patterns import Groups, Pattern
-from bitneck_cloud.fleet.records import ClientRecord, RateChange
+from bitneck_cloud.fleet.records import BundleChoice, ClientRecord, RateChange
 from bitneck_cloud.fleet.rules import RateRule
 from bitneck_cloud.fleet.tables import policy_dict, policy_of
 
@@ -25,7 +25,7 @@ MAX_CHANGES = 500
 """Changes of rules that are kept. The audit log has all of them."""
 
 _APPLICATION_ID = 0x62746E6B  # "btnk"
-_SCHEMA = 1
+_SCHEMA = 2
 _BUSY_S = 2.0
 """A server that is replaced may still be closing the file."""
 
@@ -40,10 +40,17 @@ _CREATE = (
     " link_bytes_up INTEGER NOT NULL, link_bytes_down INTEGER NOT NULL, faults INTEGER NOT NULL,"
     " PRIMARY KEY (client, model))",
     f"PRAGMA application_id = {_APPLICATION_ID}",
+)
+_CREATE_2 = (
+    "CREATE TABLE bundle_choices (model TEXT NOT NULL, kind TEXT NOT NULL, base TEXT NOT NULL, bundle TEXT"
+    " NOT NULL, bundle_id TEXT NOT NULL, clients TEXT NOT NULL, since TEXT NOT NULL, by TEXT NOT NULL,"
+    " PRIMARY KEY (model, kind))",
     f"PRAGMA user_version = {_SCHEMA}",
 )
 _COLUMNS = [field.name for field in fields(ClientRecord) if field.name != "connected"]
 _NAMES = ", ".join(_COLUMNS)
+_CHOICE = [field.name for field in fields(BundleChoice)]
+_CHOICE_NAMES = ", ".join(_CHOICE)
 
 
 class StateFile:
@@ -109,6 +116,9 @@ class StateFile:
         with self._transaction():  # also shows that it can be written, and locks it
             if not tables:
                 for statement in _CREATE:
+                    run(statement)
+            if schema < 2:
+                for statement in _CREATE_2:
                     run(statement)
             run("INSERT OR REPLACE INTO meta VALUES ('opened', datetime('now'))")
 
@@ -176,6 +186,32 @@ class StateFile:
                 )
             run("INSERT INTO rate_changes (change) VALUES (?)", (json.dumps(asdict(change)),))
             run("DELETE FROM rate_changes WHERE number <= (SELECT max(number) FROM rate_changes) - ?", (MAX_CHANGES,))
+
+    def choices(self) -> list[BundleChoice]:
+        """The kept choices of bundles.
+
+        Raises:
+            StateUnusable: they cannot be read.
+        """
+        try:
+            rows = self._connection.execute(f"SELECT {_CHOICE_NAMES} FROM bundle_choices")  # noqa: S608  names of ours
+            return [BundleChoice(**dict(zip(_CHOICE, row, strict=True))) for row in rows]
+        except sqlite3.Error as exc:
+            raise _refused(self._path, exc) from exc
+
+    def save_choices(self, model: str, choices: Iterable[BundleChoice]) -> None:
+        """Keep these choices of a model in place of those before.
+
+        Raises:
+            StateUnusable: they could not be written; nothing is changed.
+        """
+        marks = ", ".join("?" for _ in _CHOICE)
+        with self._transaction():
+            self._connection.execute("DELETE FROM bundle_choices WHERE model = ?", (model,))
+            self._connection.executemany(
+                f"INSERT INTO bundle_choices ({_CHOICE_NAMES}) VALUES ({marks})",  # noqa: S608  names of ours
+                ([getattr(choice, name) for name in _CHOICE] for choice in choices),
+            )
 
     def save_clients(self, changed: Iterable[ClientRecord], gone: Iterable[tuple[str, str]]) -> None:
         """Write records of clients, and delete others.

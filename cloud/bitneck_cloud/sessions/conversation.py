@@ -25,6 +25,7 @@ from bitneck.wire.messages import (
     Fault,
     Frame,
     GoAway,
+    NewBundle,
     Pack,
     Result,
     ServerMessage,
@@ -199,7 +200,7 @@ class Conversation:
         if self._writer is not None:
             self._writer.cancel()
 
-    def push(self, message: SetPoint | GoAway) -> None:
+    def push(self, message: SetPoint | GoAway | NewBundle) -> None:
         """Send a control message, ahead of the answers."""
         self._outbox.control(message)
 
@@ -323,7 +324,7 @@ class Conversation:
         newest = self._streams.get(self._session.session_id)
         if newest is not None:
             newest._put(message, received.monotonic)
-        asyncio.get_running_loop().call_soon(self._done, job.point, seq, received.wall, computed, outcome)
+        asyncio.get_running_loop().call_soon(self._done, job, seq, received.wall, computed, outcome)
         if self._none_left is not None and not self._jobs and not self._none_left.done():
             self._none_left.set_result(None)
 
@@ -335,17 +336,19 @@ class Conversation:
         for message in messages:
             self._outbox.put(message)
 
-    def _done(self, point: str, seq: int, received: float, computed: Computed | BitneckError, outcome: str) -> None:
+    def _done(self, job: Job, seq: int, received: float, computed: Computed | BitneckError, outcome: str) -> None:
         """Work that can wait until the answer is written."""
         self._metrics.frame(self._model.name, outcome)
         link, messages = self._session.unreported(asyncio.get_running_loop().time())
         self._metrics.link(self._model.name, link, messages)
         if isinstance(computed, Computed):
-            self._tracer.frame(self._model.name, point, seq, received, computed, self._trace)
+            self._tracer.frame(self._model.name, job.point, seq, received, computed, self._trace)
+        job.count(computed)
 
     def _fault(self, seq: int, exc: BitneckError) -> None:
         self._session.refused(seq, exc.grpc_code)
         self._metrics.frame(self._model.name, exc.grpc_status)
+        self._model.count_fault(exc)
         self._put(fault_of(seq, exc), time.monotonic())
 
 

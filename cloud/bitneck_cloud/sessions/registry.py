@@ -10,6 +10,7 @@ from bitneck.text import clean_text
 from bitneck_cloud.access.callers import ANONYMOUS, Caller
 from bitneck_cloud.access.tokens import ResumeToken, TokenSigner
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.fleet.patterns import Clients
 from bitneck_cloud.fleet.rules import RateRule, RuleBook
 from bitneck_cloud.sessions.session import Session
 
@@ -78,6 +79,7 @@ class Registry:
         self._adopt = adopt
         self._ended = ended
         self._sessions: dict[str, Session] = {}
+        self._candidates: dict[str, tuple[ServedModel, Clients]] = {}  # by model, with the clients that get it
         self._earlier: dict[str, list[ServedModel]] = {}  # by model, the one that was loaded last first
 
     @property
@@ -113,6 +115,8 @@ class Registry:
         """
         newest = self.model(name)
         found = self._generations[newest.name] + (self._earlier.get(newest.name, []) if earlier else [])
+        if (candidate := self.candidate(newest.name)) is not None:
+            found = [candidate, *found]
         for model in found:
             if model.bundle.bundle_id == bundle_id:
                 return model
@@ -124,14 +128,57 @@ class Registry:
     def swap(self, model: ServedModel) -> None:
         """Add a new generation of a served model. Unused generations are dropped, except the one before.
 
+        If it was the candidate, it is one no more.
+
         Raises:
             UnknownModel: no model with this name is served.
         """
         self.model(model.name)
-        generations = self._generations[model.name]
-        used = {session.bundle_id for session in self._sessions.values() if session.model == model.name}
-        kept = [old for k, old in enumerate(generations) if k == 0 or old.bundle.bundle_id in used]
-        self._generations[model.name] = [model, *kept]
+        if self.candidate(model.name) is model:
+            del self._candidates[model.name]
+        self._generations[model.name] = [model, *self._kept(model.name, 1)]
+
+    def _kept(self, name: str, unused: int) -> list[ServedModel]:
+        """The generations of a model that stay: so many of the newest, and those that sessions use."""
+        used = {session.bundle_id for session in self._sessions.values() if session.model == name}
+        generations = self._generations[name]
+        return [old for k, old in enumerate(generations) if k < unused or old.bundle.bundle_id in used]
+
+    def candidate(self, name: str) -> ServedModel | None:
+        """The generation of a model that only some clients get; None if there is none."""
+        candidate, _ = self._candidates.get(name, (None, None))
+        return candidate
+
+    def offered(self, name: str, client: str) -> ServedModel:
+        """The generation that a client gets: the candidate if it is for this client's name, else the newest.
+
+        Args:
+            name: of the model; see `model`.
+            client: the client's name, as it says itself. One that says none gets the newest.
+
+        Raises:
+            UnknownModel: see `model`.
+        """
+        newest = self.model(name)
+        candidate, clients = self._candidates.get(newest.name, (None, None))
+        if candidate is None or clients is None or not client:
+            return newest
+        return candidate if clients.matches(clean_text(client[:MAX_CLIENT_CHARACTERS])) else newest
+
+    def begin(self, candidate: ServedModel, clients: Clients) -> None:
+        """Give some clients a candidate, from now on.
+
+        Raises:
+            UnknownModel: no model with this name is served.
+        """
+        self.model(candidate.name)
+        self._candidates[candidate.name] = candidate, clients
+
+    def withdraw(self, name: str) -> None:
+        """Give the candidate to no more clients. It stays for the sessions that use it, as one generation before."""
+        candidate, _ = self._candidates.pop(name)
+        newest, *_ = self._generations[name]
+        self._generations[name] = [newest, candidate, *self._kept(name, 2)[1:]]
 
     def add_earlier(self, model: ServedModel) -> None:
         """Add a generation of long ago. Of such ones, one that no session uses stays, beside those that are used."""

@@ -171,7 +171,7 @@ async def _offer(settings: EdgeSettings, store: FileStore, offline: bool, retrie
         while True:
             try:
                 await access.connected(channel, settings.connect_timeout_s)
-                offer = await fetch_manifest(stub, settings.model, access, settings.answer_timeout_s)
+                offer = await fetch_manifest(stub, settings.model, access, settings.answer_timeout_s, settings.client)
                 break
             except BitneckError as exc:
                 if not exc.transient and not (offline and settings.spool is not None and isinstance(exc, Unreachable)):

@@ -157,7 +157,9 @@ async def _server(settings: EdgeSettings) -> tuple[list[Finding], Offer | None]:
         found.append(Finding("server", "ok", f"{settings.server} speaks gRPC"))
         try:
             begun = time.time()
-            offer = await fetch_manifest(stub_of(channel), settings.model, access, settings.answer_timeout_s)
+            offer = await fetch_manifest(
+                stub_of(channel), settings.model, access, settings.answer_timeout_s, settings.client
+            )
             ended = time.time()
         except ProtocolError as exc:
             return [*found, _told("protocol", exc), *skipped(_BEHIND[2:], "the protocols differ")], None

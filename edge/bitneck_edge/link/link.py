@@ -6,21 +6,21 @@ it is sent, and the cloud answers each number once.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from bitneck.backoff import Backoff
 from bitneck.errors import BitneckError, DeadlineExceeded, Overloaded, ProtocolError, Unavailable, Unreachable
 from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import (
     Ack,
-    Answers,
     Device,
     Fault,
     GoAway,
+    NewBundle,
     Open,
     Opened,
     Result,
@@ -30,8 +30,8 @@ from bitneck.wire.messages import (
 )
 from bitneck_edge.link.connection import Connection, connect
 from bitneck_edge.link.exchange import Exchange
+from bitneck_edge.link.link_settings import ASK, LinkSettings
 from bitneck_edge.link.records import Candidate
-from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access
 
 __all__ = ["Link", "LinkSettings"]
 
@@ -43,40 +43,9 @@ _FAIR_S = 1.0
 """A server that sends us away after this time, with nothing unanswered, did its part; else it counts as failing."""
 _IDLE_PAUSE_S = 60.0
 """Longest pause of a client that is sent away again and again without having anything to send."""
-_ASK = 1 / 6
-"""Share of the time until a link counts as dead, after which the device asks for acknowledgements."""
+_LEAVE_POLL_S = 0.02
 _MOST_CONTROL = 200
 """Messages between two that are about an unanswered frame. A server that sends more is broken."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkSettings:
-    """See `bitneck_edge.settings.EdgeSettings`."""
-
-    access: Access
-    model: str
-    bundle_id: str
-    client: str
-    connect_timeout_s: float
-    answer_timeout_s: float
-    retries: int
-    references: bool = False
-    key_every: int = 1
-    most_bytes: int = MAX_ANSWER_BYTES
-    positions: Mapping[str, int] = field(default_factory=dict)
-    """Of the operating points in the bundle's manifest. With them the session is brief: the client has the labels."""
-    answers: Answers = Answers.ALL
-    pack: int = 1
-    pack_ms: int = 0
-    spool: str = ""
-    """See `bitneck.wire.messages.Open`."""
-    patient: bool = False
-    """Go on trying where another attempt would give the same, too: the network in between may be to blame."""
-
-    @property
-    def ask_s(self) -> float | None:
-        """See `bitneck_edge.link.records.Records`."""
-        return self.answer_timeout_s * _ASK if self.answers is Answers.NONE else None
 
 
 class Link:
@@ -88,6 +57,7 @@ class Link:
         connected: whether a connection is up, and the session open on it.
         initial_point: operating point that the cloud asked for when the session was opened; empty for none.
         max_kbps: what the device's link may carry, as the cloud asks; 0 for no limit.
+        new_bundle: id of another bundle that the cloud has for this client; empty for none.
         send: sends a frame; see `Exchange.send`.
 
     Args:
@@ -95,6 +65,7 @@ class Link:
         on_point: called with (point, reason) when the cloud asks for another operating point.
         on_reconnect: called when the session was resumed and unanswered frames have been sent again.
         on_late: called with the point that the cloud asks for when the session is opened after `start` had returned.
+        on_new_bundle: called when the cloud has another bundle for this client; see `new_bundle`.
     """
 
     def __init__(
@@ -103,6 +74,7 @@ class Link:
         on_point: Callable[[str, str], None],
         on_reconnect: Callable[[], None] = lambda: None,
         on_late: Callable[[str], None] = lambda _point: None,
+        on_new_bundle: Callable[[], None] = lambda: None,
     ) -> None:
         self.session_id = ""
         self.reconnects = 0
@@ -111,6 +83,8 @@ class Link:
         self.max_kbps = 0.0
         self._late = False
         self._on_late = on_late
+        self.new_bundle = ""
+        self._on_new_bundle = on_new_bundle
         self._tried = asyncio.Event()
         self._settings = settings
         self._access = settings.access
@@ -180,6 +154,11 @@ class Link:
         return self._exchange.failure
 
     @property
+    def refusal(self) -> BitneckError | None:
+        """Why no new frame is taken: the failure, or the reason of `leave`; None if they are."""
+        return self._exchange.failure or self._exchange.leaving
+
+    @property
     def window(self) -> int:
         """Frames that may be unanswered, as the server granted."""
         return self._exchange.window
@@ -214,6 +193,22 @@ class Link:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._exchange.fail(Unavailable("the link was closed before the answer came"))
+
+    async def leave(self, reason: BitneckError, limit_s: float) -> None:
+        """Send no new frame, and wait until those that are under way are answered; then `close` it.
+
+        Args:
+            reason: why others than those fail from now on; also those that are not answered in time.
+            limit_s: how long to wait.
+        """
+        self._exchange.leaving = reason
+        self._exchange.wake()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._exchange.flush()
+                while self._exchange.unanswered:  # noqa: ASYNC110  only here does anyone wait for all answers
+                    await asyncio.sleep(_LEAVE_POLL_S)
+        self._exchange.fail(reason)
 
     def candidate(self, point: str) -> Candidate | None:
         """What the next frame at a point may be coded against; None if it has to be coded by itself."""
@@ -381,7 +376,7 @@ class Link:
                 text = f"{self._address}: a frame waited {limit_s:.1f} s for its answer; the link counts as dead"
                 connection.abandon(DeadlineExceeded(text))
                 return
-            await self._exchange.ask(limit_s * _ASK)
+            await self._exchange.ask(limit_s * ASK)
 
     async def _take(self, message: ServerMessage | None) -> None:
         """One message of the server."""
@@ -391,6 +386,10 @@ class Link:
             case SetPoint():
                 self._asked_point, self.max_kbps = message.point, message.max_kbps
                 self._on_point(message.point, message.reason)
+            case NewBundle(bundle_id, reason) if bundle_id != self._settings.bundle_id:
+                _LOG.info("the server has the bundle %s for this client: %s", bundle_id, reason)
+                self.new_bundle = bundle_id
+                self._on_new_bundle()
             case GoAway():
                 _LOG.info("the server is going away: %s", message.reason)
                 await self._exchange.release()

@@ -241,7 +241,7 @@ def from_rpc_error(exc: grpc.aio.AioRpcError, address: str) -> BitneckError:
 
 
 async def fetch_manifest(
-    stub: "pb_grpc.SplitInferenceAsyncStub", model: str, access: Access, timeout_s: float
+    stub: "pb_grpc.SplitInferenceAsyncStub", model: str, access: Access, timeout_s: float, client: str = ""
 ) -> Offer:
     """The manifest that a server offers.
 
@@ -250,6 +250,7 @@ async def fetch_manifest(
         model: a served model; empty for the only one.
         access: to it.
         timeout_s: for the whole call.
+        client: the name that this client will say when it opens a session; empty for none.
 
     Raises:
         UnknownModel: the server does not have the model.
@@ -257,7 +258,7 @@ async def fetch_manifest(
         BitneckError: the call failed.
     """
     try:
-        request = pb.GetManifestRequest(model=model, deflate=True)
+        request = pb.GetManifestRequest(model=model, deflate=True, client=client)
         reply = await stub.GetManifest(request, timeout=timeout_s, metadata=access.metadata)
     except grpc.aio.AioRpcError as exc:
         raise from_rpc_error(exc, access.address) from exc

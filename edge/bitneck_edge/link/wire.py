@@ -17,6 +17,7 @@ from bitneck.wire.messages import (
     Frame,
     GoAway,
     Label,
+    NewBundle,
     Open,
     Opened,
     Output,
@@ -116,6 +117,8 @@ def server_message(message: object) -> ServerMessage | None:
             return _opened(message.opened)
         case "go_away":
             return GoAway(clean_text(message.go_away.reason))
+        case "new_bundle":
+            return NewBundle(clean_text(message.new_bundle.bundle_id, _MAX_ID), clean_text(message.new_bundle.reason))
     return None
 
 

@@ -32,12 +32,14 @@ MAP_FORM_RUNS: MapForm
 MAP_FORM_PNG: MapForm
 
 class GetManifestRequest(_message.Message):
-    __slots__ = ("model", "deflate")
+    __slots__ = ("model", "deflate", "client")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DEFLATE_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
     model: str
     deflate: bool
-    def __init__(self, model: _Optional[str] = ..., deflate: _Optional[bool] = ...) -> None: ...
+    client: str
+    def __init__(self, model: _Optional[str] = ..., deflate: _Optional[bool] = ..., client: _Optional[str] = ...) -> None: ...
 
 class GetManifestResponse(_message.Message):
     __slots__ = ("model", "bundle_id", "manifest_json", "size", "unix_us")
@@ -92,7 +94,7 @@ class ClientMessage(_message.Message):
     def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., pack: _Optional[_Union[Pack, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ..., device: _Optional[_Union[Device, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("opened", "result", "set_point", "fault", "go_away", "ack", "results")
+    __slots__ = ("opened", "result", "set_point", "fault", "go_away", "ack", "results", "new_bundle")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     SET_POINT_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +102,7 @@ class ServerMessage(_message.Message):
     GO_AWAY_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
+    NEW_BUNDLE_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     result: Result
     set_point: SetPoint
@@ -107,7 +110,8 @@ class ServerMessage(_message.Message):
     go_away: GoAway
     ack: Ack
     results: Results
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., set_point: _Optional[_Union[SetPoint, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., results: _Optional[_Union[Results, _Mapping]] = ...) -> None: ...
+    new_bundle: NewBundle
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., set_point: _Optional[_Union[SetPoint, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., results: _Optional[_Union[Results, _Mapping]] = ..., new_bundle: _Optional[_Union[NewBundle, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("model", "bundle_id", "client", "resume_token", "references", "brief", "answers", "spool")
@@ -338,6 +342,14 @@ class GoAway(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     reason: str
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class NewBundle(_message.Message):
+    __slots__ = ("bundle_id", "reason")
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    bundle_id: str
+    reason: str
+    def __init__(self, bundle_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class InferRequest(_message.Message):
     __slots__ = ("model", "bundle_id", "frame")

@@ -22,6 +22,7 @@ __all__ = [
     "Frame",
     "GoAway",
     "Label",
+    "NewBundle",
     "Open",
     "Opened",
     "Output",
@@ -332,8 +333,16 @@ class GoAway:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class NewBundle:
+    """The client has another bundle now: fetch it, open a session with it, then end this one."""
+
+    bundle_id: str
+    reason: str
+
+
 ClientMessage = Open | Frame | Pack | Acknowledge | Device
 """What a client sends on a stream."""
 
-ServerMessage = Opened | Result | Results | Ack | SetPoint | Fault | GoAway
+ServerMessage = Opened | Result | Results | Ack | SetPoint | Fault | GoAway | NewBundle
 """What the cloud sends on a stream."""

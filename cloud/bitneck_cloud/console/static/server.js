@@ -1,6 +1,7 @@
-// Server: queue, batches, models, sinks, the audit log, and reloading a model with its result.
+// Server: queue, batches, models, a canary, sinks, the audit log, and reloading a model with its result.
 
 import { ApiError, get, send } from "./api.js";
+import { canaryPart } from "./canary.js";
 import { Table, count, duration, element } from "./dom.js";
 import { poll } from "./poll.js";
 
@@ -32,7 +33,8 @@ export function serverPage(main, { operate, complain, fine }) {
     { name: "Before", kind: "text", value: (line) => line.before },
     { name: "After", kind: "text", value: (line) => line.after },
   ]);
-  main.append(facts, result, models.element, element("h2", {}, "Sinks"), sinks.element, element("h2", {}, "Audit"), audit.element);
+  const canary = canaryPart({ operate, complain });
+  main.append(facts, result, models.element, canary.element, element("h2", {}, "Sinks"), sinks.element, element("h2", {}, "Audit"), audit.element);
   let last = null;
 
   function reloading(name) {
@@ -81,6 +83,7 @@ export function serverPage(main, { operate, complain, fine }) {
       fact("Dropped", count(server.dropped)), fact("Streams", count(server.streams)), fact("Sessions", count(server.sessions)),
     );
     models.show(served, (model) => model.name);
+    await canary.look(served, signal);
     audit.show(lines, (line) => JSON.stringify([line.unix_s, line.target, line.action]));
     try {
       sinks.show(await get("/v1/sinks", signal), (sink) => sink.name);

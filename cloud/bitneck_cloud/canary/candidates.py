@@ -1,0 +1,105 @@
+"""The folder of candidates: bundles, each in a sub-folder whose name is an id. Everything here blocks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitneck.bundle import MANIFEST_NAME
+from bitneck.errors import BitneckError, CanaryRefused, UnknownCandidate
+from bitneck.ids import check_id
+from bitneck.manifest import Manifest, bundle_id_of
+
+__all__ = ["MOST_CANDIDATES", "Candidate", "Candidates"]
+
+MOST_CANDIDATES = 256
+"""Sub-folders that are listed; the first ones by name."""
+_MAX_MANIFEST_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A sub-folder that may be a bundle. Its other files are checked when it is loaded.
+
+    Attributes:
+        name: of the folder.
+        model: the bundle's model; empty if the manifest cannot be read, like the next one.
+        bundle_id: its id.
+        points: number of its operating points.
+        problem: why the manifest cannot be read; empty if it can.
+    """
+
+    name: str
+    model: str = ""
+    bundle_id: str = ""
+    points: int = 0
+    problem: str = ""
+
+
+class Candidates:
+    """Bundles that may be tried.
+
+    Args:
+        folder: that holds them; None if the server has none.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def all(self) -> list[Candidate]:
+        """Every sub-folder with a well-formed name, by name.
+
+        Raises:
+            CanaryRefused: the server has no such folder, or it cannot be read.
+        """
+        folder = self._needed()
+        try:
+            names = sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_id(path.name))
+        except OSError as exc:
+            raise CanaryRefused(f"the folder of candidates {folder} cannot be read ({exc.strerror})") from exc
+        return [_candidate(folder / name) for name in names[:MOST_CANDIDATES]]
+
+    def folder_of(self, name: str) -> Path:
+        """The folder of a candidate.
+
+        Raises:
+            CanaryRefused: the server has no folder of candidates.
+            InvalidConfig: the name is no id.
+            UnknownCandidate: there is no bundle of this name.
+        """
+        folder = self._needed() / check_id(name, "candidate")
+        if not (folder / MANIFEST_NAME).is_file():
+            raise UnknownCandidate(
+                f"there is no bundle {name!r} among the candidates; GET /v1/models/{{name}}/candidates lists them"
+            )
+        return folder
+
+    def _needed(self) -> Path:
+        if self._folder is None:
+            raise CanaryRefused(
+                "this server has no folder of candidates: start it with --candidates DIR, and export the new bundle "
+                "to a folder in it"
+            )
+        return self._folder
+
+
+def _is_id(name: str) -> bool:
+    try:
+        check_id(name, "candidate")
+    except BitneckError:
+        return False
+    return True
+
+
+def _candidate(path: Path) -> Candidate:
+    manifest_path = path / MANIFEST_NAME
+    try:
+        if not manifest_path.is_file():
+            return Candidate(name=path.name, problem=f"it has no {MANIFEST_NAME}")
+        if manifest_path.stat().st_size > _MAX_MANIFEST_BYTES:
+            return Candidate(name=path.name, problem=f"its {MANIFEST_NAME} has more than {_MAX_MANIFEST_BYTES} bytes")
+        data = manifest_path.read_bytes()
+        manifest = Manifest.from_json(data, MANIFEST_NAME)
+    except OSError as exc:
+        return Candidate(name=path.name, problem=f"its {MANIFEST_NAME} cannot be read ({exc.strerror})")
+    except BitneckError as exc:
+        return Candidate(name=path.name, problem=str(exc)[:300])
+    return Candidate(name=path.name, model=manifest.name, bundle_id=bundle_id_of(data), points=len(manifest.points))

@@ -1,0 +1,349 @@
+"""Control of canaries: begins one, gives its bundle to all or takes it back, and keeps that over restarts.
+
+    current bundle   --begin-->  the same, and a candidate for some clients  --promote-->  the candidate
+                                                                             --end----->  the current bundle
+
+Clients that have another bundle than the one that they would get now are told so; they fetch it while their session
+goes on, and go over. A frame is always decoded by the bundle that its session was opened with.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from bitneck.bundle import Bundle
+from bitneck.errors import BitneckError, BundleError, CanaryRefused, InvalidConfig, ModelFailure
+from bitneck.runtime import ModulePool, return_freed_memory
+from bitneck_cloud.canary.candidates import Candidates
+from bitneck_cloud.canary.photographs import Photographs
+from bitneck_cloud.canary.tally import Tally
+from bitneck_cloud.earlier import EarlierBundles
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.fleet.control import Fleet
+from bitneck_cloud.fleet.patterns import Clients
+from bitneck_cloud.fleet.records import BundleChoice
+from bitneck_cloud.observe.audit import acting, record
+from bitneck_cloud.sessions.registry import Registry
+
+__all__ = ["Canaries", "Ended", "Running", "Streams"]
+
+_LOG = logging.getLogger(__name__)
+_CANARY, _PROMOTED = "canary", "promoted"
+
+
+class Streams(Protocol):
+    """What reaches clients."""
+
+    def tell_of_bundles(self, model: str) -> int:
+        """Tell the clients of a model that have another bundle than the one that they would get now; how many."""
+
+
+@dataclass(slots=True)
+class Running:
+    """A canary that runs.
+
+    Attributes:
+        choice: what was begun.
+        current: the bundle that all others have.
+        candidate: the one that is tried.
+        counted_since: when the tallies began, RFC 3339: with the canary, or with this run of the server.
+        photographs: the comparison on photographs; None if the server has none.
+    """
+
+    choice: BundleChoice
+    current: ServedModel
+    candidate: ServedModel
+    counted_since: str
+    photographs: Photographs | None = None
+    task: "asyncio.Task[None] | None" = field(default=None, repr=False)
+
+    @property
+    def tallies(self) -> tuple[Tally, Tally]:
+        """Of the current bundle, and of the candidate."""
+        assert self.current.tally is not None
+        assert self.candidate.tally is not None
+        return self.current.tally, self.candidate.tally
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A canary that was promoted, or ended.
+
+    Attributes:
+        running: in its last state.
+        tallies: of the current bundle of that time, and of the candidate.
+        told: streams whose clients were told that they have another bundle now.
+    """
+
+    running: Running
+    tallies: tuple[Tally, Tally]
+    told: int
+
+
+class Canaries:
+    """The canaries of one server, at most one of each model.
+
+    Args:
+        registry: gives clients their bundle.
+        candidates: bundles that may be tried.
+        fleet: knows groups of clients, and keeps what is chosen.
+        streams: tell clients.
+        pool: shares the ONNX files that several bundles have.
+        threads: see `ServedModel`.
+        earlier: keeps each bundle that is served.
+        photos: folder of photographs to compare bundles on; None for none.
+        lock: held while a bundle is changed; a reload takes it too.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        candidates: Candidates,
+        fleet: Fleet,
+        streams: Streams,
+        pool: ModulePool,
+        threads: int,
+        earlier: EarlierBundles,
+        photos: Path | None,
+        lock: asyncio.Lock,
+    ) -> None:
+        self.candidates = candidates
+        self._registry = registry
+        self._fleet = fleet
+        self._streams = streams
+        self._pool = pool
+        self._threads = threads
+        self._earlier = earlier
+        self._photos = photos
+        self._lock = lock
+        self._bases = {name: model.bundle.bundle_id for name, model in registry.models.items()}
+        self._promoted: dict[str, BundleChoice] = {}
+        self._running: dict[str, Running] = {}
+
+    @property
+    def running(self) -> Mapping[str, Running]:
+        """The canaries that run, by model."""
+        return self._running
+
+    @property
+    def kept(self) -> bool:
+        """Whether they survive a restart."""
+        return self._fleet.kept
+
+    def base(self, name: str) -> str:
+        """Id of the bundle that the folder of ``--bundle`` held when it was loaded last."""
+        return self._bases[name]
+
+    def promoted(self, name: str) -> BundleChoice | None:
+        """The choice by which a model's bundle is another one than that of ``--bundle``; None if it is not."""
+        return self._promoted.get(name)
+
+    def of(self, name: str) -> Running:
+        """The canary of a model that runs.
+
+        Raises:
+            CanaryRefused: none does.
+        """
+        if name not in self._running:
+            raise CanaryRefused(f"no canary of {name} runs; POST /v1/models/{name}/canary begins one")
+        return self._running[name]
+
+    async def begin(self, name: str, bundle: str, clients: str) -> tuple[Running, int]:
+        """Give a candidate to some clients. If that fails, nothing is changed.
+
+        Args:
+            name: of the model.
+            bundle: name among the candidates.
+            clients: pattern of clients' names, or ``@`` and a group.
+
+        Returns:
+            The canary, and how many streams were told.
+
+        Raises:
+            UnknownModel: no model with this name is served.
+            UnknownCandidate: there is no such candidate.
+            CanaryRefused: one runs already, or this bundle cannot be one.
+            InvalidConfig: a pattern that is refused, or a group that is not there.
+            StateUnusable: it cannot be kept.
+        """
+        async with self._lock:
+            current = self._registry.model(name)
+            name = current.name
+            if name in self._running:
+                choice = self._running[name].choice
+                raise CanaryRefused(
+                    f"a canary of {name} runs already, {choice.bundle} for {choice.clients}; promote it "
+                    f"(POST /v1/models/{name}/canary/promote) or end it (DELETE /v1/models/{name}/canary) first"
+                )
+            for_whom = self._fleet.groups.clients(clients)
+            folder = await asyncio.to_thread(self.candidates.folder_of, bundle)
+            try:
+                candidate = await asyncio.to_thread(self._load, folder, current, "")
+            except BitneckError as exc:
+                _LOG.error("the canary %s of %s does not begin: %s", bundle, name, exc)
+                record("canary begin", name, before=current.bundle.bundle_id, after=f"failed: {type(exc).__name__}")
+                raise
+            choice = BundleChoice(
+                model=name, kind=_CANARY, base=self._bases[name], bundle=bundle,
+                bundle_id=candidate.bundle.bundle_id, clients=clients, since=_now(), by=acting.get(),
+            )  # fmt: skip
+            await self._fleet.choose(name, [*self._choices(name), choice])
+            running = self._start(choice, for_whom, current, candidate)
+            after = {"bundle": bundle, "bundle_id": choice.bundle_id, "clients": clients}
+            record("canary begin", name, before=current.bundle.bundle_id, after=after)
+            return running, self._streams.tell_of_bundles(name)
+
+    async def promote(self, name: str) -> Ended:
+        """Give the candidate to all clients.
+
+        Raises:
+            UnknownModel: no model with this name is served.
+            CanaryRefused: no canary of it runs.
+            StateUnusable: it cannot be kept; nothing is changed.
+            InvalidConfig: the folder of earlier bundles cannot be written; likewise.
+        """
+        async with self._lock:
+            name = self._registry.model(name).name
+            running = self.of(name)
+            choice = replace(running.choice, kind=_PROMOTED, clients="", since=_now(), by=acting.get())
+            kept = [choice] if choice.bundle_id != choice.base else []
+            await asyncio.to_thread(self._earlier.keep, running.candidate.bundle, running.current.bundle)
+            await self._fleet.choose(name, kept)
+            self._registry.swap(running.candidate)
+            self._promoted.pop(name, None)
+            if kept:
+                self._promoted[name] = choice
+            return self._finish(name, "canary promote", running, running.choice.bundle_id)
+
+    async def end(self, name: str) -> Ended:
+        """Give the candidate to no more clients; those that have it go back.
+
+        Raises:
+            UnknownModel: no model with this name is served.
+            CanaryRefused: no canary of it runs.
+            StateUnusable: it cannot be kept; nothing is changed.
+        """
+        async with self._lock:
+            name = self._registry.model(name).name
+            running = self.of(name)
+            await self._fleet.choose(name, self._choices(name))
+            self._registry.withdraw(name)
+            return self._finish(name, "canary end", running, running.current.bundle.bundle_id)
+
+    async def folder_read(self, name: str, bundle_id: str) -> None:
+        """The folder of ``--bundle`` was read again, and its bundle is served next: that takes a promotion's place.
+
+        The caller holds the lock.
+
+        Raises:
+            StateUnusable: the promotion cannot be forgotten; nothing is changed.
+        """
+        if name in self._promoted:
+            await self._fleet.choose(name, [])
+            del self._promoted[name]
+        self._bases[name] = bundle_id
+
+    def refuse_if_running(self, name: str) -> None:
+        """A reload would change what the canary is compared with.
+
+        Raises:
+            CanaryRefused: a canary of this model runs.
+        """
+        if name in self._running:
+            raise CanaryRefused(
+                f"a canary of {name} runs and is compared with the bundle that is served: promote it, or end it "
+                f"(DELETE /v1/models/{name}/canary), then reload"
+            )
+
+    async def resume(self) -> None:
+        """Go on with what was chosen before a restart, as far as it still counts. The server begins after it."""
+        for choice in sorted(self._fleet.choices, key=lambda choice: choice.kind, reverse=True):  # promoted comes first
+            base = self._bases.get(choice.model)
+            if base is None:
+                continue  # another start of the server may have this model again
+            what = f"{choice.kind} {choice.bundle} of {choice.model}"
+            if base != choice.base:
+                _LOG.warning("%s counts no more: the folder of --bundle holds another bundle now, %s", what, base)
+                left = [each for each in self._fleet.choices if each.model == choice.model and each.base == base]
+                await self._fleet.choose(choice.model, left)
+                continue
+            try:
+                await self._resume(choice)
+            except BitneckError as exc:
+                _LOG.error("%s is not served: %s; the bundle of --bundle is", what, exc)
+
+    async def _resume(self, choice: BundleChoice) -> None:
+        current = self._registry.model(choice.model)
+        folder = await asyncio.to_thread(self.candidates.folder_of, choice.bundle)
+        candidate = await asyncio.to_thread(self._load, folder, current, choice.bundle_id)
+        if choice.kind == _PROMOTED:
+            self._registry.swap(candidate)
+            self._promoted[choice.model] = choice
+        else:
+            self._start(choice, self._fleet.groups.clients(choice.clients, known=False), current, candidate)
+        _LOG.info("%s %s of %s goes on: %s", choice.kind, choice.bundle, choice.model, choice.bundle_id)
+
+    def _choices(self, name: str) -> list[BundleChoice]:
+        """What is chosen for a model beside a canary."""
+        return [self._promoted[name]] if name in self._promoted else []
+
+    def _load(self, folder: Path, current: ServedModel, expected: str) -> ServedModel:
+        """Verify and load a candidate, beside the bundle that is served.
+
+        Args:
+            folder: of the candidate.
+            current: the bundle that is served; equal files are shared.
+            expected: the id that it must have; empty for any.
+        """
+        try:
+            bundle = Bundle.open(folder)
+            if bundle.manifest.name != current.name:
+                raise CanaryRefused(
+                    f"the candidate {folder.name} is a bundle of {bundle.manifest.name!r}, expected {current.name!r}"
+                )
+            if expected and bundle.bundle_id != expected:
+                raise CanaryRefused(f"the candidate {folder.name} is {bundle.bundle_id} now, it was {expected}")
+            if bundle.bundle_id == current.bundle.bundle_id:
+                raise CanaryRefused(f"the candidate {folder.name} is the bundle that is served, {bundle.bundle_id}")
+            served = ServedModel(bundle, threads=self._threads, pool=self._pool, before=current)
+        except (BundleError, ModelFailure, InvalidConfig) as exc:
+            raise CanaryRefused(f"the candidate {folder.name} cannot be served: {exc}") from exc
+        self._earlier.keep(bundle, current.bundle)
+        return_freed_memory()
+        return served
+
+    def _start(self, choice: BundleChoice, clients: Clients, current: ServedModel, candidate: ServedModel) -> Running:
+        running = Running(choice, current, candidate, _now())
+        current.tally, candidate.tally = Tally(), Tally()
+        if self._photos is not None:
+            running.photographs = Photographs(self._photos, current, candidate)
+            running.task = asyncio.create_task(running.photographs.run(), name="bitneck-canary-photographs")
+        self._running[choice.model] = running
+        self._registry.begin(candidate, clients)
+        return running
+
+    def _finish(self, name: str, action: str, running: Running, served: str) -> Ended:
+        tallies = running.tallies
+        running.current.tally = running.candidate.tally = None
+        if running.task is not None:
+            running.task.cancel()
+        del self._running[name]
+        choice = running.choice
+        before = {"bundle": choice.bundle, "bundle_id": choice.bundle_id, "clients": choice.clients}
+        record(action, name, before=before, after=served)
+        return Ended(running, tallies, self._streams.tell_of_bundles(name))
+
+    async def close(self) -> None:
+        """Compare no more photographs."""
+        tasks = [running.task for running in self._running.values() if running.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,227 @@
+"""Both bundles on the same photographs: how often their labels agree, and how large their payloads are.
+
+    photograph -> x -> whole network                      -> the answer without compression
+                    -> encoder -> payload -> decoder, tail -> the answer of a point
+
+for the current bundle and for the candidate, at points that match. One photograph at a time, in a thread of the lowest
+priority, with a pause after each as long as it took: at most half of a core for the device's half.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitneck.errors import BitneckError, ImageError, ModelFailure
+from bitneck.image import find_photos, opened_reduced, to_input, view
+from bitneck.runtime import return_freed_memory
+from bitneck.wire.messages import Classification, CodedMap, Output
+from bitneck_cloud.engine.edge_half import EdgeHalf, classes_of
+from bitneck_cloud.engine.served_model import ServedModel
+
+__all__ = ["MOST_PHOTOGRAPHS", "Agreement", "Mean", "Photographs", "matching_points"]
+
+_LOG = logging.getLogger(__name__)
+
+MOST_PHOTOGRAPHS = 200
+_NICEST = 19
+"""Of the niceness of a thread: whoever else wants the core gets it."""
+
+
+@dataclass(slots=True)
+class Mean:
+    """A mean of values that come one by one."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float | None) -> None:
+        """Another value; None is left out."""
+        if value is not None:
+            self.total += value
+            self.count += 1
+
+    @property
+    def value(self) -> float | None:
+        """None if there was none."""
+        return self.total / self.count if self.count else None
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Two operating points that are compared.
+
+    Attributes:
+        current: id of the current bundle's point.
+        candidate: id of the candidate's.
+        photographs: that both have answered.
+        same: agreement of both answers: 1 or 0 for labels, the share of equal pixels for class maps. Classes are
+            compared by name. Class maps of different sizes are not compared.
+        current_own: agreement of the current bundle's answer with its own network without compression.
+        candidate_own: the same of the candidate.
+        current_bytes: payload.
+        candidate_bytes: likewise.
+    """
+
+    current: str
+    candidate: str
+    photographs: int = 0
+    same: Mean = field(default_factory=Mean)
+    current_own: Mean = field(default_factory=Mean)
+    candidate_own: Mean = field(default_factory=Mean)
+    current_bytes: Mean = field(default_factory=Mean)
+    candidate_bytes: Mean = field(default_factory=Mean)
+
+
+def matching_points(current: ServedModel, candidate: ServedModel) -> list[tuple[str, str]]:
+    """The points of both that are compared: those of one id; if there is none, the most accurate one of each."""
+    theirs = {point.id for point in candidate.ladder}
+    shared = [(point.id, point.id) for point in current.ladder if point.id in theirs]
+    return shared or [(current.ladder.best.id, candidate.ladder.best.id)]
+
+
+class Photographs:
+    """The comparison of two bundles on the photographs of a folder.
+
+    Attributes:
+        state: ``waiting``, ``running``, ``done``, ``impossible`` (see `problem`), or ``ended`` before it was done.
+        problem: why it is impossible; empty if it is not.
+        total: photographs that are compared in all.
+        done: photographs that were compared.
+        unreadable: photographs that could not be.
+        points: the comparison so far.
+
+    Args:
+        folder: of the photographs.
+        current: the bundle that is served.
+        candidate: the other one.
+    """
+
+    def __init__(self, folder: Path, current: ServedModel, candidate: ServedModel) -> None:
+        self.state = "waiting"
+        self.problem = ""
+        self.total = self.done = self.unreadable = 0
+        self.points = [Agreement(*pair) for pair in matching_points(current, candidate)]
+        self._folder = folder
+        self._current, self._candidate = current, candidate
+
+    async def run(self) -> None:
+        """Compare all photographs; cancel it to end that earlier."""
+        thread = ThreadPoolExecutor(1, "bitneck-canary", initializer=_step_back)
+        loop = asyncio.get_running_loop()
+        try:
+            self.state = "running"
+            photos = (await loop.run_in_executor(thread, find_photos, self._folder))[:MOST_PHOTOGRAPHS]
+            self.total = len(photos)
+            sides = await loop.run_in_executor(thread, self._load)
+            for photo in photos:
+                begin = time.monotonic()
+                try:
+                    await loop.run_in_executor(thread, self._compare, photo, *sides)
+                    self.done += 1
+                except ImageError as exc:
+                    self.unreadable += 1
+                    _LOG.warning("a photograph to compare bundles with is left out: %s", exc)
+                await asyncio.sleep(time.monotonic() - begin)
+            self.state = "done"
+        except asyncio.CancelledError:
+            self.state = "ended"
+            raise
+        except BitneckError as exc:
+            self.state, self.problem = "impossible", str(exc)
+            _LOG.warning("the bundles of %s cannot be compared on photographs: %s", self._candidate.name, exc)
+        except Exception:  # noqa: BLE001  a bug here must not end the server
+            self.state, self.problem = "impossible", "an internal error; the server's log says why"
+            _LOG.exception("comparing bundles of %s on photographs failed", self._candidate.name)
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
+            return_freed_memory()
+
+    def _load(self) -> tuple["_Side", "_Side"]:
+        return _Side(self._current), _Side(self._candidate)
+
+    def _compare(self, photo: Path, current: "_Side", candidate: "_Side") -> None:
+        """One photograph. Nothing of it counts unless both bundles have answered it at every point."""
+        ours = current.answers(photo, [pair.current for pair in self.points])
+        theirs = candidate.answers(photo, [pair.candidate for pair in self.points])
+        for pair in self.points:
+            mine, other = ours[pair.current], theirs[pair.candidate]
+            pair.photographs += 1
+            pair.same.add(_agreement(mine.output, current, other.output, candidate))
+            pair.current_own.add(_agreement(mine.output, current, mine.whole, current))
+            pair.candidate_own.add(_agreement(other.output, candidate, other.whole, candidate))
+            pair.current_bytes.add(mine.payload_bytes)
+            pair.candidate_bytes.add(other.payload_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A photograph at one point.
+
+    Attributes:
+        output: the answer.
+        whole: that of the network without compression.
+        payload_bytes: coded size.
+    """
+
+    output: Output
+    whole: Output
+    payload_bytes: int
+
+
+class _Side:
+    """One of the two bundles, with the edge's half."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self.labels = served.labels
+        self._served = served
+        self._half = EdgeHalf(served, threads=1)
+
+    def answers(self, photo: Path, points: list[str]) -> dict[str, _Answer]:
+        """What the bundle makes of a photograph, by operating point."""
+        served, half = self._served, self._half
+        spec = served.manifest.input
+        with opened_reduced(photo, spec) as (image, orientation):
+            x = to_input(view(image, spec, orientation).convert("RGB"), spec)
+        whole, features = half.whole(x), half.features(x)
+        found = {}
+        for point in dict.fromkeys(points):
+            payload = half.encoders[point].encode(features[served.ladder[point].split]).payload
+            (output,) = served.compute([point], [served.decode(point, payload)])
+            if isinstance(output, BitneckError):
+                raise output
+            found[point] = _Answer(output, whole, len(payload))
+        return found
+
+
+def _agreement(one: Output, its: _Side, other: Output, others: _Side) -> float | None:
+    """1 or 0 for labels, the share of equal pixels for class maps; None where they cannot be compared."""
+    if isinstance(one, Classification) and isinstance(other, Classification):
+        return float(one.labels[0].name == other.labels[0].name)
+    if not isinstance(one, CodedMap) or not isinstance(other, CodedMap):
+        raise ModelFailure("one bundle names a picture's class, the other one those of its pixels")
+    first, second = classes_of(one), classes_of(other)
+    if first.shape != second.shape:
+        return None
+    return float((_named(first, its.labels, its.labels) == _named(second, others.labels, its.labels)).mean())
+
+
+def _named(classes: NDArray[np.uint8], labels: tuple[str, ...], known: tuple[str, ...]) -> NDArray[np.int64]:
+    """Class maps in the numbers of other labels, (H, W); a class without such a name gets one of its own, -1."""
+    places = {name: place for place, name in enumerate(known)}
+    table: NDArray[np.int64] = np.array([places.get(name, -1) for name in labels], dtype=np.int64)
+    return table[classes]
+
+
+def _step_back() -> None:
+    """Run this thread only where nobody else wants the core, as far as the system can do that for one thread."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
