@@ -18,6 +18,7 @@ from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.sources.capture import Capture
 from bitneck_testing.devices.streaming import PHOTOS, Device, documents, until
+from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server, free_port, running_server
 from bitneck_testing.streams import Frames, open_stream, stub
@@ -116,6 +117,51 @@ async def test_running_sessions_go_over_and_each_frame_is_answered_once(
                 seed = (int(each["captured"][-7:-1]) - 1) % PHOTOS
                 assert each["labels"][0]["index"] == right[each["bundle"]][seed]
         assert len(found) == cam.taken + door.taken
+
+
+async def test_a_link_that_breaks_while_a_device_goes_over(
+    tiny_bundle: Bundle, new: Bundle, candidates: Path, tmp_path: Path
+) -> None:
+    """It is cut before the device is told, and again and again while it goes over: no picture is lost."""
+    with serving(tiny_bundle, candidates) as server:
+        async with (
+            Proxy(server.grpc) as link,
+            Device.sending(link.address, tmp_path, "cam-1", connect_timeout_s=2.0) as device,
+        ):
+            for change in ("POST", "DELETE", "POST"):
+                link.cut()
+                body = {"bundle": "new", "clients": "*"} if change == "POST" else None
+                await call(server, change, CANARY, body)
+                for pause_s in (0.1, 0.3, 0.5):
+                    link.mend()
+                    await asyncio.sleep(pause_s)
+                    link.cut()
+                link.mend()
+                await device.has(new.bundle_id if change == "POST" else tiny_bundle.bundle_id)
+        assert [each for each in device.results if isinstance(each, Failure)] == []
+        assert [int(each.file) for each in device.results if isinstance(each, Answer)] == list(range(device.taken))
+
+
+async def test_a_device_that_cannot_use_the_candidate_goes_on_with_its_bundle(
+    tiny_bundle: Bundle, new: Bundle, tmp_path: Path
+) -> None:
+    shutil.copytree(new.root, tmp_path / "candidates" / "new")
+    file = tmp_path / "candidates" / "new" / "units" / POINT / "encoder.onnx"
+    good = file.read_bytes()
+    with serving(tiny_bundle, tmp_path / "candidates") as server:
+        async with (
+            Proxy(server.grpc) as link,
+            Device.sending(link.address, tmp_path, "cam-1", connect_timeout_s=2.0) as device,
+        ):
+            link.cut()
+            await begin(server)
+            file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # after the server has read it
+            link.mend()
+            await asyncio.sleep(2.0)
+            await device.has(tiny_bundle.bundle_id)
+            file.write_bytes(good)
+            await device.has(new.bundle_id)
+        assert [each for each in device.results if isinstance(each, Failure)] == []
 
 
 async def test_who_gets_which_bundle(tiny_bundle: Bundle, new: Bundle, candidates: Path) -> None:

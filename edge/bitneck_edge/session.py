@@ -209,16 +209,16 @@ class EdgeSession:
     @property
     def failure(self) -> BitneckError | None:
         """Why the session cannot be used any more; None while it can."""
-        return self.link.refusal
+        return self.link.failure
 
     def follow(self, before: "EdgeSession") -> None:
         """Go on with the counts of the session before."""
         self._reconnects_before, self._link_bytes_before = before.reconnects + 1, before.link_bytes
 
     async def leave(self) -> None:
-        """Another session takes the new frames: wait for the answers to those that were sent, then end this one.
+        """Another session takes new pictures: wait for the answers to the frames that were sent, then end this one.
 
-        What was encoded and not sent fails with `BundleMismatch`, and so does what has no answer in time.
+        What is not sent by then fails with `BundleMismatch`, and so does what has no answer in time.
         """
         reason = BundleMismatch(f"the server has another bundle for this client than {self.bundle.bundle_id}")
         try:

@@ -66,7 +66,6 @@ class Exchange:
         self._write_lock = asyncio.Lock()
         self._connection: Connection | None = None
         self.failure: BitneckError | None = None  # the error of `fail`
-        self.leaving: BitneckError | None = None  # why no new frame is taken, though others are still answered
         self._connections = 0  # how often unanswered frames have been sent over a new one
         self._later: set[asyncio.Task[None]] = set()
         self._added = asyncio.Event()
@@ -105,7 +104,7 @@ class Exchange:
 
     async def takes(self, in_flight: int, limit_s: float) -> bool:
         """Wait until a frame can be sent at once; False if the link is down, or silent for longer than this."""
-        while (self.failure or self.leaving) is None and not self.down and self.silent_s() <= limit_s:
+        while self.failure is None and not self.down and self.silent_s() <= limit_s:
             if self._records.has_room(in_flight):
                 return True
             self._changed.clear()
@@ -170,11 +169,11 @@ class Exchange:
             Overloaded: the frame is larger than any server takes; the session is not harmed.
             BitneckError: the session has failed for good.
         """
-        while (refusal := self.failure or self.leaving) is None and not self._records.has_room(in_flight):
+        while self.failure is None and not self._records.has_room(in_flight):
             self._changed.clear()
             await self._changed.wait()
-        if refusal is not None:
-            raise refusal
+        if self.failure is not None:
+            raise self.failure
         answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
         added_s = time.perf_counter()
         frame = self._records.add(

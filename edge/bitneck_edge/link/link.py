@@ -154,11 +154,6 @@ class Link:
         return self._exchange.failure
 
     @property
-    def refusal(self) -> BitneckError | None:
-        """Why no new frame is taken: the failure, or the reason of `leave`; None if they are."""
-        return self._exchange.failure or self._exchange.leaving
-
-    @property
     def window(self) -> int:
         """Frames that may be unanswered, as the server granted."""
         return self._exchange.window
@@ -195,14 +190,12 @@ class Link:
         self._exchange.fail(Unavailable("the link was closed before the answer came"))
 
     async def leave(self, reason: BitneckError, limit_s: float) -> None:
-        """Send no new frame, and wait until those that are under way are answered; then `close` it.
+        """Wait until no frame is unanswered, then take none any more; `close` it after that.
 
         Args:
-            reason: why others than those fail from now on; also those that are not answered in time.
+            reason: why frames that come later fail, and those that are not answered in time.
             limit_s: how long to wait.
         """
-        self._exchange.leaving = reason
-        self._exchange.wake()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self._exchange.flush()
