@@ -69,11 +69,11 @@ async def begin(server: Server, clients: str = "cam-*", bundle: str = "new") -> 
     return await call(server, "POST", CANARY, {"bundle": bundle, "clients": clients})
 
 
-async def compared(server: Server) -> dict[str, Any]:
+async def compared(server: Server, path: str = CANARY) -> dict[str, Any]:
     """The comparison on photographs, once it has come to its end."""
     limit = time.monotonic() + 60
     while time.monotonic() < limit:
-        found: dict[str, Any] = (await call(server, "GET", CANARY))["photographs"]
+        found: dict[str, Any] = (await call(server, "GET", path))["photographs"]
         if found["state"] not in ("waiting", "running"):
             return found
         await asyncio.sleep(0.05)
@@ -151,6 +151,20 @@ async def test_both_bundles_answer_the_same_photographs(tiny_bundle: Bundle, new
                 assert min(point["agreement"] for point in found["points"]) < 1
             ended = await call(server, "DELETE", CANARY)
             assert ended["photographs"] == found
+
+
+async def test_class_maps_of_both_bundles_are_compared(scene_bundle: Bundle, tmp_path: Path) -> None:
+    add_photos(tmp_path / "photos", range(3))
+    make_tiny_bundle(tmp_path / "candidates" / "new", seed=1, name="scene", task="segmentation")
+    with serving(scene_bundle.root, tmp_path / "candidates", "--canary-photos", tmp_path / "photos") as server:
+        path = "/v1/models/scene/canary"
+        begun = await call(server, "POST", path, {"bundle": "new", "clients": "*"})
+        assert begun["comparison"]["current"]["best_score_mean"] is None
+        found = await compared(server, path)
+        assert (found["state"], found["done"]) == ("done", 3)
+        for point in found["points"]:
+            assert 0 < point["agreement"] < 1
+            assert 0 < point["current_agreement"] <= 1
 
 
 async def test_photographs_that_are_not_there(tiny_bundle: Bundle, candidates: Path, tmp_path: Path) -> None:

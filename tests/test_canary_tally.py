@@ -1,8 +1,10 @@
-"""Counting what the frames of two bundles came to."""
+"""Counting what the frames and the photographs of two bundles came to."""
 
+import numpy as np
 import pytest
 
 from bitneck.wire.messages import Classification, ClassShare, CodedMap, Label
+from bitneck_cloud.canary.photographs import equal_pixels
 from bitneck_cloud.canary.tally import ENOUGH_FRAMES, Tally, note_of, share_interval
 
 
@@ -65,3 +67,12 @@ def test_what_may_be_said_of_faults(answers: int, faults: int, said: str) -> Non
     assert note_of(current, candidate).startswith(said)
     if faults == 30:
         assert note_of(candidate, current).startswith("the candidate has fewer faults")
+
+
+def test_class_maps_are_compared_by_the_names_of_their_classes() -> None:
+    first = np.array([[0, 1], [2, 2]], dtype=np.uint8)
+    labels = ("sky", "road", "tree")
+    assert equal_pixels(first, labels, first, labels) == 1
+    assert equal_pixels(first, labels, np.array([[2, 0], [1, 1]], dtype=np.uint8), ("road", "tree", "sky")) == 1
+    assert equal_pixels(first, labels, first, ("sky", "road", "car")) == 0.5
+    assert equal_pixels(first, labels, first[:1], labels) is None

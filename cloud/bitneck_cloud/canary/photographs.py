@@ -27,7 +27,7 @@ from bitneck.wire.messages import Classification, CodedMap, Output
 from bitneck_cloud.engine.edge_half import EdgeHalf, classes_of
 from bitneck_cloud.engine.served_model import ServedModel
 
-__all__ = ["MOST_PHOTOGRAPHS", "Agreement", "Mean", "Photographs", "matching_points"]
+__all__ = ["MOST_PHOTOGRAPHS", "Agreement", "Mean", "Photographs", "equal_pixels", "matching_points"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -208,17 +208,25 @@ def _agreement(one: Output, its: _Side, other: Output, others: _Side) -> float |
         return float(one.labels[0].name == other.labels[0].name)
     if not isinstance(one, CodedMap) or not isinstance(other, CodedMap):
         raise ModelFailure("one bundle names a picture's class, the other one those of its pixels")
-    first, second = classes_of(one), classes_of(other)
+    return equal_pixels(classes_of(one), its.labels, classes_of(other), others.labels)
+
+
+def equal_pixels(
+    first: NDArray[np.uint8], labels: tuple[str, ...], second: NDArray[np.uint8], others: tuple[str, ...]
+) -> float | None:
+    """The share of pixels to which two class maps give a class of the same name; None if their sizes differ.
+
+    Args:
+        first: a class map, (H, W).
+        labels: names of its classes.
+        second: another one.
+        others: names of that one's classes.
+    """
     if first.shape != second.shape:
         return None
-    return float((_named(first, its.labels, its.labels) == _named(second, others.labels, its.labels)).mean())
-
-
-def _named(classes: NDArray[np.uint8], labels: tuple[str, ...], known: tuple[str, ...]) -> NDArray[np.int64]:
-    """Class maps in the numbers of other labels, (H, W); a class without such a name gets one of its own, -1."""
-    places = {name: place for place, name in enumerate(known)}
-    table: NDArray[np.int64] = np.array([places.get(name, -1) for name in labels], dtype=np.int64)
-    return table[classes]
+    places = {name: place for place, name in enumerate(labels)}
+    table = np.array([places.get(name, -1) for name in others], dtype=np.int64)  # of the second in the first's numbers
+    return float((first == table[second]).mean())
 
 
 def _step_back() -> None:

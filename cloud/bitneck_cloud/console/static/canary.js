@@ -28,8 +28,8 @@ export function canaryPart({ operate, complain }) {
   const note = element("p", { hidden: true });
   const sides = new Table("Both bundles since the canary began", [
     { name: "", value: (row) => row.name },
-    { name: "Current", kind: "text", value: (row) => row.current },
-    { name: "Candidate", kind: "text", value: (row) => row.candidate },
+    { name: "Current", kind: "half", value: (row) => row.current },
+    { name: "Candidate", kind: "half", value: (row) => row.candidate },
   ]);
   const points = new Table("The same by operating point", [
     { name: "Point", value: (row) => row.id },
