@@ -4,10 +4,11 @@
 
 Two servers run side by side: a bare one, and one with subscribers that read all answers, in a process of their own, and
 with sinks: an MQTT broker (mosquitto), a webhook's server, each in a process of its own, and a file of JSON lines.
-`--sinks three` is the default where mosquitto is installed, `two` leaves the broker out. The servers are loaded by
-turns, first as much as they take (saturation), then with half of that. Each figure is the median of the rounds' ratios,
-with / without: compare within one run only, because the machines that run this are shared. At the end every sink must
-have delivered every answer, else the exit status is 1.
+`--sinks three` is the default where mosquitto is installed, `two` leaves the broker out. What consumes has the lowest
+priority: in use it has machines of its own, and here it must not take the server's. The servers are loaded by turns,
+first as much as they take (saturation), then with half of that. Each figure is the median of the rounds' ratios, with /
+without: compare within one run only, because the machines that run this are shared. At the end every sink must have
+delivered every answer, else the exit status is 1.
 
 `--against` compares with another environment's or checkout's server, which gets the same subscribers and sinks: before
 and after a change, in one run.
@@ -35,10 +36,13 @@ from bitneck_testing.photographs import sample_photo
 from bitneck_testing.processes import BIN, QUIET, Server, run_json, running_server, spawned_server
 
 CLIENTS = 8
+_LOWEST = 19
+"""Niceness of what consumes."""
 
 
 def subscribe(http: str, count: int, query: str, ready: "Queue[str]") -> None:
     """Subscribers that read everything, over plain sockets."""
+    os.nice(_LOWEST)
     host, _, port = http.partition(":")
     waiting = selectors.DefaultSelector()
     for _ in range(count):
@@ -55,6 +59,7 @@ def subscribe(http: str, count: int, query: str, ready: "Queue[str]") -> None:
 
 def receive(address: "Queue[str]") -> None:
     """The webhook's server."""
+    os.nice(_LOWEST)
     with Receiver().running() as running:
         address.put(running.url)
         while True:
@@ -73,7 +78,8 @@ def with_sinks(which: str, folder: Path, stack: ExitStack) -> tuple[str, ...]:
         {"kind": "webhook", "name": "webhook", "url": url, "secret": "0123456789abcdef"},
     ]
     if which == "three":
-        broker = stack.enter_context(Broker(folder / "broker"))
+        broker = stack.enter_context(Broker(folder / "broker", "autosave_on_changes false", "autosave_interval 1800"))
+        os.setpriority(os.PRIO_PROCESS, broker.pid, _LOWEST)
         tables.append({"kind": "mqtt", "name": "broker", "host": "127.0.0.1", "port": broker.port})
     config = folder / "config.toml"
     config.write_text(tomli_w.dumps({"sinks_queue": str(folder / "queue.db"), "sinks": tables}))

@@ -70,6 +70,12 @@ class Broker:
         self._config.write_text("user root\n" + "\n".join(lines) + "\n")
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        """Of its process, while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Start it and wait until it takes connections.
 
