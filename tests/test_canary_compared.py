@@ -31,7 +31,7 @@ from bitneck_cloud.sessions.registry import Registry
 from bitneck_testing.consumers.browser import BROWSER, browser
 from bitneck_testing.devices.streaming import Device, until
 from bitneck_testing.photographs import add_photos
-from bitneck_testing.processes import Server, running_server
+from bitneck_testing.processes import ProcessFailed, Server, running_server
 from bitneck_testing.streams import Frames, open_stream, stub
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
@@ -257,6 +257,24 @@ async def test_a_canary_and_a_promotion_survive_a_restart(
     shutil.copytree(make_tiny_bundle(tmp_path / "first").root, folder)  # as at first: it is forgotten all the same
     with serving(folder, candidates, *state) as server:
         assert await offered(server, "cam-1") == old_id
+
+
+async def test_sinks_are_checked_against_the_bundle_that_was_promoted(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """A class that only this bundle has does not keep the server from starting, nor does an old one pass."""
+    make_tiny_bundle(tmp_path / "candidates" / "new", task="segmentation")
+    options = ("--state-db", tmp_path / "state.db")
+    with serving(tiny_bundle.root, tmp_path / "candidates", *options) as server:
+        await begin(server)
+        await call(server, "POST", f"{CANARY}/promote")
+    config = tmp_path / "config.toml"
+    for name, known in (("sky", True), ("class 1", False)):
+        config.write_text(
+            f'sinks_queue = "{tmp_path}/queue.db"\n[[sinks]]\nkind = "jsonl"\nname = "file"\n'
+            f'path = "{tmp_path}/a.jsonl"\nclass = "{name}"\n'
+        )
+        with contextlib.nullcontext() if known else pytest.raises(ProcessFailed, match="has a class 'class 1'"):
+            with serving(tiny_bundle.root, tmp_path / "candidates", *options, "--config", config):
+                pass
 
 
 async def test_without_a_state_database_the_answer_says_what_to_start_with(
