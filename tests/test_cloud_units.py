@@ -243,8 +243,8 @@ async def test_a_model_of_large_tensors_gets_smaller_batches(slow: Slow, tiny_bu
 
 async def test_a_batch_that_will_take_long_gets_no_more_frames(slow: Slow, tiny_bundle: Bundle) -> None:
     payload = Frames(tiny_bundle).payload("s1-r2", 1)
-    slow.seconds = 0.2
-    engine = Engine(max_batch=8, max_queue=8, max_batch_s=0.3)
+    slow.seconds = 0.5
+    engine = Engine(max_batch=8, max_queue=8, max_batch_s=0.95)
     engine.start()
 
     def submit() -> Coroutine[Any, Any, Computed]:
@@ -255,7 +255,7 @@ async def test_a_batch_that_will_take_long_gets_no_more_frames(slow: Slow, tiny_
         await asyncio.gather(*[submit() for _ in range(8)])
     finally:
         await engine.stop()
-    assert slow.batches[:2] == [1, 2]  # 0.2 s each, as far as anyone knows then
+    assert slow.batches[:2] == [1, 2]  # 0.5 s each, as far as anyone knows then; a busy machine may make that 0.9
     assert max(slow.batches) <= 4
 
 
