@@ -263,6 +263,19 @@ async def test_a_device_with_a_spool_goes_over_and_keeps_nothing(
         assert len(found) == device.taken
 
 
+async def test_a_device_with_a_spool_leaves_no_session_before_the_other_one_is_open(
+    tiny_bundle: Bundle, candidates: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server has room for one session: the device goes on with its bundle, and spools nothing."""
+    with serving(tiny_bundle, candidates, "--max-sessions", 1) as server:
+        async with Device.sending(server.grpc, tmp_path, "cam-1", spool=tmp_path / "spool") as device:
+            await begin(server)
+            await until(lambda: "the server's new bundle cannot be used" in caplog.text)
+            assert "1 sessions are open already" in caplog.text
+            await device.has(tiny_bundle.bundle_id)
+        assert [int(each.file) for each in device.results if isinstance(each, Answer)] == list(range(device.taken))
+
+
 # What is refused
 
 
