@@ -143,7 +143,7 @@ async def test_a_link_that_breaks_while_a_device_goes_over(
 
 
 async def test_a_device_that_cannot_use_the_candidate_goes_on_with_its_bundle(
-    tiny_bundle: Bundle, new: Bundle, tmp_path: Path
+    tiny_bundle: Bundle, new: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(new.root, tmp_path / "candidates" / "new")
     file = tmp_path / "candidates" / "new" / "units" / POINT / "encoder.onnx"
@@ -157,7 +157,7 @@ async def test_a_device_that_cannot_use_the_candidate_goes_on_with_its_bundle(
             await begin(server)
             file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # after the server has read it
             link.mend()
-            await asyncio.sleep(2.0)
+            await until(lambda: "the server's new bundle cannot be used" in caplog.text)
             await device.has(tiny_bundle.bundle_id)
             file.write_bytes(good)
             await device.has(new.bundle_id)
@@ -207,10 +207,10 @@ async def test_a_pinned_device_and_one_that_opens_later(
             assert late.bundle_id == new.bundle_id
         async with Device.sending(server.grpc, tmp_path, "door-1", bundle_id=tiny_bundle.bundle_id) as pinned:
             await call(server, "POST", f"{CANARY}/promote")
-            await asyncio.sleep(1.0)
-            assert pinned.bundle_id == tiny_bundle.bundle_id
+            await until(lambda: pinned.client._opened().link.new_bundle == new.bundle_id)
             count = len(pinned.results)
             await until(lambda: len(pinned.results) > count + 20)
+            assert pinned.bundle_id == tiny_bundle.bundle_id
         assert all(isinstance(each, Answer) for each in (*late.results, *pinned.results))
 
 
@@ -261,6 +261,19 @@ async def test_a_device_with_a_spool_goes_over_and_keeps_nothing(
         assert [int(each.file) for each in device.results if isinstance(each, Answer)] == list(range(device.taken))
         found = await documents(server, device.taken)
         assert len(found) == device.taken
+
+
+async def test_a_device_with_a_spool_leaves_no_session_before_the_other_one_is_open(
+    tiny_bundle: Bundle, candidates: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server has room for one session: the device goes on with its bundle, and spools nothing."""
+    with serving(tiny_bundle, candidates, "--max-sessions", 1) as server:
+        async with Device.sending(server.grpc, tmp_path, "cam-1", spool=tmp_path / "spool") as device:
+            await begin(server)
+            await until(lambda: "the server's new bundle cannot be used" in caplog.text)
+            assert "1 sessions are open already" in caplog.text
+            await device.has(tiny_bundle.bundle_id)
+        assert [int(each.file) for each in device.results if isinstance(each, Answer)] == list(range(device.taken))
 
 
 # What is refused

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import httpx
 import numpy as np
@@ -18,9 +19,11 @@ from bitneck.errors import StateUnusable
 from bitneck.runtime import ModulePool
 from bitneck.v2 import inference_pb2 as pb
 from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.canary import photographs
 from bitneck_cloud.canary.candidates import Candidates
 from bitneck_cloud.canary.control import Canaries
 from bitneck_cloud.earlier import EarlierBundles
+from bitneck_cloud.engine.edge_half import EdgeHalf
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.fleet.control import Fleet
 from bitneck_cloud.fleet.patterns import Groups
@@ -28,7 +31,7 @@ from bitneck_cloud.sessions.registry import Registry
 from bitneck_testing.consumers.browser import BROWSER, browser
 from bitneck_testing.devices.streaming import Device, until
 from bitneck_testing.photographs import add_photos
-from bitneck_testing.processes import Server, running_server
+from bitneck_testing.processes import ProcessFailed, Server, running_server
 from bitneck_testing.streams import Frames, open_stream, stub
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
@@ -104,7 +107,6 @@ async def test_frames_are_counted_for_the_bundle_that_decodes_them(
             single = Frames(new).frame(1, POINT)
             await cloud.Infer(pb.InferRequest(bundle_id=new.bundle_id, frame=single))
             sizes[new.bundle_id].append(len(single.payload))
-            await asyncio.sleep(0.2)
             found = (await call(server, "GET", CANARY))["comparison"]
         current, candidate = found["current"], found["candidate"]
         assert (current["frames"], current["faults"], current["fault_share"]) == (6, 0, 0.0)
@@ -175,6 +177,40 @@ async def test_photographs_that_are_not_there(tiny_bundle: Bundle, candidates: P
         assert "no such file or folder" in found["problem"]
 
 
+async def test_a_comparison_that_is_cut_short_says_so(tiny_bundle: Bundle, candidates: Path, tmp_path: Path) -> None:
+    add_photos(tmp_path / "photos", range(200))
+    with serving(tiny_bundle.root, candidates, "--canary-photos", tmp_path / "photos") as server:
+        await begin(server)
+        ended = (await call(server, "DELETE", CANARY))["photographs"]
+        assert (ended["state"], ended["done"] < 200) == ("ended", True)
+
+
+async def test_what_a_comparison_has_loaded_is_given_back_when_nothing_holds_it(
+    tiny_bundle: Bundle, new: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And beside the event loop, which must not wait for it."""
+    made, halves, left, over = list[str](), WeakSet[EdgeHalf](), list[int](), threading.Event()
+
+    class Half(EdgeHalf):
+        def __init__(self, served: ServedModel, threads: int = 0) -> None:
+            super().__init__(served, threads)
+            made.append(self.bundle_id)
+            halves.add(self)
+
+    def give_back() -> None:
+        left.append(len(halves))
+        over.set()
+
+    monkeypatch.setattr(photographs, "EdgeHalf", Half)
+    monkeypatch.setattr(photographs, "return_freed_memory", give_back)
+    add_photos(tmp_path / "photos", range(2))
+    current, candidate = (ServedModel(bundle, threads=1) for bundle in (tiny_bundle, new))
+    comparison = photographs.Photographs(tmp_path / "photos", current, candidate)
+    await comparison.run()
+    assert await asyncio.to_thread(over.wait, 60)
+    assert (comparison.state, made, left) == ("done", [tiny_bundle.bundle_id, new.bundle_id], [0])
+
+
 # Over restarts
 
 
@@ -221,6 +257,24 @@ async def test_a_canary_and_a_promotion_survive_a_restart(
     shutil.copytree(make_tiny_bundle(tmp_path / "first").root, folder)  # as at first: it is forgotten all the same
     with serving(folder, candidates, *state) as server:
         assert await offered(server, "cam-1") == old_id
+
+
+async def test_sinks_are_checked_against_the_bundle_that_was_promoted(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """A class that only this bundle has does not keep the server from starting, nor does an old one pass."""
+    make_tiny_bundle(tmp_path / "candidates" / "new", task="segmentation")
+    options = ("--state-db", tmp_path / "state.db")
+    with serving(tiny_bundle.root, tmp_path / "candidates", *options) as server:
+        await begin(server)
+        await call(server, "POST", f"{CANARY}/promote")
+    config = tmp_path / "config.toml"
+    for name, known in (("sky", True), ("class 1", False)):
+        config.write_text(
+            f'sinks_queue = "{tmp_path}/queue.db"\n[[sinks]]\nkind = "jsonl"\nname = "file"\n'
+            f'path = "{tmp_path}/a.jsonl"\nclass = "{name}"\n'
+        )
+        with contextlib.nullcontext() if known else pytest.raises(ProcessFailed, match="has a class 'class 1'"):
+            with serving(tiny_bundle.root, tmp_path / "candidates", *options, "--config", config):
+                pass
 
 
 async def test_without_a_state_database_the_answer_says_what_to_start_with(

@@ -1,11 +1,13 @@
 """Batching, session state and the engine, without sockets."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from bitneck_cloud.engine.chain_plan import plan_batch
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.sessions.outbox import Outbox
 from bitneck_cloud.sessions.rates import MaxKbps
 from bitneck_cloud.sessions.registry import Registry
@@ -240,8 +243,8 @@ async def test_a_model_of_large_tensors_gets_smaller_batches(slow: Slow, tiny_bu
 
 async def test_a_batch_that_will_take_long_gets_no_more_frames(slow: Slow, tiny_bundle: Bundle) -> None:
     payload = Frames(tiny_bundle).payload("s1-r2", 1)
-    slow.seconds = 0.2
-    engine = Engine(max_batch=8, max_queue=8, max_batch_s=0.3)
+    slow.seconds = 0.5
+    engine = Engine(max_batch=8, max_queue=8, max_batch_s=0.95)
     engine.start()
 
     def submit() -> Coroutine[Any, Any, Computed]:
@@ -252,7 +255,7 @@ async def test_a_batch_that_will_take_long_gets_no_more_frames(slow: Slow, tiny_
         await asyncio.gather(*[submit() for _ in range(8)])
     finally:
         await engine.stop()
-    assert slow.batches[:2] == [1, 2]  # 0.2 s each, as far as anyone knows then
+    assert slow.batches[:2] == [1, 2]  # 0.5 s each, as far as anyone knows then; a busy machine may make that 0.9
     assert max(slow.batches) <= 4
 
 
@@ -386,6 +389,23 @@ def test_generations_stay_while_they_are_used(tiny_bundle: Bundle, tmp_path: Pat
     it.swap(ServedModel(make_tiny_bundle(tmp_path / "4", seed=4), threads=1))
     with pytest.raises(BundleMismatch):
         it.generation("", old.bundle.bundle_id)
+
+
+def test_a_candidate_that_is_tried_again_and_again_is_kept_once(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Also while a session stays with its bundle, as that of a pinned device does."""
+    it = registry([ServedModel(tiny_bundle, threads=1)], adopt=False)
+    bundle, alive = make_tiny_bundle(tmp_path / "new", seed=1), WeakSet[ServedModel]()
+    for turn in range(5):
+        candidate = ServedModel(bundle, threads=1)
+        alive.add(candidate)
+        it.begin(candidate, Groups().clients("*"))
+        if turn == 0:
+            it.open(candidate, "camera", "", 0.0, 0.0)
+        it.withdraw("tiny")
+        assert it.generation("tiny", bundle.bundle_id) is candidate
+    del candidate
+    gc.collect()
+    assert len(alive) == 1
 
 
 def test_a_session_has_an_allowance_of_bytes() -> None:

@@ -128,7 +128,7 @@ def test_a_camera_drops_and_counts_pictures_until_the_first_bundle(
 
 
 async def test_a_client_waits_for_its_first_bundle_but_not_where_waiting_is_of_no_use(
-    tiny_bundle: Bundle, tmp_path: Path
+    tiny_bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
     values: dict[str, Any] = {
@@ -137,8 +137,9 @@ async def test_a_client_waits_for_its_first_bundle_but_not_where_waiting_is_of_n
     async with asyncio.timeout(HANG_S):
         client = EdgeClient(address, **values, model="tiny")
         opening = asyncio.create_task(client.__aenter__())
-        await asyncio.sleep(2.0)
-        assert not opening.done()
+        while caplog.text.count(WAITS) < 2:
+            assert not opening.done()
+            await asyncio.sleep(0.02)
         assert not client.opened
         with running_server(tiny_bundle.root, grpc=address):
             await opening

@@ -148,7 +148,6 @@ async def _serve(
     check_providers(settings.providers)
     pool = ModulePool(settings.providers)
     models = await asyncio.to_thread(load_models, bundles, settings.threads, pool)
-    outgoing.check_served({name: served.labels for name, served in models.items()})
     metrics, refusals, changes = Metrics(), RefusalLog(), RecentChanges()
     devices = BearerTokens(Role.DEVICE, _secret(settings.device_token), settings.device_tokens)
     operators = BearerTokens(Role.OPERATE, _secret(settings.http_token), settings.http_tokens)
@@ -210,6 +209,7 @@ async def _serve(
         settings.canary_photos, changing,
     )  # fmt: skip
     await canaries.resume()
+    outgoing.check_served({name: served.labels for name, served in registry.models.items()})
     reloader = Reloader(registry, folders, pool, settings.threads, metrics, earlier, canaries, changing)
     readiness = Readiness()
     metrics.registry.register(SinkMetrics(outgoing))

@@ -287,8 +287,8 @@ class CloudSettings(Settings):
     state_db: Annotated[
         Path | None,
         setting(
-            "SQLite file on a local disk, where this server alone keeps rules of rates and what it knows of clients. "
-            "Without it, both are forgotten when the server ends.",
+            "SQLite file on a local disk, where this server alone keeps rules of rates, canaries, promotions and what "
+            "it knows of clients. Without it, all of that is forgotten when the server ends.",
             _FLEET,
         ),
     ] = None

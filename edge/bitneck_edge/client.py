@@ -245,11 +245,11 @@ class EdgeClient(ClientFacts):
         supply = await open_supply(self.settings, offline=offline, retries=retries)
         return await self._open_with(supply, before)
 
-    async def _open_with(self, supply: Supply, before: EdgeSession | None) -> EdgeSession:
+    async def _open_with(self, supply: Supply, before: EdgeSession | None, *, at_once: bool = False) -> EdgeSession:
         assert self._threads is not None
         session = await EdgeSession.open(
             supply, self.settings, workers=self._threads, pool=self._pool, on_switch=self._switched,
-            on_fetch=self._on_fetch, before=before, on_new_bundle=self._new_bundle.set,
+            on_fetch=self._on_fetch, before=before, on_new_bundle=self._new_bundle.set, at_once=at_once,
         )  # fmt: skip
         try:
             if self._spooling is not None:
@@ -334,7 +334,7 @@ class EdgeClient(ClientFacts):
                 old.link.new_bundle = ""
                 await supply.close()
                 return
-            session = self._session = await self._open_with(supply, old)
+            session = self._session = await self._open_with(supply, old, at_once=True)
             _LOG.info("going over to the bundle %s", session.bundle.bundle_id)
         await old.leave()
         session.follow(old)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, BundleMismatch
+from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.runtime import ModulePool
 from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import Answers
@@ -121,6 +121,7 @@ class EdgeSession:
         on_fetch: Progress = lambda _done, _all: None,
         before: "EdgeSession | None" = None,
         on_new_bundle: Callable[[], None] = lambda: None,
+        at_once: bool = False,
     ) -> Self:
         """Fetch what the first frame needs, load the encoder and open the session.
 
@@ -136,10 +137,12 @@ class EdgeSession:
             on_fetch: progress of the files that the first frame needs.
             before: the session that this one follows: its point and its count of reconnects go on.
             on_new_bundle: see `Link`.
+            at_once: with a spool, too, the session has to open now. Else its frames are kept until it does.
 
         Raises:
             UnknownPoint: the settings name a point that the bundle does not have.
             InvalidConfig: they ask for answers that its task does not have.
+            Unavailable: it could not be opened at once.
             BitneckError: see `Supply.need`, `Link.open` and `EdgeEncoder`.
         """
 
@@ -171,8 +174,8 @@ class EdgeSession:
             link = session.link
             if settings.spool is None:
                 await link.open()
-            else:
-                await link.start()
+            elif not await link.start() and at_once:
+                raise Unavailable(f"{settings.server}: the session with {supply.bundle.bundle_id} does not open yet")
             session.points.begin(wish(), link.initial_point, time.perf_counter())
             await session._ready(session.points.point)
             await workers.run(encoder.point_encoder, session.points.point)

@@ -329,6 +329,8 @@ class Canaries:
     def _finish(self, name: str, action: str, running: Running, served: str) -> Ended:
         tallies = running.tallies
         running.current.tally = running.candidate.tally = None
+        if running.photographs is not None:
+            running.photographs.end()
         if running.task is not None:
             running.task.cancel()
         del self._running[name]

@@ -117,6 +117,7 @@ class Photographs:
         """Compare all photographs; cancel it to end that earlier."""
         thread = ThreadPoolExecutor(1, "bitneck-canary", initializer=_step_back)
         loop = asyncio.get_running_loop()
+        sides: tuple[_Side, ...] = ()
         try:
             self.state = "running"
             photos = (await loop.run_in_executor(thread, find_photos, self._folder))[:MOST_PHOTOGRAPHS]
@@ -125,16 +126,13 @@ class Photographs:
             for photo in photos:
                 begin = time.monotonic()
                 try:
-                    await loop.run_in_executor(thread, self._compare, photo, *sides)
+                    await loop.run_in_executor(thread, self._compare, photo, sides)
                     self.done += 1
                 except ImageError as exc:
                     self.unreadable += 1
                     _LOG.warning("a photograph to compare bundles with is left out: %s", exc)
                 await asyncio.sleep(time.monotonic() - begin)
             self.state = "done"
-        except asyncio.CancelledError:
-            self.state = "ended"
-            raise
         except BitneckError as exc:
             self.state, self.problem = "impossible", str(exc)
             _LOG.warning("the bundles of %s cannot be compared on photographs: %s", self._candidate.name, exc)
@@ -142,14 +140,21 @@ class Photographs:
             self.state, self.problem = "impossible", "an internal error; the server's log says why"
             _LOG.exception("comparing bundles of %s on photographs failed", self._candidate.name)
         finally:
-            thread.shutdown(wait=False, cancel_futures=True)
-            return_freed_memory()
+            sides = ()  # behind the photograph that the thread may be at, nothing holds them any more
+            thread.submit(return_freed_memory)
+            thread.shutdown(wait=False)
+
+    def end(self) -> None:
+        """Say that no more photographs are compared; whoever calls it cancels `run`."""
+        if self.state in ("waiting", "running"):
+            self.state = "ended"
 
     def _load(self) -> tuple["_Side", "_Side"]:
         return _Side(self._current), _Side(self._candidate)
 
-    def _compare(self, photo: Path, current: "_Side", candidate: "_Side") -> None:
+    def _compare(self, photo: Path, sides: tuple["_Side", ...]) -> None:
         """One photograph. Nothing of it counts unless both bundles have answered it at every point."""
+        current, candidate = sides
         ours = current.answers(photo, [pair.current for pair in self.points])
         theirs = candidate.answers(photo, [pair.candidate for pair in self.points])
         for pair in self.points:

@@ -16,7 +16,7 @@ __all__ = ["EdgeHalf", "classes_of"]
 
 
 class EdgeHalf:
-    """The edge's half of a bundle. It is loaded as it is first used.
+    """The edge's half of a bundle. The encoders are loaded now, a segment when it first runs.
 
     Attributes:
         bundle_id: of the bundle.

@@ -1,7 +1,7 @@
 """The served models with their generations, the open sessions, and the rules of their rates."""
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bitneck.errors import BundleMismatch, Overloaded, UnknownModel, UnknownSession
@@ -136,13 +136,18 @@ class Registry:
         self.model(model.name)
         if self.candidate(model.name) is model:
             del self._candidates[model.name]
-        self._generations[model.name] = [model, *self._kept(model.name, 1)]
+        self._keep(model.name, [model, self._generations[model.name][0]])
 
-    def _kept(self, name: str, unused: int) -> list[ServedModel]:
-        """The generations of a model that stay: so many of the newest, and those that sessions use."""
+    def _keep(self, name: str, first: Sequence[ServedModel]) -> None:
+        """Keep generations of a model, the newest one first; behind them those that sessions use. One of each bundle.
+
+        Without the last, a canary that is begun and ended again and again would add a generation each time.
+        """
         used = {session.bundle_id for session in self._sessions.values() if session.model == name}
-        generations = self._generations[name]
-        return [old for k, old in enumerate(generations) if k < unused or old.bundle.bundle_id in used]
+        kept: dict[str, ServedModel] = {}
+        for model in (*first, *(old for old in self._generations[name] if old.bundle.bundle_id in used)):
+            kept.setdefault(model.bundle.bundle_id, model)
+        self._generations[name] = list(kept.values())
 
     def candidate(self, name: str) -> ServedModel | None:
         """The generation of a model that only some clients get; None if there is none."""
@@ -177,8 +182,8 @@ class Registry:
     def withdraw(self, name: str) -> None:
         """Give the candidate to no more clients. It stays for the sessions that use it, as one generation before."""
         candidate, _ = self._candidates.pop(name)
-        newest, *_ = self._generations[name]
-        self._generations[name] = [newest, candidate, *self._kept(name, 2)[1:]]
+        newest, *before = self._generations[name]
+        self._keep(name, [newest, candidate, *before[:1]])
 
     def add_earlier(self, model: ServedModel) -> None:
         """Add a generation of long ago. Of such ones, one that no session uses stays, beside those that are used."""
