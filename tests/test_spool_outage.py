@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from bitneck.bundle import Bundle
-from bitneck.errors import ImageError, Unavailable
+from bitneck.errors import ImageError, Unavailable, UnknownPoint
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.sent import Sent
@@ -77,7 +77,10 @@ class Bench:
         self.handed: list[Answer | Failure] = []
         self.outage = Outage(self.spool, self.handed.append, lambda: None)
         link = SimpleNamespace(up=True, silent_s=0.0)
-        self.session = cast("EdgeSession", SimpleNamespace(bundle=bundle, link=link, silence_s=1e3, failure=None))
+        self.session = cast(
+            "EdgeSession",
+            SimpleNamespace(bundle=bundle, link=link, silence_s=1e3, failure=None, answer_of=lambda *it: it[-1]),
+        )
 
     def begin(self, name: str, *, encoded: bool = True) -> Flight:
         photo: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -183,3 +186,36 @@ def test_a_put_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
     again = Spool.open(tmp_path, LIMITS)
     assert [each.seq for each in again.take(9, 1 << 20)] == [seqs[-1] + 1]
     again.close()
+
+
+async def test_a_held_frame_whose_answer_is_there_at_once_is_answered_once(bench: Bench) -> None:
+    """Its answer comes while it is still being sent: whoever watches it has it before the session tells of it."""
+    flight = bench.begin("slow")
+    await until(lambda: flight.seq is not None)
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    answer.set_exception(UnknownPoint("a fault that does not pass"))
+    bench.outage.sent(flight, Sent(1, b"", 0, 0.0, answer))
+    assert await bench.outage.watch(flight), "the program gets it"
+    await asyncio.sleep(0.1)
+    assert bench.handed == [], "a second time"
+    assert bench.spool.counts.kept == 0
+
+
+@pytest.mark.parametrize("answered_first", [True, False])
+async def test_a_held_frame_that_nobody_watches_any_more_is_answered_once(bench: Bench, answered_first: bool) -> None:
+    flight = bench.begin("slow")
+    await until(lambda: flight.seq is not None)
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    bench.outage.sent(flight, Sent(1, b"", 0, 0.0, answer))
+    watching = asyncio.create_task(bench.outage.watch(flight))
+    await asyncio.sleep(0.1)
+    steps: list[Callable[[], Any]] = [
+        lambda: answer.set_exception(UnknownPoint("a fault that does not pass")),
+        watching.cancel,
+    ]
+    for step in steps if answered_first else reversed(steps):
+        step()
+    await asyncio.gather(watching, return_exceptions=True)
+    await asyncio.sleep(0.1)
+    assert [type(each) for each in bench.handed] == [Failure]
+    assert bench.spool.counts.kept == 0

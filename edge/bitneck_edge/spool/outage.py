@@ -47,6 +47,7 @@ class Flight:
         sent: the frame, once the session has sent it.
         seq: its number in the spool, if it is there.
         over: it was answered, left to the spool, or given up.
+        given: its answer, or its fault, has gone to the program.
         lost: why it could not be left to the spool.
         timer: of its writing to the disk.
     """
@@ -56,6 +57,7 @@ class Flight:
     sent: Sent | None = None
     seq: int | None = None
     over: bool = False
+    given: bool = False
     lost: BitneckError | None = None
     timer: asyncio.TimerHandle | None = None
 
@@ -163,6 +165,7 @@ class Outage:
             if flight.over:
                 return False
             self._end(flight)
+            flight.given = True  # `_answered` may be called after this
             if flight.seq is not None:
                 self._spool.done([flight.seq])
             return True
@@ -239,7 +242,9 @@ class Outage:
                 _LOG.warning("%s: %s", flight.encoding.capture.name, exc)
 
     def _answered(self, flight: Flight, answer: "asyncio.Future[Received]") -> None:
-        """The session has settled a frame; if nobody watches it any more, hand its answer out."""
+        """The session has settled a frame; if nobody watches it any more, hand its answer out, once."""
+        if flight.given:
+            return
         passes = _passes(flight.session, answer)
         if not flight.over:  # whoever watches it goes on
             if not passes:
@@ -251,6 +256,7 @@ class Outage:
             return
         if flight.seq is None or flight.sent is None:
             return
+        flight.given = True
         name = flight.encoding.capture.name
         try:
             found: Answer | Failure = replace(
