@@ -168,6 +168,23 @@ def test_a_message_at_which_the_broker_ends_the_connection_is_set_aside(
     assert caplog.text.count("the connection ended 3 times in a row when it was sent") == 3
 
 
+def test_a_broker_that_ends_the_connection_at_every_message_costs_few_of_them(tmp_path: Path) -> None:
+    """It is not the messages that are to blame. States of clients, which it takes, are no proof of the contrary."""
+    table = {"protocol": "3.1.1", "state_topic": "state/{client}"}
+    broker = Broker(tmp_path / "broker", "max_packet_size 250")
+    with outgoing(tmp_path, mqtt(broker.port, **table)) as running:
+        with broker:
+            running.client_state(ClientState(client="a", model="tiny", online=True, point=None))
+            running.commit(answers(1, 50))
+            wait_for(lambda: only(running).failed >= 20)
+            assert only(running).dropped["connection"] <= 2
+            config = broker._config.read_text()
+        broker._config.write_text(config.replace("max_packet_size 250", ""))
+        with broker:
+            wait_for(lambda: not only(running).queued)
+            assert only(running).delivered >= 48
+
+
 def test_a_state_at_which_the_broker_ends_the_connection_holds_nothing_up(tmp_path: Path) -> None:
     table = {"protocol": "3.1.1", "state_topic": "state/{client}"}
     long = "x" * 120

@@ -14,7 +14,7 @@ import secrets
 import ssl
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -43,9 +43,11 @@ _STATES_AT_ONCE = 200
 _PACKET_OVERHEAD = 256
 """Bytes of a message beside its topic and its payload, at most: header, number, properties."""
 _MOST_LOSSES = 3
-"""Connections in a row that may end at one message."""
+"""Connections in a row that may end at one message. Twice as many for each one that was set aside before it, unless the
+broker has acknowledged one meanwhile: else a broker that wants none of them would cost them all."""
+_MOST_DOUBLINGS = 12
 _NO_TOPIC = "bitneck/no-such-topic"
-_CUT = f"the connection ended {_MOST_LOSSES} times in a row when it was sent; is it too large for the broker?"
+_CUT = f"the connection ended {_MOST_LOSSES} times in a row when it was sent, or more; is it too large for the broker?"
 _REFUSED = 0x80
 _PASSING = frozenset({0x80, 0x83, 0x97})
 """Reasons after which the same message may pass later: unspecified, the implementation's own, a quota."""
@@ -251,6 +253,7 @@ class MqttSink:
         self._untold: OrderedDict[str, None] = OrderedDict()
         self._cut_at: int | str | None = None  # id of the answer, or the client, at whose message the connection ended
         self._cuts = 0
+        self._set_aside: Counter[type] = Counter()  # answers, and states, since the broker acknowledged one
 
     def restless(self) -> bool:
         """Whether it has to connect, or to tell the state of a client."""
@@ -359,12 +362,15 @@ class MqttSink:
                 said = _Said(said.reasons + rest.reasons, rest.error, rest.cut)
         else:
             said = connection.publish(messages)
+        if said.reasons:
+            del self._set_aside[type(keys[0])]
         if said.cut:
             key = keys[len(said.reasons)]
             self._cuts = self._cuts + 1 if key == self._cut_at else 1
             self._cut_at = key
-            if self._cuts >= _MOST_LOSSES:
+            if self._cuts >= _MOST_LOSSES << min(self._set_aside[type(key)], _MOST_DOUBLINGS):
                 self._cut_at, self._cuts = None, 0
+                self._set_aside[type(key)] += 1
                 return replace(said, blamed=True)
         return said
 

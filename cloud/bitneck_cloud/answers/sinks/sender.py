@@ -99,7 +99,7 @@ class Sender:
                 _LOG.exception("sink %s: an attempt failed", self.table.name)
                 attempt, left = Attempt(error=f"an internal error ({type(exc).__name__}); the log says more"), False
             failing = bool(attempt.error)
-            if attempt.settled:
+            if len(attempt.settled) > attempt.cut:
                 backoff.succeeded()
             if not attempt.error:
                 backoff.succeeded()
