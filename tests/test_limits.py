@@ -395,6 +395,31 @@ def test_what_does_not_fit_keeps_its_place() -> None:
     assert list(queue.drain()) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("of_one_caller", [True, False])
+def test_what_does_not_fit_is_served_next_whatever_comes_beside_it(of_one_caller: bool) -> None:
+    """Two that always have frames of one model, and a short visit by a third, keep nobody with another model waiting."""
+    queue: FairQueue[str] = FairQueue(100)
+
+    def push(item: str, name: str) -> None:
+        queue.push(item, "caller" if of_one_caller else name, name)
+
+    def batch() -> set[str]:
+        model = queue.pop(lambda _: True)
+        assert model is not None
+        taken = [model, *(queue.pop(lambda item: item == model) for _ in range(3))]
+        for name in "xy":
+            for _ in range(2):
+                push("a", name)
+        return {item for item in taken if item is not None}
+
+    for name in "xyxyxyxyxyxyxyxy":
+        push("a", name)
+    assert batch() == {"a"}
+    push("b", "modest")
+    push("a", "visitor")
+    assert {"b"} in [batch() for _ in range(2)]
+
+
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("ab")), max_size=60), st.integers(1, 20))
 def test_nothing_is_lost_or_reordered_within_a_session(pushes: list[tuple[str, str]], limit: int) -> None:
     queue: FairQueue[tuple[str, str, int]] = FairQueue(limit)

@@ -55,13 +55,11 @@ class FairQueue(Generic[T]):
         Args:
             fits: whether an item may be taken now. One that may not keeps its place, as do those behind it.
         """
-        for _ in range(len(self._callers)):
-            caller, sessions = next(iter(self._callers.items()))
-            self._callers.move_to_end(caller)
-            for _ in range(len(sessions)):
-                session, waiting = next(iter(sessions.items()))
-                sessions.move_to_end(session)
+        for caller, sessions in self._callers.items():
+            for session, waiting in sessions.items():
                 if fits(waiting[0]):
+                    self._callers.move_to_end(caller)
+                    sessions.move_to_end(session)
                     return self._remove(caller, session, waiting.popleft)
         return None
 
