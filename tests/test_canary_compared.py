@@ -277,6 +277,22 @@ async def test_sinks_are_checked_against_the_bundle_that_was_promoted(tiny_bundl
                 pass
 
 
+async def test_a_reload_forgets_a_promotion_that_could_not_be_served(
+    own_tiny_bundle: Bundle, new: Bundle, candidates: Path, tmp_path: Path
+) -> None:
+    """Its folder was away; the operator has chosen the bundle of --bundle meanwhile."""
+    folder, state = own_tiny_bundle.root, ("--state-db", str(tmp_path / "state.db"))
+    with serving(folder, candidates, *state) as server:
+        await begin(server)
+        assert (await call(server, "POST", f"{CANARY}/promote"))["bundle_id"] == new.bundle_id
+    with running_server(folder, options=state) as server:
+        assert "is not served" in server.read_log()
+        await call(server, "POST", "/v1/models/tiny/reload")
+    with serving(folder, candidates, *state) as server:
+        found = await call(server, "GET", CANARY)
+        assert (found["bundle_id"], found["promoted"]) == (own_tiny_bundle.bundle_id, None)
+
+
 async def test_without_a_state_database_the_answer_says_what_to_start_with(
     tiny_bundle: Bundle, new: Bundle, candidates: Path
 ) -> None:

@@ -527,6 +527,13 @@ def bad_row(path: Path) -> None:
     connection.close()
 
 
+def bad_choice(path: Path) -> None:
+    StateFile.open(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("INSERT INTO bundle_choices VALUES ('m', 'canary', '', 'b', '', x'ff', '', '')")
+    connection.close()
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -535,16 +542,19 @@ def bad_row(path: Path) -> None:
         (foreign, "is a database of another program"),
         (newer, "was written by a newer version of bitneck (schema 7, this one has 2)"),
         (bad_row, "a rule cannot be read"),
+        (bad_choice, "a choice of a bundle cannot be read"),
         (lambda path: path.mkdir(), "unable to open"),
     ],
-    ids=["text", "damaged", "foreign", "newer", "bad row", "folder"],
+    ids=["text", "damaged", "foreign", "newer", "bad row", "bad choice", "folder"],
 )
 def test_state_databases_that_are_refused(tmp_path: Path, make: Any, text: str) -> None:
     path = tmp_path / "state.db"
     make(path)
     before = path.read_bytes() if path.is_file() else b""
     with pytest.raises(StateUnusable) as caught:
-        StateFile.open(path).rules(Groups())
+        state = StateFile.open(path)
+        state.rules(Groups())
+        state.choices()
     assert text in str(caught.value)
     if make is foreign:
         assert path.read_bytes() == before

@@ -242,9 +242,9 @@ class Canaries:
         Raises:
             StateUnusable: the promotion cannot be forgotten; nothing is changed.
         """
-        if name in self._promoted:
+        if any(choice.model == name for choice in self._fleet.choices):  # also one that could not be served
             await self._fleet.choose(name, [])
-            del self._promoted[name]
+            self._promoted.pop(name, None)
         self._bases[name] = bundle_id
 
     def refuse_if_running(self, name: str) -> None:

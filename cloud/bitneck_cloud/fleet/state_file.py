@@ -195,9 +195,12 @@ class StateFile:
         """
         try:
             rows = self._connection.execute(f"SELECT {_CHOICE_NAMES} FROM bundle_choices")  # noqa: S608  names of ours
-            return [BundleChoice(**dict(zip(_CHOICE, row, strict=True))) for row in rows]
+            found = [BundleChoice(**dict(zip(_CHOICE, row, strict=True))) for row in rows]
         except sqlite3.Error as exc:
             raise _refused(self._path, exc) from exc
+        if not all(isinstance(getattr(choice, name), str) for choice in found for name in _CHOICE):
+            raise _refused(self._path, "a choice of a bundle cannot be read")
+        return found
 
     def save_choices(self, model: str, choices: Iterable[BundleChoice]) -> None:
         """Keep these choices of a model in place of those before.
