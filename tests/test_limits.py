@@ -397,7 +397,7 @@ def test_what_does_not_fit_keeps_its_place() -> None:
 
 @pytest.mark.parametrize("of_one_caller", [True, False])
 def test_what_does_not_fit_is_served_next_whatever_comes_beside_it(of_one_caller: bool) -> None:
-    """Two that always have frames of one model, and a short visit by a third, keep nobody with another model waiting."""
+    """Two that always have frames of one model, and a short visit of a third, keep no other model waiting."""
     queue: FairQueue[str] = FairQueue(100)
 
     def push(item: str, name: str) -> None:
