@@ -325,6 +325,27 @@ async def test_what_cannot_be_a_canary_changes_nothing(tiny_bundle: Bundle, new:
             assert json.loads(changes[1]["after"])["clients"] == "cam-*"
 
 
+async def test_a_candidate_whose_folder_is_gone_is_not_given_to_all(
+    tiny_bundle: Bundle, new: Bundle, tmp_path: Path
+) -> None:
+    """No device could fetch it."""
+    folder = tmp_path / "candidates" / "new"
+    shutil.copytree(new.root, folder)
+    with serving(tiny_bundle, tmp_path / "candidates") as server:
+        await begin(server)
+        folder.rename(tmp_path / "away")
+        async with httpx.AsyncClient(base_url=server.http, headers=MARK, timeout=60) as http:
+            refused = await http.post(f"{CANARY}/promote")
+            assert (refused.status_code, refused.json()["title"]) == (409, "CanaryRefused")
+            make_tiny_bundle(folder, seed=7)
+            refused = await http.post(f"{CANARY}/promote")
+            assert f"it was {new.bundle_id}" in refused.json()["detail"]
+        assert (await call(server, "GET", CANARY))["canary"]["bundle_id"] == new.bundle_id
+        shutil.rmtree(folder)
+        (tmp_path / "away").rename(folder)
+        assert (await call(server, "POST", f"{CANARY}/promote"))["bundle_id"] == new.bundle_id
+
+
 def test_without_a_folder_of_candidates_there_is_no_canary(tiny_bundle: Bundle) -> None:
     with running_server(tiny_bundle.root) as server, httpx.Client(base_url=server.http, headers=MARK) as http:
         for answer in (

@@ -202,7 +202,7 @@ class Canaries:
 
         Raises:
             UnknownModel: no model with this name is served.
-            CanaryRefused: no canary of it runs.
+            CanaryRefused: no canary of it runs, or its folder does not hold the candidate any more.
             StateUnusable: it cannot be kept; nothing is changed.
             InvalidConfig: the folder of earlier bundles cannot be written; likewise.
         """
@@ -211,6 +211,7 @@ class Canaries:
             running = self.of(name)
             choice = replace(running.choice, kind=_PROMOTED, clients="", since=_now(), by=acting.get())
             kept = [choice] if choice.bundle_id != choice.base else []
+            await asyncio.to_thread(_check_folder, running.candidate.bundle)
             await asyncio.to_thread(self._earlier.keep, running.candidate.bundle, running.current.bundle)
             await self._fleet.choose(name, kept)
             self._registry.swap(running.candidate)
@@ -345,6 +346,20 @@ class Canaries:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_folder(bundle: Bundle) -> None:
+    """Refuse a bundle whose files devices could not fetch.
+
+    Raises:
+        CanaryRefused: its folder is gone, or holds something else.
+    """
+    try:
+        found = Bundle.open(bundle.root).bundle_id
+    except (BundleError, InvalidConfig) as exc:
+        raise CanaryRefused(f"no device could fetch the candidate {bundle.root.name} any more: {exc}") from exc
+    if found != bundle.bundle_id:
+        raise CanaryRefused(f"the candidate {bundle.root.name} is {found} now, it was {bundle.bundle_id}")
 
 
 def _now() -> str:
