@@ -57,6 +57,18 @@ def test_what_failed_is_bounded_and_a_refusal_opens_no_door() -> None:
             it.check(seq)
 
 
+def test_refusals_push_out_no_frame_that_was_accepted_and_failed() -> None:
+    it = Settled(2)
+    it.failed(1)
+    for seq in range(2, 5000):
+        it.failed(seq, accepted=False)
+    for seq in range(5000, 5010):
+        it.answered(empty_result(seq))
+    it.check(1)
+    with pytest.raises(MalformedFrame, match="count upwards"):
+        it.check(2)
+
+
 def test_a_frame_that_fails_after_many_others_were_answered_may_come_again(tiny_bundle: Bundle) -> None:
     """Also one that was in flight all the time."""
     model = {"session_id": "s", "model": "m", "client": "c", "assumed_fps": 10.0, "now": 0.0}

@@ -534,6 +534,49 @@ def test_a_full_disk_under_the_queue_is_counted_and_holds_nothing_up(
     assert (len(found), found[:10], found[-10:]) == (1020 - lost, list(range(1, 11)), list(range(2001, 2011)))
 
 
+@contextmanager
+def no_writes_beyond(size: int) -> Iterator[None]:
+    """Writes beyond so many bytes of a file fail, in this process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_is_delivered_counts_once_also_if_the_queue_cannot_forget_it(tmp_path: Path) -> None:
+    with outgoing(tmp_path, stuck(tmp_path)) as running:
+        running.commit(answers(1, 1))
+        wait_for(lambda: only(running).failing)
+        with no_writes_beyond(4000):  # a page of the queue's log is longer, the sink's lines are not
+            (tmp_path / "nowhere").mkdir()
+            wait_for(lambda: "they come again" in only(running).last_error)
+            before = only(running).failed
+            wait_for(lambda: only(running).failed >= before + 2)
+            assert only(running).delivered == 0
+        wait_for(lambda: not only(running).queued)
+        wait_for(lambda: not only(running).failing)
+        assert only(running).delivered == 1
+    assert set(numbers(tmp_path / "nowhere" / "answers.jsonl")) == {1}
+
+
+def test_an_answer_at_which_the_connection_ends_counts_once(tmp_path: Path) -> None:
+    file = QueueFile(tmp_path / "queue.db", {"file": Bounds(1 << 20, 100.0)}, sync=False)
+    file.open(NOW)
+    try:
+        file.add([Entry("s", 1, 1, {"file": b"{}"})], NOW)
+        batch = file.take("file", 10, 1 << 20)
+        with no_writes_beyond(4000), pytest.raises(sqlite3.Error):
+            file.settle("file", batch, ["it ends"], NOW, cut=True)
+        assert file.held["file"].dropped["connection"] == 0
+        file.settle("file", batch, ["it ends"], NOW, cut=True)
+        assert file.held["file"].dropped == dict.fromkeys(DROPPED, 0) | {"connection": 1}
+        assert file.held["file"].queued == 0
+    finally:
+        file.close()
+
+
 # A server
 
 

@@ -13,11 +13,13 @@ from bitneck.wire.messages import Result
 __all__ = ["Settled"]
 
 _MOST_FAILED = 1024
-"""Frames without an answer that are remembered: as many as a client has out at once, at most."""
+"""Frames without an answer that are remembered, of each kind: as many as a client has out at once, at most."""
 
 
 class Settled:
-    """The answers of one session, and the frames that have none.
+    """The answers of one session, and the frames that have none: those that failed, and those that were refused.
+
+    Refused ones cost a client little, so they never push out one that was accepted and failed.
 
     Args:
         window: of the session.
@@ -27,6 +29,7 @@ class Settled:
         self._most = 2 * window
         self._answers: OrderedDict[int, Result] = OrderedDict()
         self._failed: OrderedDict[int, None] = OrderedDict()
+        self._refused: OrderedDict[int, None] = OrderedDict()
         self._floor = 0
 
     def __contains__(self, seq: int) -> bool:
@@ -43,12 +46,13 @@ class Settled:
         Raises:
             MalformedFrame: it was answered too long ago.
         """
-        if seq <= self._floor and seq not in self._failed:
+        if seq <= self._floor and seq not in self._failed and seq not in self._refused:
             raise MalformedFrame(f"seq {seq} is not above {self._floor}, which was answered long ago; count upwards")
 
     def answered(self, result: Result) -> None:
         """Keep the answer of a frame."""
         self._failed.pop(result.seq, None)
+        self._refused.pop(result.seq, None)
         self._answers[result.seq] = result
         while len(self._answers) > self._most:
             old, _ = self._answers.popitem(last=False)
@@ -61,7 +65,13 @@ class Settled:
             seq: its number.
             accepted: it was in flight. Else its number may be one that was answered long ago.
         """
-        if accepted or seq > self._floor:
-            self._failed[seq] = None
-        if len(self._failed) > _MOST_FAILED:
-            self._failed.popitem(last=False)
+        if accepted:
+            _remember(self._failed, seq)
+        elif seq > self._floor:
+            _remember(self._refused, seq)
+
+
+def _remember(kept: OrderedDict[int, None], seq: int) -> None:
+    kept[seq] = None
+    if len(kept) > _MOST_FAILED:
+        kept.popitem(last=False)

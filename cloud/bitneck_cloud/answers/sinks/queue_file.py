@@ -283,7 +283,7 @@ class QueueFile:
         self.held[sink].taken = batch[-1].id if batch else 0
         return batch
 
-    def settle(self, sink: str, batch: Sequence[Queued], settled: Sequence[str], now: float) -> None:
+    def settle(self, sink: str, batch: Sequence[Queued], settled: Sequence[str], now: float, cut: bool = False) -> None:
         """An attempt is over: forget what is settled, and set aside what was refused.
 
         Args:
@@ -291,6 +291,7 @@ class QueueFile:
             batch: what `take` gave.
             settled: one text for each answer from its front: empty if it was delivered, else the reason.
             now: seconds since 1970.
+            cut: whether the connection ends at the last one of them: it counts as dropped.
         """
         done = batch[: len(settled)]
 
@@ -311,6 +312,7 @@ class QueueFile:
         try:
             if done:
                 self._transaction(write)
+                held.dropped["connection"] += cut
                 held.queued -= len(done)
                 held.bytes -= sum(len(each.body) for each in done)
                 self._look_at_oldest(sink)
@@ -318,7 +320,7 @@ class QueueFile:
             held.taken = 0
 
     def lost(self, counts: Mapping[str, int], reason: str) -> None:
-        """Count answers that fell out without a place in the file.
+        """Count answers that fell out before they had a place in the file.
 
         Args:
             counts: how many, by sink.

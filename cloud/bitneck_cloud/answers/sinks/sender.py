@@ -142,22 +142,21 @@ class Sender:
         return attempt, full or len(attempt.settled) < len(batch)
 
     def _settle(self, batch: list[Queued], attempt: Attempt) -> Attempt:
+        """Take what is settled from the queue, and only then count it: if the disk fails here, it comes again."""
         name, refused = self.table.name, [reason for reason in attempt.settled if reason]
+        settled = tuple(_short(reason) for reason in attempt.settled)
+        try:
+            self._queue.call(self._queue.file.settle, name, batch, settled, time.time(), attempt.cut)
+        except sqlite3.Error as exc:
+            return Attempt(error=f"settled answers cannot be taken from the queue, they come again: {exc}")
         if not attempt.error:
             self._succeeded()
-        if len(refused) < len(attempt.settled):
+        if len(refused) < len(settled):
             self._delivered_at = time.time()
-        self._delivered += len(attempt.settled) - len(refused)
+        self._delivered += len(settled) - len(refused)
         self._refused += len(refused) - attempt.cut
-        if attempt.cut:
-            self._queue.call(self._queue.file.lost, {name: 1}, "connection")
         if refused:
             _LOG.warning("sink %s: %d answers are set aside for good: %s", name, len(refused), _short(refused[-1]))
-        try:
-            settled = tuple(_short(reason) for reason in attempt.settled)
-            self._queue.call(self._queue.file.settle, name, batch, settled, time.time())
-        except sqlite3.Error as exc:
-            return Attempt(attempt.settled, f"delivered answers cannot be taken from the queue, they come again: {exc}")
         return attempt
 
     def _trouble(self, error: str) -> None:
