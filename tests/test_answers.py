@@ -23,7 +23,7 @@ from bitneck_cloud.answers.subscriptions import Subscriptions
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import Computed, Job
 from bitneck_cloud.engine.served_model import ServedModel
-from bitneck_cloud.fleet.patterns import Groups
+from bitneck_cloud.fleet.patterns import Groups, Pattern
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_testing.streams import Frames
 
@@ -308,6 +308,27 @@ def test_what_is_no_filter_is_refused(wanted: Wanted, message: str) -> None:
 def test_a_pattern_that_means_harm_is_matched_in_no_time() -> None:
     hard = AnswerFilter(Wanted(client=("*a" * 64,)), GROUPS)
     assert not hard(published(1, client="a" * 127 + "b"))
+
+
+def test_what_one_look_costs_is_bounded() -> None:
+    """Repeats are no patterns of their own, names are looked up, and all groups together have a bound."""
+    names = {f"g{k}": tuple(f"cam-{k}-{i}" for i in range(1024)) for k in range(64)}
+    wild = {f"w{k}": tuple(f"cam-{k}-{i}-*" for i in range(1024)) for k in range(3)}
+    groups = Groups(names | wild)
+    chosen = AnswerFilter(Wanted(client=("@w0",) * 64), groups)
+    looked: list[str] = []
+    match = Pattern.matches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pattern, "matches", lambda it, name: looked.append(name) or match(it, name))
+        assert not chosen.takes_client("cam-1-1-1", "tiny")
+        assert len(looked) == 1024
+        every = AnswerFilter(Wanted(client=tuple(f"@{name}" for name in names)), groups)
+        assert every.takes_client("cam-63-1023", "tiny")
+        assert not every.takes_client("cam-63-1024", "tiny")
+        assert len(looked) == 1024
+    assert AnswerFilter(Wanted(client=("@w0", "@w1")), groups).takes_client("cam-1-1-1", "tiny")
+    with pytest.raises(InvalidConfig, match="3072 patterns of clients, those of groups included; at most 2048"):
+        AnswerFilter(Wanted(client=("@w0", "@w1", "@w2")), groups)
 
 
 def test_a_picture_of_a_map_is_made_once() -> None:

@@ -5,7 +5,6 @@ import functools
 import glob
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from bitneck.errors import InvalidConfig, UnknownModel
 from bitneck.wire.messages import Classification
@@ -16,10 +15,13 @@ __all__ = ["MAX_VALUES", "AnswerFilter", "Wanted"]
 
 MAX_VALUES = 64
 """Values that one filter may have."""
+_MAX_WILD = 2048
+"""Patterns with a wildcard that a filter of clients may have, those of its groups included: each costs a new name one
+to eight microseconds on the event loop."""
 _MAX_CHARACTERS = 256
 """Of a session's id."""
 _MAX_VERDICTS = 4096
-"""Names whose verdict is remembered: a pattern can take a millisecond, and names repeat."""
+"""Names whose verdict is remembered: thousands of patterns take milliseconds, and names repeat."""
 _INDEX_DIGITS = 9
 """That a class's index has at most."""
 _NEAREST = 3
@@ -54,7 +56,7 @@ class AnswerFilter:
         groups: of clients.
 
     Raises:
-        InvalidConfig: too many values, a pattern that is refused, a group that is not there, or a score beyond 0 to 1.
+        InvalidConfig: too many values or patterns, a refused pattern, no such group, or a score beyond 0 to 1.
     """
 
     def __init__(self, wanted: Wanted, groups: Groups) -> None:
@@ -66,10 +68,16 @@ class AnswerFilter:
             raise InvalidConfig(f"a value of session has at most {_MAX_CHARACTERS} characters")
         if not 0.0 <= wanted.min_score <= 1.0:
             raise InvalidConfig(f"min_score {wanted.min_score:g}: give 0 to 1")
-        self._models = [Pattern(text) for text in wanted.model]
-        self._classes = [_OfClass(text) for text in wanted.classes]
-        self._of_client = _any_of([groups.clients(text) for text in wanted.client])
-        self._of_model = _any_of(self._models)
+        self._models = [Pattern(text) for text in dict.fromkeys(wanted.model)]
+        self._classes = [_OfClass(text) for text in dict.fromkeys(wanted.classes)]
+        self._of_model = _any_of(self._models, open_to_all=not wanted.model)
+        clients = dict.fromkeys(it for text in dict.fromkeys(wanted.client) for it in groups.clients(text).patterns)
+        if (count := sum(not pattern.exact for pattern in clients)) > _MAX_WILD:
+            raise InvalidConfig(
+                f"{count} patterns of clients, those of groups included; at most {_MAX_WILD} may have wildcards: "
+                "give fewer groups"
+            )
+        self._of_client = _any_of(tuple(clients), open_to_all=not wanted.client)
         self._of_class = _any_class_of(self._classes)
         self._sessions = frozenset(wanted.session)
         self._min_score = wanted.min_score
@@ -143,15 +151,13 @@ class _OfClass:
         return index == self._index if self._index is not None else self._pattern.matches(name)
 
 
-class _Matching(Protocol):
-    def matches(self, name: str) -> bool: ...
-
-
-def _any_of(patterns: Sequence[_Matching]) -> Callable[[str], bool]:
-    """Whether one of the patterns fits a name; without patterns, every name does."""
-    if not patterns:
+def _any_of(patterns: Sequence[Pattern], *, open_to_all: bool) -> Callable[[str], bool]:
+    """Whether one of the patterns fits a name; or every name does."""
+    if open_to_all:
         return lambda _: True
-    return functools.lru_cache(_MAX_VERDICTS)(lambda name: any(it.matches(name) for it in patterns))
+    names = frozenset(pattern.text for pattern in patterns if pattern.exact)
+    wild = [pattern for pattern in patterns if not pattern.exact]
+    return functools.lru_cache(_MAX_VERDICTS)(lambda name: name in names or any(it.matches(name) for it in wild))
 
 
 def _any_class_of(classes: Sequence[_OfClass]) -> Callable[[int, str], bool]:

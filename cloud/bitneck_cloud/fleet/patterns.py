@@ -55,6 +55,11 @@ class Pattern:
         match = self.text.__eq__ if rank == _EXACT else re.compile(fnmatch.translate(self.text)).match
         object.__setattr__(self, "_match", match)
 
+    @property
+    def exact(self) -> bool:
+        """Whether it stands for one name only, that of its text."""
+        return self.specificity[0] == _EXACT
+
     def matches(self, name: str) -> bool:
         """Whether it stands for this name."""
         return bool(self._match(name))
