@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from bitneck.bundle import MANIFEST_NAME, Bundle
-from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig
+from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig, StateUnusable
 from bitneck.ids import check_id
 from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck_cloud.engine.served_model import ServedModel
@@ -58,7 +58,7 @@ class EarlierBundles:
             replaced: the one that was served until now. At a server's start, it is the one that was used last.
 
         Raises:
-            InvalidConfig: the folder cannot be written.
+            StateUnusable: the folder cannot be written.
         """
         if self._folder is None:
             return
@@ -74,7 +74,7 @@ class EarlierBundles:
             _use(place)
             self._forget_old(place)
         except OSError as exc:
-            raise InvalidConfig(
+            raise StateUnusable(
                 f"the folder of earlier bundles {self._folder} cannot be written ({exc.strerror or exc}); "
                 "make room, or choose another one (--earlier)"
             ) from exc

@@ -74,7 +74,7 @@ class Reloader:
 
         Raises:
             CanaryRefused: a canary of it runs.
-            StateUnusable: a promotion cannot be forgotten; nothing is changed.
+            StateUnusable: a promotion cannot be forgotten, or the bundle cannot be kept; nothing is changed.
             UnknownModel: no model with this name is served.
             InvalidConfig, BundleCorrupt, ModelFailure: the bundle in the folder cannot be served.
         """
@@ -84,12 +84,12 @@ class Reloader:
                 self._canaries.refuse_if_running(old.name)
             try:
                 new, loads = await asyncio.to_thread(self._load, old)
+                if self._canaries is not None:
+                    await self._canaries.folder_read(old.name, (new or old).bundle.bundle_id)
             except BitneckError as exc:
                 self._metrics.reload(old.name, "failed")
                 _LOG.error("reload of %s failed, %s goes on serving: %s", old.name, old.bundle.bundle_id, exc)
                 raise
-            if self._canaries is not None:
-                await self._canaries.folder_read(old.name, (new or old).bundle.bundle_id)
             if new is None:
                 self._metrics.reload(old.name, "unchanged")
                 return Reloaded(old.bundle.bundle_id, changed=False, added=(), removed=(), altered=(), files_loaded=0)

@@ -27,7 +27,7 @@
     |-- DeadlineExceeded            DEADLINE_EXCEEDED    504  1
     |-- Unavailable                 UNAVAILABLE          503  1   no server, or it is going away
     |   `-- Unreachable             UNAVAILABLE          503  2   one side wants TLS, or refuses a certificate
-    |-- StateUnusable               INTERNAL             500  1   a database of the server cannot be used
+    |-- StateUnusable               INTERNAL             500  1   a file or folder that the server writes cannot be used
     `-- ModelFailure                INTERNAL             500  1   ONNX Runtime failed, or gave impossible numbers
 
 A message says what happened, what was received and what was expected, where, and what to do. Foreign exceptions are
@@ -280,7 +280,7 @@ class Unreachable(Unavailable):
 
 
 class StateUnusable(BitneckError):
-    """A database of the server (state, sinks) is damaged, another program's or server's, or cannot be written."""
+    """What the server writes (state, sinks, earlier bundles) is damaged, another program's, or cannot be written."""
 
 
 class ModelFailure(BitneckError):

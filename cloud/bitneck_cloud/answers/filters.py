@@ -55,6 +55,9 @@ class AnswerFilter:
         wanted: by the subscriber or sink.
         groups: of clients.
 
+    Attributes:
+        by_class: whether it looks at the classes of an answer.
+
     Raises:
         InvalidConfig: too many values or patterns, a refused pattern, no such group, or a score beyond 0 to 1.
     """
@@ -81,7 +84,7 @@ class AnswerFilter:
         self._of_class = _any_class_of(self._classes)
         self._sessions = frozenset(wanted.session)
         self._min_score = wanted.min_score
-        self._by_class = bool(wanted.classes) or wanted.min_score > 0.0
+        self.by_class = bool(wanted.classes) or wanted.min_score > 0.0
 
     def check_served(self, labels: Mapping[str, Sequence[str]]) -> None:
         """Refuse what fits no answer of the served models.
@@ -117,13 +120,13 @@ class AnswerFilter:
             client: cleaned name.
             model: id.
             session: id.
-            found: index, name, and score or share of each class of the answer.
+            found: index, name, and score or share of each class of the answer; only read if `by_class`.
         """
         if not self._of_model(model) or (self._sessions and session not in self._sessions):
             return False
         if not self._of_client(client):
             return False
-        return not self._by_class or any(
+        return not self.by_class or any(
             score >= self._min_score and self._of_class(index, name) for index, name, score in found
         )
 

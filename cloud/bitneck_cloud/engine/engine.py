@@ -168,7 +168,10 @@ class Engine:
         batch, self._in_hand = self._in_hand, []
         computed = [job.point for job, result in zip(batch, results, strict=True) if isinstance(result, Computed)]
         if computed:
-            self._times.setdefault(batch[0].model, BatchTime()).learn(computed, seconds)
+            times = self._times.get(batch[0].model)
+            if times is None:
+                times = self._times[batch[0].model] = BatchTime()
+            times.learn(computed, seconds)
         self._idle.set()
         self._begin()  # the thread goes on while answers are sent
         self.batches += 1
@@ -213,7 +216,8 @@ class Engine:
             else:
                 job.take(now)
                 batch.append(job)
-                expected_s += self._times.setdefault(job.model, BatchTime()).of(job.point)
+                times = self._times.get(job.model)
+                expected_s += times.of(job.point) if times is not None else 0.0
         return batch
 
 

@@ -61,6 +61,7 @@ class Outgoing:
         self._path, self._clock = queue, clock
         self._tables = tuple(tables)
         self._filters = {table.name: AnswerFilter(table.wanted, groups or Groups()) for table in tables}
+        self._by_class = any(each.by_class for each in self._filters.values())
         bounds = {table.name: Bounds(table.queue_bytes, table.queue_age_s) for table in tables}
         self._queue = QueueAccess(QueueFile(queue, bounds, sync=sync)) if queue is not None and tables else None
         self._senders: dict[str, Sender] = {}
@@ -154,7 +155,8 @@ class Outgoing:
         for place, document in enumerate(documents):
             owner = owners[place] if owners else ""
             bodies: dict[str, bytes] = {}
-            facts = str(document["client"]), str(document["model"]), str(document["session"]), _found(document)
+            found = _found(document) if self._by_class else ()
+            facts = str(document["client"]), str(document["model"]), str(document["session"]), found
             with_map = without_map = b""
             for table in self._tables:
                 if not self._filters[table.name].takes(*facts):
