@@ -289,7 +289,11 @@ async def test_what_cannot_be_a_canary_changes_nothing(tiny_bundle: Bundle, new:
                 ({"bundle": "same", "clients": "*"}, 409, "is the bundle that is served"),
                 ({"bundle": "broken", "clients": "*"}, 409, "cannot be served"),
                 ({"bundle": "new", "clients": "@doors"}, 400, "there is no group 'doors'"),
-                ({"bundle": "../new", "clients": "*"}, 422, "bundle"),
+                (
+                    {"bundle": "../new", "clients": "*"},
+                    422,
+                    "bundle: a bundle is the name of a folder: a-z, digits, dot",
+                ),
                 ({"bundle": "new"}, 422, "clients"),
                 ({"bundle": "new", "clients": "*", "x": 1}, 422, "x"),
             ):

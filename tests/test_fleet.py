@@ -252,7 +252,8 @@ async def test_running_sessions_are_told_at_once(
         assert (await one.read()).set_point.point == "s2-r1"
         await asyncio.sleep(0.2)
         reply = await http.put("/v1/rate", json={"clients": "run-*", "point": "s1-r1", "running": True})
-        assert reply.json()["running"] == {"told": 1, "waiting": 1, "unreachable": 0, "overruled": 1}, reply.text
+        running = {"told": 1, "waiting": 1, "unreachable": 0, "overruled": 1, "points": {"tiny": {"s1-r1": 2}}}
+        assert reply.json()["running"] == running, reply.text
         told = await one.read()  # without a frame in between
         assert (told.set_point.point, told.set_point.reason) == ("s1-r1", "control API: point=s1-r1")
         back = await open_stream(cloud, tiny_bundle.bundle_id, away.opened.resume_token, "run-away", "tiny")
@@ -262,9 +263,11 @@ async def test_running_sessions_are_told_at_once(
         unreachable = {"clients": "run-1", "max_kbps": 16.0, "model": "tiny", "running": True}
         for seq in range(1, 20):  # hundreds of frames a second: 16 kbit/s is not enough for them
             assert (await one.ask(frames.frame(seq, "s1-r1"))).HasField("result")
-        assert (await http.put("/v1/rate", json=unreachable)).json()["running"]["unreachable"] == 1
+        refused = (await http.put("/v1/rate", json=unreachable)).json()
+        assert (refused["running"]["unreachable"], refused["running"]["points"]) == (1, {})
         removed = await http.delete("/v1/rate", params={"clients": "run-*", "running": True})
         assert removed.json()["running"]["told"] == 2, removed.text
+        assert removed.json()["running"]["points"] == {"tiny": {"auto": 2}}
         assert (await one.read()).set_point.point == ""  # no rule is left that fits: the client chooses
 
 
@@ -484,7 +487,7 @@ async def test_an_empty_list_of_rates_is_fixed_too(tmp_path: Path) -> None:
     [
         ('[[rates]]\nclients = "cam-*"\n', "rates, number 1: give exactly one of"),
         ('[[rates]]\nclients = "@doors"\nauto = true\n', "rates, number 1: there is no group 'doors'"),
-        ('[[rates]]\nclient = "cam-*"\nauto = true\n', "rates.0 ({file}: rates): unknown key client; known: clients, "),
+        ('[[rates]]\nclient = "cam-*"\nauto = true\n', "rates, number 1 ({file}: rates): unknown key client; known: clients, "),
         ('[[rates]]\nauto = true\n[[rates]]\npoint = "x"\n', "two rules have"),
         ("[groups]\ndoors = []\n", "group doors: 1 to 1024 patterns, got 0"),
     ],

@@ -65,10 +65,13 @@ LINES: dict[str, Any] = {"kind": "jsonl", "name": "l", "path": "a.jsonl"}
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ([{"kind": "smtp", "name": "x"}], r"sinks.*mqtt.*webhook.*jsonl"),
-        ([{"name": "x"}], "kind"),
-        ([MQTT | {"hots": "x"}], r"sinks\.0\.mqtt.*unknown key hots; known: host, "),
-        ([MQTT | {"name": "A b"}], r"sinks\.0\.mqtt\.name"),
+        ([{"kind": "smtp", "name": "x"}], "^sink x: .*mqtt.*webhook.*jsonl"),
+        ([{"name": "x"}], "sink x: .*kind"),
+        ([LINES, {"kind": "jsonl", "name": "archive"}], r"^sink archive: path: Field required$"),
+        ([LINES, {"kind": "jsonl"}], r"^setting sinks, number 2: name: Field required$"),
+        ([LINES | {"client": ["a", 3]}], r"^sink l: client\.1: "),
+        ([MQTT | {"hots": "x"}], "^sink m: unknown key hots; known: host, "),
+        ([MQTT | {"name": "A b"}], "^sink A b: name: "),
         ([MQTT | {"topic": "bitneck/#"}], r"topic has \+ or #"),
         ([MQTT | {"topic": "{kamera}"}], r"topic has \{kamera\}; known: \{client\}"),
         ([MQTT | {"topic": ""}], "topic is empty"),

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
-from bitneck.ids import ID_PATTERN
+from bitneck.errors import InvalidConfig
+from bitneck.ids import ID_PATTERN, check_id
 from bitneck_cloud.canary.control import Running
 from bitneck_cloud.canary.photographs import Agreement, Photographs
 from bitneck_cloud.canary.tally import PointTally, Tally, note_of, share_interval
@@ -29,12 +31,21 @@ class CanaryRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    bundle: str = Field(pattern=ID_PATTERN, description="name of a folder among the candidates")
+    bundle: str = Field(json_schema_extra={"pattern": ID_PATTERN}, description="name of a folder among the candidates")
     clients: str = Field(
         min_length=1,
         max_length=MAX_PATTERN_CHARACTERS,
         description="pattern of the names of the clients that get it (*, ?, [abc]), or @ and the name of a group",
     )
+
+    @field_validator("bundle")
+    @classmethod
+    def _check_bundle(cls, bundle: str) -> str:
+        try:
+            return check_id(bundle, "bundle")
+        except InvalidConfig as exc:
+            text = "a bundle is the name of a folder: a-z, digits, dot, underscore, hyphen"
+            raise PydanticCustomError("bundle", text) from exc
 
 
 class CandidateInfo(BaseModel):

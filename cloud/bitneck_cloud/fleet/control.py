@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,12 +49,15 @@ class Told:
         waiting: ones that learn it when they come back.
         unreachable: ones whose model has no operating point for it; they keep theirs.
         overruled: ones that a more specific rule is for; they keep theirs.
+        points: how many of those that were told or wait get which operating point, by model; None if their client
+            chooses.
     """
 
     told: int = 0
     waiting: int = 0
     unreachable: int = 0
     overruled: int = 0
+    points: Mapping[str, Mapping[str | None, int]] = field(default_factory=dict)
 
 
 class Fleet:
@@ -203,6 +206,7 @@ class Fleet:
         assert changed is not None
         assert self._streams is not None
         counts = {"told": 0, "waiting": 0, "unreachable": 0, "overruled": 0}
+        points: dict[str, Counter[str | None]] = {}
         present = self.registry.rules.get(changed.key)
         async for session in self._sessions():
             if session.spool or not changed.matches(session.model, session.client):
@@ -213,8 +217,10 @@ class Fleet:
             elif present is not None and governing is not present:
                 counts["unreachable"] += 1
             elif governing is not None or session.policy is not None:
-                counts[self._give(session, governing)] += 1
-        return Told(**counts)
+                counts[outcome := self._give(session, governing)] += 1
+                if outcome != "unreachable":
+                    points.setdefault(session.model, Counter())[session.asked_point] += 1
+        return Told(**counts, points=points)
 
     def _give(self, session: Session, rule: RateRule | None) -> str:
         policy: RatePolicy = rule.policy if rule is not None else ClientChooses()

@@ -21,6 +21,7 @@ from bitneck_cloud.sessions.registry import Registry
 __all__ = ["add_fleet"]
 
 _MOST_CLIENTS = 1000
+_AUTO = "auto"
 _PatternText = Annotated[str, Query(min_length=1, max_length=MAX_PATTERN_CHARACTERS)]
 _NOTES = {
     "file": "the config file holds the rules ([[rates]]): change them there, on every server; PUT and DELETE get 409",
@@ -42,6 +43,10 @@ class SessionsTold(BaseModel):
     waiting: int = Field(description="disconnected ones, which learn it when they come back")
     unreachable: int = Field(description="ones whose model has no operating point for it; they keep theirs")
     overruled: int = Field(description="ones that a more specific rule is for; they keep theirs")
+    points: dict[str, dict[str, int]] = Field(
+        description="how many of those told and waiting get which operating point, by model: each is weighed at its "
+        "own frame rate, on its own link; auto if the client chooses"
+    )
 
 
 class RuleAnswer(BaseModel):
@@ -229,7 +234,15 @@ def _rule_info(registry: Registry, rule: RateRule) -> RuleInfo:
 
 
 def _told(told: Told | None) -> SessionsTold | None:
-    return SessionsTold.model_validate(told, from_attributes=True) if told is not None else None
+    if told is None:
+        return None
+    points = {
+        model: {point if point is not None else _AUTO: count for point, count in chosen.items()}
+        for model, chosen in told.points.items()
+    }
+    return SessionsTold(
+        told=told.told, waiting=told.waiting, unreachable=told.unreachable, overruled=told.overruled, points=points
+    )
 
 
 def _page(records: Any, pattern: Pattern, connected: bool | None, limit: int, offset: int) -> bytes:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -29,6 +29,7 @@ from pydantic_settings import (
 )
 
 from bitneck.errors import InvalidConfig
+from bitneck.text import clean_text
 
 __all__ = [
     "Address", "JsonTable", "Names", "Paths", "Settings", "Table", "Tables", "has_flag", "setting", "unknown_name",
@@ -204,10 +205,11 @@ class Settings(BaseSettings):
         origins = {name: f"{file}: {name}" for name in from_file}
         origins |= {name: cls.variable(name) for name in from_environment}
         origins |= {name: cls.flag(name) if flags else "" for name in given}
+        values = from_file | from_environment | given
         try:
-            return cls(**from_file | from_environment | given), origins
+            return cls(**values), origins
         except ValidationError as exc:
-            raise cls._refused(exc, origins) from exc
+            raise cls._refused(exc, origins, values) from exc
 
     @classmethod
     def variable(cls, name: str) -> str:
@@ -267,16 +269,32 @@ class Settings(BaseSettings):
             raise InvalidConfig(f"unknown {what} {text}")
 
     @classmethod
-    def _refused(cls, exc: ValidationError, origins: Mapping[str, str]) -> InvalidConfig:
+    def _refused(cls, exc: ValidationError, origins: Mapping[str, str], values: Mapping[str, Any]) -> InvalidConfig:
         first = exc.errors(include_url=False)[0]
         message = str(first["msg"]).removeprefix("Value error, ")
         if not first["loc"]:  # about several settings together; among them may be secrets
             return InvalidConfig(f"settings: {message}")
         name = str(first["loc"][0])
-        where = f"setting {'.'.join(str(part) for part in first['loc'])}"
+        where = _place(first["loc"], values.get(name))
         if origin := origins.get(name, ""):
             where += f" ({origin})"
         field = cls.model_fields.get(name)
         if field is not None and (not has_flag(field) or "Secret" in repr(field.annotation)):
             return InvalidConfig(f"{where}: {message}")
         return InvalidConfig(f"{where}: {message} (got {first.get('input')!r:.80})")
+
+
+def _place(loc: Sequence[int | str], value: Any) -> str:
+    """Where a refused value stands: its setting and keys. Of several tables, by its name, else counted from 1."""
+    setting, *keys = loc
+    if not keys or not isinstance(keys[0], int) or not isinstance(value, list | tuple) or keys[0] >= len(value):
+        return f"setting {'.'.join(map(str, loc))}"
+    table, (number, *rest) = value[keys[0]], keys
+    table = table if isinstance(table, Mapping) else {}
+    if rest and rest[0] == table.get("kind"):  # which of several forms it has
+        rest = rest[1:]
+    named = table.get("name")
+    what = f"setting {setting}, number {int(number) + 1}"
+    if isinstance(named, str) and named:
+        what = f"{str(setting).removesuffix('s')} {clean_text(named, 80)}"
+    return f"{what}: {'.'.join(map(str, rest))}" if rest else what
