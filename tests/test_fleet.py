@@ -487,7 +487,10 @@ async def test_an_empty_list_of_rates_is_fixed_too(tmp_path: Path) -> None:
     [
         ('[[rates]]\nclients = "cam-*"\n', "rates, number 1: give exactly one of"),
         ('[[rates]]\nclients = "@doors"\nauto = true\n', "rates, number 1: there is no group 'doors'"),
-        ('[[rates]]\nclient = "cam-*"\nauto = true\n', "rates, number 1 ({file}: rates): unknown key client; known: clients, "),
+        (
+            '[[rates]]\nclient = "cam-*"\nauto = true\n',
+            "rates, number 1 ({file}: rates): unknown key client; known: clients, ",
+        ),
         ('[[rates]]\nauto = true\n[[rates]]\npoint = "x"\n', "two rules have"),
         ("[groups]\ndoors = []\n", "group doors: 1 to 1024 patterns, got 0"),
     ],

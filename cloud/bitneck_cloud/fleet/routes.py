@@ -24,9 +24,9 @@ _MOST_CLIENTS = 1000
 _AUTO = "auto"
 _PatternText = Annotated[str, Query(min_length=1, max_length=MAX_PATTERN_CHARACTERS)]
 _NOTES = {
-    "file": "the config file holds the rules ([[rates]]): change them there, on every server; PUT and DELETE get 409",
-    "database": "kept in this server's state_db over restarts; other servers do not have them",
-    "memory": "forgotten when this server ends; set state_db to keep them",
+    "file": "The config file holds the rules ([[rates]]): change them there, on every server; PUT and DELETE get 409",
+    "database": "Rules are kept in this server's state_db over restarts; other servers do not have them",
+    "memory": "Rules are forgotten when this server ends; set state_db to keep them",
 }
 
 

@@ -18,9 +18,9 @@ export function answersPage(main, { complain, fine }) {
   const figure = element("figure", { hidden: true });
   const table = new Table("Newest answers", [
     { name: "Received", value: (answer) => new Date(answer.received).toLocaleTimeString() },
-    { name: "Client", value: (answer) => answer.client || "(no name)" },
-    { name: "Model", value: (answer) => answer.model },
-    { name: "Answer", value: (answer) => best(answer)?.name ?? "–" },
+    { name: "Client", kind: "name", value: (answer) => answer.client || "(no name)" },
+    { name: "Model", kind: "name", value: (answer) => answer.model },
+    { name: "Answer", kind: "name", value: (answer) => best(answer)?.name ?? "–" },
     { name: "Score or share", kind: "number", value: (answer) => percent(value(best(answer))) },
     { name: "Point", value: (answer) => answer.point },
     { name: "Payload bytes", kind: "number", value: (answer) => count(answer.payload_bytes) },

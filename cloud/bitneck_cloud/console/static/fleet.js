@@ -21,7 +21,7 @@ export function fleetPage(main, { complain, fine }) {
     { name: "Client", value: (row) => row.client || "(no name)" },
     { name: "State", value: (row) => element("span", { class: row.connected ? "good" : "quiet" }, row.connected ? "connected" : "gone") },
     { name: "Last seen", value: (row) => row.connected ? "now" : `${duration(row.ago)} ago` },
-    { name: "Model", value: (row) => row.model },
+    { name: "Model", kind: "name", value: (row) => row.model },
     { name: "Point", value: (row) => row.point },
     { name: "Frames/s", kind: "number", value: (row) => row.rate === null ? "–" : row.rate.toFixed(1) },
     { name: "Latency ms", kind: "number", value: (row) => row.latency === null ? "–" : row.latency.toFixed(0) },
@@ -39,19 +39,21 @@ export function fleetPage(main, { complain, fine }) {
   let total = 0; // with those that the server did not list
   const before = new Map();
 
-  // Bytes a second between two looks at a client, smoothed; null until there are two.
+  // Bytes a second between two looks at a client, smoothed; null until they have moved, or have not for FADING_S.
   function speed(key, up, down, at) {
     const last = before.get(key);
     let rates = { up: null, down: null };
+    const first = last?.first ?? { up, down, at };
     if (last && at > last.at && up >= last.up && down >= last.down) {
-      const weight = last.rates.up === null ? 1 : Math.min(1, (at - last.at) / FADING_S);
+      const weight = Math.min(1, (at - last.at) / FADING_S);
       const mixed = (name, now, then) => {
+        if (now === first[name] && at - first.at < FADING_S) return null;
         const value = (now - then) / (at - last.at);
         return last.rates[name] === null ? value : last.rates[name] + weight * (value - last.rates[name]);
       };
       rates = { up: mixed("up", up, last.up), down: mixed("down", down, last.down) };
     }
-    before.set(key, { up, down, at, rates });
+    before.set(key, { up, down, at, rates, first });
     return rates;
   }
 

@@ -23,8 +23,7 @@ export function ladderPicture(model, standing, chosen, choose) {
       label(x(value), HEIGHT - EDGE.bottom + 16, String(value), "middle"),
     );
   }
-  for (let k = 0; k <= 4; k += 1) {
-    const value = bottom + (k / 4) * (top - bottom);
+  for (const value of shares(bottom, top)) {
     picture.append(
       drawn("line", { class: "grid", x1: EDGE.left, x2: WIDTH - EDGE.right, y1: y(value), y2: y(value) }),
       label(EDGE.left - 8, y(value) + 4, percent(value, 0), "end"),
@@ -57,6 +56,14 @@ function label(x, y, text, anchor) {
   const made = drawn("text", { x, y, "text-anchor": anchor });
   made.textContent = text;
   return made;
+}
+
+// Round accuracies between two: whole steps of 1, 2, 5, 10 or 20 %, seven at most.
+function shares(low, high) {
+  const step = [1, 2, 5, 10, 20].find((each) => Math.floor((100 * high) / each) - Math.ceil((100 * low) / each) < 7) ?? 20;
+  const found = [];
+  for (let value = Math.ceil((100 * low) / step) * step; value <= 100 * high; value += step) found.push(value / 100);
+  return found;
 }
 
 function ticks(low, high) {
