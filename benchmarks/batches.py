@@ -43,9 +43,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; 0 for all cores")
     chosen = parser.parse_args()
     model = ServedModel(Bundle.open(chosen.bundle), threads=chosen.threads)
-    firsts: dict[int, str] = {}
-    for point in model.ladder:
-        firsts.setdefault(point.split, point.id)
+    firsts: dict[str, str] = {}
+    for each in model.ladder:
+        firsts.setdefault(each.split, each.id)
     sizes = [size for size in chosen.sizes if size <= model.max_frames]
     print("ms a frame")
     print(f"{'point':<8}" + "".join(f"{size:>8}" for size in sizes) + f"{'batch':>8}")

@@ -63,7 +63,8 @@ def test_a_usual_page_shows_whole_tables_and_round_steps(tmp_path: Path) -> None
                 over = "const it = document.querySelector('main .scroll'); return it.scrollWidth - it.clientWidth"
                 assert window.run(over) <= 0, page
             window.run("location.reload()")
-            shown, end = [], time.monotonic() + 60
+            shown: list[str] = []
+            end = time.monotonic() + 60
             while not shown or shown[-1] == NONE:
                 shown += window.run(LINK_UP)
                 assert time.monotonic() < end

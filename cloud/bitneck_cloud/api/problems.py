@@ -31,7 +31,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, RequestValidationError)
-        details = "; ".join(f"{'.'.join(str(p) for p in e['loc'][1:]) or 'body'}: {e['msg']}" for e in exc.errors())
+        details = "; ".join(
+            f"{'.'.join(str(p) for p in e['loc'][1:]) or 'body'}: {str(e['msg']).removeprefix('Value error, ')}"
+            for e in exc.errors()
+        )
         sent = request.headers.get("content-type", "")
         if request.method == "PUT" and not sent.partition(";")[0].strip().lower().endswith("json"):
             details += f"; the body has the type {sent[:80] or '(none)'}, send it with Content-Type: application/json"

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic_core import PydanticCustomError
 
 from bitneck.errors import InvalidConfig
 from bitneck.ids import ID_PATTERN, check_id
@@ -44,8 +43,7 @@ class CanaryRequest(BaseModel):
         try:
             return check_id(bundle, "bundle")
         except InvalidConfig as exc:
-            text = "a bundle is the name of a folder: a-z, digits, dot, underscore, hyphen"
-            raise PydanticCustomError("bundle", text) from exc
+            raise ValueError("a bundle is the name of a folder: a-z, digits, dot, underscore, hyphen") from exc
 
 
 class CandidateInfo(BaseModel):
