@@ -94,9 +94,8 @@ class EdgeClient(ClientFacts):
         self._on_spooled = on_spooled
         self._spooling: Spooling | None = None
         self._finish = finish
-        self._pool = ModulePool(first_run_s=FIRST_RUN_S)
+        self._pool, self._interval = ModulePool(first_run_s=FIRST_RUN_S), MeanInterval()
         self._threads: Workers | None = None
-        self._interval = MeanInterval()
         self._session: EdgeSession | None = None
         self._ways = Ways(
             usable=self._usable,
@@ -113,8 +112,7 @@ class EdgeClient(ClientFacts):
         self._renewal_failure: BitneckError | None = None
         self._new_bundle = asyncio.Event()
         self._mover: asyncio.Task[None] | None = None
-        self._revivals = 0
-        self._closed = False
+        self._revivals, self._closed = 0, False
 
     async def __aenter__(self) -> Self:
         """Fetch what the first frame needs of the bundle, load the head, open the session.
@@ -143,7 +141,8 @@ class EdgeClient(ClientFacts):
         if self._spooling is not None:
             self._spooling.start(keep_open(self._opened, self._reopen))
         if not self.settings.bundle_id:
-            self._mover = asyncio.create_task(keep_current(self._new_bundle, self._move), name="bitneck-bundle")
+            moving = keep_current(self._new_bundle, self._move, self.settings.going_over_s)
+            self._mover = asyncio.create_task(moving, name="bitneck-bundle")
         return self
 
     async def __aexit__(
@@ -306,10 +305,8 @@ class EdgeClient(ClientFacts):
                 if not self._may_renew(exc):
                     self._renewal_failure = exc
                 raise
-            if self.bundle.bundle_id == old.bundle.bundle_id:
-                raise BundleMismatch(
-                    f"{self.settings.server} refuses the bundle that it offers, {old.bundle.bundle_id}"
-                )
+            if (bundle_id := self.bundle.bundle_id) == old.bundle.bundle_id:
+                raise BundleMismatch(f"{self.settings.server} refuses the bundle that it offers, {bundle_id}")
 
     async def _reopen(self, old: EdgeSession) -> None:
         """Put another session in place of one that has failed; that goes on encoding until then."""
@@ -325,19 +322,24 @@ class EdgeClient(ClientFacts):
 
     async def _move(self) -> None:
         """The server has another bundle for this client: open a session with it, then let the old one finish."""
-        async with self._renewing:
-            old = self._opened()
-            if not old.link.new_bundle or self._closed or self.failure is not None:
+        old = self._opened()
+        if not old.link.new_bundle or self._closed or self.failure is not None:
+            return
+        supply = await open_supply(self.settings, retries=0)
+        if supply.bundle.bundle_id == old.bundle.bundle_id:  # taken back meanwhile, or another server answered
+            old.link.new_bundle = ""
+            await supply.close()
+            return
+        session = await self._open_with(supply, old, at_once=True)  # for minutes, perhaps: nobody waits for it
+        async with self._renewing, contextlib.AsyncExitStack() as unless_used:
+            unless_used.push_async_callback(session.close, leave=True)
+            if self._opened() is not old:  # it failed meanwhile, and another one took its place
                 return
-            supply = await open_supply(self.settings, retries=0)
-            if supply.bundle.bundle_id == old.bundle.bundle_id:  # taken back meanwhile, or another server answered
-                old.link.new_bundle = ""
-                await supply.close()
-                return
-            session = self._session = await self._open_with(supply, old, at_once=True)
-            _LOG.info("going over to the bundle %s", session.bundle.bundle_id)
+            self._session, self._renewal_failure = session, None
+            unless_used.pop_all()
+        _LOG.info("going over to the bundle %s", session.bundle.bundle_id)
         await old.leave()
-        session.follow(old)
+        session.follow(old, planned=True)
 
     async def _replace(self, old: EdgeSession) -> None:
         """Open a session and put it in place of another one, unless the client was closed meanwhile."""

@@ -48,11 +48,14 @@ class Wish:
         auto: whether the points are chosen by what link and device can do.
         point: the operating point so far; empty for none.
         named: the user or the program named it, so that no other one may stand in for it.
+        own: where the cloud asked for the point: the wish of the user or the program, which counts again when the cloud
+            asks for nothing; else None.
     """
 
     auto: bool
     point: str
     named: bool = field(default=False, compare=False)
+    own: "Wish | None" = field(default=None, compare=False)
 
     @classmethod
     def of(cls, point: str) -> Self:
@@ -89,6 +92,8 @@ class PointChoice:
         self.last_seq = 0
         self._wanted = ""
         self._named = False
+        self._own = Wish.of("")
+        self._asked = False  # by the cloud, for the point in use
         self._taken_over = ""  # why the next automatic choice may differ from what was used
         self._used = ""
         self._reason = ""
@@ -106,13 +111,13 @@ class PointChoice:
     @property
     def wish(self) -> Wish:
         """What a session that follows this one begins with."""
-        return Wish(self.auto, self._wanted, self._named)
+        return Wish(self.auto, self._wanted, self._named, self._own if self._asked else None)
 
     def begin(self, wish: Wish, asked: str, now: float) -> None:
         """The session is open: choose the first point.
 
         A point that was named by the user stands against the cloud's; automatic choice does not, unless it has been in
-        use already.
+        use already. Nor does a point that the cloud had asked for.
 
         Args:
             wish: of the user, or of the session before.
@@ -121,6 +126,10 @@ class PointChoice:
         """
         if self._wanted:
             return  # the cloud has asked for it since
+        self._own = wish.own or wish
+        if wish.own is not None:
+            wish = self._own if not asked else Wish(auto=False, point=asked)
+            self._asked = bool(asked)
         self.auto = self.auto or wish.auto
         if self.auto and asked and not wish.point:
             _LOG.warning(
@@ -132,6 +141,7 @@ class PointChoice:
             self._wanted = self._rate.choose(now).point
         else:
             self._named = wish.named and wish.point in self._ladder
+            self._asked = self._asked or (bool(asked) and wish.point not in self._ladder)
             self._wanted = (wish.point if wish.point in self._ladder else asked) or self._ladder.best.id
         self._used = self._at_hand(self._wanted)
 
@@ -164,9 +174,10 @@ class PointChoice:
         """
         if point_id == AUTO:
             self.auto, self._named, self._taken_over = True, False, "chosen for each frame from here on"
+            self._asked = False
             return
         point = self._ladder[point_id]
-        self.auto, self._named = False, True
+        self.auto, self._named, self._asked = False, True, False
         self._change(point.id, "set by the program")
 
     def ask(self, point_id: str, reason: str) -> None:
@@ -174,8 +185,11 @@ class PointChoice:
         if not point_id:
             _LOG.info("%s: the point is chosen here from now on", reason)
             self.auto, self._named, self._taken_over = True, False, "chosen for each frame from here on"
+            self._asked = False
         elif point_id in self._ladder:
-            self.auto, self._named = False, False
+            if self.auto or self._named:
+                self._own = Wish(self.auto, "" if self.auto else self._wanted, self._named)
+            self.auto, self._named, self._asked = False, False, True
             self._change(point_id, reason)
         else:
             _LOG.warning("the cloud asks for %r, which this bundle does not have; staying at %s", point_id, self.point)

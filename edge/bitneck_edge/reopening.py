@@ -65,18 +65,22 @@ async def keep_open(session: Callable[[], EdgeSession], reopen: Callable[[EdgeSe
         await asyncio.sleep(backoff.failed(random.random()) or _MOST_PAUSE_S)  # noqa: S311  no secret
 
 
-async def keep_current(wanted: asyncio.Event, move: Callable[[], Awaitable[None]]) -> None:
+async def keep_current(wanted: asyncio.Event, move: Callable[[], Awaitable[None]], spread_s: float) -> None:
     """Move to the bundle that the server has for this client whenever it says so; runs until it is cancelled.
 
-    The session in use goes on meanwhile, so a bundle that takes minutes to fetch costs no answer.
+    The session in use goes on meanwhile, so a bundle that takes minutes to fetch costs no answer. The server tells all
+    devices at once: each first waits for a time of its own.
 
     Args:
         wanted: is set when the server has said so.
         move: opens a session with that bundle, and puts it in place. If it fails, it is called again after a pause.
+        spread_s: the longest wait before that, in seconds; 0 for none.
     """
     backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S)
     while True:
         await wanted.wait()
+        if not backoff.failures:  # else the pause after the last attempt was one
+            await asyncio.sleep(random.uniform(0.0, spread_s))  # noqa: S311  no secret
         wanted.clear()
         try:
             await move()

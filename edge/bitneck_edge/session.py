@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from bitneck.bundle import Bundle
@@ -86,12 +86,14 @@ class EdgeSession:
         on_switch: Callable[[Switch], None],
         before: "EdgeSession | None" = None,
         on_new_bundle: Callable[[], None] = lambda: None,
+        *,
+        planned: bool = False,
     ) -> None:
         self.encoder = encoder
         self.answers = Answers(settings.answers)
         self.points = PointChoice(encoder.ladder, rate, on_switch, supply.ready, supply.want)
         self.link = Link(
-            link_settings(settings, encoder.bundle),
+            replace(link_settings(settings, encoder.bundle), follows=before.link.token if before is not None else ""),
             self.points.ask,
             lambda: rate.reconnected(time.perf_counter()),
             self._opened_late,
@@ -103,7 +105,7 @@ class EdgeSession:
         self._rate = rate
         self._reconnects_before, self._link_bytes_before = 0, LinkBytes()
         if before is not None:
-            self.follow(before)
+            self.follow(before, planned=planned)
         self._interval = MeanInterval()  # between messages
         self._messages = 0
         self._unawaited = 0
@@ -135,9 +137,11 @@ class EdgeSession:
             pool: of ONNX modules; those that an earlier bundle has loaded are shared.
             on_switch: called when the operating point changes.
             on_fetch: progress of the files that the first frame needs.
-            before: the session that this one follows: its point and its count of reconnects go on.
+            before: the session that this one follows: its point, the rate that the cloud asked of it, and its count of
+                reconnects go on.
             on_new_bundle: see `Link`.
-            at_once: with a spool, too, the session has to open now. Else its frames are kept until it does.
+            at_once: the session before goes on until this one is open: with a spool, too, it has to open now, and that
+                is no reconnect. Else the frames of a spool are kept until it opens.
 
         Raises:
             UnknownPoint: the settings name a point that the bundle does not have.
@@ -170,13 +174,15 @@ class EdgeSession:
                 edge_s=edge_s,
                 cost=LinkCost(OVERHEAD_BYTES / settings.pack, frames=settings.pack),
             )
-            session = cls(settings, workers, supply, encoder, rate, on_switch, before, on_new_bundle)
+            session = cls(settings, workers, supply, encoder, rate, on_switch, before, on_new_bundle, planned=at_once)
             link = session.link
             if settings.spool is None:
                 await link.open()
-            elif not await link.start() and at_once:
+                opened = True
+            elif not (opened := await link.start()) and at_once:
                 raise Unavailable(f"{settings.server}: the session with {supply.bundle.bundle_id} does not open yet")
-            session.points.begin(wish(), link.initial_point, time.perf_counter())
+            first = wish() if opened else replace(wish(), own=None)  # what the cloud asks for is not known yet
+            session.points.begin(first, link.initial_point, time.perf_counter())
             await session._ready(session.points.point)
             await workers.run(encoder.point_encoder, session.points.point)
         except BaseException:
@@ -214,9 +220,9 @@ class EdgeSession:
         """Why the session cannot be used any more; None while it can."""
         return self.link.failure
 
-    def follow(self, before: "EdgeSession") -> None:
-        """Go on with the counts of the session before."""
-        self._reconnects_before, self._link_bytes_before = before.reconnects + 1, before.link_bytes
+    def follow(self, before: "EdgeSession", *, planned: bool) -> None:
+        """Go on with the counts of the session before; another session is a reconnect unless it was planned."""
+        self._reconnects_before, self._link_bytes_before = before.reconnects + (not planned), before.link_bytes
 
     async def leave(self) -> None:
         """Another session takes new pictures: wait for the answers to the frames that were sent, then end this one.
@@ -227,11 +233,11 @@ class EdgeSession:
         try:
             await self.link.leave(reason, _LEAVE * self._settings.answer_timeout_s)
         finally:
-            await self.close()
+            await self.close(leave=True)
 
-    async def close(self) -> None:
-        """End the session; unanswered frames fail with `Unavailable`."""
-        await self.link.close()
+    async def close(self, *, leave: bool = False) -> None:
+        """End the session; unanswered frames fail with `Unavailable`. For `leave` see `Link.close`."""
+        await self.link.close(leave=leave)
         await self._supply.close()
 
     def room(self, interval_s: float) -> int:

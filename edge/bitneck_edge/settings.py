@@ -185,6 +185,16 @@ class EdgeSettings(Settings):
             le=3600,
         ),
     ] = 15.0
+    going_over_s: Annotated[
+        float,
+        setting(
+            "The longest time, in seconds, before another bundle that the server has for this device is fetched. Each "
+            "device waits for a time of its own, so that not all of them fetch at once.",
+            _LINK,
+            ge=0,
+            le=3600,
+        ),
+    ] = 10.0
     fetch_kbps: Annotated[
         float,
         setting(

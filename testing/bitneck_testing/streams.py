@@ -153,6 +153,7 @@ def edge_client(address: str, folder: Path, **values: Any) -> EdgeClient:
         "retries": 30,
         "point": "s1-r2",
         "model": "tiny",
+        "going_over_s": 0.5,
     }
     return EdgeClient(address, **(fixed | values))
 

@@ -11,7 +11,7 @@ import grpc
 
 from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.link_bytes import LinkMeter
-from bitneck.wire.messages import ClientMessage, ServerMessage
+from bitneck.wire.messages import ClientMessage, Leave, ServerMessage
 from bitneck_cloud.api.wire import from_wire, to_wire
 
 __all__ = ["Context", "GrpcPeer"]
@@ -26,6 +26,7 @@ class _Messages(AsyncIterator[ClientMessage | None]):
         self._source = aiter(source)
         self.meter: LinkMeter | None = None
         self.most_frames = 1 << 10
+        self.left = False
 
     def __aiter__(self) -> Self:
         return self
@@ -39,7 +40,11 @@ class _Messages(AsyncIterator[ClientMessage | None]):
             kind = message.WhichOneof("message")
             frames = len(message.pack.payload) if kind == "pack" else int(kind == "frame")
             self.meter.sent(message.ByteSize(), time.monotonic(), frames)
-        return from_wire(message, self.most_frames)
+        said = from_wire(message, self.most_frames)
+        if isinstance(said, Leave):
+            self.left = True
+            raise StopAsyncIteration
+        return said
 
 
 class GrpcPeer:
@@ -63,6 +68,11 @@ class GrpcPeer:
         self._messages.meter = meter
         self._messages.most_frames = window
         return meter
+
+    @property
+    def left(self) -> bool:
+        """Whether the client has said that it never comes back to its session."""
+        return self._messages.left
 
     def messages(self) -> AsyncIterator[ClientMessage | None]:
         """See `bitneck_cloud.sessions.conversation.Peer`."""

@@ -201,7 +201,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             opening.answers.check(model.manifest.task)
             admission = self._registry.open(
                 model, opening.client, opening.resume_token, time.monotonic(), time.time(), caller,
-                opening.spool,
+                opening.spool, opening.follows,
             )  # fmt: skip
         except BitneckError as exc:
             await abort(context, exc)
@@ -246,6 +246,8 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         finally:
             if not self.connected(session):
                 self._registry.disconnect(session, time.monotonic())
+                if peer.left and not session.in_flight:  # nobody comes back to it, so it takes nobody's place
+                    self._registry.forget(session.session_id)
         if isinstance(failure, Unauthenticated):
             self._registry.forget(session.session_id)
         if failure is not None:  # gRPC cannot write a status before what the client does not read: this may take long

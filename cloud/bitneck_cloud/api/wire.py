@@ -19,6 +19,7 @@ from bitneck.wire.messages import (
     Fault,
     Frame,
     GoAway,
+    Leave,
     NewBundle,
     Open,
     Opened,
@@ -65,11 +66,14 @@ def from_wire(message: pb.ClientMessage, most_frames: int = 1 << 10) -> ClientMe
                 brief=opening.brief,
                 answers=Answers[pb.Answers.Name(opening.answers).removeprefix("ANSWERS_")],
                 spool=opening.spool,
+                follows=opening.follows,
             )
         case "pack":
             return _pack(message.pack, most_frames)
         case "acknowledge":
             return Acknowledge()
+        case "leave":
+            return Leave()
         case "device":
             return _device(message.device)
         case _:

@@ -200,6 +200,7 @@ class Registry:
         wall: float,
         caller: Caller = ANONYMOUS,
         spool: str = "",
+        follows: str = "",
     ) -> Admission:
         """Open a new session, or resume the one that a resume token names.
 
@@ -214,17 +215,14 @@ class Registry:
             wall: seconds since 1970.
             caller: who opens it.
             spool: id of the spool that its frames come from; such a session is asked for no rate.
+            follows: resume token of the session that a new one takes the place of. The rate that was asked of that one
+                is asked of this one too, if a point of its bundle fits it.
 
         Raises:
             Overloaded: too many sessions, in all or of this caller.
         """
         self.expire(now)
-        said = self._signer.read(token, wall, caller.binding) if token else None
-        if said is not None and said.model != model.name:
-            said = None
-        session = self._sessions.get(said.session_id) if said is not None else None
-        if said is not None and session is not None and (said.number < session.oldest_token or session.spool != spool):
-            said = session = None
+        said, session = self._named(token, model.name, wall, caller, spool)
         if said is not None and session is not None:
             session.token_number = max(session.token_number, said.number)
             session.disconnected_at = None
@@ -249,9 +247,24 @@ class Registry:
         if adopted is not None:
             session.token_number = session.oldest_token = adopted.number
         self._sessions[session.session_id] = session
-        if not spool and (rule := self.rule_for(session)) is not None:
+        _, before = self._named(follows, model.name, wall, caller, spool)
+        if not spool and before is not None and before.policy is not None and session.fits(before.policy):
+            session.set_policy(before.policy)
+        elif not spool and (rule := self.rule_for(session)) is not None:
             session.set_policy(rule.policy)
         return self._admission(session, "adopted" if adopted is not None else "new", wall, caller)
+
+    def _named(
+        self, token: str, model: str, wall: float, caller: Caller, spool: str
+    ) -> tuple[ResumeToken | None, Session | None]:
+        """What a resume token says, and the session that it names; None for what it is not good for."""
+        said = self._signer.read(token, wall, caller.binding) if token else None
+        if said is None or said.model != model:
+            return None, None
+        session = self._sessions.get(said.session_id)
+        if session is not None and (said.number < session.oldest_token or session.spool != spool):
+            return None, None
+        return said, session
 
     def rule_for(self, session: Session) -> RateRule | None:
         """The rule that gives a session its rate; None if none does, and the client's own choice stands."""

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from bitneck.errors import BitneckError, Unavailable
 from bitneck.wire.link_bytes import LinkMeter
-from bitneck.wire.messages import ClientMessage, Frame, Pack, ServerMessage
+from bitneck.wire.messages import ClientMessage, Frame, Leave, Pack, ServerMessage
 from bitneck_edge.link.remote import MAX_ANSWER_BYTES, Access, Call, from_rpc_error, stub_of
 from bitneck_edge.link.wire import client_message, server_message
 
@@ -112,10 +112,16 @@ class Connection:
         self._abandoned = error
         self._call.cancel()
 
-    async def finish(self) -> None:
-        """Tell the server that nothing more will be sent; waits a second at most."""
+    async def finish(self, *, leave: bool = False) -> None:
+        """Tell the server that nothing more will be sent; waits a second at most.
+
+        Args:
+            leave: also that nobody comes back to the session.
+        """
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_LAST_WRITE_S):
+                if leave:
+                    await self.write(Leave())
                 await self._call.done_writing()
 
 

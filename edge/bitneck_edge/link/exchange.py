@@ -301,10 +301,10 @@ class Exchange:
         """The connection has ended."""
         self._connection = None
 
-    async def finish(self) -> None:
-        """Tell the server, if a connection is up, that nothing more will be sent."""
+    async def finish(self, *, leave: bool) -> None:
+        """Tell the server, if a connection is up, that nothing more will be sent; see `Connection.finish`."""
         if self._connection is not None:
-            await self._connection.finish()
+            await self._connection.finish(leave=leave)
 
     def take(self, message: Result | Results | Ack | Fault) -> None:
         """The answers of frames, or why one could not be answered."""

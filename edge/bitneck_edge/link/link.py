@@ -43,6 +43,8 @@ _FAIR_S = 1.0
 """A server that sends us away after this time, with nothing unanswered, did its part; else it counts as failing."""
 _IDLE_PAUSE_S = 60.0
 """Longest pause of a client that is sent away again and again without having anything to send."""
+_LEAVE_S = 1.0
+"""For the server to read that nobody comes back; a stream that is reset at once may lose what was written last."""
 _LEAVE_POLL_S = 0.02
 _MOST_CONTROL = 200
 """Messages between two that are about an unanswered frame. A server that sends more is broken."""
@@ -57,6 +59,7 @@ class Link:
         connected: whether a connection is up, and the session open on it.
         initial_point: operating point that the cloud asked for when the session was opened; empty for none.
         max_kbps: what the device's link may carry, as the cloud asks; 0 for no limit.
+        token: resumes the session; secret.
         new_bundle: id of another bundle that the cloud has for this client; empty for none.
         send: sends a frame; see `Exchange.send`.
 
@@ -79,8 +82,7 @@ class Link:
         self.session_id = ""
         self.reconnects = 0
         self.connected = False
-        self.initial_point = ""
-        self.max_kbps = 0.0
+        self.initial_point, self.max_kbps = "", 0.0
         self._late = False
         self._on_late = on_late
         self.new_bundle = ""
@@ -98,9 +100,8 @@ class Link:
         self._task: asyncio.Task[None] | None = None
         self._opened: asyncio.Future[None] | None = None
         self._leaving: frozenset[int] | None = None  # the server goes away: frames that it may still answer
-        self._token = ""
-        self._asked_point = ""
-        self._closing = False
+        self.token = ""
+        self._asked_point, self._closing = "", False
 
     async def open(self) -> None:
         """Connect and open the session.
@@ -180,11 +181,18 @@ class Link:
         """Nothing more follows for a while; see `Exchange.flush`."""
         await self._exchange.flush()
 
-    async def close(self) -> None:
-        """End the session; unanswered frames fail with `Unavailable`."""
+    async def close(self, *, leave: bool = False) -> None:
+        """End the session; unanswered frames fail with `Unavailable`.
+
+        Args:
+            leave: tell the server that nobody comes back to it, and give it a second to end the stream.
+        """
         self._closing = True  # from here on the end of the stream is what was asked for
-        await self._exchange.finish()
+        leave = leave and self.connected
+        await self._exchange.finish(leave=leave)
         if self._task is not None:
+            if leave:
+                await asyncio.wait({self._task}, timeout=_LEAVE_S)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._exchange.fail(Unavailable("the link was closed before the answer came"))
@@ -299,11 +307,12 @@ class Link:
             model=s.model,
             bundle_id=s.bundle_id,
             client=s.client,
-            resume_token=self._token,
+            resume_token=self.token,
             references=s.references,
             brief=bool(s.positions),
             answers=s.answers,
             spool=s.spool,
+            follows="" if self.token else s.follows,
         )
         try:
             async with asyncio.timeout(s.answer_timeout_s):
@@ -325,7 +334,7 @@ class Link:
             reach=min(reply.references, _MAX_WINDOW) if self._settings.references else 0,
             same_session=same_session,
         )
-        self.session_id, self._token = reply.session_id, reply.resume_token
+        self.session_id, self.token = reply.session_id, reply.resume_token
         before, self._asked_point = self._asked_point, reply.point
         self.max_kbps = reply.max_kbps
         if not resumed:

@@ -32,7 +32,8 @@ class LinkSettings:
     pack: int = 1
     pack_ms: int = 0
     spool: str = ""
-    """See `bitneck.wire.messages.Open`."""
+    follows: str = ""
+    """See `bitneck.wire.messages.Open`, also for the one before."""
     patient: bool = False
     """Go on trying where another attempt would give the same, too: the network in between may be to blame."""
 

@@ -17,6 +17,7 @@ from bitneck.wire.messages import (
     Frame,
     GoAway,
     Label,
+    Leave,
     NewBundle,
     Open,
     Opened,
@@ -54,6 +55,8 @@ def client_message(message: ClientMessage) -> pb.ClientMessage:
             return pb.ClientMessage(open=_open_to_wire(message))
         case Acknowledge():
             return pb.ClientMessage(acknowledge=pb.Acknowledge())
+        case Leave():
+            return pb.ClientMessage(leave=pb.Leave())
         case Device():
             return pb.ClientMessage(device=_device_to_wire(message))
 
@@ -132,6 +135,7 @@ def _open_to_wire(message: Open) -> pb.Open:
         brief=message.brief,
         answers=f"ANSWERS_{message.answers.name}",
         spool=message.spool,
+        follows=message.follows,
     )
 
 

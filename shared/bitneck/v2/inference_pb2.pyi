@@ -80,18 +80,20 @@ class FileChunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., size: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "frame", "pack", "acknowledge", "device")
+    __slots__ = ("open", "frame", "pack", "acknowledge", "device", "leave")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     PACK_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
     open: Open
     frame: Frame
     pack: Pack
     acknowledge: Acknowledge
     device: Device
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., pack: _Optional[_Union[Pack, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ..., device: _Optional[_Union[Device, _Mapping]] = ...) -> None: ...
+    leave: Leave
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., pack: _Optional[_Union[Pack, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
     __slots__ = ("opened", "result", "set_point", "fault", "go_away", "ack", "results", "new_bundle")
@@ -114,7 +116,7 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., set_point: _Optional[_Union[SetPoint, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., go_away: _Optional[_Union[GoAway, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., results: _Optional[_Union[Results, _Mapping]] = ..., new_bundle: _Optional[_Union[NewBundle, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("model", "bundle_id", "client", "resume_token", "references", "brief", "answers", "spool")
+    __slots__ = ("model", "bundle_id", "client", "resume_token", "references", "brief", "answers", "spool", "follows")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +125,7 @@ class Open(_message.Message):
     BRIEF_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     SPOOL_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWS_FIELD_NUMBER: _ClassVar[int]
     model: str
     bundle_id: str
     client: str
@@ -131,7 +134,12 @@ class Open(_message.Message):
     brief: bool
     answers: Answers
     spool: str
-    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ..., references: _Optional[bool] = ..., brief: _Optional[bool] = ..., answers: _Optional[_Union[Answers, str]] = ..., spool: _Optional[str] = ...) -> None: ...
+    follows: str
+    def __init__(self, model: _Optional[str] = ..., bundle_id: _Optional[str] = ..., client: _Optional[str] = ..., resume_token: _Optional[str] = ..., references: _Optional[bool] = ..., brief: _Optional[bool] = ..., answers: _Optional[_Union[Answers, str]] = ..., spool: _Optional[str] = ..., follows: _Optional[str] = ...) -> None: ...
+
+class Leave(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("session_id", "resume_token", "window", "point", "references", "max_kbps")

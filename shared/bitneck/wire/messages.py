@@ -21,7 +21,7 @@ __all__ = [
     "Fault",
     "Frame",
     "GoAway",
-    "Label",
+    "Leave",
     "NewBundle",
     "Open",
     "Opened",
@@ -89,6 +89,7 @@ class Open:
         brief: the client has the labels; answers come without names.
         answers: what comes back for each frame.
         spool: id of the device's spool that the frames come from, whose numbers they have; empty for none.
+        follows: of a new session: resume token of the client's session that it takes the place of; empty for none.
     """
 
     model: str
@@ -99,6 +100,7 @@ class Open:
     brief: bool = False
     answers: Answers = Answers.ALL
     spool: str = ""
+    follows: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +136,11 @@ class Pack:
     """Several frames in one message: their numbers count up by one, and they have one deadline."""
 
     frames: tuple[Frame, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The client never comes back to this session, and sends nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +348,7 @@ class NewBundle:
     reason: str
 
 
-ClientMessage = Open | Frame | Pack | Acknowledge | Device
+ClientMessage = Open | Frame | Pack | Acknowledge | Device | Leave
 """What a client sends on a stream."""
 
 ServerMessage = Opened | Result | Results | Ack | SetPoint | Fault | GoAway | NewBundle
