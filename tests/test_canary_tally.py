@@ -5,7 +5,7 @@ import pytest
 
 from bitneck.wire.messages import Classification, ClassShare, CodedMap, Label
 from bitneck_cloud.canary.photographs import equal_pixels
-from bitneck_cloud.canary.tally import ENOUGH_FRAMES, Tally, note_of, share_interval
+from bitneck_cloud.engine.tally import ENOUGH_FRAMES, Tally, note_of, share_interval
 
 
 def label(index: int, score: float) -> Classification:

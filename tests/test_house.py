@@ -135,7 +135,7 @@ PURE = (
         f"cloud/bitneck_cloud/sessions/{name}.py"
         for name in ("acknowledging", "answering", "session", "settled", "rates")
     ),
-    *(f"cloud/bitneck_cloud/{name}.py" for name in ("faults", "access/tokens", "access/limits", "canary/tally")),
+    *(f"cloud/bitneck_cloud/{name}.py" for name in ("faults", "access/tokens", "access/limits", "engine/tally")),
     *(
         f"edge/bitneck_edge/{name}.py"
         for name in (

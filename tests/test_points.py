@@ -38,6 +38,10 @@ def choice() -> tuple[PointChoice, list[Switch]]:
         (Wish(auto=True, point="p3"), "p2", True, "p1"),  # and not against one that has
         (Wish(auto=False, point="p9"), "", False, "p3"),  # the bundle of before had it, this one has not
         (Wish(auto=False, point="p9"), "p2", False, "p2"),
+        (Wish(auto=False, point="p2", own=Wish.of("p1")), "p3", False, "p3"),  # the cloud asked before, and asks now
+        (Wish(auto=False, point="p2", own=Wish.of("p1")), "", False, "p1"),  # and asks no more
+        (Wish(auto=False, point="p2", own=Wish.of("")), "", False, "p3"),
+        (Wish(auto=False, point="p2", own=Wish.of("auto")), "", True, "p1"),
     ],
 )
 def test_the_first_point(wish: Wish, asked: str, auto: bool, first: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -48,6 +52,26 @@ def test_the_first_point(wish: Wish, asked: str, auto: bool, first: str, caplog:
     assert points.choose(0.0, 0.0).point == first
     assert ("the cloud asks new sessions for p2" in caplog.text) == (wish == Wish.of("auto") and asked == "p2")
     assert points.wish == Wish(auto, first)
+
+
+@pytest.mark.parametrize("setting", ["p1", "", "auto"])
+def test_what_the_user_wished_is_remembered_while_the_cloud_asks_for_another_point(setting: str) -> None:
+    points, _ = choice()
+    points.begin(Wish.of(setting), "", 0.0)
+    assert points.wish.own is None
+    points.ask("p2", "a rate")
+    points.ask("p3", "another one")
+    assert (points.wish.point, points.wish.own) == ("p3", Wish.of(setting))
+    following, _ = choice()
+    following.begin(points.wish, "p2", 0.0)
+    assert (following.point, following.wish.own) == ("p2", Wish.of(setting))
+    following.set("p3")
+    assert following.wish.own is None
+    following.ask("p1", "a rate")
+    assert following.wish.own == Wish(auto=False, point="p3")
+    following.ask("", "no rate")
+    assert following.wish == Wish(auto=True, point=following.wish.point)
+    assert following.wish.own is None
 
 
 @pytest.mark.parametrize(("asked", "auto", "first"), [("p2", False, "p2"), ("", True, "p1")])

@@ -92,7 +92,7 @@ class EdgeSession:
         self.encoder = encoder
         self.answers = Answers(settings.answers)
         self.points = PointChoice(encoder.ladder, rate, on_switch, supply.ready, supply.want)
-        self.link = Link(
+        self.link: Link = Link(
             replace(link_settings(settings, encoder.bundle), follows=before.link.token if before is not None else ""),
             self.points.ask,
             lambda: rate.reconnected(time.perf_counter()),
@@ -361,7 +361,8 @@ class EdgeSession:
             ProtocolError: see `answer`.
         """
         photo, manifest = encoding.photo.result(), self.bundle.manifest
-        return answer_of(encoding.capture, photo, sent, received, manifest, self.encoder.labels, self.answers)
+        found = answer_of(encoding.capture, photo, sent, received, manifest, self.encoder.labels, self.answers)
+        return replace(found, session=self.link.session_id)
 
     async def _ready(self, point_id: str) -> None:
         """Wait for the files of an operating point that was asked for by name."""

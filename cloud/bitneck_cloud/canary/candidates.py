@@ -43,6 +43,7 @@ class Candidates:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        self._known: dict[str, tuple[tuple[int, int], Candidate]] = {}  # by name, as it was when it was read
 
     def all(self) -> list[Candidate]:
         """Every sub-folder with a well-formed name, by name.
@@ -55,7 +56,13 @@ class Candidates:
             names = sorted(path.name for path in folder.iterdir() if path.is_dir() and _is_id(path.name))
         except OSError as exc:
             raise CanaryRefused(f"the folder of candidates {folder} cannot be read ({exc.strerror})") from exc
-        return [_candidate(folder / name) for name in names[:MOST_CANDIDATES]]
+        before, found = self._known, {}
+        for name in names[:MOST_CANDIDATES]:
+            version = _version(folder / name / MANIFEST_NAME)
+            known = before.get(name)
+            found[name] = known if known is not None and known[0] == version else (version, _candidate(folder / name))
+        self._known = found
+        return [candidate for _, candidate in found.values()]
 
     def folder_of(self, name: str) -> Path:
         """The folder of a candidate.
@@ -87,6 +94,15 @@ def _is_id(name: str) -> bool:
     except BitneckError:
         return False
     return True
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Time of the last change, in nanoseconds, and size; a file with other contents has others. (0, 0) without one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
 
 
 def _candidate(path: Path) -> Candidate:

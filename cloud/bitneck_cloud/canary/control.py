@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, BundleError, CanaryRefused, InvalidConfig, ModelFailure
 from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck_cloud.canary.candidates import Candidates
 from bitneck_cloud.canary.photographs import Photographs
-from bitneck_cloud.canary.tally import Tally
 from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.engine.tally import Tally
 from bitneck_cloud.fleet.control import Fleet
 from bitneck_cloud.fleet.patterns import Clients
 from bitneck_cloud.fleet.records import BundleChoice
@@ -32,7 +32,8 @@ from bitneck_cloud.sessions.registry import Registry
 __all__ = ["Canaries", "Ended", "Running", "Streams"]
 
 _LOG = logging.getLogger(__name__)
-_CANARY, _PROMOTED = "canary", "promoted"
+_CANARY: Final = "canary"
+_PROMOTED: Final = "promoted"
 
 
 class Streams(Protocol):
@@ -285,7 +286,11 @@ class Canaries:
             self._registry.swap(candidate)
             self._promoted[choice.model] = choice
         else:
-            self._start(choice, self._fleet.groups.clients(choice.clients, known=False), current, candidate)
+            for_whom = self._fleet.groups.clients(choice.clients, known=False)
+            if not for_whom.patterns:
+                _LOG.warning("the canary %s of %s is for %s, but the settings have no such group: it is for nobody now",
+                             choice.bundle, choice.model, choice.clients)  # fmt: skip
+            self._start(choice, for_whom, current, candidate)
         _LOG.info("%s %s of %s goes on: %s", choice.kind, choice.bundle, choice.model, choice.bundle_id)
 
     def _choices(self, name: str) -> list[BundleChoice]:
@@ -310,7 +315,11 @@ class Canaries:
                 raise CanaryRefused(f"the candidate {folder.name} is {bundle.bundle_id} now, it was {expected}")
             if bundle.bundle_id == current.bundle.bundle_id:
                 raise CanaryRefused(f"the candidate {folder.name} is the bundle that is served, {bundle.bundle_id}")
-            served = ServedModel(bundle, threads=self._threads, pool=self._pool, before=current)
+            before = self._registry.still_served(current.name, bundle.bundle_id)
+            if before is not None and before.bundle.root == bundle.root:  # sessions that use it count with the others
+                served = before
+            else:
+                served = ServedModel(bundle, threads=self._threads, pool=self._pool, before=current)
         except (BundleError, ModelFailure, InvalidConfig) as exc:
             raise CanaryRefused(f"the candidate {folder.name} cannot be served: {exc}") from exc
         self._earlier.keep(bundle, current.bundle)

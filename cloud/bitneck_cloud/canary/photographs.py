@@ -3,15 +3,13 @@
     photograph -> x -> whole network                      -> the answer without compression
                     -> encoder -> payload -> decoder, tail -> the answer of a point
 
-for the current bundle and for the candidate, at points that match. One photograph at a time, in a thread of the lowest
-priority, with a pause after each as long as it took: at most half of a core for the device's half.
+for the current bundle and for the candidate, at points that match. One photograph at a time, in a thread of its own,
+with a pause after each as long as it took: at most half of a core for the device's half. The thread has the priority of
+all others: one of a lower priority may hold the interpreter's lock and get no core, and the whole server waits for it.
 """
 
 import asyncio
-import contextlib
 import logging
-import os
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,8 +30,6 @@ __all__ = ["MOST_PHOTOGRAPHS", "Agreement", "Mean", "Photographs", "equal_pixels
 _LOG = logging.getLogger(__name__)
 
 MOST_PHOTOGRAPHS = 200
-_NICEST = 19
-"""Of the niceness of a thread: whoever else wants the core gets it."""
 
 
 @dataclass(slots=True)
@@ -112,10 +108,11 @@ class Photographs:
         self.points = [Agreement(*pair) for pair in matching_points(current, candidate)]
         self._folder = folder
         self._current, self._candidate = current, candidate
+        self._took = Mean()  # seconds of a photograph, with the pause after it
 
     async def run(self) -> None:
         """Compare all photographs; cancel it to end that earlier."""
-        thread = ThreadPoolExecutor(1, "bitneck-canary", initializer=_step_back)
+        thread = ThreadPoolExecutor(1, "bitneck-canary")
         loop = asyncio.get_running_loop()
         sides: tuple[_Side, ...] = ()
         try:
@@ -132,6 +129,7 @@ class Photographs:
                     self.unreadable += 1
                     _LOG.warning("a photograph to compare bundles with is left out: %s", exc)
                 await asyncio.sleep(time.monotonic() - begin)
+                self._took.add(time.monotonic() - begin)
             self.state = "done"
         except BitneckError as exc:
             self.state, self.problem = "impossible", str(exc)
@@ -143,6 +141,14 @@ class Photographs:
             sides = ()  # behind the photograph that the thread may be at, nothing holds them any more
             thread.submit(return_freed_memory)
             thread.shutdown(wait=False)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until it is done, if all photographs take as long as those so far; None unless it runs."""
+        took_s = self._took.value
+        if self.state != "running" or took_s is None:
+            return None
+        return took_s * (self.total - self.done - self.unreadable)
 
     def end(self) -> None:
         """Say that no more photographs are compared; whoever calls it cancels `run`."""
@@ -232,9 +238,3 @@ def equal_pixels(
     places = {name: place for place, name in enumerate(labels)}
     table = np.array([places.get(name, -1) for name in others], dtype=np.int64)  # of the second in the first's numbers
     return float((first == table[second]).mean())
-
-
-def _step_back() -> None:
-    """Run this thread only where nobody else wants the core, as far as the system can do that for one thread."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)

@@ -8,7 +8,7 @@ from bitneck.errors import InvalidConfig
 from bitneck.ids import ID_PATTERN, check_id
 from bitneck_cloud.canary.control import Running
 from bitneck_cloud.canary.photographs import Agreement, Photographs
-from bitneck_cloud.canary.tally import PointTally, Tally, note_of, share_interval
+from bitneck_cloud.engine.tally import PointTally, Tally, note_of, share_interval
 from bitneck_cloud.fleet.patterns import MAX_PATTERN_CHARACTERS
 from bitneck_cloud.fleet.records import BundleChoice
 
@@ -133,6 +133,7 @@ class PhotographsInfo(BaseModel):
     photographs: int = Field(description="that are compared in all")
     done: int
     unreadable: int
+    left_s: float | None = Field(description="seconds until it is done, by those so far; null unless it runs")
     points: list[PointAgreement]
 
 
@@ -207,6 +208,7 @@ def photographs_of(photographs: Photographs | None) -> PhotographsInfo | None:
         photographs=photographs.total,
         done=photographs.done,
         unreadable=photographs.unreadable,
+        left_s=photographs.left_s,
         points=[_agreement(pair) for pair in photographs.points],
     )
 

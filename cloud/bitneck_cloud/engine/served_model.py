@@ -14,9 +14,9 @@ from bitneck.errors import BitneckError, MalformedFrame, ModelFailure, UnknownPo
 from bitneck.manifest import Manifest, UnitEntry
 from bitneck.runtime import ModulePool
 from bitneck.wire.messages import Frame, Output
-from bitneck_cloud.canary.tally import Tally
 from bitneck_cloud.engine.chain_plan import plan_batch
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
+from bitneck_cloud.engine.tally import Tally
 
 __all__ = ["ServedModel"]
 

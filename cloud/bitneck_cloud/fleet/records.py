@@ -3,10 +3,13 @@
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from bitneck_cloud.sessions.session import Session
 
-__all__ = ["BundleChoice", "ClientBook", "ClientRecord", "RateChange"]
+__all__ = ["BundleChoice", "BundleKind", "ClientBook", "ClientRecord", "RateChange"]
+
+BundleKind = Literal["canary", "promoted"]
 
 Key = tuple[str, str]
 """A client's name and its model's: what a record is known by."""
@@ -51,7 +54,7 @@ class BundleChoice:
     """
 
     model: str
-    kind: str
+    kind: BundleKind
     base: str
     bundle: str
     bundle_id: str

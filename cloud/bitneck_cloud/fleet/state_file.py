@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args
 
 from bitneck.errors import BitneckError, StateUnusable
 from bitneck_cloud.fleet.patterns import Groups, Pattern
-from bitneck_cloud.fleet.records import BundleChoice, ClientRecord, RateChange
+from bitneck_cloud.fleet.records import BundleChoice, BundleKind, ClientRecord, RateChange
 from bitneck_cloud.fleet.rules import RateRule
 from bitneck_cloud.fleet.tables import policy_dict, policy_of
 
@@ -198,7 +198,8 @@ class StateFile:
             found = [BundleChoice(**dict(zip(_CHOICE, row, strict=True))) for row in rows]
         except sqlite3.Error as exc:
             raise _refused(self._path, exc) from exc
-        if not all(isinstance(getattr(choice, name), str) for choice in found for name in _CHOICE):
+        texts = all(isinstance(getattr(choice, name), str) for choice in found for name in _CHOICE)
+        if not texts or any(choice.kind not in get_args(BundleKind) for choice in found):
             raise _refused(self._path, "a choice of a bundle cannot be read")
         return found
 

@@ -125,6 +125,13 @@ class Registry:
             "get its manifest and files again"
         )
 
+    def still_served(self, name: str, bundle_id: str) -> ServedModel | None:
+        """A generation of a model that sessions may be using, or that is the candidate; None if it is gone."""
+        try:
+            return self.generation(name, bundle_id)
+        except BundleMismatch:
+            return None
+
     def swap(self, model: ServedModel) -> None:
         """Add a new generation of a served model. Unused generations are dropped, except the one before.
 

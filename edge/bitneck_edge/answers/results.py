@@ -99,6 +99,7 @@ class Answer:
         written: the files that the answer was written to; None if it was not written.
         spool: id of the spool that the frame was sent from, whose number `seq` then is; else empty. Of such a frame the
             edge's times and `symbols_crc32c` are not known: they are 0 and empty.
+        session: id of the session that the frame was sent on. `seq` counts from 1 in each, but for frames from a spool.
         captured_unix_us: of a frame from a spool: when the picture was taken, microseconds since 1970; of a file: when
             it was read.
     """
@@ -122,6 +123,7 @@ class Answer:
     segmentation: Segmentation | None = None
     written: Written | None = None
     spool: str = ""
+    session: str = ""
     captured_unix_us: int = 0
 
     def without_map(self) -> "Answer":

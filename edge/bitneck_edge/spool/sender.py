@@ -282,7 +282,7 @@ class Sender:
             try:
                 received = await sent.answer
                 answer = spooled_answer_of(frame, self._spool.spool_id, sent, received, known, self._answers)
-                self._settle(answer, frame)
+                self._settle(replace(answer, session=link.session_id), frame)
             except BitneckError as exc:
                 if self._stays(frame, exc, link):
                     later = exc

@@ -21,6 +21,7 @@ __all__ = [
     "Fault",
     "Frame",
     "GoAway",
+    "Label",
     "Leave",
     "NewBundle",
     "Open",

@@ -138,7 +138,7 @@ export function canaryPart({ operate, complain }) {
     const compared = state.photographs;
     photos.element.hidden = !compared;
     photosState.textContent = compared
-      ? `Photographs: ${STATES[compared.state] ?? compared.state}${compared.problem ? `: ${compared.problem}` : ""}; ${count(compared.done)} of ${count(compared.photographs)} compared${compared.unreadable ? `, ${count(compared.unreadable)} cannot be read` : ""}.`
+      ? `Photographs: ${STATES[compared.state] ?? compared.state}${compared.problem ? `: ${compared.problem}` : ""}; ${count(compared.done)} of ${count(compared.photographs)} compared${compared.unreadable ? `, ${count(compared.unreadable)} cannot be read` : ""}${compared.left_s === null ? "" : `, about ${count(Math.ceil(compared.left_s))} s left`}.`
       : "This server has no photographs to compare with (--canary-photos).";
     photos.show(compared?.points ?? [], (row) => `${row.current} ${row.candidate}`);
   }
@@ -163,7 +163,7 @@ function rowsOf(current, candidate) {
     row("Frames answered", (group) => count(group.frames)),
     row("Faults", (group) => `${count(group.faults)}${group.fault_interval ? `: ${percent(group.fault_share)} (${percent(group.fault_interval[0])} to ${percent(group.fault_interval[1])})` : ""}`),
     row("Payload bytes a frame", (group) => bytes(group.payload_bytes_mean)),
-    row("Link bytes a frame", (group) => bytes(group.link_bytes_mean)),
+    row("Link bytes a frame, both ways", (group) => bytes(group.link_bytes_mean)),
     row("Best label's score", (group) => percent(group.best_score_mean)),
     row("Most frequent", (group) => group.labels.map((each) => `${each.name} ${percent(each.share)}`).join(", ") || "–"),
   ];
