@@ -261,7 +261,8 @@ class Exchange:
         self._added.clear()
         if not self.unanswered:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._added.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._added.wait()
 
     def granted(self, *, window: int, reach: int, same_session: bool) -> None:
         """The server has opened the session.

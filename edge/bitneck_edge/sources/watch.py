@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitneck.errors import ImageError, InvalidConfig
 from bitneck.image import PHOTO_SUFFIXES
+from bitneck.text import counted
 from bitneck_edge.sources.arrivals import Arrivals, Stamp
 from bitneck_edge.sources.capture import Capture
 
@@ -134,7 +135,8 @@ class _Eyes:
                 self._waiting[path] = listing[path].mtime_ns
         await self._observe()
         how = "by listing it" if self._polls else "with inotify"
-        _LOG.info("%s: watching it %s; %d photographs are there", self._folder, how, len(listing))
+        there = counted(len(listing), "photograph is", "photographs are")
+        _LOG.info("%s: watching it %s; %s there", self._folder, how, there)
         self._look_at = time.monotonic()  # what came since the listing
 
     async def following(self) -> tuple[Path, int]:
@@ -148,7 +150,8 @@ class _Eyes:
             else:
                 self._changed.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), min(self._look_at - now, _POLL_S))
+                    async with asyncio.timeout(min(self._look_at - now, _POLL_S)):
+                        await self._changed.wait()
                 if not self._polls and _identity_of(self._folder) != self._identity:
                     self._look_at = 0.0
 

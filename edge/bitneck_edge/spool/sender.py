@@ -133,7 +133,8 @@ class Sender:
                 await asyncio.sleep(_POLL_S)
             else:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), _IDLE_S)
+                    async with asyncio.timeout(_IDLE_S):  # wait_for loses a cancellation if the event comes with it
+                        await self._changed.wait()
 
     def _reachable(self) -> bool:
         live = self._live()
@@ -223,7 +224,8 @@ class Sender:
                     return any_answered
                 self._changed.clear()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), _POLL_S)
+                    async with asyncio.timeout(_POLL_S):
+                        await self._changed.wait()
                 continue
             if frames[0].bundle_id != known.bundle_id or frames[0].seq <= last:
                 return any_answered
