@@ -15,12 +15,14 @@ help:  ## show this list
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "bitneck needs Python 3.11 or newer")'
+	@echo "installing bitneck and what it needs into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[edge,video,cloud,traces,models,dev]'
 	touch $@
 
 .SECONDEXPANSION:
 build/%/manifest.json: $(INSTALLED) $$(wildcard $(ZOO)/%/*) $$(wildcard $(ZOO)/%/points/*/*) $(shell find models/bitneck_models shared/bitneck -name '*.py')
+	@echo "exporting $* and proving that it equals its network: some minutes"
 	$(BIN)/bitneck-models export $(ZOO)/$* --out build/$*
 	touch $@
 

@@ -88,6 +88,10 @@ def short(name: str) -> str:
 def show_points(console: Console, bundle: Bundle, edge: Edge, photos: list[Path]) -> None:
     chain = SegmentChain(bundle)
     names = bundle.labels()
+    console.print(
+        f"sending {len(photos)} photographs at each of {len(bundle.manifest.ladder)} operating points, a device for "
+        "each: a minute or two", highlight=False, soft_wrap=True,
+    )  # fmt: skip
     runs = {p.id: edge.run("--point", p.id, *map(str, photos)) for p in bundle.manifest.ladder}
     pixels = bundle.manifest.input.pixels
     total_jpeg, totals, kept = 0, dict.fromkeys(runs, 0), dict.fromkeys(runs, 0)

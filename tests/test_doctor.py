@@ -67,7 +67,7 @@ def test_a_device_that_works(server: Server, tmp_path: Path) -> None:
     assert "48x40" in found["source"]["found"]
     settings = EdgeSettings.load({"server": server.grpc, "model": "tiny", "cache_dir": tmp_path / "cache"})
     asyncio.run(fetch_bundle(settings))
-    assert "0.0 MB are missing" in doctor(server.grpc, tmp_path / "cache", model="tiny")["bundle"]["found"]
+    assert "0 bytes are missing" in doctor(server.grpc, tmp_path / "cache", model="tiny")["bundle"]["found"]
     next((tmp_path / "cache" / "files").iterdir()).write_bytes(b"damaged")
     assert doctor(server.grpc, tmp_path / "cache", model="tiny")["bundle"]["state"] == "warning"
 
@@ -107,7 +107,7 @@ def test_doctor_in_place_of_run(server: Server, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = {each["check"]: each for each in json.loads(done.stdout)["checks"]}
     assert "48x40" in found["source"]["found"]
-    assert "1 photographs" in found["watch"]["found"]
+    assert "1 photograph is there" in found["watch"]["found"]
     assert found["out"]["state"] == found["spool"]["state"] == "ok"
     assert not (tmp_path / "out").exists(), "it changes nothing"
     wrong = edge("doctor", *arguments, "--json", "--pack-ms", 20_000)
@@ -119,6 +119,7 @@ def test_settings_that_the_bundle_does_not_fit(server: Server, tmp_path: Path) -
     found = doctor(server.grpc, tmp_path / "cache", model="tiny", point="s9-r9")
     assert failed(found) == {"bundle"}
     assert "s1-r1" in found["bundle"]["found"]
+    assert "`bitneck-edge points`" in found["bundle"]["advice"]
     assert failed(doctor(server.grpc, tmp_path / "cache", model="tiny", answers="map")) == {"bundle"}
     assert failed(doctor(server.grpc, tmp_path / "cache", model="tiny", point="auto")) == set()
 
@@ -130,6 +131,7 @@ def test_a_watched_folder_and_one_for_class_maps(tmp_path: Path) -> None:
     (none,) = check_watches([tmp_path / "none"])
     (no_folder,) = check_out(tmp_path / "file" / "out")
     assert {each.state for each in (two, none, no_folder)} == {"failed"}
+    assert "--watch" in none.advice
     assert check_watches([]) == check_out(None) == []
 
 
@@ -186,7 +188,7 @@ def test_a_bundle_is_looked_at_without_its_server(tiny_bundle: Bundle, tmp_path:
         asyncio.run(fetch_bundle(EdgeSettings.load({"server": server.grpc, "cache_dir": tmp_path})))
     found = doctor(server.grpc, tmp_path)
     assert failed(found) == {"route"}
-    assert "0.0 MB are missing" in found["bundle"]["found"]
+    assert "0 bytes are missing" in found["bundle"]["found"]
 
 
 def test_what_answers_is_no_bitneck_server(server: Server, tmp_path: Path) -> None:
@@ -276,5 +278,5 @@ def test_the_spool(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in folder.glob("*.*")}
     assert check()[0] == "warning"
     assert "4 frames" in check()[1]
-    assert "1 places are damaged" in check()[1]
+    assert "1 place is damaged" in check()[1]
     assert before == {path: path.read_bytes() for path in folder.glob("*.*")}

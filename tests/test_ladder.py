@@ -35,6 +35,9 @@ def test_order_and_choice() -> None:
 def test_what_cannot_be_had() -> None:
     with pytest.raises(UnknownPoint, match="low, mid, odd, high"):
         LADDER["nope"]
+    many = Ladder(point(f"s{k % 4 + 1}-r{k}", k + 1.0, 0.5) for k in range(33))
+    with pytest.raises(UnknownPoint, match=r"this bundle has 33, and the nearest names are: (s\d-r\d+, ){2}s\d-r\d+$"):
+        many["s1-r9"]
     with pytest.raises(RateUnreachable, match="the lowest, low"):
         choose(LADDER, MaxBytesPerFrame(59))
     with pytest.raises(RateUnreachable, match="the best, high"):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,11 +33,12 @@ warmup_steps = 3
 
 
 @pytest.fixture
-def home(home: Path) -> Path:
+def home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With a search space, and with photographs in folders named by class."""
     (home / "space.toml").write_text(SPACE)
     for k in range(20):
         add_photos(home / f"labelled/{k % 10}", range(k, k + 1))
+    monkeypatch.delenv("BITNECK_DATA", raising=False)
     return home
 
 
@@ -44,11 +46,16 @@ def test_from_photographs_to_the_report(home: Path) -> None:
     run("train", "zoo", "--data", ".")
     assert "every unit" in CliRunner().invoke(app, ["train", "zoo", "--data", "."]).stderr
     keep_every_point(ZooEntry(home / "zoo"))
-    run("export", "zoo", "--out", "bundle", "--images", "photos")
+    told = CliRunner().invoke(app, ["export", "zoo", "--out", "bundle", "--images", "photos"], catch_exceptions=False)
+    assert "exporting: segment to-s1\n" in told.stderr
+    assert "exporting: proof\n" in told.stderr
     (home / "results").mkdir()
     table = run("evaluate", "--bundle", "bundle", "--data", "labelled", "--record", "zoo")
     assert "s1-r1" in table
     assert set(json.loads((home / "zoo" / "ladder.json").read_text())["points"]) == {"s1-r1", "s1-r2"}
+    heading = run("evaluate", "--bundle", "bundle", "--data", "photos", "--no-labels").splitlines()[0]
+    assert " agreement, 95 % interval " in heading
+    assert heading.rstrip().endswith("on the wire")
     unlabelled = json.loads(run("evaluate", "--bundle", "bundle", "--data", "photos", "--no-labels", "--json"))
     assert unlabelled["uncompressed"] == {"agreement": 1.0}
     with pytest.raises(InvalidConfig, match="ignore-index"):
@@ -126,9 +133,10 @@ def test_a_starter_recipe_is_trained(home: Path) -> None:
     (home / "starter" / "recipe.toml").write_text(short)
     told = CliRunner().invoke(app, ["train", "starter", "--data", ".", "--dry-run"], catch_exceptions=False)
     assert told.exit_code == 0
-    rows = {line.split()[1]: line.split() for line in told.stdout.splitlines() if "│ s1-r" in line}
-    assert rows["s1-r2"][3] == rows["s1-r2"][5] == "146"  # 18 photographs in 8 views, and 2 that were put aside
-    assert rows["s1-r1"][5] == "0"  # the same features
+    assert "trying s1-r2 ..." in told.stderr
+    rows = {line.split()[0]: line.split() for line in told.stdout.splitlines() if line.startswith("s1-r")}
+    assert rows["s1-r2"][1] == rows["s1-r2"][2] == "146"  # 18 photographs in 8 views, and 2 that were put aside
+    assert rows["s1-r1"][2] == "0"  # the same features
     assert not (home / "starter" / "units").exists()
     assert not (home / "runs").exists()
     assert "warmup_steps (100) is not below steps (6)" in told.stderr
@@ -137,7 +145,7 @@ def test_a_starter_recipe_is_trained(home: Path) -> None:
     assert trained.exit_code == 0
     assert set(ZooEntry(home / "starter").points()) == {"s1-r1", "s1-r2"}
     again = CliRunner().invoke(app, ["train", "starter", "--data", ".", "--dry-run", "--again"])
-    assert {line.split()[5] for line in again.stdout.splitlines() if "│ s1-r" in line} == {"0"}
+    assert {line.split()[2] for line in again.stdout.splitlines() if line.startswith("s1-r")} == {"0"}
 
 
 @pytest.mark.parametrize(
@@ -153,6 +161,38 @@ def test_starter_recipes_that_are_refused(home: Path, arguments: tuple[str, ...]
     with pytest.raises(InvalidConfig, match=text):
         run("new", *arguments)
     assert not (home / "other").exists()
+
+
+def test_a_starter_recipe_knows_where_its_photographs_are(home: Path) -> None:
+    """Absolute paths become paths below --data, and the next command is printed with it."""
+    told = CliRunner().invoke(app, ["new", "one", "--backbone", "small", "--photos", str(home / "photos")])
+    assert told.exit_code == 0, told.output
+    assert f"train one --data {home} --dry-run" in told.stderr
+    assert "building small" in told.stderr
+    assert [source.folder for source in ZooEntry(home / "one").recipe.data] == ["photos"]
+    run("new", "two", "--backbone", "small", "--photos", str(home / "labelled" / "1"), "--data", ".")
+    assert [source.folder for source in ZooEntry(home / "two").recipe.data] == ["labelled/1"]
+    other = ("new", "other", "--backbone", "small", "--photos")
+    assert "photos/photos: no such folder; --photos names folders below --data" in refused(
+        *other, "photos", "--data", "photos"
+    )
+    assert "is not below --data" in refused(*other, str(home / "photos"), "--data", "labelled")
+    assert not (home / "other").exists()
+
+
+@pytest.mark.parametrize("command", [("train", "zoo"), ("search", "zoo", "--space", "x"), ("train-network", "zoo")])
+def test_a_command_without_photographs_ends_before_torch_is_loaded(home: Path, command: tuple[str, ...]) -> None:
+    text = f"""
+import sys
+from bitneck.errors import InvalidConfig
+from bitneck_models.cli.main import app
+try:
+    app({command!r}, standalone_mode=False)
+except InvalidConfig as exc:
+    print(exc, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", text], cwd=home, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "no folder of photographs: give --data or set BITNECK_DATA False\n", done.stderr
 
 
 def refused(*arguments: str) -> str:

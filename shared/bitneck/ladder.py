@@ -1,5 +1,6 @@
 """Operating points and the ladder. Pure: no clock, no I/O."""
 
+import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from bitneck.moved import names_of
 __all__ = ["Ladder", "OperatingPoint", "most_accurate"]
 
 __getattr__ = names_of(__name__)
+
+_MOST_LISTED, _NEAREST = 8, 3
+"""A message lists so many operating points; of more, those with the nearest names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +92,8 @@ class Ladder:
         """The operating point of this id.
 
         Raises:
-            UnknownPoint: there is none; the message lists the known ones, or names the successor of a retired one.
+            UnknownPoint: there is none; the message lists the known ones, of many the three with the nearest names, or
+                names the successor of a retired one.
         """
         try:
             return self._by_id[point_id]
@@ -97,8 +102,11 @@ class Ladder:
                 raise UnknownPoint(
                     f"the operating point {point_id} is retired; this bundle has {successor} in its place"
                 ) from None
-            known = ", ".join(self._by_id)
-            raise UnknownPoint(f"no operating point {point_id[:80]!r}; this bundle has: {known}") from None
+            has, known = "this bundle has", list(self._by_id)
+            if len(known) > _MOST_LISTED:
+                known = difflib.get_close_matches(point_id[:80], known, _NEAREST, cutoff=0)
+                has = f"this bundle has {len(self)}, and the nearest names are"
+            raise UnknownPoint(f"no operating point {point_id[:80]!r}; {has}: {', '.join(known)}") from None
 
     @property
     def measured(self) -> tuple[OperatingPoint, ...]:

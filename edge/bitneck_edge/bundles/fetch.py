@@ -28,6 +28,8 @@ __all__ = ["fetch_bundle", "manifest_of", "open_supply", "take_bundle"]
 
 _LOG = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.6, 5.0
+_MOST_TOLD = 3
+"""Bundles of other addresses that a message names."""
 MAX_BUNDLE_BYTES = 1 << 30
 """What the edge's files of a bundle may have together."""
 
@@ -70,7 +72,8 @@ async def open_supply(settings: EdgeSettings, *, offline: bool = False, retries:
 
     Args:
         settings: server, cache and limits.
-        offline: if no server answers the first attempt, take the bundle that it had last, if its manifest is here.
+        offline: if no server answers the first attempt, take the bundle that it had last, or `settings.bundle_id`, if
+            its manifest is here.
         retries: attempts after the first one to ask for the manifest; None for those of the settings.
 
     Raises:
@@ -170,7 +173,8 @@ async def _offer(settings: EdgeSettings, store: FileStore, offline: bool, retrie
         backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=retries)
         while True:
             try:
-                await access.connected(channel, settings.connect_timeout_s)
+                patient = settings.spool is not None
+                await access.connected(channel, settings.connect_timeout_s, patient=patient)
                 offer = await fetch_manifest(stub, settings.model, access, settings.answer_timeout_s, settings.client)
                 break
             except BitneckError as exc:
@@ -179,16 +183,18 @@ async def _offer(settings: EdgeSettings, store: FileStore, offline: bool, retrie
                 kept = _last(settings, store) if offline else None
                 if kept is not None:
                     _LOG.warning(
-                        "%s; starting with the bundle that it had last, %s, and trying again", exc, kept.bundle_id
+                        "%s; starting with the bundle %s from the cache, and trying again", exc, kept.bundle_id
                     )
                     return kept
                 if not exc.transient:
                     raise
                 pause_s = backoff.failed(random.random())  # noqa: S311  no secret
-                if pause_s is None and not retries:
-                    raise
                 if pause_s is None:
-                    raise Unavailable(f"{exc}; gave up after {backoff.failures} attempts") from exc
+                    others = _others(settings, store) if offline and isinstance(exc, Unavailable) else ""
+                    if not retries and not others:
+                        raise
+                    after = f"; gave up after {backoff.failures} attempts" if retries else ""
+                    raise Unavailable(f"{exc}{after}{others}") from exc
                 await asyncio.sleep(pause_s)
     if settings.bundle_id and offer.bundle_id != settings.bundle_id:
         raise BundleMismatch(f"{settings.server} serves bundle {offer.bundle_id}, expected {settings.bundle_id}")
@@ -200,10 +206,14 @@ async def _offer(settings: EdgeSettings, store: FileStore, offline: bool, retrie
 
 
 def _last(settings: EdgeSettings, store: FileStore) -> Offer | None:
-    """The bundle that the server had last, if anything of it can be used."""
+    """The bundle that is asked for, or that the server had last, if anything of it can be used."""
+    return _kept(settings, store, settings.bundle_id or noted_bundle(store.root, settings.server, settings.model))
+
+
+def _kept(settings: EdgeSettings, store: FileStore, bundle_id: str) -> Offer | None:
+    """A bundle of the cache, if anything of it can be used."""
     try:
-        bundle_id = noted_bundle(store.root, settings.server, settings.model)
-        manifest_json = store.known(bundle_id) if settings.bundle_id in ("", bundle_id) else None
+        manifest_json = store.known(bundle_id)
         if manifest_json is None:
             return None
         manifest = Manifest.from_json(manifest_json, "the kept manifest")
@@ -216,6 +226,21 @@ def _last(settings: EdgeSettings, store: FileStore) -> Offer | None:
     except (OSError, ValueError, BitneckError):
         return None
     return Offer(model=settings.model or manifest.name, bundle_id=bundle_id, manifest_json=manifest_json)
+
+
+def _others(settings: EdgeSettings, store: FileStore) -> str:
+    """What to say about bundles that other addresses had last; empty if there are none, or one is asked for."""
+    if settings.bundle_id:
+        return ""
+    noted = sorted(noted_bundles(store.root))
+    found = [offer for bundle_id in noted if (offer := _kept(settings, store, bundle_id)) is not None]
+    if not found:
+        return ""
+    names = ", ".join(f"{clean_text(offer.model, 80)} {offer.bundle_id}" for offer in found[:_MOST_TOLD])
+    return (
+        f"; the cache has nothing of this address, but bundles of others: {names}. If the server has one of them, "
+        "start with it: --bundle-id sha256:..."
+    )
 
 
 _PRECISIONS: tuple[Precision, ...] = ("float32", "int8")

@@ -86,11 +86,12 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for each answer as it comes.")] = False,
 ) -> None:
     """Send pictures through the split network and print the answers."""
+    from bitneck_edge.cli.log import log_to_stderr
     from bitneck_edge.cli.run import RunPlan, run_plan
     from bitneck_edge.sources.parse import parse_sources
     from bitneck_edge.sources.watch import Watch
 
-    logging.basicConfig(level="INFO" if verbose else "WARNING", stream=sys.stderr, format="%(levelname)s: %(message)s")
+    log_to_stderr("INFO" if verbose else "WARNING")
     settings.log_foreign_variables()
     for name in ("latency_ms", "max_edge_ms"):
         if name in origins and settings.point != AUTO:
@@ -199,8 +200,8 @@ def load(
     as_json: Json = False,
 ) -> None:
     """Load a server with many sessions and tell how long it took. The photographs are encoded once, beforehand."""
+    from bitneck.tables import print_table
     from bitneck_edge.cli.report import load_table
-    from bitneck_edge.cli.tables import print_table
     from bitneck_edge.measure.load_generator import LoadPlan, run_load, summarize
 
     paths: list[Path] = [path for source in photos for path in find_photos(source)][:_MAX_LOAD_PHOTOS]
@@ -231,8 +232,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure what a frame costs this device at every split point: time per stage, processor time, memory, link."""
+    from bitneck.tables import print_table
     from bitneck_edge.cli.report import bench_table, link_table
-    from bitneck_edge.cli.tables import print_table
     from bitneck_edge.measure.bench import bench as measure
 
     opened = _opened(settings, origins)
@@ -256,9 +257,9 @@ def points(
     as_csv: Csv = False,
 ) -> None:
     """List the operating points of a bundle or a server, lowest rate first."""
+    from bitneck.tables import print_table, write_rows
     from bitneck_edge.bundles.fetch import manifest_of
     from bitneck_edge.cli.report import points_table
-    from bitneck_edge.cli.tables import print_table, write_rows
 
     if as_json and as_csv:
         raise InvalidConfig("--json and --csv both write to stdout: give one")

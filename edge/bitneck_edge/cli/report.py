@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bitneck.ladder import Ladder
+from bitneck.tables import make_table
+from bitneck.text import counted, sized
 from bitneck_edge.answers.results import Answer, Failure, Segmentation
-from bitneck_edge.cli.tables import make_table
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.measure.memory import peak_mib
 from bitneck_edge.observe.buckets import FINE_S, Buckets
@@ -85,12 +86,16 @@ class RunSummary:
     def line(self, client: EdgeClient) -> str:
         """The run in one line, for people."""
         seconds, link = time.perf_counter() - self._begin, client.link_bytes
-        frames = self.answers + self.failures
-        parts = [f"{frames} frames: {self.answers} answered, {self.failures} failed, {client.dropped} dropped"]
+        frames, through = self.answers + self.failures, ""
+        if client.spool is not None:
+            left = max(0, client.tally.pictures - frames)  # what failed in the spool may be of an earlier run
+            frames, through = frames + left, f", {left} left to the spool"
+        answered = f"{self.answers} answered{' at once' if through else ''}"
+        parts = [f"{counted(frames, 'frame')}: {answered}{through}, {self.failures} failed, {client.dropped} dropped"]
         if self.answers:
             p50, p95 = (1e3 * self._latency.quantile(q) for q in (0.5, 0.95))
             parts += [f"{self.answers / seconds:.1f} a second", f"latency p50 {p50:.0f} ms, p95 {p95:.0f} ms"]
-        parts.append(f"link {_size(link.up)} up, {_size(link.down)} down")
+        parts.append(f"link {sized(link.up)} up, {sized(link.down)} down")
         if client.reconnects:
             parts.append(f"{client.reconnects} reconnects")
         return "; ".join(parts)
@@ -144,15 +149,6 @@ def run_document(client: EdgeClient, results: Sequence[Answer | Failure], summar
     }
 
 
-def _size(count: float) -> str:
-    """Bytes, for people."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
 def csv_row(result: Answer | Failure) -> dict[str, Any]:
     """A result as a line of ``run --csv``: `answer` is the best label or the largest class, `share` its score."""
     if isinstance(result, Failure):
@@ -189,9 +185,9 @@ def spool_line(counts: SpoolCounts) -> str:
     if not any((counts.spooled, counts.sent, counts.kept, counts.dropped, counts.damaged)):
         return ""
     unknown = f", {counts.unknown} of them of a bundle that the server does not have" if counts.unknown else ""
-    damaged = f", {counts.damaged} damaged places" if counts.damaged else ""
+    damaged = f", {counted(counts.damaged, 'damaged place')}" if counts.damaged else ""
     return (
-        f"spool: {counts.spooled} frames in, {counts.sent} answered, {counts.kept} kept{unknown}, "
+        f"spool: {counted(counts.spooled, 'frame')} in, {counts.sent} answered, {counts.kept} kept{unknown}, "
         f"{counts.dropped} fell out{damaged}"
     )
 

@@ -18,12 +18,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from bitneck.errors import CallerError, InvalidConfig
 from bitneck.manifest import InputSpec
 from bitneck.settings.program import END_S
+from bitneck.tables import print_table, write_rows
 from bitneck.wire.messages import Answers
 from bitneck_edge.answers.maps import MapWriter
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.cli.fetch_lines import FetchLines
 from bitneck_edge.cli.report import CSV_NAMES, RunSummary, csv_row, line, run_document, run_table, spool_line
-from bitneck_edge.cli.tables import print_table, write_rows
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Ahead, Capture
@@ -164,14 +164,14 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
             "or give --retries -1 to wait for the server however long it takes",
             style="red", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
-    if plan.output in ("table", "verbose") and client.spool is not None and (text := spool_line(client.spool)):
-        errors.print(text, markup=False, highlight=False, soft_wrap=True)
     if plan.output == "json":
         print(json.dumps(document))  # noqa: T201
     elif plan.output == "lines":
         print(json.dumps({"summary": totals}))  # noqa: T201
     elif plan.output == "table" and results:
         print_table(run_table(results))
+    if client.spool is not None and (text := spool_line(client.spool)):
+        errors.print(text, markup=False, highlight=False, soft_wrap=True)
     errors.print(told, markup=False, highlight=False, soft_wrap=True)
     return 128 + received[0] if received else summary.exit_code
 

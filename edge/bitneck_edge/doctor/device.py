@@ -4,8 +4,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from bitneck.errors import BitneckError
+from bitneck.errors import BitneckError, UnknownPoint
 from bitneck.manifest import FileEntry, Manifest, bundle_id_of
+from bitneck.text import counted, sized
 from bitneck.wire.messages import Answers
 from bitneck_edge.bundles.notes import noted_bundle
 from bitneck_edge.bundles.precision import choose_precision
@@ -36,7 +37,8 @@ def check_device(settings: EdgeSettings, offer: Offer | None) -> list[Finding]:
     try:
         bundle, manifest = _bundle(settings, store, offer, free)
     except (BitneckError, OSError, ValueError) as exc:
-        bundle, manifest = Finding("bundle", "failed", str(exc)), None
+        advice = "`bitneck-edge points` lists all that the server has" if isinstance(exc, UnknownPoint) else ""
+        bundle, manifest = Finding("bundle", "failed", str(exc), advice), None
     if manifest is None or found.state == "failed":
         return [found, bundle, *skipped(("precision",), "it is chosen with the bundle"), check_temperature()]
     return [found, bundle, _precision(settings, manifest, store.root), check_temperature()]
@@ -88,10 +90,12 @@ def _bundle(
     points = [point.id for point in manifest.points if here.issuperset(manifest.files_of(point.id, precision))]
     text = (
         f"{manifest.name} {bundle_id[:19]}...: {len(points)} of {len(manifest.points)} operating points are here, "
-        f"{missing / 1e6:.1f} MB are missing"
+        f"{sized(missing)} are missing"
     )
     if damaged:
-        return Finding("bundle", "warning", f"{text}, {damaged} files are damaged", "they are fetched again"), manifest
+        return Finding(
+            "bundle", "warning", f"{text}, {counted(damaged, 'file is', 'files are')} damaged", "they are fetched again"
+        ), manifest
     if missing > free:
         return Finding("bundle", "failed", text, "make room in the cache, or name another folder"), manifest
     if not points and offer is None:

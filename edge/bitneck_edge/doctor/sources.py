@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitneck.errors import BitneckError, ImageError
+from bitneck.text import counted
 from bitneck_edge.doctor.finding import Finding
 from bitneck_edge.sources.parse import Source, parse_sources
 from bitneck_edge.sources.photo import picture_of
@@ -72,11 +73,13 @@ def check_watches(folders: Sequence[Path]) -> list[Finding]:
         parsed = parse_sources((), folders) if folders else []
         return [_watch(Path(source.name)) for source in parsed]
     except (BitneckError, OSError) as exc:
-        return [Finding("watch", "failed", str(exc))]
+        missing = [folder for folder in folders if not folder.is_dir()]
+        advice = "make the folder, or name the one that photographs come into (--watch)" if missing else ""
+        return [Finding("watch", "failed", str(exc), advice)]
 
 
 def _watch(folder: Path) -> Finding:
-    text = f"{folder}: {len(list_photos(folder))} photographs are there"
+    text = f"{folder}: {counted(len(list_photos(folder)), 'photograph is', 'photographs are')} there"
     if is_network_folder(folder):
         return Finding("watch", "ok", f"{text}; it is on another machine, and listed once a second")
     return Finding("watch", "ok", text)

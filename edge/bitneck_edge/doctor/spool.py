@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bitneck.text import counted, sized
 from bitneck_edge.doctor.finding import Finding
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.spool.disk import whole
@@ -33,13 +34,17 @@ def check_spool(settings: EdgeSettings) -> list[Finding]:
         free = shutil.disk_usage(folder).free
     except OSError as exc:
         return [Finding(_CHECK, "failed", f"{folder} cannot be read and written ({exc.strerror or exc})", _ADVICE)]
-    text = f"{folder} has {kept} frames in {size / 1e6:.1f} MB, {free / 1e9:.1f} GB are free"
+    text = f"{folder} has {counted(kept, 'frame')} in {sized(size)}, {free / 1e9:.1f} GB are free"
     if used:
         text += "; another process uses it"
         return [Finding(_CHECK, "warning", text, "right if that is this device's client; each needs its own folder")]
     if damaged:
         advice = "the frames there are lost, the others are sent: look at the disk"
-        return [Finding(_CHECK, "warning", f"{text}; {damaged} places are damaged or cut off", advice)]
+        return [
+            Finding(
+                _CHECK, "warning", f"{text}; {counted(damaged, 'place is', 'places are')} damaged or cut off", advice
+            )
+        ]
     if free + size < settings.spool_mb * 1e6:
         advice = f"make room: it may have {settings.spool_mb:.0f} MB (--spool-mb)"
         return [Finding(_CHECK, "warning", text, advice)]

@@ -25,20 +25,23 @@ _LAST_WRITE_S = 1.0
 
 
 @contextlib.asynccontextmanager
-async def connect(access: Access, timeout_s: float, most_bytes: int = MAX_ANSWER_BYTES) -> AsyncGenerator["Connection"]:
+async def connect(
+    access: Access, timeout_s: float, most_bytes: int = MAX_ANSWER_BYTES, *, patient: bool = False
+) -> AsyncGenerator["Connection"]:
     """A connection to the server, closed at the end of the block.
 
     Args:
         access: to the server.
         timeout_s: for connecting.
         most_bytes: of a message of the server.
+        patient: see `Access.connected`.
 
     Raises:
         Unavailable: no server in time.
         InvalidConfig: a certificate or key cannot be used.
     """
     async with access.channel(most_bytes) as channel:
-        await access.connected(channel, timeout_s)
+        await access.connected(channel, timeout_s, patient=patient)
         call = stub_of(channel).Stream(metadata=access.metadata)
         try:
             yield Connection(call, access)

@@ -35,7 +35,8 @@ async def why(address: str, context: ssl.SSLContext | None) -> Unavailable:
         context: for TLS; None for plaintext.
 
     Returns:
-        An error that names the cause; an `Unreachable` where another attempt would give the same.
+        An error that names the cause; an `Unreachable` where another attempt would give the same. It has a
+        `ConnectionRefusedError` as its cause if nothing listens there.
     """
     host, port = Address.parse(address).host, Address.parse(address).port
     if not Address.parse(address).loopback and (variable := proxy_variable(host)):
@@ -67,8 +68,12 @@ async def why(address: str, context: ssl.SSLContext | None) -> Unavailable:
         )
     except ssl.SSLError as exc:
         return _tls_failure(address, exc)
-    except ConnectionRefusedError:
-        return Unavailable(f"{address}: nothing listens there (connection refused); is `bitneck-cloud serve` running?")
+    except ConnectionRefusedError as exc:
+        refused = Unavailable(
+            f"{address}: nothing listens there (connection refused); is `bitneck-cloud serve` running?"
+        )
+        refused.__cause__ = exc
+        return refused
     except ConnectionError as exc:
         return Unavailable(f"{address}: the server ended the connection at once ({exc.strerror or exc})")
     except OSError as exc:

@@ -283,7 +283,7 @@ class Link:
         """
         self._leaving = None
         s = self._settings
-        async with connect(self._access, s.connect_timeout_s, s.most_bytes) as connection:
+        async with connect(self._access, s.connect_timeout_s, s.most_bytes, patient=s.patient) as connection:
             try:
                 resumed = opened.done()
                 self._grant(await self._handshake(connection), resumed=resumed)

@@ -35,7 +35,8 @@ class LinkSettings:
     follows: str = ""
     """See `bitneck.wire.messages.Open`, also for the one before."""
     patient: bool = False
-    """Go on trying where another attempt would give the same, too: the network in between may be to blame."""
+    """Go on trying where another attempt would give the same, too: the network in between may be to blame. An attempt
+    that is refused is over at once."""
 
     @property
     def ask_s(self) -> float | None:

@@ -149,8 +149,13 @@ class Access:
         """
         return replace(self, keepalive_s=min(max(2 * self.keepalive_s, _PATIENT_KEEPALIVE_S), _MOST_KEEPALIVE_S))
 
-    async def connected(self, channel: grpc.aio.Channel, timeout_s: float) -> None:
+    async def connected(self, channel: grpc.aio.Channel, timeout_s: float, *, patient: bool = False) -> None:
         """Wait until the channel is connected. What is asked for then has other limits: a thin link takes its time.
+
+        Args:
+            channel: to the server.
+            timeout_s: for connecting. A port that refuses is asked again in this time: the server may be starting.
+            patient: the caller tries for ever, with pauses of its own, so a port that refuses ends this at once.
 
         Raises:
             Unreachable: there is no connection, and waiting does not help.
@@ -162,7 +167,7 @@ class Access:
                 while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
                     if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and cause is None:
                         cause = await why(self.address, self.context() if self.tls else None)
-                        if isinstance(cause, Unreachable):
+                        if isinstance(cause, Unreachable) or (patient and _refused(cause)):
                             raise cause
                     await channel.wait_for_state_change(state)
         except TimeoutError as exc:
@@ -203,6 +208,11 @@ class Access:
                 "give PEM files, and a key without a passphrase that belongs to its certificate"
             ) from exc
         return context
+
+
+def _refused(cause: Unavailable) -> bool:
+    """Whether nothing listens at the address; see `why`."""
+    return isinstance(cause.__cause__, ConnectionRefusedError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from bitneck.tables import make_table, print_table
 from bitneck_models.cli.options import Data, Json, Weights, Zoo, data_folder, progress_bars
 
 __all__ = ["contexts", "similar"]
@@ -49,14 +49,15 @@ def contexts(
     if as_json:
         print(json.dumps({name: record.model_dump(mode="json") for name, record in records.items()}))  # noqa: T201
         return
-    table = Table("point", "tables", "contexts", "saved", "kept", title="bytes, on the photographs put aside")
+    title = "bytes, on the photographs put aside"
+    table = make_table("point", "tables", "contexts", "saved", "kept", text=("point", "kept"), title=title)
     for name, record in records.items():
         saved = 1 - record.bytes_contexts / record.bytes_factorized
         kept = "yes" if record.contexts_sha256 else "no"
         table.add_row(
             name, f"{record.bytes_factorized:.1f}", f"{record.bytes_contexts:.1f}", f"{100 * saved:.1f} %", kept
         )
-    Console().print(table)
+    print_table(table)
 
 
 def similar(
@@ -88,8 +89,8 @@ def similar(
             progress.update(tasks[what], completed=done, total=total)
 
         records = fit_points(entry, exported, points, chosen, seed, on_progress)
-    table = Table("point", *MOTIONS, title="bytes alone, and against the frame before")
+    table = make_table("point", *MOTIONS, text=("point",), title="bytes alone, and against the frame before")
     for name, record in records.items():
         cells = [f"{record.bytes_alone[m]:.1f}  {record.bytes_similar[m]:.1f}" for m in MOTIONS]
         table.add_row(name, *cells)
-    Console().print(table)
+    print_table(table)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from bitneck.tables import make_table, print_table
 from bitneck_models.measure.forecast import forecast
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.training.photo_sets import PhotoSets
@@ -24,13 +24,14 @@ def print_forecast(
     device: str,
 ) -> None:
     """Print what the training of some units will take."""
-    table = Table("unit", "features", "missing", "features, min", "training, min", "disk, MB", "memory, MiB")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    names = ("unit", "features", "missing", "features, min", "training, min", "disk, MB", "memory, MiB")
+    table = make_table(*names, text=("unit",))
+    console = Console(stderr=True)
     known: set[tuple[str, int]] = set()
     totals = [0.0, 0.0, 0.0]
     for unit in units:
         training = entry.recipe.training_of(unit)
+        console.print(f"trying {unit.id} ...", markup=False, highlight=False, soft_wrap=True)
         found = forecast(unit, training, backbone, sets, runs, device=device, known=known)
         known.add((unit.split, training.seed))
         row = found.features_s / 60, found.training_s / 60, found.disk_bytes / 1e6
@@ -40,4 +41,4 @@ def print_forecast(
             f"{found.memory_mib:,.0f}",
         )  # fmt: skip
     table.add_row("all", "", "", *(f"{value:,.1f}" for value in totals), "")
-    Console().print(table)
+    print_table(table)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bitneck.errors import ModelFailure
 from bitneck.settings.program import make_app, run_app
+from bitneck.tables import make_table, print_table
 from bitneck_models.cli.fitting import contexts, similar
 from bitneck_models.cli.learned import learned
 from bitneck_models.cli.measure import baselines, evaluate, report
@@ -62,6 +62,7 @@ def train(
     ] = False,
 ) -> None:
     """Train the recipe's units. Interrupted training resumes from its last checkpoint."""
+    folder = data_folder(data)  # before torch, which takes seconds
     from bitneck_models.cli.forecast import print_forecast
     from bitneck_models.training.parallel import joined
     from bitneck_models.training.photo_sets import photo_sets
@@ -82,7 +83,7 @@ def train(
         console.print(f"every unit of {zoo} is trained; use --again to train anew")
         return
     backbone = entry.backbone(weights)
-    sets = photo_sets(entry.recipe, data_folder(data), backbone)
+    sets = photo_sets(entry.recipe, folder, backbone)
     place = choose_device(device)
     for item in units:
         for warning in entry.recipe.warnings(item):
@@ -169,6 +170,7 @@ def train_network_command(
     again: Annotated[bool, typer.Option("--again", help="Train it again, although it is trained already.")] = False,
 ) -> None:
     """Train a segmentation network before it is split. Interrupted training resumes from its last checkpoint."""
+    folder = data_folder(data)
     from bitneck_models.networks.backbone import NETWORK_FILE
     from bitneck_models.networks.registry import begin_network
     from bitneck_models.training.network import NetworkStep, forget_finished, train_network
@@ -191,7 +193,7 @@ def train_network_command(
             if looked or (not console.is_terminal and step.step % 25 == 0):
                 console.print(f"step {step.step} of {step.steps}: loss {step.loss:.3f}{looked}")
 
-        record = train_network(recipe, backbone, data_folder(data), zoo, runs, report=on_step)
+        record = train_network(recipe, backbone, folder, zoo, runs, report=on_step)
     if record is not None:
         console.print(
             f"mean IoU {record.validation_iou:.4f} on {record.validation_photos} validation photographs, "
@@ -223,6 +225,7 @@ def search(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
     """Search (S, Cr, lambda, Q) for the best rate-accuracy curve. An interrupted search resumes, also elsewhere."""
+    folder = data_folder(data)
     from bitneck_models.search.space import load_space
     from bitneck_models.search.study import describe, open_study
     from bitneck_models.search.worker import prepare, work
@@ -231,7 +234,6 @@ def search(
     from bitneck_models.zoo.entry import ZooEntry
 
     entry, wanted = ZooEntry(zoo), load_space(space)
-    folder = data_folder(data)
     backbone = entry.backbone(weights)
     wanted.check(backbone)
     sets = photo_sets(entry.recipe, folder, backbone)
@@ -326,13 +328,13 @@ def pareto(
     if as_json:
         print(json.dumps({"study": wanted.name, "written": write, "front": rows}))  # noqa: T201
         return
-    table = Table("trial", "point", "bytes", "bpp", "agreement", "S", "Cr", "lambda", "Q")
+    table = make_table("trial", "point", "bytes", "bpp", "agreement", "S", "Cr", "lambda", "Q", text=("point",))
     for r in rows:
         table.add_row(
             str(r["trial"]), str(r["point"]), f"{r['payload_bytes']:.1f}", f"{r['bpp']:.4f}", f"{r['agreement']:.4f}",
             str(r["stride"]), str(r["channels"]), f"{r['lambda']:.0f}", f"{r['step']:.2f}",
         )  # fmt: skip
-    Console().print(table)
+    print_table(table)
     print(f"{len(names)} points {'written to' if write else 'to write with --write into'} {zoo}")  # noqa: T201
 
 
@@ -355,8 +357,14 @@ def export(
     backbone = entry.backbone(weights)
     console = Console(stderr=True)
     with console.status("exporting") as status:
+
+        def tell(what: str) -> None:
+            status.update(f"exporting: {what}")
+            if not console.is_terminal:
+                console.print(f"exporting: {what}", markup=False, highlight=False, soft_wrap=True)
+
         x = proof_images(backbone.input, images, count=proof_count(backbone.input))
-        bundle, proof = export_bundle(entry, backbone, out, x, lambda what: status.update(f"exporting: {what}"))
+        bundle, proof = export_bundle(entry, backbone, out, x, tell)
     points = [point.id for point in bundle.manifest.ladder]
     unmeasured = [point.id for point in bundle.manifest.points if point.dataset == NOT_MEASURED]
     if unmeasured:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bitneck.errors import InvalidConfig
 from bitneck.manifest import Precision
+from bitneck.tables import make_table, print_table
 from bitneck_models.cli.options import Data, Json, Runs, Weights, data_folder, dataset_name, progress_bars
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def evaluate(
             document = ZooEntry(zoo).annotated(document)
         print(json.dumps(document, indent=1))  # noqa: T201
         return
-    Console().print(evaluation_table(result))
+    print_table(evaluation_table(result))
     print(evaluation_line(result))  # noqa: T201
 
 
@@ -209,13 +209,14 @@ def show_baselines(
         }
         print(json.dumps(document, indent=1))  # noqa: T201
         return
-    table = Table("codec", "split", "setting", "bytes", "bpp", metric.title, "agreement")
+    text = ("codec", "split", "setting")
+    table = make_table("codec", "split", "setting", "bytes", "bpp", metric.title, "agreement", text=text)
     for p in points:
         table.add_row(
             p.codec, p.split, p.setting, f"{p.bytes_mean:.0f}", f"{p.bpp:.4f}", f"{p.accuracy:.4f}",
             f"{p.agreement:.4f}",
         )  # fmt: skip
-    Console().print(table)
+    print_table(table)
     print(f"uncompressed: {uncompressed:.4f} on {images} photographs")  # noqa: T201
 
 

@@ -1,6 +1,8 @@
 """``bitneck-models new``: a starter recipe for a network and some folders of photographs."""
 
 import json
+import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,12 +11,12 @@ from rich.console import Console
 
 from bitneck.errors import InvalidConfig
 from bitneck.ids import check_id
-from bitneck_models.cli.options import Weights
+from bitneck_models.cli.options import Data, Weights
 
 if TYPE_CHECKING:
     from bitneck_models.networks.backbone import Backbone
 
-__all__ = ["new", "starter_recipe"]
+__all__ = ["new", "placed", "starter_recipe"]
 
 _BITS_A_PIXEL = (0.06, 0.02)
 """Of the input, at the two units of a split point."""
@@ -26,9 +28,8 @@ _CHANNELS = 64
 def new(
     zoo: Annotated[Path, typer.Argument(help="Folder of the new zoo entry; its name becomes the bundle's.")],
     backbone: Annotated[str, typer.Option(help="The network: a name or a network recipe, FILE.toml.")],
-    photos: Annotated[
-        list[str], typer.Option(help="A folder of photographs to learn from, below --data of `train`; repeatable.")
-    ],
+    photos: Annotated[list[str], typer.Option(help="A folder of photographs to learn from, below --data; repeatable.")],
+    data: Data = None,
     split: Annotated[list[str] | None, typer.Option(help="Split point; repeatable.  \\[default: all]")] = None,
     weights: Weights = None,
 ) -> None:
@@ -40,6 +41,9 @@ def new(
     if path.exists():
         raise InvalidConfig(f"{path} exists already; edit it, or choose another folder")
     name = check_id(zoo.resolve().name, "bundle")
+    root, folders = placed(photos, data)
+    console = Console(stderr=True)
+    console.print(f"building {backbone} ...", markup=False, highlight=False, soft_wrap=True)
     network = build_backbone(backbone, weights)
     unknown = set(split or ()) - set(network.splits)
     if unknown:
@@ -47,7 +51,7 @@ def new(
             f"{backbone} has no split point {sorted(unknown)[0]!r}; it has: {', '.join(network.splits)}"
         )
     place = str(Path(backbone).resolve()) if backbone.endswith(".toml") else backbone
-    text = starter_recipe(name, place, network, photos, split or list(network.splits))
+    text = starter_recipe(name, place, network, folders, split or list(network.splits))
     try:
         zoo.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -58,10 +62,40 @@ def new(
     except InvalidConfig:
         path.unlink()
         raise
-    Console(stderr=True).print(
-        f"wrote {path}; `bitneck-models train {zoo} --data FOLDER --dry-run` says what training takes",
+    place = shlex.quote(str(root)) if root is not None else "FOLDER"
+    console.print(
+        f"wrote {path}; `bitneck-models train {zoo} --data {place} --dry-run` says what training takes",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def placed(photos: list[str], data: Path | None) -> tuple[Path | None, list[str]]:
+    """The folder for ``--data``, and the folders of photographs below it, as a recipe names them.
+
+    Args:
+        photos: folders below `data`, or their absolute paths.
+        data: None if it was not named. It is then the folder above an absolute path.
+
+    Returns:
+        The folder, None if it cannot be known; and paths below it.
+
+    Raises:
+        InvalidConfig: a folder is not there, or not below `data`.
+    """
+    absolute = [Path(folder) for folder in photos if Path(folder).is_absolute()]
+    root = data if data is not None or not absolute else absolute[0].parent
+    if root is None:
+        return None, photos
+    above = os.path.normpath(root.absolute())  # not resolved: a folder below --data may be a link to another disk
+    found = []
+    for folder in photos:
+        path = Path(os.path.normpath(root.absolute() / folder))
+        if not path.is_dir():
+            raise InvalidConfig(f"{path}: no such folder; --photos names folders below --data, which is {root}")
+        if not path.is_relative_to(above):
+            raise InvalidConfig(f"--photos {folder} is not below --data, which is {root}: name a folder in it")
+        found.append(path.relative_to(above).as_posix())
+    return root, found
 
 
 def starter_recipe(name: str, network: str, backbone: "Backbone", photos: list[str], splits: list[str]) -> str:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from bitneck.tables import make_table, print_table
 from bitneck_models.cli.options import Data, Json, Zoo, data_folder, progress_bars
 
 __all__ = ["quantize"]
@@ -46,12 +46,12 @@ def quantize(
     if as_json:
         print(json.dumps(record.model_dump(mode="json", exclude={"graphs"})))  # noqa: T201
         return
-    table = Table("point", "bytes", "as int8", "agreement", "as int8", "same symbols")
+    table = make_table("point", "bytes", "as int8", "agreement", "as int8", "same symbols", text=("point",))
     for name, p in sorted(record.points.items(), key=lambda item: item[1].bytes_float32):
         table.add_row(
             name, f"{p.bytes_float32:.1f}", f"{p.bytes_int8:.1f}", f"{p.agreement_float32:.4f}",
             f"{p.agreement_int8:.4f}", f"{p.same_symbols:.3f}",
         )  # fmt: skip
-    Console().print(table)
+    print_table(table)
     for path, reason in record.left_out.items():
         print(f"{path} stays float32: {reason}")  # noqa: T201

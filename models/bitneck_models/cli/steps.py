@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from bitneck.errors import InvalidConfig
+from bitneck.tables import make_table, print_table
 from bitneck_models.cli.options import Data, Json, Runs, Weights, data_folder, progress_bars
 
 __all__ = ["steps", "upgrade"]
@@ -65,13 +65,14 @@ def steps(
     if as_json:
         print(json.dumps({"points": rows}))  # noqa: T201
         return
-    table = Table("point", "unit", "Q", "bytes", "agreement", "ships", title="on the photographs put aside")
+    text, title = ("point", "unit", "ships"), "on the photographs put aside"
+    table = make_table("point", "unit", "Q", "bytes", "agreement", "ships", text=text, title=title)
     for r in rows:
         ships = f"no: {r['beaten_by']}" if r["beaten_by"] else "yes"
         table.add_row(
             str(r["point"]), str(r["unit"]), f"{r['step']:.3g}", f"{r['bytes']:.1f}", f"{r['agreement']:.4f}", ships
         )
-    Console().print(table)
+    print_table(table)
 
 
 def _numbers(text: str) -> list[float]:

@@ -48,7 +48,7 @@ class Agreement(Metric[Path]):
 
     key = "agreement"
     title = "agreement"
-    columns = ("95 %",)
+    columns = ("agreement, 95 % interval",)
     sweep = BaselineSweep(codecs=CODECS, training_free=SWEEP, batch=8)
 
     def __init__(self, labels: Sequence[str] = (), ignore: Collection[int] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from bitneck.tables import make_table
 from bitneck_models.measure.evaluate import Evaluation
 
 __all__ = ["evaluation_line", "evaluation_table"]
@@ -9,9 +10,10 @@ __all__ = ["evaluation_line", "evaluation_table"]
 
 def evaluation_table(result: Evaluation) -> Table:
     """One row for each operating point, lowest rate first."""
-    table = Table(
-        "point", "split", *result.metric.columns, "agreement", "bytes (5th, 95th)", "estimated", "bpp", "on the wire"
-    )
+    table = make_table(
+        "point", "split", *result.metric.columns, "agreement", "bytes (5th, 95th)", "estimated", "bpp", "on the wire",
+        text=("point", "split"),
+    )  # fmt: skip
     for p in result.points:
         rate = p.rate
         table.add_row(

@@ -40,6 +40,9 @@ def print_table(table: Table) -> None:
     needed = Measurement.get(wide, wide.options, table).maximum
     if console.is_terminal:
         _narrow([column for column in table.columns if column.justify == "left"], needed - console.width)
+        if Measurement.get(wide, wide.options, table).maximum > console.width:  # headings and intervals take two lines
+            for column in table.columns:
+                column.no_wrap = column.justify == "left"
     else:
         console = Console(width=max(1, needed), height=_HIGH)
     console.print(table)
