@@ -9,7 +9,6 @@ is needed to understand it.
 
 import contextlib
 import json
-import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ from bitneck_edge.bundles.store import digits_of, read_regular, write_new
 from bitneck_edge.link.remote import MAX_MANIFEST_BYTES
 
 __all__ = ["KnownBundle", "KnownBundles"]
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ class KnownBundle:
 
 
 class KnownBundles:
-    """Manifests in a folder.
+    """Manifests in a folder. Those of this process's own bundles are understood also when their files are gone.
 
     Args:
         folder: made when the first one is kept.
@@ -49,7 +46,7 @@ class KnownBundles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._kept: set[str] = set()
+        self._kept: dict[str, KnownBundle] = {}
 
     def keep(self, bundle: Bundle) -> None:
         """Keep what answers to a bundle's frames are understood with.
@@ -57,17 +54,20 @@ class KnownBundles:
         Raises:
             OSError: it cannot be written.
         """
-        if bundle.bundle_id in self._kept:
-            return
         manifest, labels = self._paths(bundle.bundle_id)
+        if bundle.bundle_id in self._kept and manifest.is_file() and labels.is_file():
+            return
+        self._kept[bundle.bundle_id] = KnownBundle(bundle.bundle_id, bundle.manifest, tuple(bundle.labels()))
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        if self.get(bundle.bundle_id) is None:
+        if self._read(bundle.bundle_id) is None:
             write_new(labels, json.dumps(bundle.labels()).encode())
             write_new(manifest, bundle.manifest_json)
-        self._kept.add(bundle.bundle_id)
 
     def get(self, bundle_id: str) -> KnownBundle | None:
         """What was kept of a bundle; None if that is not here, or damaged."""
+        return self._read(bundle_id) or self._kept.get(bundle_id)
+
+    def _read(self, bundle_id: str) -> KnownBundle | None:
         manifest_path, labels_path = self._paths(bundle_id)
         data = read_regular(manifest_path, MAX_MANIFEST_BYTES)
         try:
@@ -85,7 +85,7 @@ class KnownBundles:
             for path in self._folder.iterdir():
                 if path.stem not in needed:
                     path.unlink(missing_ok=True)
-                    self._kept.discard(f"sha256:{path.stem}")
+                    self._kept.pop(f"sha256:{path.stem}", None)
 
     def _paths(self, bundle_id: str) -> tuple[Path, Path]:
         digits = digits_of(bundle_id)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from bitneck_edge.spool.disk import open_again, sync_folder, whole, write
+from bitneck_edge.spool.disk import Complaints, open_again, sync_folder, whole, write
 from bitneck_edge.spool.format import Damage, Done, FrameEntry, Header, Table, pack, read
 
 __all__ = ["Kept", "Segment", "sync_names"]
@@ -92,6 +92,7 @@ class Segment:
         self._read_to = 0
         self._unnoted: list[int] = []
         self._next = 1
+        self._complaints = Complaints(folder)
 
     @classmethod
     def create(cls, folder: Path, number: int, spool: str, first: int, *, synced: bool = True) -> Self:
@@ -292,7 +293,9 @@ class Segment:
         try:
             write(self._open_done(), data, self.done_size)
         except OSError as exc:
-            _LOG.warning("%s cannot be written (%s): after a restart, answers may come twice", self.done_path, exc)
+            self._complaints.say(
+                f"{self.done_path.name} cannot be written ({exc.strerror}): after a restart, answers may come twice"
+            )
             return
         self.done_size += len(data)
         self._unnoted.clear()
