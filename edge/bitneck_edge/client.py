@@ -31,7 +31,7 @@ from bitneck_edge.observe.state import Tally
 from bitneck_edge.passage import Passage, Ways
 from bitneck_edge.pipeline import Slots, pipeline
 from bitneck_edge.points import MeanInterval
-from bitneck_edge.reopening import keep_current, keep_open, open_at_last
+from bitneck_edge.reopening import keep_current, keep_open, may_pass, open_at_last
 from bitneck_edge.session import EdgeSession
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.sources.capture import Capture, captures, newest
@@ -94,7 +94,8 @@ class EdgeClient(ClientFacts):
         self._on_spooled = on_spooled
         self._spooling: Spooling | None = None
         self._finish = finish
-        self._pool, self._interval = ModulePool(first_run_s=FIRST_RUN_S), MeanInterval()
+        self._pool = ModulePool(first_run_s=FIRST_RUN_S)
+        self._interval = MeanInterval()
         self._threads: Workers | None = None
         self._session: EdgeSession | None = None
         self._ways = Ways(
@@ -112,7 +113,8 @@ class EdgeClient(ClientFacts):
         self._renewal_failure: BitneckError | None = None
         self._new_bundle = asyncio.Event()
         self._mover: asyncio.Task[None] | None = None
-        self._revivals, self._closed = 0, False
+        self._revivals = 0
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         """Fetch what the first frame needs of the bundle, load the head, open the session.
@@ -272,7 +274,7 @@ class EdgeClient(ClientFacts):
         """
         lost = self._opened()
         failure = self._renewal_failure or lost.failure
-        if self._closed or self._spooling is not None or not _may_pass(failure):
+        if self._closed or self._spooling is not None or not may_pass(failure):
             return
         revivals = self._revivals
         async with self._renewing:
@@ -305,8 +307,10 @@ class EdgeClient(ClientFacts):
                 if not self._may_renew(exc):
                     self._renewal_failure = exc
                 raise
-            if (bundle_id := self.bundle.bundle_id) == old.bundle.bundle_id:
-                raise BundleMismatch(f"{self.settings.server} refuses the bundle that it offers, {bundle_id}")
+            if self.bundle.bundle_id == old.bundle.bundle_id:
+                raise BundleMismatch(
+                    f"{self.settings.server} refuses the bundle that it offers, {old.bundle.bundle_id}"
+                )
 
     async def _reopen(self, old: EdgeSession) -> None:
         """Put another session in place of one that has failed; that goes on encoding until then."""
@@ -393,8 +397,3 @@ class EdgeClient(ClientFacts):
         self.switches.append(switch)
         self._switched_times += 1
         self._on_switch(switch)
-
-
-def _may_pass(failure: BitneckError | None) -> bool:
-    """Whether a link that failed so may be opened again."""
-    return failure is not None and failure.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")

@@ -12,7 +12,7 @@ from bitneck.backoff import Backoff
 from bitneck.errors import BitneckError, DeadlineExceeded, Overloaded, Unavailable
 from bitneck_edge.session import EdgeSession
 
-__all__ = ["keep_current", "keep_open", "open_at_last"]
+__all__ = ["keep_current", "keep_open", "may_pass", "open_at_last"]
 
 _LOG = logging.getLogger(__name__)
 _LOOK_S = 0.5
@@ -92,3 +92,8 @@ async def keep_current(wanted: asyncio.Event, move: Callable[[], Awaitable[None]
             backoff.succeeded()
             pause_s = _FIRST_PAUSE_S  # a server that says it again and again must not keep this device busy
         await asyncio.sleep(pause_s)
+
+
+def may_pass(failure: BitneckError | None) -> bool:
+    """Whether a link that failed so may be opened again."""
+    return failure is not None and failure.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")

@@ -17,7 +17,6 @@ from bitneck.errors import BitneckError, DeadlineExceeded, Overloaded, ProtocolE
 from bitneck.wire.link_bytes import LinkBytes
 from bitneck.wire.messages import (
     Ack,
-    Device,
     Fault,
     GoAway,
     NewBundle,
@@ -62,6 +61,8 @@ class Link:
         token: resumes the session; secret.
         new_bundle: id of another bundle that the cloud has for this client; empty for none.
         send: sends a frame; see `Exchange.send`.
+        report: tells the server how the device is; see `Exchange.report`.
+        flush: nothing more follows for a while; see `Exchange.flush`.
 
     Args:
         settings: addresses and limits.
@@ -82,7 +83,8 @@ class Link:
         self.session_id = ""
         self.reconnects = 0
         self.connected = False
-        self.initial_point, self.max_kbps = "", 0.0
+        self.initial_point = ""
+        self.max_kbps = 0.0
         self._late = False
         self._on_late = on_late
         self.new_bundle = ""
@@ -97,11 +99,14 @@ class Link:
             settings.key_every, settings.positions, settings.ask_s, settings.pack, settings.pack_ms / 1e3
         )
         self.send = self._exchange.send
+        self.report = self._exchange.report
+        self.flush = self._exchange.flush
         self._task: asyncio.Task[None] | None = None
         self._opened: asyncio.Future[None] | None = None
         self._leaving: frozenset[int] | None = None  # the server goes away: frames that it may still answer
         self.token = ""
-        self._asked_point, self._closing = "", False
+        self._asked_point = ""
+        self._closing = False
 
     async def open(self) -> None:
         """Connect and open the session.
@@ -172,14 +177,6 @@ class Link:
     def expected_link_bytes(self, payload_bytes: float, interval_s: float) -> LinkBytes:
         """What a frame costs on this link; see `bitneck.wire.link_bytes.LinkMeter.expected`."""
         return self._exchange.expected_link_bytes(payload_bytes, interval_s)
-
-    async def report(self, device: Device) -> None:
-        """Tell the server how the device is, if a connection is up; see `Exchange.report`."""
-        await self._exchange.report(device)
-
-    async def flush(self) -> None:
-        """Nothing more follows for a while; see `Exchange.flush`."""
-        await self._exchange.flush()
 
     async def close(self, *, leave: bool = False) -> None:
         """End the session; unanswered frames fail with `Unavailable`.
