@@ -242,7 +242,7 @@ async def test_any_source_and_bad_ones_in_the_middle(tiny_bundle: Bundle, tmp_pa
     good.write_bytes(photo_bytes(1))
     (tmp_path / "bad.png").write_bytes(b"no image")
     async with rogue_server(tiny_bundle, answer_all) as (address, _):
-        async with EdgeClient(address, **settings(tmp_path)) as client:
+        async with EdgeClient(address, **settings(tmp_path, point="s1-r2")) as client:
             sources = [good, photo_bytes(1), tmp_path / "bad.png", photo(1), tmp_path / "none.png"]
             answers = [a async for a in client.stream(sources)]
     assert [type(a).__name__ for a in answers] == ["Answer", "Answer", "Failure", "Answer", "Failure"]

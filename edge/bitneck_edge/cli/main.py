@@ -200,7 +200,7 @@ def load(
     as_json: Json = False,
 ) -> None:
     """Load a server with many sessions and tell how long it took. The photographs are encoded once, beforehand."""
-    from bitneck.tables import print_table
+    from bitneck.text_tables import print_table
     from bitneck_edge.cli.report import load_table
     from bitneck_edge.measure.load_generator import LoadPlan, run_load, summarize
 
@@ -232,7 +232,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure what a frame costs this device at every split point: time per stage, processor time, memory, link."""
-    from bitneck.tables import print_table
+    from bitneck.text_tables import print_table
     from bitneck_edge.cli.report import bench_table, link_table
     from bitneck_edge.measure.bench import bench as measure
 
@@ -257,7 +257,7 @@ def points(
     as_csv: Csv = False,
 ) -> None:
     """List the operating points of a bundle or a server, lowest rate first."""
-    from bitneck.tables import print_table, write_rows
+    from bitneck.text_tables import print_table, write_rows
     from bitneck_edge.bundles.fetch import manifest_of
     from bitneck_edge.cli.report import points_table
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bitneck.ladder import Ladder
-from bitneck.tables import make_table
 from bitneck.text import counted, sized
+from bitneck.text_tables import make_table
 from bitneck_edge.answers.results import Answer, Failure, Segmentation
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.measure.memory import peak_mib

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from bitneck.errors import CallerError, InvalidConfig
 from bitneck.manifest import InputSpec
 from bitneck.settings.program import END_S
-from bitneck.tables import print_table, write_rows
+from bitneck.text_tables import print_table, write_rows
 from bitneck.wire.messages import Answers
 from bitneck_edge.answers.maps import MapWriter
 from bitneck_edge.answers.results import Answer, Failure, Switch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bitneck.tables import make_table, print_table
+from bitneck.text_tables import make_table, print_table
 from bitneck_models.measure.forecast import forecast
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.training.photo_sets import PhotoSets

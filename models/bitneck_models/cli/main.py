@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bitneck.errors import ModelFailure
 from bitneck.settings.program import make_app, run_app
-from bitneck.tables import make_table, print_table
+from bitneck.text_tables import make_table, print_table
 from bitneck_models.cli.fitting import contexts, similar
 from bitneck_models.cli.learned import learned
 from bitneck_models.cli.measure import baselines, evaluate, report

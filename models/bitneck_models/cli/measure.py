@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bitneck.errors import InvalidConfig
 from bitneck.manifest import Precision
-from bitneck.tables import make_table, print_table
+from bitneck.text_tables import make_table, print_table
 from bitneck_models.cli.options import Data, Json, Runs, Weights, data_folder, dataset_name, progress_bars
 
 if TYPE_CHECKING:

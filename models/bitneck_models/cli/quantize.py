@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bitneck.tables import make_table, print_table
+from bitneck.text_tables import make_table, print_table
 from bitneck_models.cli.options import Data, Json, Zoo, data_folder, progress_bars
 
 __all__ = ["quantize"]

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from bitneck.errors import InvalidConfig
-from bitneck.tables import make_table, print_table
+from bitneck.text_tables import make_table, print_table
 from bitneck_models.cli.options import Data, Json, Runs, Weights, data_folder, progress_bars
 
 __all__ = ["steps", "upgrade"]

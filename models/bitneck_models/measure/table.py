@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from bitneck.tables import make_table
+from bitneck.text_tables import make_table
 from bitneck_models.measure.evaluate import Evaluation
 
 __all__ = ["evaluation_line", "evaluation_table"]
