@@ -1,10 +1,8 @@
 """A new bundle for some clients first: real servers, real devices, bundles that answer differently."""
 
 import asyncio
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,14 @@ from bitneck.v2 import inference_pb2 as pb
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.sources.capture import Capture
+from bitneck_testing.consumers.operator import CANARY, MARK, begin, call, serving
 from bitneck_testing.devices.streaming import PHOTOS, Device, documents, until
 from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
-from bitneck_testing.processes import Server, free_port, running_server
+from bitneck_testing.processes import free_port, running_server
 from bitneck_testing.streams import Frames, open_stream, stub
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
-MARK = {"X-Bitneck-Request": "1"}
-CANARY = "/v1/models/tiny/canary"
 POINT = "s1-r2"
 
 
@@ -48,26 +45,6 @@ def new(candidates: Path) -> Bundle:
     return Bundle.open(candidates / "new")
 
 
-@contextlib.contextmanager
-def serving(bundle: Bundle, candidates: Path, *options: object, **more: Any) -> Iterator[Server]:
-    flags = ("--candidates", candidates, *options)
-    with running_server(bundle.root, options=[str(flag) for flag in flags], **more) as server:
-        yield server
-
-
-async def call(server: Server, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A call of the control API that must succeed."""
-    async with httpx.AsyncClient(base_url=server.http, headers=MARK, timeout=60) as http:
-        answer = await http.request(method, path, json=body)
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-async def begin(server: Server, clients: str = "cam-*", bundle: str = "new") -> dict[str, Any]:
-    return await call(server, "POST", CANARY, {"bundle": bundle, "clients": clients})
-
-
 def labels_of(bundle: Bundle) -> list[int]:
     frames = Frames(bundle)
     return [int(np.argmax(frames.logits(POINT, frames.payload(POINT, seed)))) for seed in range(PHOTOS)]
@@ -84,7 +61,7 @@ async def test_running_sessions_go_over_and_each_frame_is_answered_once(
     old_id, new_id = tiny_bundle.bundle_id, new.bundle_id
     right = {old_id: labels_of(tiny_bundle), new_id: labels_of(new)}
     assert right[old_id] != right[new_id]
-    with serving(tiny_bundle, candidates, "--kept-answers", 1_000_000) as server:
+    with serving(tiny_bundle.root, candidates, "--kept-answers", 1_000_000) as server:
         async with (
             Device.sending(server.grpc, tmp_path, "cam-1", pack=pack, pack_ms=10) as cam,
             Device.sending(server.grpc, tmp_path, "door-1") as door,
@@ -123,7 +100,7 @@ async def test_a_link_that_breaks_while_a_device_goes_over(
     tiny_bundle: Bundle, new: Bundle, candidates: Path, tmp_path: Path
 ) -> None:
     """It is cut before the device is told, and again and again while it goes over: no picture is lost."""
-    with serving(tiny_bundle, candidates) as server:
+    with serving(tiny_bundle.root, candidates) as server:
         async with (
             Proxy(server.grpc) as link,
             Device.sending(link.address, tmp_path, "cam-1", connect_timeout_s=2.0) as device,
@@ -148,7 +125,7 @@ async def test_a_device_that_cannot_use_the_candidate_goes_on_with_its_bundle(
     shutil.copytree(new.root, tmp_path / "candidates" / "new")
     file = tmp_path / "candidates" / "new" / "units" / POINT / "encoder.onnx"
     good = file.read_bytes()
-    with serving(tiny_bundle, tmp_path / "candidates") as server:
+    with serving(tiny_bundle.root, tmp_path / "candidates") as server:
         async with (
             Proxy(server.grpc) as link,
             Device.sending(link.address, tmp_path, "cam-1", connect_timeout_s=2.0) as device,
@@ -167,7 +144,7 @@ async def test_a_device_that_cannot_use_the_candidate_goes_on_with_its_bundle(
 async def test_who_gets_which_bundle(tiny_bundle: Bundle, new: Bundle, candidates: Path) -> None:
     """By the name in the request; files of both, and sessions with either."""
     old_id, new_id = tiny_bundle.bundle_id, new.bundle_id
-    with serving(tiny_bundle, candidates, "--groups", '{"doors": ["door-*", "gate"]}') as server:
+    with serving(tiny_bundle.root, candidates, "--groups", '{"doors": ["door-*", "gate"]}') as server:
         async with stub(server.grpc) as cloud:
 
             async def offered(client: str) -> str:
@@ -201,7 +178,7 @@ async def test_who_gets_which_bundle(tiny_bundle: Bundle, new: Bundle, candidate
 async def test_a_pinned_device_and_one_that_opens_later(
     tiny_bundle: Bundle, new: Bundle, candidates: Path, tmp_path: Path
 ) -> None:
-    with serving(tiny_bundle, candidates) as server:
+    with serving(tiny_bundle.root, candidates) as server:
         await begin(server)
         async with Device.sending(server.grpc, tmp_path, "cam-1") as late:
             assert late.bundle_id == new.bundle_id
@@ -225,7 +202,7 @@ async def test_frames_of_a_spool_are_decoded_by_the_bundle_that_coded_them(
         "client": "cam-1", "threads": 1, "connect_timeout_s": 1.0, "point": POINT,
     }  # fmt: skip
     async with asyncio.timeout(120):
-        with serving(tiny_bundle, candidates, *earlier, grpc=address) as server:
+        with serving(tiny_bundle.root, candidates, *earlier, grpc=address) as server:
             await begin(server)
             async with EdgeClient(address, **values) as client:
                 await client.infer(photo())
@@ -234,7 +211,7 @@ async def test_frames_of_a_spool_are_decoded_by_the_bundle_that_coded_them(
             assert client.bundle.bundle_id == new.bundle_id
             kept = [Capture(photo(k % PHOTOS), str(k)) for k in range(12)]
             assert [each async for each in client.stream(kept)] == []
-            with serving(tiny_bundle, candidates, *earlier, grpc=address):
+            with serving(tiny_bundle.root, candidates, *earlier, grpc=address):
                 await until(lambda: len(spooled) == len(kept))
                 await until(lambda: client.bundle.bundle_id == tiny_bundle.bundle_id)
                 live = await client.infer(photo(1))
@@ -250,7 +227,7 @@ async def test_frames_of_a_spool_are_decoded_by_the_bundle_that_coded_them(
 async def test_a_device_with_a_spool_goes_over_and_keeps_nothing(
     tiny_bundle: Bundle, new: Bundle, candidates: Path, tmp_path: Path, name: str
 ) -> None:
-    with serving(tiny_bundle, candidates) as server:
+    with serving(tiny_bundle.root, candidates) as server:
         async with Device.sending(server.grpc, tmp_path, name, spool=tmp_path / "spool") as device:
             await begin(server)
             await device.has(new.bundle_id if name == "cam-1" else tiny_bundle.bundle_id)
@@ -267,7 +244,7 @@ async def test_a_device_with_a_spool_leaves_no_session_before_the_other_one_is_o
     tiny_bundle: Bundle, candidates: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The server has room for one session: the device goes on with its bundle, and spools nothing."""
-    with serving(tiny_bundle, candidates, "--max-sessions", 1) as server:
+    with serving(tiny_bundle.root, candidates, "--max-sessions", 1) as server:
         async with Device.sending(server.grpc, tmp_path, "cam-1", spool=tmp_path / "spool") as device:
             await begin(server)
             await until(lambda: "the server's new bundle cannot be used" in caplog.text)
@@ -280,7 +257,7 @@ async def test_a_device_with_a_spool_leaves_no_session_before_the_other_one_is_o
 
 
 async def test_what_cannot_be_a_canary_changes_nothing(tiny_bundle: Bundle, new: Bundle, candidates: Path) -> None:
-    with serving(tiny_bundle, candidates) as server:
+    with serving(tiny_bundle.root, candidates) as server:
         async with httpx.AsyncClient(base_url=server.http, headers=MARK, timeout=60) as http:
             for body, status, text in (
                 ({"bundle": "nothing", "clients": "*"}, 404, "no bundle 'nothing' among the candidates"),
@@ -335,7 +312,7 @@ async def test_a_candidate_whose_folder_is_gone_is_not_given_to_all(
     """No device could fetch it."""
     folder = tmp_path / "candidates" / "new"
     shutil.copytree(new.root, folder)
-    with serving(tiny_bundle, tmp_path / "candidates") as server:
+    with serving(tiny_bundle.root, tmp_path / "candidates") as server:
         await begin(server)
         folder.rename(tmp_path / "away")
         async with httpx.AsyncClient(base_url=server.http, headers=MARK, timeout=60) as http:
@@ -365,7 +342,10 @@ def test_only_operators_change_it(tiny_bundle: Bundle, candidates: Path, tmp_pat
     tokens = {role: f"a-token-of-the-role-{role}" for role in ("metrics", "read", "operate")}
     file = tmp_path / "tokens.txt"
     file.write_text("".join(f"{role} someone {token}\n" for role, token in tokens.items()))
-    with serving(tiny_bundle, candidates, "--http-tokens", file) as server, httpx.Client(base_url=server.http) as http:
+    with (
+        serving(tiny_bundle.root, candidates, "--http-tokens", file) as server,
+        httpx.Client(base_url=server.http) as http,
+    ):
         body = {"bundle": "new", "clients": "*"}
         for role, reads, changes in ((None, 401, 401), ("metrics", 403, 403), ("read", 200, 403)):
             headers = {"Authorization": f"Bearer {tokens[role]}"} if role else {}

@@ -5,7 +5,6 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -29,14 +28,13 @@ from bitneck_cloud.fleet.control import Fleet
 from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_testing.consumers.browser import BROWSER, browser
+from bitneck_testing.consumers.operator import CANARY, begin, call, serving
 from bitneck_testing.devices.streaming import Device, until
 from bitneck_testing.photographs import add_photos
 from bitneck_testing.processes import ProcessFailed, Server, running_server
 from bitneck_testing.streams import Frames, open_stream, stub
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
-MARK = {"X-Bitneck-Request": "1"}
-CANARY = "/v1/models/tiny/canary"
 POINT = "s1-r2"
 
 
@@ -50,26 +48,6 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def new(candidates: Path) -> Bundle:
     return Bundle.open(candidates / "new")
-
-
-@contextlib.contextmanager
-def serving(folder: Path, candidates: Path, *options: object) -> Iterator[Server]:
-    flags = ("--candidates", candidates, *options)
-    with running_server(folder, options=[str(flag) for flag in flags]) as server:
-        yield server
-
-
-async def call(server: Server, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A call of the control API that must succeed."""
-    async with httpx.AsyncClient(base_url=server.http, headers=MARK, timeout=60) as http:
-        answer = await http.request(method, path, json=body)
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-async def begin(server: Server, clients: str = "cam-*", bundle: str = "new") -> dict[str, Any]:
-    return await call(server, "POST", CANARY, {"bundle": bundle, "clients": clients})
 
 
 async def compared(server: Server, path: str = CANARY) -> dict[str, Any]:

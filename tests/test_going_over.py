@@ -5,11 +5,9 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from bitneck.bundle import Bundle
@@ -23,14 +21,13 @@ from bitneck_cloud.fleet.state_file import StateFile
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.reopening import keep_current
+from bitneck_testing.consumers.operator import CANARY, call, serving
 from bitneck_testing.devices.streaming import Device, until
 from bitneck_testing.photographs import add_photos, photo
-from bitneck_testing.processes import Server, running_server
+from bitneck_testing.processes import Server
 from bitneck_testing.streams import Frames, open_stream, stub
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
-MARK = {"X-Bitneck-Request": "1"}
-CANARY = "/v1/models/tiny/canary"
 NEW = {"bundle": "new", "clients": "cam-*"}
 
 
@@ -44,21 +41,6 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def new(candidates: Path) -> Bundle:
     return Bundle.open(candidates / "new")
-
-
-@contextlib.contextmanager
-def serving(bundle: Bundle, candidates: Path, *options: object) -> Iterator[Server]:
-    flags = ("--candidates", candidates, *options)
-    with running_server(bundle.root, options=[str(flag) for flag in flags]) as server:
-        yield server
-
-
-async def call(server: Server, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """A call of the control API that must succeed."""
-    async with httpx.AsyncClient(base_url=server.http, headers=MARK, timeout=60) as http:
-        answer = await http.request(method, path, json=body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 async def sessions_of(server: Server) -> list[dict[str, Any]]:
@@ -93,7 +75,7 @@ async def test_a_device_that_goes_over_leaves_no_session_behind(
     tiny_bundle: Bundle, new: Bundle, candidates: Path, tmp_path: Path
 ) -> None:
     """The server has room for two sessions, and keeps one that was only cut off for ten minutes."""
-    with serving(tiny_bundle, candidates, "--max-sessions", 2, "--resume-s", 600) as server:
+    with serving(tiny_bundle.root, candidates, "--max-sessions", 2, "--resume-s", 600) as server:
         async with Device.sending(server.grpc, tmp_path, "cam-1") as device:
             for _ in range(2):
                 for method, body, bundle in (("POST", NEW, new), ("DELETE", None, tiny_bundle)):
@@ -111,7 +93,7 @@ async def test_a_device_that_goes_over_leaves_no_session_behind(
 async def test_a_session_that_was_left_takes_no_frame_any_more(tiny_bundle: Bundle, candidates: Path) -> None:
     """What was sent before is answered; the token is worth nothing, while that of a stream that was cut still is."""
     frames = Frames(tiny_bundle)
-    with serving(tiny_bundle, candidates) as server:
+    with serving(tiny_bundle.root, candidates) as server:
         async with stub(server.grpc) as cloud:
             for leaves in (True, False):
                 stream = await open_stream(cloud, tiny_bundle.bundle_id)
@@ -131,7 +113,7 @@ async def test_nobody_waits_for_a_bundle_that_is_fetched(
 ) -> None:
     """While a device fetches it, the link of the session in use may be opened again."""
     held: list[bool] = []
-    with serving(tiny_bundle, candidates) as server:
+    with serving(tiny_bundle.root, candidates) as server:
         client = EdgeClient(
             server.grpc, client="cam-1", model="tiny", cache_dir=tmp_path, threads=1, point="s1-r2", going_over_s=0.0,
             on_fetch=lambda _done, _all: held.append(client._renewing.locked()),
@@ -150,7 +132,7 @@ async def test_the_rate_of_a_session_goes_over_with_its_device(
 ) -> None:
     """One of its own, and one of a rule that is no more; a device without keeps the point that it was started with."""
     limit = {"max_bytes_per_frame": 1e6}
-    with serving(tiny_bundle, candidates) as server:
+    with serving(tiny_bundle.root, candidates) as server:
         async with (
             Device.sending(server.grpc, tmp_path, "cam-1", point="s1-r2") as own,
             Device.sending(server.grpc, tmp_path, "cam-2", point="s1-r1") as ruled,
@@ -175,7 +157,7 @@ async def test_the_rate_of_a_session_goes_over_with_its_device(
 
 
 async def test_a_token_of_another_client_brings_no_rate(tiny_bundle: Bundle, candidates: Path) -> None:
-    with serving(tiny_bundle, candidates) as server:
+    with serving(tiny_bundle.root, candidates) as server:
         async with stub(server.grpc) as cloud:
             before = await open_stream(cloud, tiny_bundle.bundle_id, client="cam-1")
             await call(server, "PUT", f"/v1/sessions/{before.opened.session_id}/rate", {"point": "s1-r1"})
@@ -193,7 +175,7 @@ async def test_sessions_of_a_canary_before_count_with_the_second_one(
     tiny_bundle: Bundle, new: Bundle, candidates: Path
 ) -> None:
     frames = Frames(new)
-    with serving(tiny_bundle, candidates) as server:
+    with serving(tiny_bundle.root, candidates) as server:
         await call(server, "POST", CANARY, NEW)
         async with stub(server.grpc) as cloud:
             stream = await open_stream(cloud, new.bundle_id, client="cam-1")
@@ -209,9 +191,9 @@ async def test_a_kept_canary_whose_group_is_gone_is_for_nobody(
     tiny_bundle: Bundle, candidates: Path, tmp_path: Path
 ) -> None:
     state = ("--state-db", tmp_path / "state.db")
-    with serving(tiny_bundle, candidates, *state, "--groups", '{"doors": ["door-*"]}') as server:
+    with serving(tiny_bundle.root, candidates, *state, "--groups", '{"doors": ["door-*"]}') as server:
         await call(server, "POST", CANARY, {"bundle": "new", "clients": "@doors"})
-    with serving(tiny_bundle, candidates, *state) as server:
+    with serving(tiny_bundle.root, candidates, *state) as server:
         assert (await call(server, "GET", CANARY))["canary"]["clients"] == "@doors"
         assert "is for @doors, but the settings have no such group" in server.read_log()
 

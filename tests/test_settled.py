@@ -1,9 +1,7 @@
 """A frame that was never answered may be sent again at any time: after a fault, or to a smaller window."""
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +12,7 @@ from bitneck.errors import MalformedFrame
 from bitneck_cloud.sessions.session import Session, Verdict
 from bitneck_cloud.sessions.settled import Settled
 from bitneck_edge.answers.results import Answer, Failure
+from bitneck_testing.devices.streaming import until
 from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server, free_port, start_server
@@ -102,12 +101,6 @@ async def test_a_frame_that_was_damaged_may_come_again_after_many_others(server:
         assert again.result.seq == 1
         late = await stream.ask(frames.frame(2))
         assert "answered long ago" in late.fault.message
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Wait for a condition; the test's own time limit ends it."""
-    while not condition():  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
 
 
 async def test_a_device_comes_back_to_a_server_with_a_smaller_window(tiny_bundle: Bundle, tmp_path: Path) -> None:

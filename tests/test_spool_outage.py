@@ -21,18 +21,13 @@ from bitneck_edge.spool.bounds import Limits
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.outage import Flight, Outage
 from bitneck_edge.spool.segment import Kept
+from bitneck_testing.devices.streaming import until
 from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server
 
 HANG_S = 60.0
 LIMITS = Limits(most_bytes=1_000_000, most_age_s=1e6)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Wait for a condition; the test's own time limit ends it."""
-    while not condition():  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
 
 
 async def captures(count: int) -> AsyncIterator[Capture]:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.sources.capture import Capture
 from bitneck_testing.devices.spooling import DeviceLog, captured_us, device_command
+from bitneck_testing.devices.streaming import until
 from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server, edge, edge_run, free_port, running_server, start_server
@@ -55,12 +56,6 @@ async def captures(first: int, count: int, pause_s: float = 0.0) -> AsyncIterato
     for number in range(first, first + count):
         yield capture(number)
         await asyncio.sleep(pause_s)
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Wait for a condition; the test's own time limit ends it."""
-    while not condition():  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
 
 
 def numbers(results: list[Answer | Failure]) -> list[int]:

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from bitneck_edge.cli.fetch_lines import FetchLines
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.points import nearest_ready
 from bitneck_edge.settings import EdgeSettings
+from bitneck_testing.devices.streaming import until
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import BIN
 from bitneck_testing.rogue_servers import answer_all, rogue_server
@@ -49,11 +50,6 @@ def values(tmp_path: Path, **more: Any) -> dict[str, Any]:
 
 def settings(server: str, tmp_path: Path, **more: Any) -> EdgeSettings:
     return EdgeSettings.load({"server": server} | values(tmp_path, **more))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  what it waits for has no event
-        await asyncio.sleep(0.01)
 
 
 async def answered_at(client: EdgeClient, point: str) -> None:

@@ -263,7 +263,7 @@ class Canaries:
 
     async def resume(self) -> None:
         """Go on with what was chosen before a restart, as far as it still counts. The server begins after it."""
-        for choice in sorted(self._fleet.choices, key=lambda choice: choice.kind, reverse=True):  # promoted comes first
+        for choice in sorted(self._fleet.choices, key=lambda choice: choice.kind != _PROMOTED):  # a canary is beside it
             base = self._bases.get(choice.model)
             if base is None:
                 continue  # another start of the server may have this model again

@@ -1,1 +1,4 @@
-"""Consumers of answers in the cloud, and what sends to them: a broker, a webhook's server, a process that commits."""
+"""Consumers of answers in the cloud, what sends to them, and who works with the control API.
+
+A broker, a webhook's server, a process that commits; an operator, a browser.
+"""
