@@ -231,7 +231,7 @@ def test_the_load_command(tiny_bundle: Bundle, tmp_path: Path) -> None:
 
 def test_a_short_run_of_the_fuzzer() -> None:
     """The same program runs a million inputs; see docs/serving.md."""
-    command = [sys.executable, ROOT / "benchmarks" / "fuzz.py", "--inputs", "3000", "--seed", "7"]
+    command = [sys.executable, ROOT / "benchmarks" / "strangers" / "fuzz.py", "--inputs", "3000", "--seed", "7"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3000 inputs" in done.stdout

@@ -1,6 +1,6 @@
 """Send frames while the server is killed again and again, and count how often each was answered.
 
-    python benchmarks/kills.py --bundle build/efficientnet_lite0 [--frames 500] [--kills 50] [--json]
+    python benchmarks/faults/kills.py --bundle build/efficientnet_lite0 [--frames 500] [--kills 50] [--json]
 
 The server is a process of its own that gets SIGKILL at random moments and is started again on the same port, with the
 same key for resume tokens. One edge client sends photographs without pause all the while. Ends with status 1 if a frame

@@ -1,6 +1,6 @@
 """What attacks on a server cost a well-behaved client of another address.
 
-    python benchmarks/attacks.py --bundle build/efficientnet_lite0 [--only NAME ...] [--seconds 8] [--point ID] [--json]
+    python benchmarks/strangers/attacks.py --bundle BUNDLE [--only NAME ...] [--seconds 8] [--point ID] [--json]
 
 For each attack, in one run: the round trip of clean frames, 20 a second, before, during and after it (p50 and p99, ms);
 how many of them failed; and the server's memory before and after. The attacker is a process of its own with another

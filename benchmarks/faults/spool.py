@@ -1,6 +1,6 @@
 """Kill a device with a spool again and again; then an hour without a link, in shortened time.
 
-    python benchmarks/spool.py --bundle build/efficientnet_lite0 [--kills 100] [--frames 3600] [--fps 50] [--json]
+    python benchmarks/faults/spool.py --bundle BUNDLE [--kills 100] [--frames 3600] [--fps 50] [--json]
 
 Kills: no server is there, also when the device starts. It captures pictures and gets SIGKILL at a random moment, and
 the next one goes on with its spool. Then a server starts, and a device sends what is there.

@@ -1,6 +1,6 @@
 """Send frames while the sinks' other sides are down, and the server is killed in between; then count what came.
 
-    python benchmarks/outages.py --bundle build/efficientnet_lite0 [--minutes 10] [--fps 20] [--json]
+    python benchmarks/faults/outages.py --bundle build/efficientnet_lite0 [--minutes 10] [--fps 20] [--json]
 
 An MQTT broker (mosquitto) and a webhook's server get SIGKILL and stay down for so many minutes. Halfway the cloud's
 server gets SIGKILL too, and is started again on the same port, with the same queue and the same key for resume tokens.

@@ -1,6 +1,6 @@
 """Feed wrong bytes to all that server and device do with bytes from outside: parsing, checks, decoding. No network.
 
-    python benchmarks/fuzz.py --inputs 1000000 [--seed 0]
+    python benchmarks/strangers/fuzz.py --inputs 1000000 [--seed 0]
 
 Payloads and protobuf messages of both sides, manifests, tables, ONNX files, class maps and photographs are random, or
 right ones that were changed, cut or lengthened. The only errors that may come out are bitneck's own and protobuf's
