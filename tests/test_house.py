@@ -122,8 +122,8 @@ PURE = (
     *(
         f"shared/bitneck/{name}.py"
         for name in (
-            "backoff", "errors", "ids", "ladder", "manifest/entries", "onnx_file/cost", "onnx_file/parse", "text",
-            "wire/compression", "wire/frames", "wire/link_bytes", "wire/messages", "wire/scores",
+            "backoff", "errors", "ids", "intervals", "ladder", "manifest/entries", "onnx_file/cost", "onnx_file/parse",
+            "text", "wire/compression", "wire/frames", "wire/link_bytes", "wire/messages", "wire/scores",
         )
     ),
     "models/bitneck_models/zoo/selection.py",

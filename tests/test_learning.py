@@ -12,10 +12,11 @@ from scipy import stats
 from torch import nn
 
 from bitneck.errors import BundleCorrupt, InvalidConfig, ModelFailure
+from bitneck.intervals import wilson
 from bitneck_models.losses.rate_terms import L1Rate
 from bitneck_models.losses.task_terms import Labels, TaskLoss, TaskTerm
 from bitneck_models.measure.complexity import Complexity, onnx_complexity
-from bitneck_models.measure.intervals import mean_interval, wilson
+from bitneck_models.measure.intervals import mean_interval
 from bitneck_models.networks.to_onnx import to_onnx
 from bitneck_models.training.photo_sets import photo_sets
 from bitneck_models.training.point import train_point

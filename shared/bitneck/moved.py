@@ -95,6 +95,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "bitneck_models.evaluation": (
         "bitneck_models.measure.evaluate",
         "bitneck_models.measure.intervals",
+        "bitneck.intervals",
     ),
     "bitneck_models.evaluation_table": ("bitneck_models.measure.table",),
     "bitneck_models.export": (

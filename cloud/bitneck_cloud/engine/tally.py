@@ -1,17 +1,15 @@
 """What the frames of one bundle came to, in bounded memory, and when two bundles may be compared. Pure."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from bitneck.intervals import wilson
 from bitneck.wire.messages import Classification, Output
 
 __all__ = ["ENOUGH_FRAMES", "PointTally", "Tally", "note_of", "share_interval"]
 
 ENOUGH_FRAMES = 100
 """Frames of each bundle, faults included, below which nothing is said: one fault more would be a whole per cent."""
-_Z = 1.96
-"""Of a normal distribution, for an interval of 95 %."""
 _MOST_LABELS = 5
 
 
@@ -113,18 +111,13 @@ class Tally:
 
 
 def share_interval(count: int, total: int) -> tuple[float, float] | None:
-    """Where a share lies with 95 % confidence: Wilson's score interval (1927).
+    """Where a share lies with 95 % confidence; see `bitneck.intervals.wilson`.
 
     Args:
         count: of those that have it.
         total: of all; None is returned for 0.
     """
-    if not total:
-        return None
-    share, z2 = count / total, _Z * _Z
-    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return wilson(count / total, total) if total else None
 
 
 def note_of(current: Tally, candidate: Tally) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitneck.coding.class_map import best_classes
+from bitneck.intervals import wilson
 from bitneck_models.data.photos import unlabelled_photos
-from bitneck_models.measure.intervals import mean_interval, wilson
+from bitneck_models.measure.intervals import mean_interval
 from bitneck_models.measure.meter import Meter, Metric
 from bitneck_models.measure.sweeps import CODECS, SWEEP, BaselineSweep
 
