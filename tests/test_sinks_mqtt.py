@@ -91,6 +91,7 @@ def test_a_broker_that_is_killed_and_started_again_gets_all_of_it(tmp_path: Path
             try:
                 process.ask("commit 1 40 4")
                 wait_for(lambda: len(numbers(subscriber)) == 40)
+                wait_for(lambda: process.state()["queued"] == 0)  # the broker's acknowledgements have come too
                 broker.kill()
                 process.ask("commit 41 200 4")
                 process.kill()  # and the server is restarted meanwhile
