@@ -6,7 +6,8 @@ A process of its own opens the sessions, and sends a frame of each every ten sec
 Prints:
 - milliseconds from the navigation until all clients stand in the table, with an empty cache, the best of three;
 - bytes that the page loaded, its documents of clients and sessions apart;
-- JavaScript's memory and the number of nodes after a minute, and after the given minutes, garbage collected before.
+- JavaScript's memory and the number of nodes, garbage collected before: after a minute, and then after each tenth of
+  the given minutes. Growth shows as numbers that go on rising.
 
 It needs Chromium and its driver (Debian: chromium-driver).
 """
@@ -27,6 +28,7 @@ from bitneck_testing.streams import Frames, open_stream, sealed, stub
 
 EVERY_S = 10.0
 OF_A_CONNECTION = 16
+SAMPLES = 10
 
 _WHEN_COMPLETE = """
 const [wanted, done] = arguments;
@@ -85,16 +87,8 @@ def main() -> None:
     options = (*QUIET, "--max-sessions-per-caller", "0", "--max-calls-per-caller", "0")
     result: dict[str, Any] = {"clients": plan.clients, "minutes": plan.minutes}
     with running_server(plan.bundle, options=options) as server:
-        command = [
-            sys.executable,
-            __file__,
-            "--bundle",
-            plan.bundle,
-            "--clients",
-            plan.clients,
-            "--as-clients",
-            server.grpc,
-        ]
+        command = [sys.executable, __file__, "--bundle", plan.bundle, "--clients", plan.clients,
+                   "--as-clients", server.grpc]  # fmt: skip
         with child_process(command) as clients:
             assert clients.stdout is not None
             assert clients.stdout.readline() == "ready\n"
@@ -110,21 +104,20 @@ def main() -> None:
             with browser() as window:
                 window.open(f"{server.http}/console/#fleet")
                 time.sleep(60)
-                result["after_a_minute"] = heap(window)
-                time.sleep(60 * plan.minutes)
-                result["in_the_end"] = heap(window)
+                result["memory"] = [heap(window)]
+                for _ in range(SAMPLES):
+                    time.sleep(60 * plan.minutes / SAMPLES)
+                    result["memory"].append(heap(window))
     if plan.json:
         print(json.dumps(result))
         return
-    before, after = result["after_a_minute"], result["in_the_end"]
     print(f"{plan.clients} clients: first view after {result['first_view_ms']:.0f} ms")
     print(
         f"the page: {result['page_bytes'] / 1e3:.0f} kB; its largest document {result['documents_bytes'] / 1e3:.0f} kB"
     )
-    print(
-        f"memory after a minute {before['heap_mib']:.1f} MiB and {before['nodes']:.0f} nodes, "
-        f"{plan.minutes:g} minutes later {after['heap_mib']:.1f} MiB and {after['nodes']:.0f} nodes"
-    )
+    for number, sample in enumerate(result["memory"]):
+        minutes = 1 + number * plan.minutes / SAMPLES
+        print(f"after {minutes:5.1f} minutes: {sample['heap_mib']:.2f} MiB, {sample['nodes']:.0f} nodes")
 
 
 if __name__ == "__main__":
