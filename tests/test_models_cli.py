@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from bitneck.errors import InvalidConfig
 from bitneck_models.cli.main import app
+from bitneck_models.measure.each import EachPhoto
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_testing.networks import keep_every_point, make_home, run
 from bitneck_testing.photographs import add_photos
@@ -62,6 +63,7 @@ def test_from_photographs_to_the_report(home: Path) -> None:
         run("evaluate", "--bundle", "bundle", "--data", "photos", "--no-labels", "--ignore-index", "1")
     text = run("evaluate", "--bundle", "bundle", "--data", "labelled", "--zoo", "zoo", "--json")
     (home / "results" / "ladder.json").write_text(text)
+    assert "each" not in text
     low, high = json.loads(text)["points"]
     assert (low["id"], low["recipe"]["init"], low["recipe"]["task"][0]["kind"]) == ("s1-r1", "s1-r2", "kl")
     assert low["payload_bytes_p5"] <= low["payload_bytes_mean"] <= low["payload_bytes_p95"]
@@ -83,6 +85,35 @@ def test_from_photographs_to_the_report(home: Path) -> None:
     assert "bitneck-models evaluate ..." in page
     assert "A note." in page
     assert (home / "results" / "accuracy.png").is_file()
+
+
+def test_two_folders_are_measured_together(home: Path) -> None:
+    """Means over both are those of the photographs of each, and what each photograph gave is kept in order."""
+    run("train", "zoo", "--data", ".")
+    keep_every_point(ZooEntry(home / "zoo"))
+    run("export", "zoo", "--out", "bundle")
+    for k in range(30, 37):
+        add_photos(home / f"more/{k % 10}", range(k, k + 1))
+    arguments = ("evaluate", "--bundle", "bundle", "--zoo", "zoo", "--each", "--json", "--data")
+    first, second = (json.loads(run(*arguments, folder)) for folder in ("labelled", "more"))
+    both = json.loads(run(*arguments, "labelled", "--also", "more"))
+    assert (both["dataset"], both["images"]) == ("labelled and more", 27)
+    assert len({document["photos_crc32c"] for document in (first, second, both)}) == 3
+    for point in both["points"]:
+        parts = [
+            (EachPhoto.from_dict(p["each"], d["images"]), p)
+            for d in (first, second)
+            for p in d["points"]
+            if p["id"] == point["id"]
+        ]
+        each = EachPhoto.from_dict(point["each"], 27)
+        assert each.payload_bytes.tolist() == [v for part, _ in parts for v in part.payload_bytes.tolist()]
+        assert each.right.tolist() == [v for part, _ in parts for v in part.right.tolist()]
+        assert each.payload_bytes.mean() == pytest.approx(point["payload_bytes_mean"])
+        assert each.right.mean() == pytest.approx(point["top1"])
+        assert each.agrees.mean() == pytest.approx(point["agreement"])
+    with pytest.raises(InvalidConfig, match="nowhere: no such folder"):
+        run(*arguments, "labelled", "--also", "nowhere")
 
 
 def test_search_and_pareto(home: Path) -> None:

@@ -112,6 +112,24 @@ def test_a_ladder_keeps_what_no_other_point_of_its_split_beats() -> None:
         "other": "low",  # nothing is left of its split point: the cheapest that agrees as often
     }
     assert successors(points, {}) == {}
+    rest = {name: p for name, p in points.items() if name not in candidates}
+    assert successors(points, candidates, compete=False).keys() == rest.keys()  # a study keeps every candidate
+
+
+def test_a_study_ships_also_the_points_that_others_beat(home: Path) -> None:
+    run("train", "zoo", "--data", ".")
+    entry = ZooEntry(home / "zoo")
+    keep_every_point(entry)
+    low, high = sorted(entry.points().items(), key=lambda item: item[1].validation_bytes)
+    beaten = high[1].model_copy(update={"validation_agreement": low[1].validation_agreement / 2})
+    (entry.point_folder(high[0]) / "point.json").write_text(beaten.model_dump_json())
+    run("export", "zoo", "--out", "ladder")
+    recipe = home / "zoo" / "recipe.toml"
+    recipe.write_text("study = true\n" + recipe.read_text())
+    run("export", "zoo", "--out", "study")
+    points = {name: [p.id for p in Bundle.open(home / name).manifest.points] for name in ("ladder", "study")}
+    assert points["ladder"] == [low[0]]
+    assert sorted(points["study"]) == ["s1-r1", "s1-r2"]
 
 
 def test_a_retired_point_is_refused_with_the_name_of_its_successor(home: Path) -> None:

@@ -49,6 +49,16 @@ def evaluate(
     precision: Annotated[
         Precision, typer.Option(help="Of heads and encoders: int8 where the bundle has it, or float32.")
     ] = "float32",
+    also: Annotated[
+        list[Path] | None, typer.Option(help="Another folder like --data, measured together with it; repeatable.")
+    ] = None,
+    each: Annotated[
+        bool,
+        typer.Option(
+            "--each",
+            help="Keep what every photograph gave, for the differences between curves in `report`; not for class maps.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a bundle on labelled photographs, or on any, through real bytes.
@@ -69,19 +79,20 @@ def evaluate(
     for entry in (ZooEntry(folder) for folder in (record, zoo) if folder is not None):
         check_exported(entry, opened, [point.id for point in opened.manifest.points])
     digests = tables_digests(opened)  # before the measurement: another bundle may be written to the folder during it
-    folder = data_folder(data)
+    folders = [data_folder(data), *(data_folder(folder) for folder in also or ())]
+    names = " and ".join(dataset_name(folder) for folder in folders)
     console = Console(stderr=True)
     with progress_bars(console) as progress:
         task = progress.add_task("evaluating", total=None)
         result = _measured(
-            opened, folder, ignore_index or [], precision, labels,
+            opened, folders, ignore_index or [], precision, labels, each,
             lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     if record is not None:
-        dataset = dataset_name(folder) + ("" if labels else ", agreement")
+        dataset = names + ("" if labels else ", agreement")
         ZooEntry(record).save_ladder(result.ladder(dataset, digests))
     if as_json:
-        document = {"dataset": dataset_name(folder)} | result.to_dict()
+        document = {"dataset": names} | result.to_dict()
         if zoo is not None:
             document = ZooEntry(zoo).annotated(document)
         print(json.dumps(document, indent=1))  # noqa: T201
@@ -92,10 +103,11 @@ def evaluate(
 
 def _measured(
     bundle: "Bundle",
-    folder: Path,
+    folders: list[Path],
     ignore: list[int],
     precision: Precision,
     labelled: bool,
+    each: bool,
     progress: Callable[[int, int], None],
 ) -> "Evaluation":
     from bitneck_models.measure.agreement import Agreement
@@ -107,8 +119,8 @@ def _measured(
     if not labelled and ignore:
         raise InvalidConfig("--ignore-index is for class maps, which --no-labels does not read; leave one of them out")
     metric = metric_for(bundle.manifest.task, names, ignore) if labelled else Agreement()
-    photos = metric.photos(folder, imagenet_wnids(names), names)
-    return measure(bundle, photos, metric=metric, precision=precision, progress=progress)
+    photos = [photo for folder in folders for photo in metric.photos(folder, imagenet_wnids(names), names)]
+    return measure(bundle, photos, metric=metric, precision=precision, each=each, progress=progress)
 
 
 def baselines(

@@ -31,7 +31,6 @@ def steps(
     from bitneck_models.training.photo_sets import photo_sets
     from bitneck_models.training.steps import fit_steps
     from bitneck_models.zoo.entry import ZooEntry
-    from bitneck_models.zoo.selection import successors
 
     wanted = _numbers(multiples)
     folders = {path.resolve().parent.parent for path in unit}
@@ -53,8 +52,8 @@ def steps(
                 entry, recipe, wanted, backbone, sets, runs, photos=photos,
                 progress=lambda what, done, total: progress.update(tasks[what], completed=done, total=total),  # noqa: B023
             )  # fmt: skip
-    points, shipped = entry.points(), {recipe.id for recipe in entry.shipped()}
-    beaten = successors(points, {name: point for name, point in points.items() if point.unit in shipped})
+    points = entry.points()
+    beaten = entry.retired(points)
     rows = [
         {
             "point": name, "unit": point.unit, "step": point.step, "bytes": point.validation_bytes,

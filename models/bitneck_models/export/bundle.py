@@ -26,7 +26,6 @@ from bitneck_models.units.layers import split_prelus
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry, coding_digest
 from bitneck_models.zoo.records import MeasuredLadder, MeasuredPoint
-from bitneck_models.zoo.selection import successors
 
 __all__ = ["NOT_MEASURED", "export_bundle"]
 
@@ -63,7 +62,7 @@ def export_bundle(
         ModelFailure: the export or the proof failed.
     """
     recipes, imported, fitted = {unit.id: unit for unit in entry.shipped()}, entry.imported(), entry.points()
-    retired = successors(fitted, {name: p for name, p in fitted.items() if p.unit in recipes})
+    retired = entry.retired(fitted)
     points = {name: p for name, p in fitted.items() if p.unit in recipes and name not in retired}
     recipes = {name: recipe for name, recipe in recipes.items() if any(p.unit == name for p in points.values())}
     if not points and not imported:

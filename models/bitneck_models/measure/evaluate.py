@@ -13,6 +13,7 @@ from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig
 from bitneck.manifest import Precision
 from bitneck_models.measure.complexity import PointComplexity, point_complexity
+from bitneck_models.measure.each import EachPhoto, photos_crc32c
 from bitneck_models.measure.meter import Metric, metric_for
 from bitneck_models.measure.passes import Rate, RateMeter, photo_passes
 from bitneck_models.zoo.records import MeasuredLadder, MeasuredPoint
@@ -32,6 +33,7 @@ class PointResult:
         fields: accuracy and agreement with their intervals, under the task's own names; see `Meter.fields`.
         rate: bytes and bits per input pixel.
         complexity: parameters and multiply-adds of head, encoder, decoder and tail.
+        each: results of each photograph, if they were asked for.
     """
 
     id: str
@@ -41,11 +43,13 @@ class PointResult:
     fields: Mapping[str, Any]
     rate: Rate
     complexity: PointComplexity
+    each: EachPhoto | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         known = {"id": self.id, "split": self.split}
-        return known | dict(self.fields) | asdict(self.rate) | {"complexity": asdict(self.complexity)}
+        kept = {} if self.each is None else {"each": self.each.to_dict()}
+        return known | dict(self.fields) | asdict(self.rate) | {"complexity": asdict(self.complexity)} | kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,7 @@ class Evaluation:
         accuracy: of the uncompressed network.
         details: further figures of the uncompressed network; see `Meter.details`.
         points: in order of rate.
+        photos_crc32c: which photographs, and in which order; see `bitneck_models.measure.each.photos_crc32c`.
     """
 
     bundle_id: str
@@ -67,12 +72,14 @@ class Evaluation:
     accuracy: float
     details: Mapping[str, Any]
     points: tuple[PointResult, ...]
+    photos_crc32c: str
 
     def to_dict(self) -> dict[str, object]:
         """The JSON document of ``bitneck-models evaluate --json``."""
         document: dict[str, object] = {
             "bundle_id": self.bundle_id,
             "images": self.images,
+            "photos_crc32c": self.photos_crc32c,
             "uncompressed": {self.metric.key: self.accuracy},
         }
         if self.details:
@@ -111,6 +118,7 @@ def evaluate(
     ignore: Collection[int] = (),
     metric: Metric[Any] | None = None,
     precision: Precision = "float32",
+    each: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Evaluation:
     """Measure a bundle.
@@ -121,20 +129,27 @@ def evaluate(
         ignore: segmentation: indices in class maps that are void. By default, all indices that are no class.
         metric: what to measure; by default the task's. `bitneck_models.measure.agreement.Agreement` needs no truths.
         precision: see `photo_passes`.
+        each: keep the results of each photograph too.
         progress: called with (photographs done, all).
 
     Raises:
-        InvalidConfig: no photographs, a truth that cannot be read, or truths that give nothing to compare with.
+        InvalidConfig: no photographs, a truth that cannot be read, truths that give nothing to compare with, or `each`
+            where an answer is not one label.
         ImageError: a photograph cannot be read.
         BundleError, ModelFailure: the bundle cannot be used.
     """
     if not photos:
         raise InvalidConfig("no photographs to measure the bundle on")
     manifest = bundle.manifest
+    if each and manifest.task != "classification":
+        raise InvalidConfig(
+            f"results of each photograph are kept for classification; this bundle is for {manifest.task}"
+        )
     metric = metric or metric_for(manifest.task, bundle.labels(), ignore)
     rates = {p.id: RateMeter() for p in manifest.ladder}
     meters = {p.id: metric.meter() for p in manifest.ladder}
     agreed = dict.fromkeys(meters, 0)
+    rows: dict[str, list[tuple[int, bool, bool]]] = {p.id: [] for p in manifest.ladder}
     compared = 0
     uncompressed = metric.meter()
     passes = photo_passes(bundle, [metric.path(photo) for photo in photos], precision)
@@ -149,6 +164,8 @@ def evaluate(
             rates[point.id].add(at_point)
             meters[point.id].add(student, truth)
             agreed[point.id] += int((student == teacher).sum())
+            if each:
+                rows[point.id].append((at_point.payload_bytes, bool(student == truth), bool(student == teacher)))
         progress(count, len(photos))
     uncompressed.check(str(metric.truth_folder(photos[0])))
     points = []
@@ -163,6 +180,7 @@ def evaluate(
                 fields=meter.fields(uncompressed, agreement),
                 rate=rates[point.id].rate(manifest.input.pixels),
                 complexity=point_complexity(bundle.root, manifest, point),
+                each=EachPhoto.of(rows[point.id]) if each else None,
             )
         )
     points.sort(key=lambda p: (p.rate.payload_bytes_mean, p.id))
@@ -173,4 +191,5 @@ def evaluate(
         accuracy=uncompressed.accuracy(),
         details=uncompressed.details(),
         points=tuple(points),
+        photos_crc32c=photos_crc32c([metric.path(photo) for photo in photos]),
     )

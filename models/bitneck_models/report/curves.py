@@ -7,7 +7,7 @@ Results  --bitneck_models.report.tables-->    docs/results.md
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bitneck.errors import InvalidConfig
+from bitneck_models.measure.each import EachPhoto
 from bitneck_models.measure.meter import metric_titles
 from bitneck_models.measure.sweeps import CODECS
 
@@ -25,6 +26,9 @@ STUDIES = {
     "rate_terms": "Rate terms: hyperprior and l1",
     "supervision": "Supervised and unsupervised",
     "layers": "Layers to distil from (Fig. 4 of the paper)",
+    "decoders": "Depth of the decoder",
+    "steps": "One unit for many steps, or one for each",
+    "contexts": "Tables that depend on coded neighbours",
     "topologies": "Topologies (Table 3 of the paper)",
 }
 """Known studies, and their headings on the page."""
@@ -32,7 +36,18 @@ STUDIES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One measured point of a curve."""
+    """One measured point of a curve.
+
+    Attributes:
+        name: operating point, or setting of a baseline.
+        payload_bytes: mean of the photographs.
+        bpp: bits per input pixel.
+        accuracy: the task's measure.
+        agreement: with the uncompressed network.
+        extra: what else the document says of it.
+        each: results of each photograph, if the document keeps them.
+        photos_crc32c: which photographs these are, and in which order.
+    """
 
     name: str
     payload_bytes: float
@@ -40,6 +55,8 @@ class Sample:
     accuracy: float
     agreement: float
     extra: Mapping[str, Any] = field(default_factory=dict)
+    each: EachPhoto | None = None
+    photos_crc32c: str = ""
 
 
 Curve = tuple[Sample, ...]
@@ -56,8 +73,8 @@ class Results:
         uncompressed: accuracy of the network without a unit.
         key: name of the accuracy in the documents.
         metric: its name on the page.
-        studies: study to curve name to curve. The one that is no known study is the shipped ladder; its curves are the
-            split points.
+        studies: study to curve name to curve. A recipe's units are in the study of its name, or in those that their
+            own `curve` names. The one that is no known study is the shipped ladder; its curves are the split points.
         baselines: codec to curve.
     """
 
@@ -87,6 +104,7 @@ def read_results(folder: Path) -> Results:
         InvalidConfig: there is none, one is neither an evaluation with ``--zoo`` nor a set of baselines, or the
             documents have different photographs.
     """
+    found: dict[str, list[tuple[str, Sample]]] = {}
     studies: dict[str, dict[str, Curve]] = {}
     baselines: dict[str, Curve] = {}
     measured: set[tuple[str, int, str, float]] = set()
@@ -98,11 +116,12 @@ def read_results(folder: Path) -> Results:
             document = json.loads(path.read_bytes(), parse_float=_finite, parse_constant=_finite)
             ((key, uncompressed),) = document["uncompressed"].items()
             measured.add((document["dataset"], document["images"], key, uncompressed))
-            samples = _baselines(document, key) if "baselines" in document else _evaluation(document, key)
             if "baselines" in document:
-                baselines |= _grouped(samples)
-            else:
-                studies[document["name"]] = _grouped(samples)
+                baselines |= _grouped(_baselines(document, key))
+                continue
+            for study, title, sample in _evaluation(document, key):
+                found.setdefault(study, []).append((title, sample))
+            studies = {study: _grouped(samples) for study, samples in found.items()}
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise InvalidConfig(
                 f"{path}: no results of `evaluate --zoo` or `baselines` ({type(exc).__name__}: {exc})"
@@ -132,21 +151,23 @@ def _finite(text: str) -> float:
     return value
 
 
-def _evaluation(document: Mapping[str, Any], key: str) -> list[tuple[str, Sample]]:
-    return [
-        (
-            p["recipe"]["curve"] or p["split"],
-            Sample(
-                name=p["id"],
-                payload_bytes=p["payload_bytes_mean"],
-                bpp=p["bpp_payload"],
-                accuracy=p[key],
-                agreement=p["agreement"],
-                extra=p,
-            ),
+def _evaluation(document: Mapping[str, Any], key: str) -> Iterator[tuple[str, str, Sample]]:
+    """Study, name of the curve, and sample of each operating point; several studies may share one."""
+    for p in document["points"]:
+        curve = p["recipe"]["curve"]
+        sample = Sample(
+            name=p["id"],
+            payload_bytes=p["payload_bytes_mean"],
+            bpp=p["bpp_payload"],
+            accuracy=p[key],
+            agreement=p["agreement"],
+            extra=p,
+            each=EachPhoto.from_dict(p["each"], document["images"]) if "each" in p else None,
+            photos_crc32c=document.get("photos_crc32c", ""),
         )
-        for p in document["points"]
-    ]
+        titles = curve if isinstance(curve, dict) else {document["name"]: curve or p["split"]}
+        for study, title in titles.items():
+            yield study, title, sample
 
 
 def _baselines(document: Mapping[str, Any], key: str) -> list[tuple[str, Sample]]:
@@ -171,7 +192,9 @@ def _grouped(samples: Iterable[tuple[str, Sample]]) -> dict[str, Curve]:
     for name, sample in samples:
         if not sample.payload_bytes > 0:
             raise ValueError(f"{sample.name} has {sample.payload_bytes} bytes; measure it again")
-        curves.setdefault(name, []).append(sample)
+        if any(sample.name == other.name for other in curves.setdefault(name, [])):
+            raise ValueError(f"{sample.name} is twice in the curve {name!r}; remove one of the documents")
+        curves[name].append(sample)
     return {name: tuple(sorted(curve, key=lambda s: s.payload_bytes)) for name, curve in curves.items()}
 
 

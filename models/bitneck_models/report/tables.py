@@ -3,10 +3,13 @@
 Nothing is measured here. Every number on the page is in a JSON document, which names the photographs it is from.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 
-from bitneck_models.report.curves import IMAGE_CODECS, STUDIES, Results, bytes_at, rate_saving
+from bitneck_models.measure.intervals import RESAMPLES
+from bitneck_models.report.curves import IMAGE_CODECS, STUDIES, Curve, Results, bytes_at, rate_saving
+from bitneck_models.report.differences import Difference, compared
 from bitneck_models.report.peers import PEERS, PEERS_KEY, PEERS_UNCOMPRESSED
 
 __all__ = ["markdown"]
@@ -168,7 +171,8 @@ def _study_table(results: Results, name: str) -> list[str]:
     for title, curve in curves.items():
         for s in curve:
             unit = sum(s.extra["complexity"][part]["parameters"] for part in ("encoder", "decoder"))
-            estimated = s.extra["record"]["estimated_bytes"]
+            trained_at = s.extra.get("unit", s.name) == s.name  # training estimates at the unit's own step alone
+            estimated = f"{s.extra['record']['estimated_bytes']:.1f} bytes" if trained_at else ""
             rows.append(
                 _row(
                     title,
@@ -178,9 +182,11 @@ def _study_table(results: Results, name: str) -> list[str]:
                     _percent(s.accuracy),
                     _percent(s.agreement),
                     f"{unit / 1e6:.3f} M",
-                    f"{estimated:.1f} bytes",
+                    estimated,
                 )
             )
+    if all(s.each is not None for curve in curves.values() for s in curve):
+        return rows + _differences(results, curves)
     rows += ["", "Bytes saved at equal agreement, by interpolation (row against column):", ""]
     names = list(curves)
     rows += [_row("", *names), "|" + "---|" * (len(names) + 1)]
@@ -192,6 +198,35 @@ def _study_table(results: Results, name: str) -> list[str]:
             cells.append("" if saving is None else f"{saving * 100:+.0f} %")
         rows.append(_row(a, *cells))
     return rows
+
+
+def _differences(results: Results, curves: Mapping[str, Curve]) -> list[str]:
+    """Every two curves of a study, compared on the same photographs."""
+    rows = [
+        "",
+        fill(
+            "Differences over the same photographs, first curve less second: means over the range of log(bytes) that "
+            "both cover, in points, and bytes at equal agreement. In brackets the 95 % interval (paired bootstrap, "
+            f"{RESAMPLES} resamples of the {results.images} photographs).",
+            _COLUMNS,
+        ),
+        "",
+        f"| first | second | {results.metric} | agreement | bytes at equal agreement |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for (a, curve), (b, reference) in itertools.combinations(curves.items(), 2):
+        if curve[0].extra["split"] == reference[0].extra["split"]:
+            d = compared(curve, reference)
+            rows.append(_row(a, b, _points(d.accuracy), _points(d.agreement), _points(d.bytes_share, " %", 0)))
+    return rows
+
+
+def _points(difference: Difference | None, unit: str = "", decimals: int = 1) -> str:
+    """A difference of shares in hundredths, with its interval; empty without one."""
+    if difference is None:
+        return ""
+    value, low, high = (f"{100 * v:+.{decimals}f}" for v in (difference.value, *difference.interval))
+    return f"{value}{unit} ({low} to {high})"
 
 
 def _baseline_table(results: Results) -> list[str]:

@@ -51,6 +51,7 @@ from bitneck_models.zoo.records import (
     PointRecord,
     UnitRecord,
 )
+from bitneck_models.zoo.selection import successors
 
 __all__ = ["ZooEntry", "coding_digest", "tables_digests"]
 
@@ -141,6 +142,16 @@ class ZooEntry:
                 record = record.model_copy(update={"validation_bytes": coded})
             found[name] = record
         return found
+
+    def retired(self, points: Mapping[str, PointRecord]) -> dict[str, str]:
+        """Those of its points that are left out of the bundle, each with the one in its place; see `successors`.
+
+        Raises:
+            InvalidConfig: the recipe of a unit was edited since it was trained.
+        """
+        units = {unit.id for unit in self.shipped()}
+        candidates = {name: point for name, point in points.items() if point.unit in units}
+        return successors(points, candidates, compete=not self.recipe.study)
 
     def imported(self) -> dict[str, SpicRecord]:
         """The points that `bitneck-models import-spic` wrote here, by id; the recipe does not name them.

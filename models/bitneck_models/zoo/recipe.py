@@ -158,7 +158,8 @@ class UnitRecipe(UnitKind):
             unit's own step is this many bytes per image.
         kernel: K of the depthwise layers; None for the smallest that covers the stride.
         steps, ..., seed: replace the values of `TrainingRecipe`.
-        curve: name of the curve of its points in a report; empty for the name of its split point.
+        curve: name of the curve of its points in a report; empty for the name of its split point. A unit that several
+            studies share has a table: the name of its curve by study.
         ship: put its points into the bundle. If false, it is only there for others to start from.
         init: see `UnitKind`; may also be the id of a unit listed before this one.
     """
@@ -184,7 +185,7 @@ class UnitRecipe(UnitKind):
     precision: Literal["float32", "bfloat16"] | None = None
     stream: bool | None = None
     seed: Seed | None = None
-    curve: str = ""
+    curve: str | dict[Id, str] = ""
     ship: bool = True
 
     @model_validator(mode="after")
@@ -209,6 +210,7 @@ class Recipe(Strict):
         data: folders of photographs.
         training: the schedule.
         units: the units, in the order of training.
+        study: the points are there to be compared: also those that others beat are exported.
     """
 
     name: Id
@@ -216,6 +218,7 @@ class Recipe(Strict):
     data: Annotated[tuple[Source, ...], Field(min_length=1)]
     training: TrainingRecipe = TrainingRecipe()
     units: Annotated[tuple[UnitRecipe, ...], Field(min_length=1)]
+    study: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -22,7 +22,9 @@ class Measured(Protocol):
         """Agreement with the network without a unit."""
 
 
-def successors(points: Mapping[str, Measured], candidates: Mapping[str, Measured]) -> dict[str, str]:
+def successors(
+    points: Mapping[str, Measured], candidates: Mapping[str, Measured], *, compete: bool = True
+) -> dict[str, str]:
     """The operating points that are left out of a ladder, each with the one that takes its place.
 
     Left out is what is no candidate, and a candidate that another one of its split point beats: that has no more bytes
@@ -33,8 +35,9 @@ def successors(points: Mapping[str, Measured], candidates: Mapping[str, Measured
     Args:
         points: all operating points that ever were, by id.
         candidates: those of them that may be kept.
+        compete: false keeps every candidate.
     """
-    kept = {name: point for name, point in candidates.items() if not _beaten(name, point, candidates)}
+    kept = {name: point for name, point in candidates.items() if not (compete and _beaten(name, point, candidates))}
     found = {}
     for name, point in points.items():
         rivals = {other: p for other, p in kept.items() if p.split == point.split} or kept
