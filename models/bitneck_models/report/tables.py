@@ -185,7 +185,7 @@ def _study_table(results: Results, name: str) -> list[str]:
                     estimated,
                 )
             )
-    if all(s.each is not None for curve in curves.values() for s in curve):
+    if len(curves) > 1 and all(s.each is not None for curve in curves.values() for s in curve):
         return rows + _differences(results, curves)
     rows += ["", "Bytes saved at equal agreement, by interpolation (row against column):", ""]
     names = list(curves)
