@@ -276,6 +276,76 @@ def test_the_time_of_a_batch_is_learned_by_operating_point() -> None:
     assert times.of("s1") > 0
 
 
+def test_a_frame_that_is_not_computed_says_nothing_of_the_tail() -> None:
+    times = BatchTime()
+    times.learn(["s1"], 0.02)
+    for _ in range(30):
+        times.learn_failed("s1", 0.001)
+        times.learn_failed("new", 0.001)
+    assert times.of("s1") == times.of("new") == 0.02
+    for _ in range(30):
+        times.learn_failed("s1", 0.05)  # what fails takes longer than what is known of the others
+    assert times.of("s1") == pytest.approx(0.05, rel=0.02)
+    assert times.of("new") == 0.02
+
+
+class Failing(Slow):
+    """A model that fails, in decoding or in the tail, and takes its time for it."""
+
+    def __init__(self, model: ServedModel, seconds: float, where: str) -> None:
+        super().__init__(model, 0.0)
+        self.fails_after_s, self.where = seconds, where
+
+    def decode(self, point: str, payload: bytes) -> Any:
+        if self.where == "decode" and payload == b"bad":
+            time.sleep(self.fails_after_s)
+            raise MalformedFrame("this one")
+        return super().decode(point, payload)
+
+    def compute(self, points: Any, latents: Any, map_steps: Any) -> Any:
+        if self.where == "tail":
+            time.sleep(self.fails_after_s * len(points))
+            return [ModelFailure("these")] * len(points)
+        return super().compute(points, latents, map_steps)
+
+
+@pytest.mark.parametrize("where", ["decode", "tail"])
+async def test_batches_of_frames_that_fail_are_short_too(where: str, tiny_bundle: Bundle) -> None:
+    """Others wait for them as long as for a batch that succeeds."""
+    payload = b"bad" if where == "decode" else Frames(tiny_bundle).payload("s1-r2", 1)
+    failing = Failing(ServedModel(tiny_bundle, threads=1), 0.3, where)
+    engine = Engine(max_batch=8, max_queue=8, max_batch_s=0.55, decode_threads=0)
+    engine.start()
+
+    def submit() -> Coroutine[Any, Any, Computed]:
+        return engine.compute(Job(failing, "s1-r2", payload, None))  # type: ignore[arg-type]
+
+    try:
+        first = await asyncio.gather(submit(), return_exceptions=True)
+        others = await asyncio.gather(*[submit() for _ in range(8)], return_exceptions=True)
+    finally:
+        await engine.stop()
+    assert all(isinstance(outcome, BitneckError) for outcome in (*first, *others))
+    assert engine.batches >= 5  # one, and then two at most
+
+
+async def test_frames_that_fail_do_not_make_others_look_slow(tiny_bundle: Bundle) -> None:
+    good, failing = Frames(tiny_bundle).payload("s1-r2", 1), Failing(ServedModel(tiny_bundle, threads=1), 0.5, "decode")
+    engine = Engine(max_batch=4, max_queue=8, max_batch_s=1.4, decode_threads=0)
+    engine.start()
+
+    def submit(point: str, payload: bytes) -> Coroutine[Any, Any, Computed]:
+        return engine.compute(Job(failing, point, payload, None))  # type: ignore[arg-type]
+
+    try:
+        bad = [submit("s1-r1", b"bad") for _ in range(3)]
+        await asyncio.gather(submit("s1-r2", good), *bad, return_exceptions=True)
+        await asyncio.gather(*[submit("s1-r2", good) for _ in range(4)])
+    finally:
+        await engine.stop()
+    assert failing.batches == [1, 4]
+
+
 async def test_frames_are_decoded_beside_the_tail(slow: Slow, tiny_bundle: Bundle) -> None:
     good = Frames(tiny_bundle).payload("s1-r2", 1)
     slow.seconds = 1.0

@@ -14,21 +14,36 @@ class BatchTime:
 
     How a pass's time is shared between its frames is not measured: each keeps its share of what was expected of them
     all.
+
+    A frame that fails before it is computed, such as one that cannot be decoded, takes another time: often less, and it
+    says nothing of the tail. It is a lower bound of what its point takes, and kept apart.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._least: dict[str, float] = {}
 
     def of(self, point: str) -> float:
         """Expected seconds of a frame in a batch. A point that is not known is like the slowest one that is."""
-        return self._seconds.get(point) or max(self._seconds.values(), default=0.0)
+        known = self._seconds.get(point) or max(self._seconds.values(), default=0.0)
+        return max(known, self._least.get(point, 0.0))
 
-    def learn(self, points: Sequence[str], seconds: float) -> None:
-        """A batch was computed.
+    def learn_failed(self, point: str, seconds: float) -> None:
+        """A frame failed before it was computed.
 
         Args:
-            points: of its frames, one or more.
-            seconds: what it took.
+            point: of the frame.
+            seconds: what its batch spent on it.
+        """
+        before = self._least.get(point, seconds)
+        self._least[point] = before + (seconds - before) * _WEIGHT
+
+    def learn(self, points: Sequence[str], seconds: float) -> None:
+        """Frames of a batch were computed.
+
+        Args:
+            points: of these frames, one or more.
+            seconds: what they took.
         """
         each = seconds / len(points)
         ratio = seconds / sum(self._seconds.get(point, each) for point in points) if seconds > 0 else 1.0

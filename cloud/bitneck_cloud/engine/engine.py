@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -156,22 +157,22 @@ class Engine:
 
     def _compute(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
         """In the engine's thread: compute one batch, and hand the results to the event loop."""
-        begin = time.perf_counter()
         try:
-            results = _pass(batch)
+            passed = _pass(batch)
         except Exception:  # noqa: BLE001  a bug must not end the engine: these frames fail, the next are served
             _LOG.exception("the engine failed on a batch of %d frames", len(batch))
-            results = [ModelFailure(INTERNAL_ERROR)] * len(batch)
-        loop.call_soon_threadsafe(self._finish, results, time.perf_counter() - begin)
+            passed = _Passed([ModelFailure(INTERNAL_ERROR)] * len(batch))
+        loop.call_soon_threadsafe(self._finish, passed)
 
-    def _finish(self, results: list[Computed | BitneckError], seconds: float) -> None:
-        batch, self._in_hand = self._in_hand, []
-        computed = [job.point for job, result in zip(batch, results, strict=True) if isinstance(result, Computed)]
-        if computed:
-            times = self._times.get(batch[0].model)
-            if times is None:
-                times = self._times[batch[0].model] = BatchTime()
-            times.learn(computed, seconds)
+    def _finish(self, passed: "_Passed") -> None:
+        (batch, self._in_hand), results = (self._in_hand, []), passed.results
+        times = self._times.get(batch[0].model)
+        if times is None:
+            times = self._times[batch[0].model] = BatchTime()
+        if passed.computed:
+            times.learn(passed.computed, passed.computed_s)
+        for point, seconds in passed.failed:
+            times.learn_failed(point, seconds)
         self._idle.set()
         self._begin()  # the thread goes on while answers are sent
         self.batches += 1
@@ -226,12 +227,32 @@ def _settle(batch: list[Job], results: list[Computed | BitneckError]) -> None:
         job.settle(result)
 
 
-def _pass(batch: list[Job]) -> list[Computed | BitneckError]:
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """What became of a batch.
+
+    Attributes:
+        results: one of each frame.
+        computed: operating points of the frames that went through the network, also of those that failed there.
+        computed_s: seconds that the pass spent on these.
+        failed: operating points of the other frames, each with the seconds that the pass spent on it.
+    """
+
+    results: list[Computed | BitneckError]
+    computed: Sequence[str] = ()
+    computed_s: float = 0.0
+    failed: Sequence[tuple[str, float]] = ()
+
+
+def _pass(batch: list[Job]) -> _Passed:
     """Decode the frames that are not decoded yet, and compute. Runs in the engine's thread."""
+    start = time.perf_counter()
     results: list[Computed | BitneckError | None] = [job.late(time.monotonic()) for job in batch]
     latents: dict[int, NDArray[np.float32]] = {}
+    failed: list[tuple[str, float]] = []
     for row, job in enumerate(batch):
         if results[row] is None:
+            begin = time.perf_counter()
             latent = job.decode()
             if isinstance(latent, BitneckError):
                 results[row] = latent
@@ -239,13 +260,14 @@ def _pass(batch: list[Job]) -> list[Computed | BitneckError]:
                 results[row] = late
             else:
                 latents[row] = latent
+                continue
+            failed.append((job.point, time.perf_counter() - begin))
     begin = time.perf_counter()
+    taken = [batch[row] for row in latents]
+    points = [job.point for job in taken]
     outputs: list[Output | BitneckError] = []
     if latents:
-        taken = [batch[row] for row in latents]
-        outputs = taken[0].model.compute(
-            [job.point for job in taken], list(latents.values()), [job.map_step for job in taken]
-        )
+        outputs = taken[0].model.compute(points, list(latents.values()), [job.map_step for job in taken])
     compute_us = round((time.perf_counter() - begin) * 1e6)
     for row, output in zip(latents, outputs, strict=True):
         job = batch[row]
@@ -260,4 +282,9 @@ def _pass(batch: list[Job]) -> list[Computed | BitneckError]:
                 batch=len(latents),
             )
         )
-    return [result if result is not None else ModelFailure("the frame was not computed") for result in results]
+    return _Passed(
+        [result if result is not None else ModelFailure("the frame was not computed") for result in results],
+        points,
+        time.perf_counter() - start - sum(seconds for _, seconds in failed),
+        failed,
+    )
