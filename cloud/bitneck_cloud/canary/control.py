@@ -8,18 +8,20 @@ goes on, and go over. A frame is always decoded by the bundle that its session w
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, BundleError, CanaryRefused, InvalidConfig, ModelFailure
 from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck_cloud.canary.candidates import Candidates
 from bitneck_cloud.canary.photographs import Photographs
+from bitneck_cloud.canary.records import Ended, Running, Streams
 from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.engine.tally import Tally
@@ -29,60 +31,11 @@ from bitneck_cloud.fleet.records import BundleChoice
 from bitneck_cloud.observe.audit import acting, record
 from bitneck_cloud.sessions.registry import Registry
 
-__all__ = ["Canaries", "Ended", "Running", "Streams"]
+__all__ = ["Canaries"]
 
 _LOG = logging.getLogger(__name__)
 _CANARY: Final = "canary"
 _PROMOTED: Final = "promoted"
-
-
-class Streams(Protocol):
-    """What reaches clients."""
-
-    def tell_of_bundles(self, model: str) -> int:
-        """Tell the clients of a model that have another bundle than the one that they would get now; how many."""
-
-
-@dataclass(slots=True)
-class Running:
-    """A canary that runs.
-
-    Attributes:
-        choice: what was begun.
-        current: the bundle that all others have.
-        candidate: the one that is tried.
-        counted_since: when the tallies began, RFC 3339: with the canary, or with this run of the server.
-        photographs: the comparison on photographs; None if the server has none.
-    """
-
-    choice: BundleChoice
-    current: ServedModel
-    candidate: ServedModel
-    counted_since: str
-    photographs: Photographs | None = None
-    task: "asyncio.Task[None] | None" = field(default=None, repr=False)
-
-    @property
-    def tallies(self) -> tuple[Tally, Tally]:
-        """Of the current bundle, and of the candidate."""
-        assert self.current.tally is not None
-        assert self.candidate.tally is not None
-        return self.current.tally, self.candidate.tally
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A canary that was promoted, or ended.
-
-    Attributes:
-        running: in its last state.
-        tallies: of the current bundle of that time, and of the candidate.
-        told: streams whose clients were told that they have another bundle now.
-    """
-
-    running: Running
-    tallies: tuple[Tally, Tally]
-    told: int
 
 
 class Canaries:
@@ -171,8 +124,7 @@ class Canaries:
             InvalidConfig: a pattern that is refused, or a group that is not there.
             StateUnusable: it cannot be kept.
         """
-        async with self._lock:
-            current = self._registry.model(name)
+        async with self._changing(name) as current:
             name = current.name
             if name in self._running:
                 choice = self._running[name].choice
@@ -192,11 +144,12 @@ class Canaries:
                 model=name, kind=_CANARY, base=self._bases[name], bundle=bundle,
                 bundle_id=candidate.bundle.bundle_id, clients=clients, since=_now(), by=acting.get(),
             )  # fmt: skip
-            await self._fleet.choose(name, [*self._choices(name), choice])
-            running = self._start(choice, for_whom, current, candidate)
-            after = {"bundle": bundle, "bundle_id": choice.bundle_id, "clients": clients}
-            record("canary begin", name, before=current.bundle.bundle_id, after=after)
-            return running, self._streams.tell_of_bundles(name)
+            told = await self._decide(
+                "canary begin", name, [*self._choices(name), choice],
+                lambda: self._start(choice, for_whom, current, candidate),
+                before=current.bundle.bundle_id, after=_shown(choice),
+            )  # fmt: skip
+            return self._running[name], told
 
     async def promote(self, name: str) -> Ended:
         """Give the candidate to all clients.
@@ -207,19 +160,19 @@ class Canaries:
             StateUnusable: it cannot be kept; nothing is changed.
             InvalidConfig: the folder of earlier bundles cannot be written; likewise.
         """
-        async with self._lock:
-            name = self._registry.model(name).name
-            running = self.of(name)
+        async with self._changing(name) as current:
+            running = self.of(current.name)
             choice = replace(running.choice, kind=_PROMOTED, clients="", since=_now(), by=acting.get())
             kept = [choice] if choice.bundle_id != choice.base else []
+
+            def serve() -> None:
+                self._registry.swap(running.candidate)
+                self._promoted.pop(current.name, None)
+                self._promoted |= {each.model: each for each in kept}
+
             await asyncio.to_thread(_check_folder, running.candidate.bundle)
             await asyncio.to_thread(self._earlier.keep, running.candidate.bundle, running.current.bundle)
-            await self._fleet.choose(name, kept)
-            self._registry.swap(running.candidate)
-            self._promoted.pop(name, None)
-            if kept:
-                self._promoted[name] = choice
-            return self._finish(name, "canary promote", running, running.choice.bundle_id)
+            return await self._finish("canary promote", running, kept, serve, after=choice.bundle_id)
 
     async def end(self, name: str) -> Ended:
         """Give the candidate to no more clients; those that have it go back.
@@ -229,12 +182,14 @@ class Canaries:
             CanaryRefused: no canary of it runs.
             StateUnusable: it cannot be kept; nothing is changed.
         """
-        async with self._lock:
-            name = self._registry.model(name).name
-            running = self.of(name)
-            await self._fleet.choose(name, self._choices(name))
-            self._registry.withdraw(name)
-            return self._finish(name, "canary end", running, running.current.bundle.bundle_id)
+        async with self._changing(name) as current:
+            running = self.of(current.name)
+
+            def serve() -> None:
+                self._registry.withdraw(current.name)
+
+            kept = self._choices(current.name)
+            return await self._finish("canary end", running, kept, serve, after=current.bundle.bundle_id)
 
     async def folder_read(self, name: str, bundle_id: str) -> None:
         """The folder of ``--bundle`` was read again, and its bundle is served next: that takes a promotion's place.
@@ -326,7 +281,37 @@ class Canaries:
         return_freed_memory()
         return served
 
-    def _start(self, choice: BundleChoice, clients: Clients, current: ServedModel, candidate: ServedModel) -> Running:
+    @contextlib.asynccontextmanager
+    async def _changing(self, name: str) -> AsyncGenerator[ServedModel]:
+        """The bundle of a model that is served, which nobody else changes meanwhile.
+
+        Raises:
+            UnknownModel: no model with this name is served.
+        """
+        async with self._lock:
+            yield self._registry.model(name)
+
+    async def _decide(
+        self,
+        action: str,
+        name: str,
+        kept: Sequence[BundleChoice],
+        serve: Callable[[], None],
+        *,
+        before: object,
+        after: object,
+    ) -> int:
+        """Keep what is chosen for a model, serve by that, log it, and tell clients; how many streams were told.
+
+        Raises:
+            StateUnusable: it cannot be kept; nothing is changed.
+        """
+        await self._fleet.choose(name, kept)
+        serve()
+        record(action, name, before=before, after=after)
+        return self._streams.tell_of_bundles(name)
+
+    def _start(self, choice: BundleChoice, clients: Clients, current: ServedModel, candidate: ServedModel) -> None:
         running = Running(choice, current, candidate, _now())
         current.tally, candidate.tally = Tally(), Tally()
         if self._photos is not None:
@@ -334,20 +319,24 @@ class Canaries:
             running.task = asyncio.create_task(running.photographs.run(), name="bitneck-canary-photographs")
         self._running[choice.model] = running
         self._registry.begin(candidate, clients)
-        return running
 
-    def _finish(self, name: str, action: str, running: Running, served: str) -> Ended:
-        tallies = running.tallies
-        running.current.tally = running.candidate.tally = None
-        if running.photographs is not None:
-            running.photographs.end()
-        if running.task is not None:
-            running.task.cancel()
-        del self._running[name]
-        choice = running.choice
-        before = {"bundle": choice.bundle, "bundle_id": choice.bundle_id, "clients": choice.clients}
-        record(action, name, before=before, after=served)
-        return Ended(running, tallies, self._streams.tell_of_bundles(name))
+    async def _finish(
+        self, action: str, running: Running, kept: Sequence[BundleChoice], serve: Callable[[], None], *, after: str
+    ) -> Ended:
+        """`_decide` on the end of a canary, and compare no more."""
+        tallies, name = running.tallies, running.choice.model
+
+        def end() -> None:
+            serve()
+            running.current.tally = running.candidate.tally = None
+            if running.photographs is not None:
+                running.photographs.end()
+            if running.task is not None:
+                running.task.cancel()
+            del self._running[name]
+
+        told = await self._decide(action, name, kept, end, before=_shown(running.choice), after=after)
+        return Ended(running, tallies, told)
 
     async def close(self) -> None:
         """Compare no more photographs."""
@@ -355,6 +344,11 @@ class Canaries:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _shown(choice: BundleChoice) -> dict[str, str]:
+    """A canary as the audit log shows it."""
+    return {"bundle": choice.bundle, "bundle_id": choice.bundle_id, "clients": choice.clients}
 
 
 def _check_folder(bundle: Bundle) -> None:

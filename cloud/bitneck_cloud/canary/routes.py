@@ -11,7 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from bitneck_cloud.canary.control import Canaries, Ended, Running
+from bitneck_cloud.canary.control import Canaries
+from bitneck_cloud.canary.records import Ended, Running
 from bitneck_cloud.canary.schemas import (
     CanaryBegun,
     CanaryEnded,

@@ -6,8 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from bitneck.errors import InvalidConfig
 from bitneck.ids import ID_PATTERN, check_id
-from bitneck_cloud.canary.control import Running
 from bitneck_cloud.canary.photographs import Agreement, Photographs
+from bitneck_cloud.canary.records import Running
 from bitneck_cloud.engine.tally import PointTally, Tally, note_of, share_interval
 from bitneck_cloud.fleet.patterns import MAX_PATTERN_CHARACTERS
 from bitneck_cloud.fleet.records import BundleChoice

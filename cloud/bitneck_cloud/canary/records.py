@@ -1,0 +1,61 @@
+"""A canary that runs, and one that has ended."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bitneck_cloud.canary.photographs import Photographs
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.engine.tally import Tally
+from bitneck_cloud.fleet.records import BundleChoice
+
+__all__ = ["Ended", "Running", "Streams"]
+
+
+class Streams(Protocol):
+    """What reaches clients."""
+
+    def tell_of_bundles(self, model: str) -> int:
+        """Tell the clients of a model that have another bundle than the one that they would get now; how many."""
+
+
+@dataclass(slots=True)
+class Running:
+    """A canary that runs.
+
+    Attributes:
+        choice: what was begun.
+        current: the bundle that all others have.
+        candidate: the one that is tried.
+        counted_since: when the tallies began, RFC 3339: with the canary, or with this run of the server.
+        photographs: the comparison on photographs; None if the server has none.
+    """
+
+    choice: BundleChoice
+    current: ServedModel
+    candidate: ServedModel
+    counted_since: str
+    photographs: Photographs | None = None
+    task: "asyncio.Task[None] | None" = field(default=None, repr=False)
+
+    @property
+    def tallies(self) -> tuple[Tally, Tally]:
+        """Of the current bundle, and of the candidate."""
+        assert self.current.tally is not None
+        assert self.candidate.tally is not None
+        return self.current.tally, self.candidate.tally
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A canary that was promoted, or ended.
+
+    Attributes:
+        running: in its last state.
+        tallies: of the current bundle of that time, and of the candidate.
+        told: streams whose clients were told that they have another bundle now.
+    """
+
+    running: Running
+    tallies: tuple[Tally, Tally]
+    told: int
