@@ -201,6 +201,7 @@ async def _serve(
         idle_s=settings.idle_s, stall_s=settings.stall_s, similar_bytes=settings.similar_bytes,
         tls=settings.tls_cert is not None,
         earlier=lambda name, bundle_id: earlier.generation(registry, name, bundle_id, pool, settings.threads),
+        look=lambda name: canaries.look(name),
     )  # fmt: skip
     fleet.serve(registry, service)
     folders, changing = {model.name: model.bundle.root for model in models.values()}, asyncio.Lock()
@@ -258,6 +259,7 @@ async def _serve(
         readiness.ready = not stopping.is_set()
         keeping = [
             asyncio.create_task(_keep_house(registry, service, subscriptions, devices, operators, refusals)),
+            asyncio.create_task(canaries.watch()),
             asyncio.create_task(fleet.keep()),
         ]
         presence = Presence(outgoing.client_state)

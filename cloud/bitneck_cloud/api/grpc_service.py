@@ -54,6 +54,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         similar_bytes: likewise.
         tls: whether connections are encrypted.
         earlier: loads the generation of a model, by its name, that has a bundle's id; for the frames of spools.
+        look: finds out whether devices can fetch the candidate of a model now, before one gets its manifest.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         similar_bytes: int,
         tls: bool = False,
         earlier: Callable[[str, str], Awaitable[ServedModel]] | None = None,
+        look: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self._registry = registry
         self._engine = engine
@@ -85,13 +87,17 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         self._tls = tls
         self._streams: dict[str, Conversation] = {}
         self._earlier = earlier
+        self._look = look
         self._draining = False
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Context) -> pb.GetManifestResponse:  # noqa: N802
         """The manifest that a client gets of a served model, compressed for one that takes it so."""
         await _identify(context)
         try:
-            bundle = self._registry.offered(request.model, request.client).bundle
+            served = self._registry.offered(request.model, request.client)
+            if await self._away(served.name, served.bundle.bundle_id):
+                served = self._registry.offered(request.model, request.client)
+            bundle = served.bundle
         except BitneckError as exc:
             await abort(context, exc)
         sent, size = deflated(bundle.manifest_json) if request.deflate else (bundle.manifest_json, 0)
@@ -127,7 +133,17 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             await abort(context, exc)
         except OSError as exc:
             _LOG.error("%s cannot be read: %s", request.path, exc)
+            if await self._away(self._registry.model(request.model).name, request.bundle_id):
+                await abort(context, BundleMismatch("the files of this bundle are away; get the manifest again"))
             await abort(context, Unavailable("the bundle is being replaced; get its manifest again"))
+
+    async def _away(self, model: str, bundle_id: str) -> bool:
+        """Whether a bundle is a candidate that devices cannot fetch now."""
+        candidate = self._registry.candidate(model)
+        if self._look is None or candidate is None or candidate.bundle.bundle_id != bundle_id:
+            return False
+        await self._look(model)
+        return self._registry.withheld(model)
 
     def _edge_file(self, request: pb.FetchFileRequest) -> Path:
         bundle = self._registry.model(request.model).bundle
@@ -313,9 +329,9 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
 
     def _tell_of_bundle(self, session: Session, stream: Conversation) -> bool:
         """The same for one session. Frames of a spool are coded already."""
-        offered = self._registry.offered(session.model, session.client).bundle.bundle_id
-        if session.spool or session.bundle_id == offered:
+        if session.spool or self._registry.suits(session.model, session.client, session.bundle_id):
             return False
+        offered = self._registry.offered(session.model, session.client).bundle.bundle_id
         stream.push(NewBundle(offered, f"{session.client[:80]} gets this bundle now"))
         return True
 

@@ -79,6 +79,10 @@ class Candidates:
             )
         return folder
 
+    def version(self, name: str) -> tuple[int, int]:
+        """What tells a candidate's manifest from another one in its place; (0, 0) if there is none."""
+        return _version(self._folder / name / MANIFEST_NAME) if self._folder is not None else (0, 0)
+
     def _needed(self) -> Path:
         if self._folder is None:
             raise CanaryRefused(

@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from bitneck.bundle import Bundle
-from bitneck.errors import BitneckError, BundleError, CanaryRefused, InvalidConfig, ModelFailure
-from bitneck.runtime import ModulePool, return_freed_memory
+from bitneck.errors import BitneckError, CanaryRefused
+from bitneck.runtime import ModulePool
 from bitneck_cloud.canary.candidates import Candidates
+from bitneck_cloud.canary.loading import CandidateLoader, check_folder
 from bitneck_cloud.canary.photographs import Photographs
-from bitneck_cloud.canary.records import Ended, Running, Streams
+from bitneck_cloud.canary.records import Ended, Running, Streams, Waiting
 from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.engine.tally import Tally
@@ -36,6 +36,8 @@ __all__ = ["Canaries"]
 _LOG = logging.getLogger(__name__)
 _CANARY: Final = "canary"
 _PROMOTED: Final = "promoted"
+_LOOK_S = 5.0
+"""Folders of candidates are looked at so often, and whenever a device or an operator asks."""
 
 
 class Canaries:
@@ -69,19 +71,24 @@ class Canaries:
         self._registry = registry
         self._fleet = fleet
         self._streams = streams
-        self._pool = pool
-        self._threads = threads
+        self._loader = CandidateLoader(registry, candidates, pool, threads, earlier)
         self._earlier = earlier
         self._photos = photos
         self._lock = lock
         self._bases = {name: model.bundle.bundle_id for name, model in registry.models.items()}
         self._promoted: dict[str, BundleChoice] = {}
         self._running: dict[str, Running] = {}
+        self._waiting: dict[str, Waiting] = {}
 
     @property
     def running(self) -> Mapping[str, Running]:
         """The canaries that run, by model."""
         return self._running
+
+    @property
+    def waiting(self) -> Mapping[str, Waiting]:
+        """The canaries of before a restart whose bundle cannot be loaded, by model."""
+        return self._waiting
 
     @property
     def kept(self) -> bool:
@@ -102,6 +109,11 @@ class Canaries:
         Raises:
             CanaryRefused: none does.
         """
+        if (waiting := self._waiting.get(name)) is not None:
+            raise CanaryRefused(
+                f"the canary {waiting.choice.bundle} of {name} does not run: {waiting.problem}. It begins by itself "
+                f"when its bundle is back; or end it (DELETE /v1/models/{name}/canary)"
+            )
         if name not in self._running:
             raise CanaryRefused(f"no canary of {name} runs; POST /v1/models/{name}/canary begins one")
         return self._running[name]
@@ -126,6 +138,8 @@ class Canaries:
         """
         async with self._changing(name) as current:
             name = current.name
+            if name in self._waiting:
+                self.of(name)
             if name in self._running:
                 choice = self._running[name].choice
                 raise CanaryRefused(
@@ -133,9 +147,9 @@ class Canaries:
                     f"(POST /v1/models/{name}/canary/promote) or end it (DELETE /v1/models/{name}/canary) first"
                 )
             for_whom = self._fleet.groups.clients(clients)
-            folder = await asyncio.to_thread(self.candidates.folder_of, bundle)
+            await asyncio.to_thread(self.candidates.folder_of, bundle)
             try:
-                candidate = await asyncio.to_thread(self._load, folder, current, "")
+                candidate = await asyncio.to_thread(self._loader.load, bundle, current)
             except BitneckError as exc:
                 _LOG.error("the canary %s of %s does not begin: %s", bundle, name, exc)
                 record("canary begin", name, before=current.bundle.bundle_id, after=f"failed: {type(exc).__name__}")
@@ -156,7 +170,7 @@ class Canaries:
 
         Raises:
             UnknownModel: no model with this name is served.
-            CanaryRefused: no canary of it runs, or its folder does not hold the candidate any more.
+            CanaryRefused: no canary of it runs, or its folder is away, or does not hold the candidate any more.
             StateUnusable: it cannot be kept; nothing is changed.
             InvalidConfig: the folder of earlier bundles cannot be written; likewise.
         """
@@ -170,12 +184,14 @@ class Canaries:
                 self._promoted.pop(current.name, None)
                 self._promoted |= {each.model: each for each in kept}
 
-            await asyncio.to_thread(_check_folder, running.candidate.bundle)
+            if problem := await running.folder.look():
+                raise CanaryRefused(f"no device could fetch the candidate {running.choice.bundle}: {problem}")
+            await asyncio.to_thread(check_folder, running.candidate.bundle)
             await asyncio.to_thread(self._earlier.keep, running.candidate.bundle, running.current.bundle)
             return await self._finish("canary promote", running, kept, serve, after=choice.bundle_id)
 
     async def end(self, name: str) -> Ended:
-        """Give the candidate to no more clients; those that have it go back.
+        """Give the candidate to no more clients; those that have it go back. Its folder need not be there.
 
         Raises:
             UnknownModel: no model with this name is served.
@@ -183,13 +199,16 @@ class Canaries:
             StateUnusable: it cannot be kept; nothing is changed.
         """
         async with self._changing(name) as current:
-            running = self.of(current.name)
-
-            def serve() -> None:
-                self._registry.withdraw(current.name)
-
-            kept = self._choices(current.name)
-            return await self._finish("canary end", running, kept, serve, after=current.bundle.bundle_id)
+            name, after = current.name, current.bundle.bundle_id
+            kept = self._choices(name)
+            if (waiting := self._waiting.get(name)) is not None:
+                told = await self._decide(
+                    "canary end", name, kept, lambda: self._forget(name), before=_shown(waiting.choice), after=after
+                )
+                return Ended(None, told)
+            return await self._finish(
+                "canary end", self.of(name), kept, lambda: self._registry.withdraw(name), after=after
+            )
 
     async def folder_read(self, name: str, bundle_id: str) -> None:
         """The folder of ``--bundle`` was read again, and its bundle is served next: that takes a promotion's place.
@@ -202,15 +221,16 @@ class Canaries:
         if any(choice.model == name for choice in self._fleet.choices):  # also one that could not be served
             await self._fleet.choose(name, [])
             self._promoted.pop(name, None)
+            self._forget(name)
         self._bases[name] = bundle_id
 
     def refuse_if_running(self, name: str) -> None:
         """A reload would change what the canary is compared with.
 
         Raises:
-            CanaryRefused: a canary of this model runs.
+            CanaryRefused: a canary of this model runs, or waits for its bundle.
         """
-        if name in self._running:
+        if name in self._running or name in self._waiting:
             raise CanaryRefused(
                 f"a canary of {name} runs and is compared with the bundle that is served: promote it, or end it "
                 f"(DELETE /v1/models/{name}/canary), then reload"
@@ -232,11 +252,57 @@ class Canaries:
                 await self._resume(choice)
             except BitneckError as exc:
                 _LOG.error("%s is not served: %s; the bundle of --bundle is", what, exc)
+                if choice.kind == _CANARY:
+                    version = await asyncio.to_thread(self.candidates.version, choice.bundle)
+                    self._waiting[choice.model] = Waiting(choice, str(exc), version)
+
+    async def watch(self) -> None:
+        """Look at the folders of candidates now and then, until it is cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for name in (*self._running, *self._waiting):
+                await self.look(name)
+
+    async def look(self, name: str) -> None:
+        """Look at the folder of a model's candidate, if it has one.
+
+        While devices cannot fetch the candidate from there, those that do not have it get the current bundle. A canary
+        that waits for its bundle begins when that is there.
+        """
+        if (running := self._running.get(name)) is not None:
+            problem = await running.folder.look()
+            if running is not self._running.get(name) or bool(problem) == bool(running.problem):
+                return
+            self._registry.withhold(name, withheld=bool(problem))
+            running.problem = problem
+            if problem:
+                _LOG.warning("canary %s of %s: %s; devices that do not have its bundle get the current one",
+                             running.choice.bundle, name, problem)  # fmt: skip
+            else:
+                _LOG.info("canary %s of %s: devices get its bundle again", running.choice.bundle, name)
+                self._streams.tell_of_bundles(name)
+        elif (waiting := self._waiting.get(name)) is not None:
+            version = await asyncio.to_thread(self.candidates.version, waiting.choice.bundle)
+            if version == waiting.version:
+                return
+            async with self._lock:
+                if self._waiting.get(name) is not waiting:
+                    return
+                try:
+                    await self._resume(waiting.choice)
+                except BitneckError as exc:
+                    waiting.problem, waiting.version = str(exc), version
+                else:
+                    self._forget(name)
+                    self._streams.tell_of_bundles(name)
+
+    def _forget(self, name: str) -> None:
+        """No canary of a model waits any more."""
+        self._waiting.pop(name, None)
 
     async def _resume(self, choice: BundleChoice) -> None:
         current = self._registry.model(choice.model)
-        folder = await asyncio.to_thread(self.candidates.folder_of, choice.bundle)
-        candidate = await asyncio.to_thread(self._load, folder, current, choice.bundle_id)
+        candidate = await asyncio.to_thread(self._loader.load, choice.bundle, current, choice.bundle_id)
         if choice.kind == _PROMOTED:
             self._registry.swap(candidate)
             self._promoted[choice.model] = choice
@@ -249,37 +315,8 @@ class Canaries:
         _LOG.info("%s %s of %s goes on: %s", choice.kind, choice.bundle, choice.model, choice.bundle_id)
 
     def _choices(self, name: str) -> list[BundleChoice]:
-        """What is chosen for a model beside a canary."""
-        return [self._promoted[name]] if name in self._promoted else []
-
-    def _load(self, folder: Path, current: ServedModel, expected: str) -> ServedModel:
-        """Verify and load a candidate, beside the bundle that is served.
-
-        Args:
-            folder: of the candidate.
-            current: the bundle that is served; equal files are shared.
-            expected: the id that it must have; empty for any.
-        """
-        try:
-            bundle = Bundle.open(folder)
-            if bundle.manifest.name != current.name:
-                raise CanaryRefused(
-                    f"the candidate {folder.name} is a bundle of {bundle.manifest.name!r}, expected {current.name!r}"
-                )
-            if expected and bundle.bundle_id != expected:
-                raise CanaryRefused(f"the candidate {folder.name} is {bundle.bundle_id} now, it was {expected}")
-            if bundle.bundle_id == current.bundle.bundle_id:
-                raise CanaryRefused(f"the candidate {folder.name} is the bundle that is served, {bundle.bundle_id}")
-            before = self._registry.still_served(current.name, bundle.bundle_id)
-            if before is not None and before.bundle.root == bundle.root:  # sessions that use it count with the others
-                served = before
-            else:
-                served = ServedModel(bundle, threads=self._threads, pool=self._pool, before=current)
-        except (BundleError, ModelFailure, InvalidConfig) as exc:
-            raise CanaryRefused(f"the candidate {folder.name} cannot be served: {exc}") from exc
-        self._earlier.keep(bundle, current.bundle)
-        return_freed_memory()
-        return served
+        """What is chosen for a model beside a canary, also a promotion that could not be served."""
+        return [choice for choice in self._fleet.choices if choice.model == name and choice.kind == _PROMOTED]
 
     @contextlib.asynccontextmanager
     async def _changing(self, name: str) -> AsyncGenerator[ServedModel]:
@@ -336,7 +373,7 @@ class Canaries:
             del self._running[name]
 
         told = await self._decide(action, name, kept, end, before=_shown(running.choice), after=after)
-        return Ended(running, tallies, told)
+        return Ended((running, tallies), told)
 
     async def close(self) -> None:
         """Compare no more photographs."""
@@ -349,20 +386,6 @@ class Canaries:
 def _shown(choice: BundleChoice) -> dict[str, str]:
     """A canary as the audit log shows it."""
     return {"bundle": choice.bundle, "bundle_id": choice.bundle_id, "clients": choice.clients}
-
-
-def _check_folder(bundle: Bundle) -> None:
-    """Refuse a bundle whose files devices could not fetch.
-
-    Raises:
-        CanaryRefused: its folder is gone, or holds something else.
-    """
-    try:
-        found = Bundle.open(bundle.root).bundle_id
-    except (BundleError, InvalidConfig) as exc:
-        raise CanaryRefused(f"no device could fetch the candidate {bundle.root.name} any more: {exc}") from exc
-    if found != bundle.bundle_id:
-        raise CanaryRefused(f"the candidate {bundle.root.name} is {found} now, it was {bundle.bundle_id}")
 
 
 def _now() -> str:

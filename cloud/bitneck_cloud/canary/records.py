@@ -4,12 +4,13 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from bitneck_cloud.canary.folder import CandidateFolder
 from bitneck_cloud.canary.photographs import Photographs
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.engine.tally import Tally
 from bitneck_cloud.fleet.records import BundleChoice
 
-__all__ = ["Ended", "Running", "Streams"]
+__all__ = ["Ended", "Running", "Streams", "Waiting"]
 
 
 class Streams(Protocol):
@@ -29,6 +30,7 @@ class Running:
         candidate: the one that is tried.
         counted_since: when the tallies began, RFC 3339: with the canary, or with this run of the server.
         photographs: the comparison on photographs; None if the server has none.
+        problem: why devices that do not have the candidate get the current bundle; empty if they do not.
     """
 
     choice: BundleChoice
@@ -37,6 +39,12 @@ class Running:
     counted_since: str
     photographs: Photographs | None = None
     task: "asyncio.Task[None] | None" = field(default=None, repr=False)
+    problem: str = ""
+    folder: CandidateFolder = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Its folder is that of the candidate."""
+        self.folder = CandidateFolder(self.candidate.bundle)
 
     @property
     def tallies(self) -> tuple[Tally, Tally]:
@@ -46,16 +54,30 @@ class Running:
         return self.current.tally, self.candidate.tally
 
 
+@dataclass(slots=True)
+class Waiting:
+    """A canary of before a restart whose bundle could not be loaded: all clients have the current one.
+
+    Attributes:
+        choice: what was begun.
+        problem: why.
+        version: of the candidate's manifest when it was tried; see `Candidates.version`.
+    """
+
+    choice: BundleChoice
+    problem: str
+    version: tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A canary that was promoted, or ended.
 
     Attributes:
-        running: in its last state.
-        tallies: of the current bundle of that time, and of the candidate.
+        compared: it in its last state, with the tallies of the current bundle of that time, and of the candidate; None
+            if its bundle could not be loaded.
         told: streams whose clients were told that they have another bundle now.
     """
 
-    running: Running
-    tallies: tuple[Tally, Tally]
+    compared: tuple[Running, tuple[Tally, Tally]] | None
     told: int

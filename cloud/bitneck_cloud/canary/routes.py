@@ -61,13 +61,15 @@ def add_canary(
     def info(name: str) -> dict[str, Any]:
         served = registry.model(name)
         running: Running | None = canaries.running.get(served.name)
+        shown = running or canaries.waiting.get(served.name)
         return {
             "model": served.name,
             "bundle_id": served.bundle.bundle_id,
             "base_bundle_id": canaries.base(served.name),
             "kept": canaries.kept,
             "promoted": choice_info(canaries.promoted(served.name)),
-            "canary": choice_info(running.choice if running is not None else None),
+            "canary": choice_info(shown.choice if shown is not None else None),
+            "problem": shown.problem if shown is not None else "",
             "comparison": comparison_of(running, running.tallies, sessions(served.name)) if running else None,
             "photographs": photographs_of(running.photographs) if running else None,
         }
@@ -77,8 +79,8 @@ def add_canary(
             "model": name,
             "bundle_id": registry.model(name).bundle.bundle_id,
             "told": done.told,
-            "comparison": comparison_of(done.running, done.tallies, sessions(name)),
-            "photographs": photographs_of(done.running.photographs),
+            "comparison": comparison_of(*done.compared, sessions(name)) if done.compared else None,
+            "photographs": photographs_of(done.compared[0].photographs) if done.compared else None,
         }
 
     @app.get("/v1/models/{name}/candidates", **shared)
@@ -101,6 +103,7 @@ def add_canary(
     @app.get("/v1/models/{name}/canary", **shared)
     async def canary(name: str) -> CanaryInfo:
         """The canary that runs, and how its bundle compares with the current one."""
+        await canaries.look(registry.model(name).name)
         return CanaryInfo(**info(name))
 
     @app.post("/v1/models/{name}/canary", **shared)
@@ -114,14 +117,14 @@ def add_canary(
         """Give the canary's bundle to all clients."""
         name = registry.model(name).name
         done = await canaries.promote(name)
-        folder = str(done.running.candidate.bundle.root)
+        folder = str(registry.model(name).bundle.root)
         return CanaryPromoted(
             **ended(name, done), kept=canaries.kept, folder=folder, note=_note(canaries, name, folder)
         )
 
     @app.delete("/v1/models/{name}/canary", **shared)
     async def end(name: str) -> CanaryEnded:
-        """End the canary: its clients go back to the current bundle."""
+        """End the canary: its clients go back to the current bundle. Its folder need not be there."""
         name = registry.model(name).name
         return CanaryEnded(**ended(name, await canaries.end(name)))
 

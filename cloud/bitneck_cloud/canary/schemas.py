@@ -145,8 +145,11 @@ class CanaryInfo(BaseModel):
     base_bundle_id: str = Field(description="what the folder of --bundle held when it was loaded last")
     kept: bool = Field(description="whether canaries and promotions survive a restart (state_db)")
     promoted: ChoiceInfo | None = Field(description="if the current bundle is one that was promoted")
-    canary: ChoiceInfo | None = Field(description="null if none runs")
-    comparison: Comparison | None
+    canary: ChoiceInfo | None = Field(description="null if there is none")
+    problem: str = Field(
+        description="why devices that do not have the canary's bundle get the current one; empty if they do not"
+    )
+    comparison: Comparison | None = Field(description="null while no canary runs")
     photographs: PhotographsInfo | None = Field(description="null without canary_photos")
 
 
@@ -162,7 +165,7 @@ class CanaryEnded(BaseModel):
     model: str
     bundle_id: str = Field(description="of the bundle that all clients get now")
     told: int = Field(description="streams whose clients were told that they have another bundle now")
-    comparison: Comparison
+    comparison: Comparison | None = Field(description="null if the bundle could not be loaded")
     photographs: PhotographsInfo | None
 
 

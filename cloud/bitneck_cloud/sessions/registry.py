@@ -80,6 +80,7 @@ class Registry:
         self._ended = ended
         self._sessions: dict[str, Session] = {}
         self._candidates: dict[str, tuple[ServedModel, Clients]] = {}  # by model, with the clients that get it
+        self._withheld: set[str] = set()  # models whose candidate is not to be had just now
         self._earlier: dict[str, list[ServedModel]] = {}  # by model, the one that was loaded last first
 
     @property
@@ -143,6 +144,7 @@ class Registry:
         self.model(model.name)
         if self.candidate(model.name) is model:
             del self._candidates[model.name]
+            self._withheld.discard(model.name)
         self._keep(model.name, [model, self._generations[model.name][0]])
 
     def _keep(self, name: str, first: Sequence[ServedModel]) -> None:
@@ -162,7 +164,7 @@ class Registry:
         return candidate
 
     def offered(self, name: str, client: str) -> ServedModel:
-        """The generation that a client gets: the candidate if it is for this client's name, else the newest.
+        """The generation that a client gets: the candidate if it is for this name and can be had, else the newest.
 
         Args:
             name: of the model; see `model`.
@@ -172,10 +174,37 @@ class Registry:
             UnknownModel: see `model`.
         """
         newest = self.model(name)
-        candidate, clients = self._candidates.get(newest.name, (None, None))
+        tried = self._tried_by(newest.name, client)
+        return newest if tried is None or newest.name in self._withheld else tried
+
+    def suits(self, name: str, client: str, bundle_id: str) -> bool:
+        """Whether a client may stay with a bundle: it is offered, or a candidate for it that it has fetched already.
+
+        Args:
+            name: of a served model.
+            client: the client's name, as it says itself.
+            bundle_id: that it has.
+        """
+        stays = self.offered(name, client), self._tried_by(name, client)
+        return bundle_id in [each.bundle.bundle_id for each in stays if each is not None]
+
+    def _tried_by(self, name: str, client: str) -> ServedModel | None:
+        """The candidate, if it is for this client's name."""
+        candidate, clients = self._candidates.get(name, (None, None))
         if candidate is None or clients is None or not client:
-            return newest
-        return candidate if clients.matches(clean_text(client[:MAX_CLIENT_CHARACTERS])) else newest
+            return None
+        return candidate if clients.matches(clean_text(client[:MAX_CLIENT_CHARACTERS])) else None
+
+    def withheld(self, name: str) -> bool:
+        """Whether a model's candidate goes to no client that does not have it."""
+        return name in self._withheld
+
+    def withhold(self, name: str, *, withheld: bool) -> None:
+        """Offer a model's candidate to no client that does not have it, or offer it again."""
+        if withheld:
+            self._withheld.add(name)
+        else:
+            self._withheld.discard(name)
 
     def begin(self, candidate: ServedModel, clients: Clients) -> None:
         """Give some clients a candidate, from now on.
@@ -189,6 +218,7 @@ class Registry:
     def withdraw(self, name: str) -> None:
         """Give the candidate to no more clients. It stays for the sessions that use it, as one generation before."""
         candidate, _ = self._candidates.pop(name)
+        self._withheld.discard(name)
         newest, *before = self._generations[name]
         self._keep(name, [newest, candidate, *before[:1]])
 

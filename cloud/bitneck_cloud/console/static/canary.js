@@ -122,12 +122,13 @@ export function canaryPart({ operate, complain }) {
     if (!choice && operate && asked !== model.value) without = await listing(signal);
     const origin = state.promoted ? `It was promoted on ${moment(state.promoted.since)} by ${state.promoted.by}. ` : "";
     says.textContent = choice
-      ? `${choice.bundle} (${choice.bundle_id.slice(...SHORT)}) for ${choice.clients}, since ${moment(choice.since)}, by ${choice.by}. ${state.kept ? "Kept over restarts." : "A restart of this server ends it."}`
+      ? `${choice.bundle} (${choice.bundle_id.slice(...SHORT)}) for ${choice.clients}, since ${moment(choice.since)}, by ${choice.by}. ${state.kept ? "Kept over restarts." : "A restart of this server ends it."}${state.problem ? ` Devices that do not have its bundle get the current one: ${state.problem}.` : ""}`
       : `All clients get ${state.bundle_id.slice(...SHORT)}. ${origin}${operate ? without : ""}`;
     form.hidden = Boolean(choice) || !operate;
     running.hidden = !choice || !operate;
-    tables.hidden = !choice;
-    if (!choice) return;
+    promoting.hidden = !state.comparison;
+    tables.hidden = !state.comparison;
+    if (!state.comparison) return;
     const { current, candidate } = state.comparison;
     note.hidden = false;
     note.textContent = `Faults: ${state.comparison.note}.`;
