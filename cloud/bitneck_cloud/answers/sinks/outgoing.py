@@ -15,7 +15,7 @@ from bitneck.errors import InvalidConfig, UnknownModel
 from bitneck.text import clean_text
 from bitneck_cloud.answers.filters import AnswerFilter
 from bitneck_cloud.answers.sinks.jsonl import JsonlSink
-from bitneck_cloud.answers.sinks.mqtt import MqttSink
+from bitneck_cloud.answers.sinks.mqtt.sink import MqttSink
 from bitneck_cloud.answers.sinks.queue_access import QueueAccess, checkpoint, log_bytes
 from bitneck_cloud.answers.sinks.queue_file import QueueFile
 from bitneck_cloud.answers.sinks.sender import Sender

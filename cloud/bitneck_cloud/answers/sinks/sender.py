@@ -21,6 +21,10 @@ _FAREWELL_S = 3.0
 _IDLE_S = 1.0
 _LONGEST_WAIT_S = 3600.0
 _ERROR_CHARACTERS = 300
+_MOST_BUGS = 3
+"""Internal errors in a row at one answer, which goes alone after the first; then it is set aside. Twice as many for
+each one that was set aside before it, unless an attempt came to an end meanwhile."""
+_MOST_DOUBLINGS = 12
 
 
 class Sender:
@@ -42,6 +46,7 @@ class Sender:
         self._failing, self._error = False, ""
         self._error_at: float | None = None
         self._delivered_at: float | None = None
+        self._bugs = self._set_aside = 0
 
     def start(self) -> None:
         """Begin to deliver."""
@@ -124,7 +129,7 @@ class Sender:
         try:
             # What an attempt has does not fall out meanwhile: it must not be all that there is.
             most_bytes = min(self.sink.most_bytes, self.table.queue_bytes // 4)
-            batch = self._queue.call(self._queue.file.take, name, self.sink.most, most_bytes)
+            batch = self._queue.call(self._queue.file.take, name, 1 if self._bugs else self.sink.most, most_bytes)
         except sqlite3.Error as exc:
             return Attempt(error=f"the queue cannot be read: {exc}"), False
         if not batch and not self.sink.restless():
@@ -133,9 +138,16 @@ class Sender:
             attempt = self.sink.send(batch)
         except InvalidConfig as exc:
             attempt = Attempt(error=str(exc))
-        except BaseException:
-            self._queue.call(self._queue.file.settle, name, batch, (), time.time())
-            raise
+        except Exception as exc:
+            self._bugs += 1
+            if len(batch) != 1 or self._bugs <= _MOST_BUGS << min(self._set_aside, _MOST_DOUBLINGS):
+                self._queue.call(self._queue.file.settle, name, batch, (), time.time())
+                raise
+            _LOG.exception("sink %s: an attempt failed", name)
+            why = f"an internal error each time ({type(exc).__name__}); the log says more"
+            self._bugs, self._set_aside, attempt = 0, self._set_aside + 1, Attempt((why,), why)
+        else:
+            self._bugs = self._set_aside = 0
         attempt = self._settle(batch, attempt)
         held = self._queue.file.held[name]
         full = held.queued >= self.sink.most or held.bytes >= most_bytes

@@ -80,7 +80,7 @@ class Attempt:
         settled: one text for each answer from the batch's front: empty if it was delivered, else why it never will be.
         error: why the others were not delivered; empty if there are none, or if they only wait for their turn.
         retry_after_s: seconds that the other side asks to wait; None if it does not say.
-        cut: whether the last one of the settled is given up because the connection ends at it each time.
+        cut: whether the last one of the settled is given up because the connection ends, or is silent, at it.
     """
 
     settled: tuple[str, ...] = ()

@@ -1,0 +1,222 @@
+"""One connection to an MQTT broker."""
+
+import json
+import secrets
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from bitneck_cloud.answers.sinks.settings import MqttTable, secret_of
+from bitneck_cloud.answers.sinks.topics import topic_of
+
+__all__ = ["Connection", "Failed", "Said"]
+
+_KEEPALIVE_S = 30
+_IN_FLIGHT = 20
+"""Messages without an acknowledgement, at most; fewer where the broker says so."""
+_GOODBYE_S = 2.0
+_NO_TOPIC = "bitneck/no-such-topic"
+
+
+class Failed(Exception):
+    """The connection is of no use any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What became of messages.
+
+    Attributes:
+        reasons: what the broker says of them, from the first one up to the first without an acknowledgement.
+        error: why that one has none; empty if all of them have one.
+        lost: whether the connection ended, or nothing came, while that one was under way.
+        blamed: why that message is to blame; empty if it is not.
+        outvoted: whether the first one is to blame for its refusal: the broker takes another one.
+    """
+
+    reasons: list[ReasonCode]
+    error: str = ""
+    lost: bool = False
+    blamed: str = ""
+    outvoted: bool = False
+
+
+class Connection:
+    """One connection, from its beginning to its end. Callbacks come from the library's thread.
+
+    Args:
+        table: the sink's settings.
+        server: name of this server.
+    """
+
+    def __init__(self, table: MqttTable, server: str) -> None:
+        self._table = table
+        self._changed = threading.Condition()
+        self._connected = False
+        self._ended = ""
+        self._window = _IN_FLIGHT
+        self._acks: dict[int, ReasonCode] = {}
+        self._echoed = False
+        self.max_packet = 0
+        self._will_topic = topic_of(table.server_topic, {"server": server}) if table.server_topic else ""
+        self._server = server
+        five = table.protocol == "5"
+        self._client = client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=table.client_id or f"bitneck-{table.name[:32]}-{secrets.token_hex(4)}",
+            protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
+            clean_session=None if five else True,
+            reconnect_on_failure=False,
+        )
+        client.connect_timeout = table.timeout_s
+        client.on_connect, client.on_disconnect, client.on_publish = self._on_connect, self._on_disconnect, self._on_ack
+        client.on_unsubscribe = self._on_unsubscribe
+        self._properties: Properties | None = None
+        if five:
+            self._properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            self._properties.ContentType = "application/json"
+
+    def open(self) -> None:
+        """Connect and sign in.
+
+        Raises:
+            Failed: there is no broker, or it refuses.
+            InvalidConfig: the password's file cannot be read.
+        """
+        table, client = self._table, self._client
+        port = table.port or (8883 if table.tls else 1883)
+        if table.username:
+            client.username_pw_set(table.username, secret_of(table.password, table.password_file))
+        if self._will_topic:
+            client.will_set(self._will_topic, self._greeting(online=False), qos=1, retain=True)
+        try:
+            if table.tls:
+                context = ssl.create_default_context(cafile=table.tls_ca)
+                if table.tls_cert is not None:
+                    context.load_cert_chain(table.tls_cert, table.tls_key, password=lambda: "")
+                client.tls_set_context(context)
+            client.connect(table.host, port, keepalive=_KEEPALIVE_S)
+        except (OSError, ValueError) as exc:
+            raise Failed(f"no connection to {table.host}:{port}: {exc}") from exc
+        client.loop_start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._connected or self._ended, table.timeout_s)
+            if self._ended or not self._connected:
+                raise Failed(f"{table.host}:{port}: {self._ended or 'the broker does not answer'}")
+        if self._will_topic:
+            said = self.publish([(self._will_topic, self._greeting(online=True), True)])
+            if said.error:
+                raise Failed(said.error)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the connection has ended."""
+        return bool(self._ended)
+
+    def usable(self) -> bool:
+        """Whether messages can be sent."""
+        return self._connected and not self._ended
+
+    def check(self) -> None:
+        """Ask the broker for any answer at all.
+
+        Raises:
+            Failed: there is none.
+        """
+        self._echoed = False
+        self._client.unsubscribe(_NO_TOPIC)  # needs no right and changes nothing, and every broker acknowledges it
+        with self._changed:
+            self._changed.wait_for(lambda: self._echoed or self._ended, self._table.timeout_s)
+            if not self._echoed:
+                raise Failed(self._ended or f"no answer within {self._table.timeout_s:g} s")
+
+    def publish(self, messages: Sequence[tuple[str, bytes, bool]]) -> Said:
+        """Send messages and wait for their acknowledgements.
+
+        Args:
+            messages: topic, payload, and whether the broker keeps it.
+        """
+        numbers: list[int] = []
+        reasons: list[ReasonCode] = []
+        impossible, failed, tried = "", "", False
+        for place in range(len(messages)):
+            while len(numbers) < min(len(messages), place + self._window) and not impossible:
+                topic, payload, retain = messages[len(numbers)]
+                tried = not self._ended
+                try:
+                    info = self._client.publish(topic, payload, qos=1, retain=retain, properties=self._properties)
+                except ValueError as exc:  # too long for the protocol itself; those before it are under way
+                    impossible = f"it cannot be sent: {exc}"
+                    break
+                if info.rc != paho.MQTT_ERR_SUCCESS:  # also if it was sent, and the connection ended at once
+                    failed = paho.error_string(info.rc)
+                    break
+                numbers.append(info.mid)
+            if place == len(numbers):
+                return Said(
+                    reasons, impossible or self._ended or failed, lost=tried and not impossible, blamed=impossible
+                )
+            with self._changed:
+                number = numbers[place]
+                self._changed.wait_for(lambda: number in self._acks or self._ended, self._table.timeout_s)  # noqa: B023
+                if number not in self._acks:
+                    error = self._ended or f"no acknowledgement within {self._table.timeout_s:g} s"
+                    return Said(reasons, error, lost=True)
+                reasons.append(self._acks.pop(number))
+        return Said(reasons)
+
+    def close(self, *, goodbye: bool) -> None:
+        """End the connection.
+
+        Args:
+            goodbye: tell the broker that this server is not online any more.
+        """
+        if goodbye and self.usable():
+            if self._will_topic:
+                info = self._client.publish(self._will_topic, self._greeting(online=False), qos=1, retain=True)
+                deadline = time.monotonic() + _GOODBYE_S
+                with self._changed:
+                    while info.mid not in self._acks and not self._ended and time.monotonic() < deadline:
+                        self._changed.wait(0.1)
+            self._client.disconnect()
+        else:
+            self._client.disconnect(ReasonCode(PacketTypes.DISCONNECT, "Disconnect with will message")
+                                    if self._properties is not None else None)  # fmt: skip
+        self._client.loop_stop()
+
+    def _greeting(self, *, online: bool) -> bytes:
+        return json.dumps({"version": 1, "server": self._server, "online": online}).encode()
+
+    def _on_connect(self, _client: Any, _data: Any, _flags: Any, reason: ReasonCode, properties: Any) -> None:
+        with self._changed:
+            if reason.is_failure:
+                self._ended = f"the broker refuses: {reason}"
+            else:
+                self.max_packet = getattr(properties, "MaximumPacketSize", 0)
+                self._window = min(_IN_FLIGHT, getattr(properties, "ReceiveMaximum", _IN_FLIGHT))
+                self._connected = True
+            self._changed.notify_all()
+
+    def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        with self._changed:
+            self._ended = self._ended or f"the connection ended: {reason}"
+            self._changed.notify_all()
+
+    def _on_ack(self, _client: Any, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
+        with self._changed:
+            self._acks[mid] = reason
+            self._changed.notify_all()
+
+    def _on_unsubscribe(self, *_: Any) -> None:
+        with self._changed:
+            self._echoed = True
+            self._changed.notify_all()
