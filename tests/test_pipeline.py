@@ -24,6 +24,8 @@ class Log:
     under_way: int = 0
     most_under_way: int = 0
     sent: list[int] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
 
 
 class Step:
@@ -53,6 +55,10 @@ class Step:
 
     def drop(self) -> None:
         self.encoding.cancel()
+        self.log.dropped.append(self.number)
+
+    def told(self) -> None:
+        self.log.told.append(self.number)
 
     async def send(self) -> None:
         await self.encoding
@@ -113,6 +119,7 @@ def test_sent_in_order_bounded_and_each_answered_once(
     assert log.sent == [k for k, (_, fails) in enumerate(plan) if fails not in ("encode", "send")]
     assert log.most_encoding <= encoders
     assert log.most_under_way <= limit
+    assert (log.told, log.dropped) == ([number for number, _ in results], [])
 
 
 async def test_encoding_overlaps_and_unordered_results_come_at_once() -> None:
@@ -155,6 +162,19 @@ async def test_closing_early_ends_every_task_and_closes_the_source() -> None:
     await results.aclose()
     assert closed.is_set()
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_job_knows_when_its_result_was_taken() -> None:
+    """When the reader asks for the next one, or goes away; others learn that nobody waits for them."""
+    log = Log()
+    results = pipeline(steps([((1, 1, 1), "")] * 6, log, None), encoders=2, slots=Slots(lambda: 6), ordered=True)
+    for number in range(3):
+        assert await anext(results) == (number, "")
+        await asyncio.sleep(0.01)
+        assert log.told == list(range(number)), "not while the reader is at work with it"
+    await results.aclose()
+    assert log.told == [0, 1, 2]
+    assert sorted(log.dropped) == [3, 4, 5]
 
 
 async def test_stop_ends_after_what_is_under_way() -> None:

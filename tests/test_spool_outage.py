@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +12,11 @@ from typing import Any, cast
 import pytest
 
 from bitneck.bundle import Bundle
-from bitneck.errors import ImageError, Unavailable, UnknownPoint
+from bitneck.errors import BitneckError, BundleMismatch, ImageError, Unavailable, UnknownPoint
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.link.sent import Sent
+from bitneck_edge.passage import Passage, Ways
 from bitneck_edge.session import EdgeSession, Encoding
 from bitneck_edge.sources.capture import Capture
 from bitneck_edge.spool import segment
@@ -68,6 +71,7 @@ class Bench:
     """A spool and an outage without a link: pictures are encoded and answered by the test."""
 
     def __init__(self, folder: Path, bundle: Bundle, **limits: Any) -> None:
+        self.folder = folder
         self.spool = Spool.open(folder, Limits(**{"most_bytes": 1_000_000, "most_age_s": 1e6} | limits))
         self.handed: list[Answer | Failure] = []
         self.outage = Outage(self.spool, self.handed.append, lambda: None)
@@ -77,10 +81,10 @@ class Bench:
             SimpleNamespace(bundle=bundle, link=link, silence_s=1e3, failure=None, answer_of=lambda *it: it[-1]),
         )
 
-    def begin(self, name: str, *, encoded: bool = True) -> Flight:
+    def begin(self, name: str, *, encoded: bool = True, before: Flight | None = None) -> Flight:
         photo: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         encoding = Encoding(capture=Capture(Path(name), name), decision=cast("Any", None), photo=photo, candidate=None)
-        flight = self.outage.begin(self.session, encoding)
+        flight = self.outage.begin(self.session, encoding, before)
         if encoded:
             self.encode(flight)
         return flight
@@ -89,6 +93,16 @@ class Bench:
         cast("asyncio.Future[Any]", flight.encoding.photo).set_result(
             SimpleNamespace(point="s1-r1", encoded=SimpleNamespace(payload=bytes(100)))
         )
+
+    def on_disk(self) -> list[str]:
+        """Names of the frames that a device would send if this one's process ended now."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy = shutil.copytree(self.folder, Path(folder) / "spool")
+            spool = Spool.open(copy, Limits(most_bytes=1_000_000, most_age_s=1e6))
+            try:
+                return [each.name for each in spool.take(99, 1 << 20)]
+            finally:
+                spool.close()
 
     def to_send(self) -> list[str]:
         return [each.name for each in self.spool.take(99, 1 << 20)]
@@ -110,7 +124,7 @@ async def test_a_frame_whose_turn_does_not_come_is_on_the_disk(bench: Bench, tmp
     await until(lambda: bench.spool.counts.kept)
     assert (first.seq, second.seq, broken.seq) == (None, 1, None)
     assert bench.to_send() == [], "its session may still send it"
-    bench.outage.failed(second)
+    bench.outage.told(second)
     assert bench.spool.counts.kept == 0, "the program was told why it has no answer"
     with pytest.raises(ImageError):
         await bench.outage.keep(broken)
@@ -122,9 +136,137 @@ async def test_a_frame_that_is_answered_in_time_is_not_written(bench: Bench) -> 
     bench.outage.sent(flight, Sent(1, b"", 0, 0.0, answer))
     answer.set_result(None)
     assert await bench.outage.watch(flight)
+    bench.outage.told(flight)
     slow = bench.begin("slow")
     await until(lambda: slow.seq is not None)
     assert (flight.seq, slow.seq, bench.spool.counts.spooled) == (None, 1, 1)
+
+
+async def test_a_picture_that_is_coded_again_is_on_the_disk_all_the_time(bench: Bench) -> None:
+    """The old frame is crossed out when the new one is written, and not before."""
+    old = bench.begin("old")
+    await until(lambda: old.seq is not None)
+    new = bench.begin("new", encoded=False, before=old)
+    assert bench.on_disk() == ["old"]
+    bench.encode(new)
+    await asyncio.sleep(0.1)
+    assert bench.on_disk() == ["old"]
+    await until(lambda: new.seq is not None)
+    assert bench.on_disk() == ["new"]
+    last = bench.begin("last", before=new)
+    bench.outage.told(last)  # it was answered at once
+    assert bench.on_disk() == []
+    assert bench.spool.counts.kept == 0
+
+
+async def test_a_picture_is_written_while_it_waits_to_be_coded_again(bench: Bench) -> None:
+    """Another bundle may be long in coming."""
+    old = bench.begin("old")
+    new = bench.begin("new", encoded=False, before=old)
+    await until(lambda: old.seq is not None)
+    assert bench.on_disk() == ["old"]
+    cast("asyncio.Future[Any]", new.encoding.photo).set_exception(ImageError("the file is gone"))
+    await asyncio.sleep(0)
+    assert bench.on_disk() == ["old"], "until the program knows why"
+    bench.outage.told(new)
+    assert bench.on_disk() == []
+
+
+@pytest.mark.parametrize("written", [True, False])
+async def test_a_picture_that_nobody_waits_for_while_it_is_coded_again(bench: Bench, written: bool) -> None:
+    """What it gave before goes to the spool."""
+    old = bench.begin("old")
+    if written:
+        await until(lambda: old.seq is not None)
+    new = bench.begin("new", encoded=False, before=old)
+    bench.outage.give_up(new)
+    assert bench.to_send() == ["old"]
+    assert bench.on_disk() == ["old"]
+
+
+async def test_an_answer_is_on_the_disk_until_the_program_takes_it(bench: Bench) -> None:
+    """It waits behind others, or for a program that has no time."""
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    flight = bench.begin("ready")
+    bench.outage.sent(flight, Sent(1, b"", 0, 0.0, answer))
+    answer.set_exception(UnknownPoint("a fault that does not pass"))
+    assert await bench.outage.watch(flight)
+    await until(lambda: flight.seq is not None)
+    assert bench.on_disk() == ["ready"]
+    bench.outage.give_up(flight)  # the program leaves its stream
+    assert [type(each) for each in bench.handed] == [Failure]
+    assert bench.on_disk() == []
+
+
+async def test_a_stream_whose_reader_has_no_time(server: Server, tmp_path: Path) -> None:
+    """Frames are on the disk until their answers were taken, and then no more; each is answered once."""
+    spooled: list[Answer | Failure] = []
+    async with (
+        asyncio.timeout(HANG_S),
+        EdgeClient(
+            server.grpc, model="tiny", threads=1, cache_dir=tmp_path / "cache", spool=tmp_path / "spool",
+            on_spooled=spooled.append,
+        ) as client,
+    ):  # fmt: skip
+        results = client.stream(captures(3))
+        found = [await anext(results)]
+        await until(lambda: client.spool is not None and client.spool.kept == 3)
+        found += [each async for each in results]
+        assert [each.file for each in found if isinstance(each, Answer)] == [f"camera#{k}" for k in range(3)]
+        await until(lambda: client.spool is not None and client.spool.kept == 0)
+        assert spooled == []
+
+
+class Moving:
+    """Sessions of a client that finds another bundle: what a passage needs of them."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.link = SimpleNamespace(up=True, silent_s=0.0)
+        self.bundle, self.silence_s = bundle, 1e3
+        self.failure: BitneckError | None = None
+        self.photos: list[asyncio.Future[Any]] = []
+
+    def begin(self, capture: Capture, _interval_s: float) -> Encoding:
+        self.photos.append(asyncio.get_running_loop().create_future())
+        return Encoding(capture=capture, decision=cast("Any", None), photo=self.photos[-1], candidate=None)
+
+    async def takes_frames(self) -> bool:
+        while self.failure is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return False
+
+
+async def test_a_passage_keeps_its_frame_until_the_other_bundles_is_written(bench: Bench, tiny_bundle: Bundle) -> None:
+    """From the moment in which its session fails, over the fetching of the other bundle, to its own answer."""
+    sessions = [Moving(tiny_bundle), Moving(tiny_bundle)]
+    usable, renewed = [sessions[0]], asyncio.Event()
+
+    async def renew(_session: Any) -> None:
+        await renewed.wait()
+        usable[0] = sessions[1]
+
+    ways = Ways(
+        usable=lambda: cast("EdgeSession", usable[0]), interval_s=lambda: 0.0,
+        renews=lambda session: isinstance(session.failure, BundleMismatch), renew=renew,
+        finished=cast("Any", None), failed=lambda _error: None, outage=lambda: bench.outage,
+    )  # fmt: skip
+    passage = Passage(ways, Capture(Path("picture"), "picture"))
+    passage.encode()
+    encoded = SimpleNamespace(point="s1-r1", encoded=SimpleNamespace(payload=bytes(100)))
+    sessions[0].photos[0].set_result(encoded)
+    sending = asyncio.create_task(passage.send())
+    await until(lambda: bench.on_disk() == ["picture"])
+    usable[0] = sessions[1]  # somebody else was faster
+    sessions[0].failure = BundleMismatch("another bundle")
+    renewed.set()
+    await until(lambda: sessions[1].photos)
+    assert bench.on_disk() == ["picture"]
+    sessions[1].photos[0].set_result(encoded)
+    await until(lambda: bench.spool.counts.spooled == 2)
+    assert bench.on_disk() == ["picture"], "once"
+    sending.cancel()
+    await asyncio.gather(sending, return_exceptions=True)
+    assert bench.to_send() == bench.on_disk() == ["picture"]
 
 
 async def test_frames_that_nobody_waits_for_any_more(bench: Bench) -> None:
@@ -191,6 +333,8 @@ async def test_a_held_frame_whose_answer_is_there_at_once_is_answered_once(bench
     answer.set_exception(UnknownPoint("a fault that does not pass"))
     bench.outage.sent(flight, Sent(1, b"", 0, 0.0, answer))
     assert await bench.outage.watch(flight), "the program gets it"
+    assert bench.on_disk() == ["slow"], "until it has it"
+    bench.outage.told(flight)
     await asyncio.sleep(0.1)
     assert bench.handed == [], "a second time"
     assert bench.spool.counts.kept == 0

@@ -186,11 +186,8 @@ class EdgeClient(ClientFacts):
         """
         await self._revive()
         self.tally.pictures += 1
-        passage = Passage(self._ways, Capture.of(photo))
-        passage.encode()
         try:
-            await passage.send(prompt=True)
-            answer = await passage.answer()
+            answer = await Passage(self._ways, Capture.of(photo)).alone()
         except BitneckError as exc:
             self.tally.failed(exc)
             raise

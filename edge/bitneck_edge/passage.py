@@ -74,7 +74,7 @@ class Passage:
         return self._through(self._send, self._encode)
 
     def drop(self) -> None:
-        """Do not encode it, if that has not begun. With a spool, a frame that is encoded goes there."""
+        """Nobody waits for it any more: do not encode it, if that has not begun. With a spool, a frame goes there."""
         if self._encoding is not None:
             self._encoding.photo.cancel()
         if self._flight is not None and (outage := self._ways.outage()) is not None:
@@ -83,6 +83,31 @@ class Passage:
     def answer(self) -> Awaitable[Answer | None]:
         """Wait for its answer; None if the frame is in the spool."""
         return self._through(self._answer, self._encode, self._send)
+
+    async def alone(self) -> Answer | None:
+        """All stages, for a program that waits for this photograph alone; None if the frame is in the spool.
+
+        Raises:
+            BitneckError: it has no answer.
+        """
+        self.encode()
+        try:
+            await self.send(prompt=True)
+            answer = await self.answer()
+        except BitneckError:
+            self.told()
+            raise
+        except BaseException:
+            self.drop()
+            raise
+        if answer is not None:
+            self.told()
+        return answer
+
+    def told(self) -> None:
+        """The program has its answer, or its failure: the spool need not keep the frame any more."""
+        if self._flight is not None and (outage := self._ways.outage()) is not None:
+            outage.told(self._flight)
 
     def failed(self, error: BitneckError) -> Failure:
         """It was not answered."""
@@ -93,9 +118,7 @@ class Passage:
         self._session = self._ways.usable()
         self._encoding = self._session.begin(self._capture, self._ways.interval_s())
         if (outage := self._ways.outage()) is not None:
-            if self._flight is not None:  # it is encoded again
-                outage.failed(self._flight)
-            self._flight = outage.begin(self._session, self._encoding)
+            self._flight = outage.begin(self._session, self._encoding, self._flight)
         return self._encoding
 
     async def _encode(self) -> None:
@@ -125,9 +148,6 @@ class Passage:
                 raise moved
             self._spooled = True
             await outage.keep(flight)
-        except BitneckError:
-            outage.failed(flight)
-            raise
         except asyncio.CancelledError:
             outage.give_up(flight)
             raise

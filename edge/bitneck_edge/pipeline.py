@@ -30,7 +30,10 @@ class Job(Protocol[R_co]):
         """The end of the first stage, then the second one, which the jobs before this one have left already."""
 
     def drop(self) -> None:
-        """It is encoded, or waits to be, and will not be sent."""
+        """Nobody waits for its result any more."""
+
+    def told(self) -> None:
+        """Whoever reads the results has its own, and has asked for the next one, or for none."""
 
     def answer(self) -> Awaitable[R_co | None]:
         """The last stage; gives the result, or None if there is none to wait for."""
@@ -87,7 +90,7 @@ async def pipeline(
         Exception: what `jobs` raises, after the results of the jobs before; or what a job raises that is no
             `BitneckError`.
     """
-    tasks: set[asyncio.Task[R | None]] = set()
+    tasks: dict[asyncio.Task[R | None], Job[R]] = {}  # whose results were not taken
     encoding: asyncio.Queue[Job[R] | None] = asyncio.Queue()
     results: asyncio.Queue[asyncio.Task[R | None] | None] = asyncio.Queue()
     free_encoders = asyncio.Semaphore(encoders)
@@ -118,25 +121,36 @@ async def pipeline(
                 error = exc
             free_encoders.release()
             task = asyncio.create_task(_answer(job, error))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            tasks[task] = job
             if ordered:
                 results.put_nowait(task)
             else:
                 task.add_done_callback(results.put_nowait)
         if all_sent is not None:
             await all_sent()
-        if tasks and not ordered:
-            await asyncio.wait(tasks)
+        if not ordered and (left := [task for task in tasks if not task.done()]):
+            await asyncio.wait(left)
 
     reading, sending = asyncio.create_task(encode_all()), asyncio.create_task(send_all())
     sending.add_done_callback(lambda _: results.put_nowait(None))
     try:
         while (answer := await results.get()) is not None:
-            result = await answer
-            slots.give()
+            job = tasks[answer]
+            try:
+                result = await answer
+                slots.give()
+                if result is not None:
+                    yield result
+            except Exception:  # the reader has it now
+                job.told()
+                raise
+            except GeneratorExit:
+                job.told()
+                del tasks[answer]
+                raise
+            del tasks[answer]
             if result is not None:
-                yield result
+                job.told()
         await sending
         await reading
     finally:
@@ -146,6 +160,8 @@ async def pipeline(
         while not encoding.empty():
             if (unsent := encoding.get_nowait()) is not None:
                 unsent.drop()
+        for job in tasks.values():
+            job.drop()
 
 
 async def _answer(job: Job[R], error: BitneckError | None) -> R | None:

@@ -299,7 +299,7 @@ class Spool:
     def done(self, seqs: Iterable[int]) -> None:
         """These frames were answered, and the answers were handed out."""
         with self._mutex:
-            for seq in seqs:
+            for seq in seqs if not self._closed else ():
                 if (segment := self._of(seq)) is not None:
                     self._sent += segment.done([seq])
                     self._unsynced.add(segment)

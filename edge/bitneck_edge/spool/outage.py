@@ -7,7 +7,8 @@
 The half second counts from the moment in which the frame is encoded, and not from its sending: it may wait for others,
 for room in the window, for its turn, or for a connection to be written to. A held frame waits for the session that it
 was sent on, so that the cloud does not compute it twice. If the process ends before its answer comes, it is a frame
-like any other in the spool.
+like any other in the spool. So it is until the program has taken the answer, and until a frame that was coded again,
+for another bundle, is on the disk itself.
 """
 
 import asyncio
@@ -44,16 +45,18 @@ class Flight:
     Attributes:
         session: that encodes it, and may send it.
         encoding: of its picture.
+        before: the same picture, coded for an earlier bundle; its record stays until this frame needs none, or has one.
         sent: the frame, once the session has sent it.
         seq: its number in the spool, if it is there.
         over: it was answered, left to the spool, or given up.
-        given: its answer, or its fault, has gone to the program.
+        given: its answer, or its fault, has gone to whoever waits for it.
         lost: why it could not be left to the spool.
         timer: of its writing to the disk.
     """
 
     session: EdgeSession
     encoding: Encoding
+    before: "Flight | None" = None
     sent: Sent | None = None
     seq: int | None = None
     over: bool = False
@@ -78,9 +81,15 @@ class Outage:
         self._flights: set[Flight] = set()
         self._busy = 0
 
-    def begin(self, session: EdgeSession, encoding: Encoding) -> Flight:
-        """A picture is being encoded: half a second after that, its frame is on the disk if it has no answer."""
-        flight = Flight(session, encoding)
+    def begin(self, session: EdgeSession, encoding: Encoding, before: Flight | None = None) -> Flight:
+        """A picture is being encoded: half a second after that, its frame is on the disk if it has no answer.
+
+        Args:
+            session: that encodes it.
+            encoding: of the picture.
+            before: the same picture, if it was encoded before, for another bundle.
+        """
+        flight = Flight(session, encoding, before)
         self._flights.add(flight)
         encoding.photo.add_done_callback(functools.partial(self._encoded, flight))
         return flight
@@ -118,25 +127,29 @@ class Outage:
         sent.answer.add_done_callback(functools.partial(self._answered, flight))
 
     def give_up(self, flight: Flight) -> None:
-        """Nobody waits for a frame any more that was not sent. If it is encoded, it is left to the spool."""
-        if not flight.over and flight.sent is None:
-            if _is_encoded(flight):
-                self._leave(flight, told=False)
-            else:
-                self._end(flight)
+        """Nobody waits for a frame any more. If it is encoded and has no answer, it is left to the spool."""
+        if flight.over:
+            return
+        if flight.sent is None:
+            self._leave_if_encoded(flight)
+            return
+        flight.over, flight.given = True, False
+        if flight.sent.answer.done():
+            self._answered(flight, flight.sent.answer)
 
-    def failed(self, flight: Flight) -> None:
-        """The program is told why a frame that was not sent has no answer."""
-        if not flight.over:
-            self._end(flight)
-            if flight.seq is not None:
-                self._spool.done([flight.seq])
+    def told(self, flight: Flight) -> None:
+        """The program has a frame's answer, or knows why there is none."""
+        if flight.over:  # it is in the spool, or was never encoded
+            self._forget_before(flight)
+        else:
+            self._cross_out(flight)
 
     async def watch(self, flight: Flight) -> bool:
         """Wait for the answer of a frame that was sent.
 
         Returns:
-            Whether the answer, or a fault that does not pass, is there. If not, the frame is in the spool.
+            Whether the answer, or a fault that does not pass, is there: call `told` once the program has it. If not,
+            the frame is in the spool.
 
         Raises:
             Overloaded: there is no answer, and the spool has no room.
@@ -164,10 +177,7 @@ class Outage:
                 raise flight.lost
             if flight.over:
                 return False
-            self._end(flight)
             flight.given = True  # `_answered` may be called after this
-            if flight.seq is not None:
-                self._spool.done([flight.seq])
             return True
         except asyncio.CancelledError:  # nobody waits for the answer any more
             flight.over = True
@@ -181,8 +191,7 @@ class Outage:
         """The session has ended: what is out goes to the spool. Waits until nothing is being written."""
         for flight in list(self._flights):
             if flight.sent is None:
-                if _is_encoded(flight):
-                    self._leave(flight)
+                self._leave_if_encoded(flight, told=True)
             elif not flight.sent.answer.done() or _passes(flight.session, flight.sent.answer):
                 self._leave(flight, told=False)
         for _ in range(100):
@@ -192,15 +201,15 @@ class Outage:
 
     def _encoded(self, flight: Flight, photo: "asyncio.Future[EncodedPhoto]") -> None:
         """A picture was encoded, or cannot be."""
-        if not _is_encoded(flight):
+        if not _is_encoded(flight):  # what is known of the picture before stays until the program is told
             self._end(flight)
         elif not flight.over:
             flight.timer = photo.get_loop().call_later(_HOLD_S, self._hold, flight)
 
     def _hold(self, flight: Flight) -> None:
-        """It has no answer in time: write it to the disk, whatever it waits for. Without room, it is tried again."""
+        """Nobody has its answer in time: write it to the disk, whatever it waits for. Without room, do so later."""
         self._stop_timer(flight)
-        if flight.seq is not None or (flight.sent is not None and flight.sent.answer.done()):
+        if flight.seq is not None:
             return
         try:
             flight.seq = self._put(flight, held=True)
@@ -219,6 +228,28 @@ class Outage:
         if flight.timer is not None:
             flight.timer.cancel()
             flight.timer = None
+
+    def _leave_if_encoded(self, flight: Flight, *, told: bool = False) -> None:
+        """Leave a frame that was not sent to the spool; if it is not encoded, what its picture gave before."""
+        if _is_encoded(flight):
+            self._leave(flight, told=told)
+            return
+        self._end(flight)
+        if flight.before is not None:
+            self._leave_if_encoded(flight.before)
+
+    def _forget_before(self, flight: Flight) -> None:
+        """What a picture was encoded to before is not needed any more."""
+        if (before := flight.before) is not None:
+            flight.before = None
+            self._cross_out(before)
+
+    def _cross_out(self, flight: Flight) -> None:
+        """A picture needs no record any more."""
+        self._end(flight)
+        if flight.seq is not None:
+            self._spool.done([flight.seq])
+        self._forget_before(flight)
 
     def _leave(self, flight: Flight, *, told: bool = True) -> None:
         """Leave a frame without an answer to the spool.
@@ -240,33 +271,32 @@ class Outage:
             flight.lost = exc
             if not told:
                 _LOG.warning("%s: %s", flight.encoding.capture.name, exc)
+                if flight.before is not None:
+                    self._leave_if_encoded(flight.before)
 
     def _answered(self, flight: Flight, answer: "asyncio.Future[Received]") -> None:
         """The session has settled a frame; if nobody watches it any more, hand its answer out, once."""
         if flight.given:
             return
-        passes = _passes(flight.session, answer)
         if not flight.over:  # whoever watches it goes on
-            if not passes:
-                self._flights.discard(flight)
             return
         self._end(flight)
-        if passes:
+        if _passes(flight.session, answer):
             self._leave(flight, told=False)
             return
-        if flight.seq is None or flight.sent is None:
+        if (seq := _newest_seq(flight)) is None or flight.sent is None:
             return
         flight.given = True
         name = flight.encoding.capture.name
         try:
             found: Answer | Failure = replace(
                 flight.session.answer_of(flight.encoding, flight.sent, answer.result()),
-                seq=flight.seq, spool=self._spool.spool_id, captured_unix_us=_captured_us(flight.encoding),
+                seq=seq, spool=self._spool.spool_id, captured_unix_us=_captured_us(flight.encoding),
             )  # fmt: skip
         except BitneckError as exc:
             found = Failure(name, exc)
         self._hand_out(found)
-        self._spool.done([flight.seq])
+        self._cross_out(flight)
 
     def _put_or_lose(self, flight: Flight) -> int:
         seq = self._put(flight, held=False)
@@ -294,6 +324,8 @@ class Outage:
             ),
             held=held,
         )
+        if seq is not None:
+            self._forget_before(flight)
         if not held:
             self._on_change()
         return seq
@@ -302,6 +334,13 @@ class Outage:
 def _is_encoded(flight: Flight) -> bool:
     photo = flight.encoding.photo
     return photo.done() and not photo.cancelled() and photo.exception() is None
+
+
+def _newest_seq(flight: Flight | None) -> int | None:
+    """Number of the newest record of a flight's picture; None if there is none."""
+    while flight is not None and flight.seq is None:
+        flight = flight.before
+    return flight.seq if flight is not None else None
 
 
 def _captured_us(encoding: Encoding) -> int:
