@@ -234,7 +234,7 @@ async def test_a_device_with_a_spool_goes_over_and_keeps_nothing(
             await call(server, "POST", f"{CANARY}/promote")
             await device.has(new.bundle_id)
         assert device.client.spool is not None
-        assert device.client.spool.kept == 0
+        await until(lambda: device.client.spool is not None and device.client.spool.kept == 0)
         assert [int(each.file) for each in device.results if isinstance(each, Answer)] == list(range(device.taken))
         found = await documents(server, device.taken)
         assert len(found) == device.taken

@@ -20,6 +20,7 @@ from bitneck_edge.client import EdgeClient
 from bitneck_edge.doctor.spool import check_spool
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.spool.bounds import Limits
+from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.sender import Sender
 from bitneck_testing.photographs import photo, photo_bytes
@@ -66,13 +67,15 @@ async def test_without_a_spool_a_server_that_starts_is_waited_for(tiny_bundle: B
 async def test_a_sender_ends_although_a_frame_comes_at_that_moment(tmp_path: Path) -> None:
     spool = Spool.open(tmp_path / "spool", Limits(most_bytes=1_000_000, most_age_s=1e6))
     settings = EdgeSettings.load({"server": "127.0.0.1:1", "spool": tmp_path / "spool"})
-    sender = Sender(spool, settings, lambda: None, lambda _result: None)
+    files, house = DiskThread("files"), DiskThread("house")
+    sender = Sender(spool, files, house, settings, lambda: None, lambda _result: None)
     running = asyncio.create_task(sender.run())
     await asyncio.sleep(0.05)
     sender.look()
     running.cancel()
     await asyncio.wait({running}, timeout=5)
     assert running.cancelled()
+    assert await files.close(10)
     spool.close()
 
 

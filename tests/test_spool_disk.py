@@ -28,10 +28,12 @@ from bitneck_edge.sources.capture import Capture
 from bitneck_edge.spool import files as spool_files
 from bitneck_edge.spool import sender, spooling
 from bitneck_edge.spool.bounds import Limits
+from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.format import Done, FrameEntry, Header, Table
 from bitneck_edge.spool.outage import Outage
 from bitneck_edge.spool.segment import Kept, Segment
+from bitneck_edge.spool.writer import Writer
 
 BUNDLE, OTHER = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
 LIMITS = Limits(most_bytes=10_000_000, most_age_s=86_400 * 7)
@@ -174,7 +176,7 @@ def test_a_frame_that_no_server_would_take_is_refused(tmp_path: Path) -> None:
     spool = Spool.open(tmp_path, LIMITS)
     with pytest.raises(Overloaded, match="choose an operating point of a lower rate"):
         spool.put(frame(0, payload=bytes(MAX_MESSAGE_BYTES + 1)))
-    assert spool.counts.dropped == 1
+    assert spool.counts().dropped == 1
     assert spool.put(frame(1, payload=bytes(MAX_MESSAGE_BYTES))) == 1
     assert names(spool) == ["cam#1"]
     spool.close()
@@ -185,8 +187,9 @@ async def test_a_frame_that_a_full_spool_does_not_take_is_told(tmp_path: Path, t
     spool = Spool.open(tmp_path, Limits(most_bytes=20_000, most_age_s=1e6, first="newest"))
     while spool.put(frame(0)) is not None:
         pass
-    before, handed = spool.counts.dropped, list[Answer | Failure]()
-    outage = Outage(spool, handed.append, lambda: None)
+    before, handed = spool.counts().dropped, list[Answer | Failure]()
+    thread = DiskThread("test")
+    outage = Outage(Writer(spool, thread), spool.spool_id, handed.append, lambda: None)
     photo: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     photo.set_result(SimpleNamespace(point="s1-r1", encoded=SimpleNamespace(payload=bytes(100))))
     encoding = Encoding(
@@ -196,20 +199,21 @@ async def test_a_frame_that_a_full_spool_does_not_take_is_told(tmp_path: Path, t
     session = cast("EdgeSession", SimpleNamespace(bundle=tiny_bundle, link=link, silence_s=1.0, failure=None))
     with pytest.raises(Overloaded, match="the spool has no room, the frame is lost"):
         await outage.keep(outage.begin(session, encoding))
-    assert spool.counts.dropped == before + 1
+    assert spool.counts().dropped == before + 1
     answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     flight = outage.begin(session, encoding)
     outage.sent(flight, Sent(1, b"", 0, 0.0, answer))
     watching = asyncio.create_task(outage.watch(flight))
     await asyncio.sleep(1.1)  # it is tried again and again, and counts once
-    assert spool.counts.dropped == before + 1, "its answer may still come"
+    assert spool.counts().dropped == before + 1, "its answer may still come"
     link.up = False
     with pytest.raises(Overloaded, match="the spool has no room, the frame is lost"):
         await watching
-    assert spool.counts.dropped == before + 2
+    assert spool.counts().dropped == before + 2
     answer.set_exception(Unavailable("the link was closed"))
     await outage.close()
-    assert (spool.counts.dropped, handed) == (before + 2, [])
+    assert await thread.close(10)
+    assert (spool.counts().dropped, handed) == (before + 2, [])
     spool.close()
 
 

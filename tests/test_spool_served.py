@@ -98,6 +98,7 @@ async def test_a_cut_link(server: Server, tmp_path: Path) -> None:
         assert all(not each.spool for each in back)
         assert len(spooled) - done < 300, "live frames do not wait for the spool"
         await client.drain(asyncio.Event())
+        await client.drain(asyncio.Event())
         assert client.spool.sent == 401
         assert client.spool.kept == 0
         assert sorted(numbers(spooled)) == list(range(10, 411))

@@ -73,7 +73,7 @@ class ClientFacts:
 
     @property
     def spool(self) -> SpoolCounts | None:
-        """What became of the frames of the spool; None without one."""
+        """What became of the frames of the spool; None without one. It follows the disk; `drain` waits for that."""
         return self._spooling.counts if self._spooling is not None else None
 
     @property

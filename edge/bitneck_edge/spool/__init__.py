@@ -2,7 +2,9 @@
 
     format --bytes--> segment --> files: Spool     put, take, done; opens after any interruption
                                     |
-    outage  frames without a link --'`--> sender  a session of its own, behind the live frames
+                     writer --> disk_thread        in order; nobody on the event loop waits for the disk
+                       |            |
+    outage  frames without a link   `--> sender    a session of its own, behind the live frames
 
 A `Spool` knows nothing of links; `Outage` and `Sender` know nothing of files.
 """

@@ -32,8 +32,8 @@ __all__ = ["Spool"]
 
 _LOG = logging.getLogger(__name__)
 _TIDY_BYTES = 4096
-_MOST_LOST = 1 << 16
-"""A file that has lost more bytes is not appended to."""
+_MOST_WAIT_S = 0.05  # of whoever asks for counts
+_MOST_LOST = 1 << 16  # a file that has lost more bytes is not appended to
 
 
 class Spool:
@@ -42,12 +42,13 @@ class Spool:
     Attributes:
         spool_id: the name under which the cloud knows it; it stays the same as long as the folder does.
         known: manifests of the bundles that coded the frames.
+        folder: of its files.
     """
 
     def __init__(self, folder: Path, limits: Limits, lock: int) -> None:
         self.spool_id = ""
         self.known = KnownBundles(folder / "bundles")
-        self._folder = folder
+        self.folder = folder
         self._limits = limits
         self._lock_descriptor = lock
         self._mutex = threading.RLock()
@@ -58,6 +59,7 @@ class Spool:
         self._reserved = 0
         self._closed = False
         self._spooled = self._sent = self._dropped = self._damaged = 0
+        self._counts = SpoolCounts()
         self._complaints = Complaints(folder)
 
     @classmethod
@@ -78,15 +80,15 @@ class Spool:
         return spool
 
     def _load(self) -> None:
-        for number in numbers_in(self._folder):
+        for number in numbers_in(self.folder):
             try:
-                self._segments.append(Segment.load(self._folder, number))
+                self._segments.append(Segment.load(self.folder, number))
             except OSError as exc:
-                _LOG.error("%s/%08d.frames cannot be read (%s); it is left out", self._folder, number, exc)
+                _LOG.error("%s/%08d.frames cannot be read (%s); it is left out", self.folder, number, exc)
                 self._damaged += 1
         self._damaged += sum(segment.damaged for segment in self._segments)
         if self._damaged:
-            _LOG.warning("%s: %d places were damaged or cut off", self._folder, self._damaged)
+            _LOG.warning("%s: %d places were damaged or cut off", self.folder, self._damaged)
         self._segments.sort(key=lambda segment: (segment.first, segment.number))
         named = Counter(segment.spool for segment in self._segments if segment.spool)
         self.spool_id = named.most_common(1)[0][0] if named else f"spool-{secrets.token_hex(8)}"
@@ -101,14 +103,13 @@ class Spool:
         for segment in self._segments[:-1]:
             if not segment.waiting:
                 self._remove(segment)
-        named_bundles = {bundle for segment in self._segments for bundle in segment.named_bundles}
-        self.known.forget_others(named_bundles)
-        for path in self._folder.glob("*.done"):
+        self.known.forget_others({bundle for segment in self._segments for bundle in segment.named_bundles})
+        for path in self.folder.glob("*.done"):
             if not path.with_suffix(".frames").exists():
                 path.unlink(missing_ok=True)
 
     def _next_number(self) -> int:
-        self._reserved = max([self._reserved, *numbers_in(self._folder)]) + 1
+        self._reserved = max([self._reserved, *numbers_in(self.folder)]) + 1
         return self._reserved
 
     def prepare(self) -> None:
@@ -126,7 +127,7 @@ class Spool:
                     return
                 number = self._next_number()
                 first = active.next_seq + max(0, full - active.size) // LEAST_FRAME + 2
-            ready = Segment.create(self._folder, number, self.spool_id, first)
+            ready = Segment.create(self.folder, number, self.spool_id, first)
             with self._mutex:
                 if self._segments[-1] is active:
                     self._ready = ready
@@ -145,7 +146,7 @@ class Spool:
         number = self._next_number()
         while True:
             try:
-                segment = Segment.create(self._folder, number, self.spool_id, first, synced=False)
+                segment = Segment.create(self.folder, number, self.spool_id, first, synced=False)
                 break
             except OSError as exc:
                 if exc.errno not in FULL or self._limits.first == "newest" or not self._drop_oldest():
@@ -153,27 +154,27 @@ class Spool:
         self._segments.append(segment)
         self._unsynced.add(segment)
 
-    @property
-    def counts(self) -> SpoolCounts:
-        """What became of the frames; `unknown` is left to the caller."""
-        with self._mutex:
-            return SpoolCounts(
-                spooled=self._spooled,
-                sent=self._sent,
-                kept=sum(segment.waiting + segment.held for segment in self._segments),
-                dropped=self._dropped,
-                damaged=self._damaged,
-                bytes=self._bytes,
-            )
+    def counts(self, unknown: Collection[str] = ()) -> SpoolCounts:
+        """What became of the frames, with those of some bundles as `unknown`.
+
+        While another thread waits for the disk, this is what was known before that.
+        """
+        if self._mutex.acquire(timeout=_MOST_WAIT_S):
+            try:
+                self._counts = SpoolCounts(
+                    spooled=self._spooled, sent=self._sent, dropped=self._dropped, damaged=self._damaged,
+                    kept=sum(each.waiting + each.held for each in self._segments),
+                    unknown=self.kept_of(unknown), bytes=self._bytes,
+                )  # fmt: skip
+            finally:
+                self._mutex.release()
+        return self._counts
 
     def kept_of(self, bundles: Collection[str]) -> int:
         """Frames of some bundles that are in the spool."""
         with self._mutex:
-            counts: Counter[str] = Counter()
-            for segment in self._segments:
-                if bundles and not segment.named_bundles.isdisjoint(bundles):
-                    counts += segment.bundles
-            return sum(counts[bundle] for bundle in bundles)
+            named = [each for each in self._segments if not each.named_bundles.isdisjoint(bundles)]
+            return sum(each.bundles[bundle] for each in named for bundle in bundles)
 
     def put(self, frame: Kept, *, held: bool = False) -> int | None:
         """Write a frame.
@@ -299,8 +300,8 @@ class Spool:
     def done(self, seqs: Iterable[int]) -> None:
         """These frames were answered, and the answers were handed out."""
         with self._mutex:
-            for seq in seqs if not self._closed else ():
-                if (segment := self._of(seq)) is not None:
+            for seq in seqs:
+                if not self._closed and (segment := self._of(seq)) is not None:
                     self._sent += segment.done([seq])
                     self._unsynced.add(segment)
                     if not segment.waiting and not segment.held and segment is not self._segments[-1]:
@@ -323,8 +324,7 @@ class Spool:
             Whether it is there. If not, the next call tries it again.
         """
         with self._syncing:  # a second caller must not return before what the first one brings is there
-            descriptors: list[int] = []
-            segments: set[Segment] = set()
+            descriptors, segments = list[int](), set[Segment]()
             try:
                 with self._mutex:
                     if self._closed:
@@ -336,7 +336,7 @@ class Spool:
                         descriptors += segment.descriptors()
                 for descriptor in descriptors:
                     _SYNC(descriptor)
-                sync_names(self._folder, segments)
+                sync_names(self.folder, segments)
             except OSError as exc:
                 with self._mutex:
                     self._unsynced |= segments.intersection(self._segments)

@@ -23,8 +23,8 @@ from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.encoder import EncodedPhoto
 from bitneck_edge.link.sent import Received, Sent
 from bitneck_edge.session import EdgeSession, Encoding
-from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.segment import Kept
+from bitneck_edge.spool.writer import Record, Writer
 
 __all__ = ["Flight", "HandOut", "Outage"]
 
@@ -33,6 +33,7 @@ _HOLD_S = 0.5
 """A frame that was encoded and has no answer after this time is written to the disk."""
 _LOOK_S = 0.25
 _LATEST_US = 1 << 62
+_NO_ROOM = "the spool has no room, the frame is lost: make room, or let the spool have more (--spool-mb)"
 
 HandOut = Callable[[Answer | Failure], None]
 """Takes the answers to frames of the spool, and why there is none."""
@@ -47,10 +48,12 @@ class Flight:
         encoding: of its picture.
         before: the same picture, coded for an earlier bundle; its record stays until this frame needs none, or has one.
         sent: the frame, once the session has sent it.
-        seq: its number in the spool, if it is there.
+        record: the frame as it was given to the disk; None before, and if that has not taken it.
         over: it was answered, left to the spool, or given up.
         given: its answer, or its fault, has gone to whoever waits for it.
         lost: why it could not be left to the spool.
+        waited: somebody waits for the disk, and raises `lost`.
+        promised: the program was told that it is in the spool, though the disk had not answered yet.
         timer: of its writing to the disk.
     """
 
@@ -58,24 +61,33 @@ class Flight:
     encoding: Encoding
     before: "Flight | None" = None
     sent: Sent | None = None
-    seq: int | None = None
+    record: Record | None = None
     over: bool = False
     given: bool = False
     lost: BitneckError | None = None
+    waited: bool = False
+    promised: bool = False
     timer: asyncio.TimerHandle | None = None
+
+    @property
+    def seq(self) -> int | None:
+        """Its number in the spool, if it is there."""
+        return self.record.seq if self.record is not None else None
 
 
 class Outage:
     """What a client does with frames while its link does not serve.
 
     Args:
-        spool: of the device.
+        writer: writes frames into the spool of the device. The event loop does not wait for it.
+        spool_id: of the spool.
         hand_out: takes the answers that come after the program has been told that the frame is in the spool.
         on_change: called when the spool has another frame to send.
     """
 
-    def __init__(self, spool: Spool, hand_out: HandOut, on_change: Callable[[], None]) -> None:
-        self._spool = spool
+    def __init__(self, writer: Writer, spool_id: str, hand_out: HandOut, on_change: Callable[[], None]) -> None:
+        self._writer = writer
+        self._spool_id = spool_id
         self._hand_out = hand_out
         self._on_change = on_change
         self._flights: set[Flight] = set()
@@ -108,7 +120,7 @@ class Outage:
             self._busy -= 1
 
     async def keep(self, flight: Flight) -> None:
-        """Leave a frame to the spool, once it is encoded.
+        """Leave a frame to the spool, once it is encoded. A disk that does not answer is not waited for.
 
         Raises:
             Overloaded: the spool has no room, or the frame is larger than any server takes. It counts as dropped.
@@ -118,6 +130,7 @@ class Outage:
         await self.encoded(flight)
         if not flight.over:
             self._leave(flight)
+        await self._disk_answers(flight)
         if flight.lost is not None:
             raise flight.lost
 
@@ -166,13 +179,18 @@ class Outage:
                 link = flight.session.link
                 if not link.up or link.silent_s > flight.session.silence_s:
                     self._hold(flight)
+                    await self._disk_answers(flight)
+                    if answer.done() or flight.over:
+                        break
                     flight.over = True  # it stays held: the session may be resumed, and answer it
-                    if flight.seq is None:  # no room until now
+                    if flight.record is None:  # no room until now
                         self._leave(flight)
+                        await self._disk_answers(flight)
                     break
                 pause_s = _LOOK_S
             if not flight.over and _passes(flight.session, answer):
                 self._leave(flight)
+                await self._disk_answers(flight)
             if flight.lost is not None:
                 raise flight.lost
             if flight.over:
@@ -191,9 +209,9 @@ class Outage:
         """The session has ended: what is out goes to the spool. Waits until nothing is being written."""
         for flight in list(self._flights):
             if flight.sent is None:
-                self._leave_if_encoded(flight, told=True)
+                self._leave_if_encoded(flight)
             elif not flight.sent.answer.done() or _passes(flight.session, flight.sent.answer):
-                self._leave(flight, told=False)
+                self._leave(flight)
         for _ in range(100):
             if not self._busy:
                 return
@@ -209,14 +227,48 @@ class Outage:
     def _hold(self, flight: Flight) -> None:
         """Nobody has its answer in time: write it to the disk, whatever it waits for. Without room, do so later."""
         self._stop_timer(flight)
-        if flight.seq is not None:
-            return
+        if flight.record is None:
+            flight.record = self._put(flight, held=True)
+
+    async def _disk_answers(self, flight: Flight) -> None:
+        """Wait until it is known whether the spool takes a frame; for a moment only if the disk does not answer."""
+        flight.waited = True
         try:
-            flight.seq = self._put(flight, held=True)
-        except BitneckError:  # whoever sends it, or leaves it to the spool, is told
+            while (record := flight.record) is not None and record.waits:
+                await self._writer.settled(record)
+                if record.waits:
+                    flight.promised = True
+                    return
+        finally:
+            flight.waited = False
+
+    def _written(self, flight: Flight, record: Record) -> None:
+        """The spool has taken a frame, or refused it."""
+        if record.seq is not None:
+            self._forget_before(flight)
             return
-        if flight.seq is None:
+        flight.record = None
+        answered = (
+            flight.sent is not None and flight.sent.answer.done() and not _passes(flight.session, flight.sent.answer)
+        )
+        if not record.held:
+            self._lose(flight, record.error or Overloaded(_NO_ROOM))
+        elif flight.over and not answered:
+            self._leave(flight)
+        elif not flight.over and record.error is None:
             flight.timer = asyncio.get_running_loop().call_later(_LOOK_S, self._hold, flight)
+
+    def _lose(self, flight: Flight, error: BitneckError) -> None:
+        """The spool cannot take a frame that was left to it."""
+        flight.lost = error
+        if flight.waited:
+            return
+        name = flight.encoding.capture.name
+        _LOG.warning("%s: %s", name, error)
+        if flight.promised:
+            self._hand_out(Failure(name, error))
+        if flight.before is not None:
+            self._leave_if_encoded(flight.before)
 
     def _end(self, flight: Flight) -> None:
         """Nothing more is to be done with a frame."""
@@ -229,10 +281,10 @@ class Outage:
             flight.timer.cancel()
             flight.timer = None
 
-    def _leave_if_encoded(self, flight: Flight, *, told: bool = False) -> None:
+    def _leave_if_encoded(self, flight: Flight) -> None:
         """Leave a frame that was not sent to the spool; if it is not encoded, what its picture gave before."""
         if _is_encoded(flight):
-            self._leave(flight, told=told)
+            self._leave(flight)
             return
         self._end(flight)
         if flight.before is not None:
@@ -247,32 +299,20 @@ class Outage:
     def _cross_out(self, flight: Flight) -> None:
         """A picture needs no record any more."""
         self._end(flight)
-        if flight.seq is not None:
-            self._spool.done([flight.seq])
+        if flight.record is not None:
+            self._writer.done(flight.record)
         self._forget_before(flight)
 
-    def _leave(self, flight: Flight, *, told: bool = True) -> None:
-        """Leave a frame without an answer to the spool.
-
-        Args:
-            flight: the frame.
-            told: whether somebody raises `Flight.lost` if it cannot be left there; else the log has it.
-        """
+    def _leave(self, flight: Flight) -> None:
+        """Leave a frame without an answer to the spool."""
         self._end(flight)
         if flight.lost is not None:
             return
-        try:
-            if flight.seq is None:
-                flight.seq = self._put_or_lose(flight)
-            else:
-                self._spool.release(flight.seq)
-                self._on_change()
-        except BitneckError as exc:
-            flight.lost = exc
-            if not told:
-                _LOG.warning("%s: %s", flight.encoding.capture.name, exc)
-                if flight.before is not None:
-                    self._leave_if_encoded(flight.before)
+        if flight.record is None:
+            flight.record = self._put(flight, held=False)
+        else:
+            self._writer.release(flight.record)
+        self._on_change()
 
     def _answered(self, flight: Flight, answer: "asyncio.Future[Received]") -> None:
         """The session has settled a frame; if nobody watches it any more, hand its answer out, once."""
@@ -282,53 +322,38 @@ class Outage:
             return
         self._end(flight)
         if _passes(flight.session, answer):
-            self._leave(flight, told=False)
+            self._leave(flight)
             return
-        if (seq := _newest_seq(flight)) is None or flight.sent is None:
+        record = _newest_record(flight)
+        if record is not None and record.waits:  # its number is not known yet
+            record.settled.add_done_callback(lambda _: self._answered(flight, answer))
+            return
+        if (record is None and not flight.promised) or flight.lost is not None or flight.sent is None:
             return
         flight.given = True
         name = flight.encoding.capture.name
         try:
-            found: Answer | Failure = replace(
-                flight.session.answer_of(flight.encoding, flight.sent, answer.result()),
-                seq=seq, spool=self._spool.spool_id, captured_unix_us=_captured_us(flight.encoding),
-            )  # fmt: skip
+            found: Answer | Failure = flight.session.answer_of(flight.encoding, flight.sent, answer.result())
+            if isinstance(found, Answer) and record is not None and record.seq is not None:
+                captured_us = _captured_us(flight.encoding)
+                found = replace(found, seq=record.seq, spool=self._spool_id, captured_unix_us=captured_us)
         except BitneckError as exc:
             found = Failure(name, exc)
         self._hand_out(found)
         self._cross_out(flight)
 
-    def _put_or_lose(self, flight: Flight) -> int:
-        seq = self._put(flight, held=False)
-        if seq is None:
-            raise Overloaded(
-                "the spool has no room, the frame is lost: make room, or let the spool have more (--spool-mb)"
-            )
-        return seq
-
-    def _put(self, flight: Flight, *, held: bool) -> int | None:
+    def _put(self, flight: Flight, *, held: bool) -> Record:
         encoding, bundle = flight.encoding, flight.session.bundle
         photo = encoding.photo.result()
-        try:
-            self._spool.known.keep(bundle)
-        except OSError as exc:
-            _LOG.warning("the manifest of the bundle cannot be kept in the spool: %s", exc)
-        seq = self._spool.put(
-            Kept(
-                seq=0,
-                bundle_id=bundle.bundle_id,
-                point=photo.point,
-                payload=photo.encoded.payload,
-                captured_unix_us=_captured_us(encoding),
-                name=encoding.capture.name,
-            ),
-            held=held,
+        frame = Kept(
+            seq=0,
+            bundle_id=bundle.bundle_id,
+            point=photo.point,
+            payload=photo.encoded.payload,
+            captured_unix_us=_captured_us(encoding),
+            name=encoding.capture.name,
         )
-        if seq is not None:
-            self._forget_before(flight)
-        if not held:
-            self._on_change()
-        return seq
+        return self._writer.put(frame, bundle, held=held, on_settled=functools.partial(self._written, flight))
 
 
 def _is_encoded(flight: Flight) -> bool:
@@ -336,11 +361,11 @@ def _is_encoded(flight: Flight) -> bool:
     return photo.done() and not photo.cancelled() and photo.exception() is None
 
 
-def _newest_seq(flight: Flight | None) -> int | None:
-    """Number of the newest record of a flight's picture; None if there is none."""
-    while flight is not None and flight.seq is None:
+def _newest_record(flight: Flight | None) -> Record | None:
+    """The newest record of a flight's picture; None if there is none."""
+    while flight is not None and flight.record is None:
         flight = flight.before
-    return flight.seq if flight is not None else None
+    return flight.record if flight is not None else None
 
 
 def _captured_us(encoding: Encoding) -> int:

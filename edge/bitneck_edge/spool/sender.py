@@ -34,6 +34,7 @@ from bitneck_edge.link.sent import Sent
 from bitneck_edge.opening import most_answer_bytes
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.spool.bounds import SpoolCounts
+from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.known import KnownBundle
 from bitneck_edge.spool.outage import HandOut
@@ -70,16 +71,25 @@ class Sender:
 
     Args:
         spool: of the device.
+        files: works on its files, in order.
+        house: brings them to the disk.
         settings: of the client.
         live: the link of the live frames; None while there is none.
         hand_out: takes the answers, and why there is none.
     """
 
     def __init__(
-        self, spool: Spool, settings: EdgeSettings, live: Callable[[], Link | None], hand_out: HandOut
+        self,
+        spool: Spool,
+        files: DiskThread,
+        house: DiskThread,
+        settings: EdgeSettings,
+        live: Callable[[], Link | None],
+        hand_out: HandOut,
     ) -> None:
         self.refused: frozenset[str] = frozenset()
         self._spool = spool
+        self._files, self._house = files, house
         self._settings = settings
         self._live = live
         self._hand_out = hand_out
@@ -99,16 +109,19 @@ class Sender:
     @property
     def counts(self) -> SpoolCounts:
         """What became of the frames of the spool."""
-        return replace(self._spool.counts, unknown=self._spool.kept_of(self.refused))
+        return self._spool.counts(self.refused)
 
     def look(self) -> None:
         """The spool has another frame to send."""
         self._changed.set()
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing can be sent now: the spool has no frames that the server could answer, or there is none."""
-        return not self._reachable() or not self._spool.has_waiting(self.refused)
+    async def idle(self) -> bool:
+        """Whether nothing can be sent now: the spool has no frames that the server could answer, or there is none.
+
+        What was asked of the spool before is done when this returns, and counted.
+        """
+        waiting = await self._files.run(self._spool.has_waiting, self.refused)
+        return not waiting or not self._reachable()
 
     async def run(self) -> None:
         """Send what is there whenever the link is up."""
@@ -127,7 +140,7 @@ class Sender:
         while True:
             self._changed.clear()
             self._ask_again()
-            if self._spool.has_waiting(self.refused):
+            if await self._files.run(self._spool.has_waiting, self.refused):
                 if self._reachable():
                     return
                 await asyncio.sleep(_POLL_S)
@@ -148,7 +161,7 @@ class Sender:
             if bundle_id in self.refused and (again or time.monotonic() >= refusal.until):
                 self.refused -= {bundle_id}
 
-    def _refuse(self, bundle_id: str, error: BitneckError) -> None:
+    async def _refuse(self, bundle_id: str, error: BitneckError) -> None:
         live = self._live()
         backoff = Backoff(first_s=_FIRST_REFUSAL_S, most_s=_MOST_REFUSAL_S)
         refusal = self._refusals.setdefault(bundle_id, _Refusal(backoff, 0.0, 0))
@@ -158,7 +171,7 @@ class Sender:
         self.refused |= {bundle_id}
         _LOG.warning(
             "%d frames stay in the spool: %s; the server is asked again in %.0f s, and when it is connected again",
-            self._spool.kept_of([bundle_id]), error, pause_s,
+            await self._files.run(self._spool.kept_of, [bundle_id]), error, pause_s,
         )  # fmt: skip
 
     async def _send_some(self) -> bool:
@@ -171,14 +184,14 @@ class Sender:
             BitneckError: the session failed, or the server did, and may do better later.
             OSError: the spool cannot be read.
         """
-        following = await asyncio.to_thread(self._spool.take, 1, 0, self.refused)
+        following = await self._files.run(self._spool.take, 1, 0, self.refused)
         if not following:
             await asyncio.sleep(_POLL_S)  # they were too old
             return False
         bundle_id = following[0].bundle_id
-        known = self._spool.known.get(bundle_id)
+        known = await self._files.run(self._spool.known.get, bundle_id)
         if known is None:
-            self._refuse(
+            await self._refuse(
                 bundle_id, BitneckError(f"the manifest of the bundle {bundle_id} is not in the spool any more")
             )
             return False
@@ -187,7 +200,7 @@ class Sender:
             await link.open()
             return await self._send_all(link, known)
         except _UNKNOWN as exc:
-            self._refuse(bundle_id, exc)
+            await self._refuse(bundle_id, exc)
             return False
         finally:
             await link.close()
@@ -252,8 +265,8 @@ class Sender:
             if pause_s <= 0 and count and (not waiting or now >= limit):
                 break
             await asyncio.sleep(max(0.01, min(pause_s, _POLL_S)))
-        frames = await asyncio.to_thread(self._spool.take, count, self._pace.most_bytes, self.refused)
-        if frames and not await asyncio.to_thread(self._spool.sync):
+        frames = await self._files.run(self._spool.take, count, self._pace.most_bytes, self.refused)
+        if frames and not await self._house.run(self._spool.sync):
             # No number is sent that a power failure could give away again.
             raise Unavailable("what is written in the spool cannot be brought to the disk")
         return frames
@@ -314,4 +327,4 @@ class Sender:
         """Hand out a frame's answer, then let it leave the spool."""
         self._hand_out(result)
         self._attempts.pop(frame.seq, None)
-        self._spool.done([frame.seq])
+        self._files.post(lambda: self._spool.done([frame.seq]))

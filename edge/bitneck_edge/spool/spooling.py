@@ -1,9 +1,11 @@
 """A client's spool with all that works on it: frames in, frames out, and what was written to the disk in time."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Self
 
 from bitneck.bundle import Bundle
@@ -12,9 +14,11 @@ from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.link.link import Link
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.spool.bounds import Limits, SpoolCounts
+from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.outage import HandOut, Outage
 from bitneck_edge.spool.sender import Sender
+from bitneck_edge.spool.writer import Writer
 
 __all__ = ["Spooling"]
 
@@ -23,6 +27,9 @@ _SYNC_S = 0.5
 _TIDY_EVERY = 20
 """Tidied up once in so many syncs."""
 _DRAINED_POLL_S, _DRAINED_S = 0.1, 30.0
+_KNOW_S = 1.0
+_CLOSE_S = 30.0
+"""A disk that does not answer for so long keeps no client from being closed."""
 
 
 class Spooling:
@@ -43,8 +50,10 @@ class Spooling:
     ) -> None:
         self._spool = spool
         self._program = hand_out
-        self._sender = Sender(spool, settings, live, self._hand_out)
-        self.outage = Outage(spool, self._hand_out, self._sender.look)
+        self._files, self._house = DiskThread("bitneck-spool"), DiskThread("bitneck-spool-sync")
+        self._writer = Writer(spool, self._files)
+        self._sender = Sender(spool, self._files, self._house, settings, live, self._hand_out)
+        self.outage = Outage(self._writer, spool.spool_id, self._hand_out, self._sender.look)
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -74,11 +83,20 @@ class Spooling:
             task.add_done_callback(_log_failure)
 
     async def know(self, bundle: Bundle) -> None:
-        """Keep what answers to a bundle's frames are understood with, before its first frame comes."""
-        try:
-            await asyncio.to_thread(self._spool.known.keep, bundle)
-        except OSError as exc:  # it is tried again with each frame
-            _LOG.warning("the manifest of the bundle cannot be kept in the spool: %s", exc)
+        """Keep what answers to a bundle's frames are understood with, before its first frame comes.
+
+        A disk that does not answer is waited for a moment only: it is tried again with each frame.
+        """
+
+        def keep() -> None:
+            try:
+                self._spool.known.keep(bundle)
+            except OSError as exc:
+                _LOG.warning("the manifest of the bundle cannot be kept in the spool: %s", exc)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_KNOW_S):
+                await self._house.run(keep)
 
     @property
     def spool_id(self) -> str:
@@ -88,7 +106,8 @@ class Spooling:
     @property
     def counts(self) -> SpoolCounts:
         """What became of its frames."""
-        return self._sender.counts
+        counts = self._sender.counts
+        return replace(counts, dropped=counts.dropped + self._writer.dropped)
 
     @property
     def link_bytes(self) -> LinkBytes:
@@ -98,8 +117,8 @@ class Spooling:
     async def drained(self, stop: asyncio.Event) -> None:
         """Wait until nothing more can be sent, nothing was answered for half a minute, or `stop` is set."""
         kept, since = -1, time.monotonic()
-        while not stop.is_set() and not self._sender.idle:
-            if (now_kept := self._spool.counts.kept) != kept:
+        while not await self._idle(stop):
+            if (now_kept := self._spool.counts().kept) != kept:
                 kept, since = now_kept, time.monotonic()
             elif time.monotonic() - since > _DRAINED_S:
                 _LOG.warning("%d frames stay in the spool: none was answered for %.0f s", kept, _DRAINED_S)
@@ -115,7 +134,23 @@ class Spooling:
     async def close(self) -> None:
         """The session has ended: keep what is unanswered, and close the spool."""
         await self.outage.close()
+        for thread in (self._files, self._house):
+            if not await thread.close(_CLOSE_S):
+                _LOG.error(
+                    "the disk of the spool does not answer: frames that it has not taken are lost with the process"
+                )
+                return
         await asyncio.to_thread(self._spool.close)
+
+    async def _idle(self, stop: asyncio.Event) -> bool:
+        """Whether nothing can be sent now, `stop` is set, or the disk does not answer."""
+        asked, stopped = asyncio.ensure_future(self._sender.idle()), asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait({asked, stopped}, timeout=_DRAINED_S, return_when=asyncio.FIRST_COMPLETED)
+            return stop.is_set() or not asked.done() or asked.result()
+        finally:
+            asked.cancel()
+            stopped.cancel()
 
     def _hand_out(self, result: Answer | Failure) -> None:
         """Give the program an answer. What it makes of it is its own business."""
@@ -131,10 +166,10 @@ class Spooling:
             turns += 1
             try:
                 if self._spool.dirty:
-                    await asyncio.to_thread(self._spool.sync)
-                    await asyncio.to_thread(self._spool.prepare)
+                    await self._house.run(self._spool.sync)
+                    await self._house.run(self._spool.prepare)
                 if turns % _TIDY_EVERY == 0:
-                    await asyncio.to_thread(self._spool.tidy)
+                    await self._house.run(self._spool.tidy)
             except OSError as exc:
                 if not failing:  # once, not each half second
                     _LOG.warning("the spool cannot be tidied up: %s; it is tried again", exc)

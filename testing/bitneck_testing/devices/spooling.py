@@ -4,7 +4,7 @@
 
 It captures pictures number 100, 101, ..., each with the time of capture `captured_us(number)`, and sends them through a
 client with the spool FOLDER/spool and the cache FOLDER/cache. For each picture that it has captured, for each that it
-has encoded, and for each answer, it prints a line of JSON; and one ten times a second, if its event loop runs. It ends
+has encoded, and for each answer, it prints a line of JSON; and one ten times a second, if its threads run. It ends
 when all pictures are sent and the spool is empty or no server answers; with `--wait` it waits for the server.
 """
 
@@ -54,7 +54,7 @@ class DeviceLog:
         encoded: when the client had the encoded frame of each picture, likewise.
         answers: how many answers each picture had.
         spooled: those of them that came from the spool.
-        alive: when the event loop ran last, seconds since 1970.
+        alive: when the event loop and the thread of the spool's files ran last, seconds since 1970.
         wrong_times: answers with another time of capture than the picture's.
         failures: what was no answer.
     """
@@ -69,7 +69,7 @@ class DeviceLog:
     counts: dict[str, int] = field(default_factory=dict)
 
     def encoded_before(self, seconds: float) -> set[int]:
-        """The pictures that were encoded so long before the device's event loop ran last.
+        """The pictures that were encoded so long before the device's event loop and its spool's thread ran last.
 
         A machine that is so busy that a device that is ready to run does not run keeps it from writing, too.
         """
@@ -123,9 +123,10 @@ def _tell_encoded() -> None:
     setattr(EdgeSession, "begin", told)  # noqa: B010  its `self` has another name here
 
 
-async def _live() -> None:
+async def _live(client: EdgeClient) -> None:
     while True:
-        _say(alive=time.time())
+        if client._spooling is not None:
+            _say(alive=await client._spooling._files.run(time.time))
         await asyncio.sleep(_ALIVE_S)
 
 
@@ -144,7 +145,7 @@ async def _device(plan: argparse.Namespace) -> None:
     )  # fmt: skip
     async with client:
         _say(ready=True)
-        living = asyncio.create_task(_live())
+        living = asyncio.create_task(_live(client))
         async for result in client.stream(pictures(), ordered=False):
             _tell(result)
         while plan.wait and client.spool is not None and client.spool.kept:  # noqa: ASYNC110  many things change it
