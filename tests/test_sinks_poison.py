@@ -1,5 +1,6 @@
 """Answers that cannot be delivered: they are set aside, and hold nothing up; a broker's own trouble costs nothing."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,23 @@ def test_a_broker_that_acknowledges_nothing_costs_few_messages(tmp_path: Path) -
         broker.verdict = lambda _topic, _body: 0
         wait_for(lambda: not only(running).queued)
         assert only(running).delivered >= 28
+
+
+def test_a_broker_that_takes_longer_than_the_timeout_loses_nothing(tmp_path: Path) -> None:
+    """It answers in order, so that what it says to something else comes behind the acknowledgement."""
+
+    def slowly(_topic: str, _body: bytes) -> int:
+        time.sleep(0.75)
+        return 0
+
+    with RogueBroker(slowly) as broker, outgoing(tmp_path, mqtt(broker.port, timeout_s=0.5)) as running:
+        for number in range(1, 4):
+            running.commit(of("cam-1", first=number))
+            wait_for(lambda: not only(running).queued)
+        running.commit(of("cam-2", "cam-3", "cam-4", first=4))  # sent at once, acknowledged one after the other
+        wait_for(lambda: not only(running).queued)
+        assert (only(running).delivered, only(running).dropped["connection"], only(running).failed) == (6, 0, 0)
+    assert broker.seen == broker.taken == ["a/cam-1"] * 3 + ["a/cam-2", "a/cam-3", "a/cam-4"]
 
 
 def test_a_message_that_the_protocol_cannot_carry_is_set_aside(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import secrets
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Said:
     Attributes:
         reasons: what the broker says of them, from the first one up to the first without an acknowledgement.
         error: why that one has none; empty if all of them have one.
-        lost: whether the connection ended, or nothing came, while that one was under way.
+        lost: whether the connection ended while that one was under way, or the broker answered something else.
         blamed: why that message is to blame; empty if it is not.
         outvoted: whether the first one is to blame for its refusal: the broker takes another one.
     """
@@ -65,7 +65,7 @@ class Connection:
         self._ended = ""
         self._window = _IN_FLIGHT
         self._acks: dict[int, ReasonCode] = {}
-        self._echoed = False
+        self._echoed = 0
         self.max_packet = 0
         self._will_topic = topic_of(table.server_topic, {"server": server}) if table.server_topic else ""
         self._server = server
@@ -108,10 +108,8 @@ class Connection:
         except (OSError, ValueError) as exc:
             raise Failed(f"no connection to {table.host}:{port}: {exc}") from exc
         client.loop_start()
-        with self._changed:
-            self._changed.wait_for(lambda: self._connected or self._ended, table.timeout_s)
-            if self._ended or not self._connected:
-                raise Failed(f"{table.host}:{port}: {self._ended or 'the broker does not answer'}")
+        if not self._came(lambda: self._connected):
+            raise Failed(f"{table.host}:{port}: {self._ended or 'the broker does not answer'}")
         if self._will_topic:
             said = self.publish([(self._will_topic, self._greeting(online=True), True)])
             if said.error:
@@ -132,12 +130,8 @@ class Connection:
         Raises:
             Failed: there is none.
         """
-        self._echoed = False
-        self._client.unsubscribe(_NO_TOPIC)  # needs no right and changes nothing, and every broker acknowledges it
-        with self._changed:
-            self._changed.wait_for(lambda: self._echoed or self._ended, self._table.timeout_s)
-            if not self._echoed:
-                raise Failed(self._ended or f"no answer within {self._table.timeout_s:g} s")
+        if not self._answers():
+            raise Failed(self._ended or f"no answer within {self._table.timeout_s:g} s")
 
     def publish(self, messages: Sequence[tuple[str, bytes, bool]]) -> Said:
         """Send messages and wait for their acknowledgements.
@@ -147,32 +141,48 @@ class Connection:
         """
         numbers: list[int] = []
         reasons: list[ReasonCode] = []
-        impossible, failed, tried = "", "", False
+        impossible, cut = "", False
         for place in range(len(messages)):
-            while len(numbers) < min(len(messages), place + self._window) and not impossible:
+            room = min(len(messages), place + self._window)
+            while len(numbers) < room and not impossible and not self._ended:
                 topic, payload, retain = messages[len(numbers)]
-                tried = not self._ended
                 try:
                     info = self._client.publish(topic, payload, qos=1, retain=retain, properties=self._properties)
                 except ValueError as exc:  # too long for the protocol itself; those before it are under way
                     impossible = f"it cannot be sent: {exc}"
                     break
                 if info.rc != paho.MQTT_ERR_SUCCESS:  # also if it was sent, and the connection ended at once
-                    failed = paho.error_string(info.rc)
+                    self._ended, cut = self._ended or paho.error_string(info.rc), True
                     break
                 numbers.append(info.mid)
             if place == len(numbers):
-                return Said(
-                    reasons, impossible or self._ended or failed, lost=tried and not impossible, blamed=impossible
-                )
-            with self._changed:
-                number = numbers[place]
-                self._changed.wait_for(lambda: number in self._acks or self._ended, self._table.timeout_s)  # noqa: B023
-                if number not in self._acks:
-                    error = self._ended or f"no acknowledgement within {self._table.timeout_s:g} s"
-                    return Said(reasons, error, lost=True)
-                reasons.append(self._acks.pop(number))
+                return Said(reasons, impossible or self._ended, lost=cut, blamed=impossible)
+            reason, answers = self._acknowledgement(numbers[place])
+            if reason is None:
+                error = self._ended or f"no acknowledgement within {self._table.timeout_s:g} s"
+                return Said(reasons, error, lost=self.ended or answers)
+            reasons.append(reason)
         return Said(reasons)
+
+    def _acknowledgement(self, number: int) -> tuple[ReasonCode | None, bool]:
+        """What the broker says of a message; if it says nothing, whether it answers something else.
+
+        A broker that is slow with everything is waited for twice: its next answer is that to the message.
+        """
+        answers = not self._came(lambda: number in self._acks) and self._answers(number)
+        return self._acks.pop(number, None), answers
+
+    def _answers(self, number: int = 0) -> bool:
+        """Ask the broker for any answer, and wait for that, or for the acknowledgement of a message."""
+        # This needs no right and changes nothing, and every broker acknowledges it.
+        _, echo = self._client.unsubscribe(_NO_TOPIC)
+        return self._came(lambda: number in self._acks or self._echoed == echo)
+
+    def _came(self, what: Callable[[], bool]) -> bool:
+        """Wait for something to come, unless the connection ends, or the time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: what() or self._ended, self._table.timeout_s)
+            return what()
 
     def close(self, *, goodbye: bool) -> None:
         """End the connection.
@@ -216,7 +226,7 @@ class Connection:
             self._acks[mid] = reason
             self._changed.notify_all()
 
-    def _on_unsubscribe(self, *_: Any) -> None:
+    def _on_unsubscribe(self, _client: Any, _data: Any, mid: int, _reasons: Any, _properties: Any) -> None:
         with self._changed:
-            self._echoed = True
+            self._echoed = mid
             self._changed.notify_all()

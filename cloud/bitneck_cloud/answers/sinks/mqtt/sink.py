@@ -147,6 +147,7 @@ class MqttSink:
         self._states.pop(client, None)
         self._untold.pop(client, None)
         self._quiet_until[client] = time.monotonic() + _STATE_PAUSE_S
+        self._quiet_until.move_to_end(client)
         while len(self._quiet_until) > _MOST_CLIENTS:
             self._quiet_until.popitem(last=False)
 
@@ -194,13 +195,13 @@ class MqttSink:
         if refused is not None and not said.outvoted:
             again = suspected and refused == 0
             self._suspect, self._losses, self._refusals = keys[refused], 0, self._refusals + 1 if again else 1
-        elif said.lost and (connection.ended or self._answers(connection)):
+        elif said.lost:
             again = suspected and told == 0
             self._suspect, self._losses, self._refusals = keys[told], self._losses + 1 if again else 1, 0
             if self._losses >= _MOST_LOSSES << min(self._set_aside[kind], _MOST_DOUBLINGS):
                 self._suspect = None
                 self._set_aside[kind] += 1
-                return replace(said, blamed=_UNANSWERED if self._answers(connection) else _CUT)
+                return replace(said, blamed=_CUT if connection.ended else _UNANSWERED)
         elif suspected and told:
             self._suspect = None
         return said
@@ -221,14 +222,6 @@ class MqttSink:
             if another.reasons and another.reasons[0].value < _REFUSED:
                 return Said(said.reasons + another.reasons[: place == 1], outvoted=True)
         return said
-
-    def _answers(self, connection: Connection) -> bool:
-        """Whether the broker answers on a connection: one that is silent altogether says nothing of a message."""
-        try:
-            connection.check()
-        except Failed:
-            return False
-        return True
 
     def _message(self, queued: Queued) -> tuple[str, bytes, bool]:
         document = json.loads(queued.body)
