@@ -1,9 +1,11 @@
 """A disk that does not answer, as a network's disk that is gone, or a card that erases: live frames go on."""
 
 import asyncio
+import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -256,3 +258,103 @@ async def test_a_frame_that_is_left_to_the_spool_while_the_disk_has_it(
     assert await thread.close(10)
     assert [each.name for each in spool.take(99, 1 << 20)] == ["c#0", "c#1"]
     spool.close()
+
+
+async def test_what_is_asked_behind_a_write_is_done_behind_it(tmp_path: Path, tiny_bundle: Bundle, disk: Disk) -> None:
+    """Also if the thread ends then, and whoever looks behind it sees it: a drain would end too early."""
+    spool, thread = Spool.open(tmp_path, LIMITS), DiskThread("test")
+    one = Writer(spool, thread)
+    disk.hang()
+    left, unwanted = (one.put(frame(number), tiny_bundle, held=True, on_settled=lambda _: None) for number in range(2))
+    await until(lambda: disk.waiting)
+    one.release(left)
+    waiting = asyncio.create_task(thread.run(spool.has_waiting))
+    await asyncio.sleep(0)
+    disk.go_on()
+    assert await waiting
+    disk.hang()
+    unwanted = one.put(frame(2), tiny_bundle, held=False, on_settled=lambda _: None)
+    await until(lambda: disk.waiting)
+    one.done(unwanted)
+    thread.end()
+    disk.go_on()
+    assert await thread.close(10)
+    assert [each.name for each in spool.take(99, 1 << 20)] == ["c#0"]
+    with pytest.raises(Unavailable, match="test is closed"):
+        await thread.run(lambda: None)
+    spool.close()
+
+
+async def test_a_bug_in_the_thread_fails_its_frame_and_no_other(
+    tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool, thread, settled = Spool.open(tmp_path, LIMITS), DiskThread("test"), list[Record]()
+    one, right = Writer(spool, thread), spool.put
+
+    def put(kept: Kept, *, held: bool) -> int | None:
+        if kept.name == "c#0":
+            raise TypeError("a bug")
+        return right(kept, held=held)
+
+    monkeypatch.setattr(spool, "put", put)
+    monkeypatch.setattr(spool.known, "keep", lambda _bundle: tiny_bundle.path("no such file"))
+    for number in range(2):
+        one.put(frame(number), tiny_bundle, held=False, on_settled=settled.append)
+    await until(lambda: len(settled) == 2)
+    assert isinstance(settled[0].error, Unavailable)
+    assert (settled[1].error, settled[1].seq) == (None, 1)
+    assert "TypeError" in caplog.text
+    assert "manifest of the bundle cannot be kept" in caplog.text
+    assert await thread.close(10)
+    spool.close()
+
+
+async def test_frames_that_wait_for_the_disk_keep_no_pictures(server: Server, tmp_path: Path, disk: Disk) -> None:
+    """2,048 of a camera's would be gigabytes."""
+    pictures: list[weakref.ref[Any]] = []
+
+    async def source() -> AsyncIterator[Capture]:
+        for number in range(6):
+            picture = photo(number)
+            pictures.append(weakref.ref(picture))
+            yield Capture(picture, f"camera#{number}")
+
+    async with asyncio.timeout(HANG_S), Proxy(server.grpc) as link, client(link.address, tmp_path, []) as one:
+        await one.infer(Capture(photo(0), "first"))
+        disk.hang()
+        link.cut()
+        await until(lambda: not one._opened().link.up)
+        assert [each async for each in one.stream(source())] == []
+        assert disk.waiting
+        await until(lambda: gc.collect() >= 0 and not [each for each in pictures if each() is not None])
+        disk.go_on()
+
+
+@pytest.mark.parametrize("when", ["closing", "opening"])
+async def test_a_client_that_is_cancelled_while_the_disk_does_not_answer_leaves_nothing_open(
+    when: str, server: Server, tmp_path: Path, disk: Disk
+) -> None:
+    """When the disk answers, what waits is written, the spool is closed, and its threads end."""
+    before = set(threading.enumerate())
+    one = client(server.grpc, tmp_path, [])
+    async with asyncio.timeout(HANG_S):
+        if when == "opening":
+            disk.hang()
+            task = asyncio.create_task(one.__aenter__())
+        else:
+            await one.__aenter__()
+            await one.infer(Capture(photo(0), "first"))
+            disk.hang()
+            assert one._spooling is not None
+            one._spooling._writer.put(frame(1), one.bundle, held=False, on_settled=lambda _: None)
+            task = asyncio.create_task(one.close())
+        await until(lambda: disk.waiting)
+        await asyncio.sleep(0.3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        disk.go_on()
+        await until(lambda: not [each for each in set(threading.enumerate()) - before if "spool" in each.name])
+        async with client(server.grpc, tmp_path, []) as again:
+            assert again.spool is not None
+            assert again.spool.kept == (when == "closing")

@@ -19,7 +19,7 @@ from bitneck_edge.link.sent import Sent
 from bitneck_edge.passage import Passage, Ways
 from bitneck_edge.session import EdgeSession, Encoding
 from bitneck_edge.sources.capture import Capture
-from bitneck_edge.spool import segment
+from bitneck_edge.spool import outage, segment
 from bitneck_edge.spool.bounds import Limits
 from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
@@ -93,10 +93,13 @@ class Bench:
             self.encode(flight)
         return flight
 
-    def encode(self, flight: Flight) -> None:
-        cast("asyncio.Future[Any]", flight.encoding.photo).set_result(
-            SimpleNamespace(point="s1-r1", encoded=SimpleNamespace(payload=bytes(100)))
-        )
+    def encode(self, flight: Flight, error: Exception | None = None) -> None:
+        assert flight.encoding is not None
+        photo = cast("asyncio.Future[Any]", flight.encoding.photo)
+        if error is not None:
+            photo.set_exception(error)
+        else:
+            photo.set_result(SimpleNamespace(point="s1-r1", encoded=SimpleNamespace(payload=bytes(100))))
 
     async def settled(self) -> Spool:
         """The spool, once everything that it was asked for is done."""
@@ -133,7 +136,7 @@ async def test_a_frame_whose_turn_does_not_come_is_on_the_disk(bench: Bench, tmp
     """The picture before it is still being encoded; and one that cannot be read leaves nothing behind."""
     first, second, broken = (bench.begin(name, encoded=False) for name in ("first", "second", "broken"))
     bench.encode(second)
-    cast("asyncio.Future[Any]", broken.encoding.photo).set_exception(ImageError("no picture"))
+    bench.encode(broken, ImageError("no picture"))
     await until(lambda: bench.spool.counts().kept)
     assert (first.seq, second.seq, broken.seq) == (None, 1, None)
     assert await bench.to_send() == [], "its session may still send it"
@@ -178,7 +181,7 @@ async def test_a_picture_is_written_while_it_waits_to_be_coded_again(bench: Benc
     new = bench.begin("new", encoded=False, before=old)
     await until(lambda: old.seq is not None)
     assert await bench.on_disk() == ["old"]
-    cast("asyncio.Future[Any]", new.encoding.photo).set_exception(ImageError("the file is gone"))
+    bench.encode(new, ImageError("the file is gone"))
     await asyncio.sleep(0)
     assert await bench.on_disk() == ["old"], "until the program knows why"
     bench.outage.told(new)
@@ -305,6 +308,26 @@ async def test_a_client_that_ends_leaves_what_is_encoded_to_the_spool(bench: Ben
     assert sorted(await bench.to_send()) == ["sent", "unsent"]
     await asyncio.sleep(0.6)
     assert (await bench.settled()).counts().spooled == 2
+
+
+async def test_a_picture_that_is_being_encoded_when_the_client_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for a moment; if that is not enough, the program is not told that it is in the spool."""
+    monkeypatch.setattr(outage, "_CLOSE_S", 0.3)
+    quick, old = bench.begin("quick", encoded=False), bench.begin("old")
+    slow, again = bench.begin("slow", encoded=False), bench.begin("again", encoded=False, before=old)
+    keeping = [asyncio.create_task(bench.outage.keep(each)) for each in (quick, slow, again)]
+    closing = asyncio.create_task(bench.outage.close())
+    await asyncio.sleep(0.1)
+    bench.encode(quick)
+    await closing
+    for each in (slow, again):
+        bench.encode(each)
+    found = await asyncio.gather(*keeping, return_exceptions=True)
+    assert (found[0], found[2]) == (None, None)
+    assert isinstance(found[1], Unavailable)
+    assert sorted(await bench.to_send()) == ["old", "quick"]
 
 
 def test_a_put_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,18 +156,19 @@ class EdgeClient(ClientFacts):
     async def close(self) -> None:
         """End the session now; unanswered frames fail with `Unavailable`. Leaving the block does the same."""
         self._closed = True
-        await self._telling.aclose()
-        if self._mover is not None:
-            self._mover.cancel()
-            await asyncio.gather(self._mover, return_exceptions=True)
-        if self._spooling is not None:
-            await self._spooling.stop()
-        if self._session is not None:
-            await self._session.close()
-        if self._spooling is not None:
-            await self._spooling.close()
-        if self._threads is not None:
-            await asyncio.to_thread(self._threads.close, wait=True)
+        async with contextlib.AsyncExitStack() as last_first:  # whatever is cancelled or fails, the others follow
+            if self._threads is not None:
+                last_first.push_async_callback(asyncio.to_thread, self._threads.close, wait=True)
+            if self._spooling is not None:
+                last_first.push_async_callback(self._spooling.close)
+            if self._session is not None:
+                last_first.push_async_callback(self._session.close)
+            if self._spooling is not None:
+                last_first.push_async_callback(self._spooling.stop)
+            if self._mover is not None:
+                self._mover.cancel()
+                last_first.push_async_callback(asyncio.wait, {self._mover})
+            last_first.push_async_callback(self._telling.aclose)
 
     @property
     def failure(self) -> BitneckError | None:

@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
+from bitneck.errors import Unavailable
+
 __all__ = ["DiskThread"]
 
 T = TypeVar("T")
@@ -44,13 +46,15 @@ class DiskThread:
         return time.monotonic() - begun_at if begun_at is not None else 0.0
 
     def post(self, work: Callable[[], object]) -> int:
-        """Have work done, behind all that was given before. What it raises goes to the log.
+        """Have work done, behind all that was given before; not once it is closed. What it raises goes to the log.
 
         Returns:
             A ticket, for `forget`.
         """
         ticket = next(self._tickets)
         with self._changed:
+            if self._closed:
+                return ticket
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
@@ -67,8 +71,11 @@ class DiskThread:
         """Have work done, and wait for what it gives. If the wait is cancelled, the work is done all the same.
 
         Raises:
+            Unavailable: it takes no more work.
             Exception: what the work raises.
         """
+        if self._closed:
+            raise Unavailable(f"{self._name} is closed")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
 
@@ -90,11 +97,15 @@ class DiskThread:
         self.post(act)
         return await done
 
-    async def close(self, timeout_s: float) -> bool:
-        """Take no more work, and wait until all that was given is done; False if that takes too long."""
+    def end(self) -> None:
+        """Take no more work. The thread ends when all that it was given is done."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    async def close(self, timeout_s: float) -> bool:
+        """`end`, and wait for that; False if it takes too long."""
+        self.end()
         limit = time.monotonic() + timeout_s
         while self._thread is not None and self._thread.is_alive():
             if time.monotonic() > limit:

@@ -32,6 +32,7 @@ _LOG = logging.getLogger(__name__)
 _HOLD_S = 0.5
 """A frame that was encoded and has no answer after this time is written to the disk."""
 _LOOK_S = 0.25
+_CLOSE_S = 1.0
 _LATEST_US = 1 << 62
 _NO_ROOM = "the spool has no room, the frame is lost: make room, or let the spool have more (--spool-mb)"
 
@@ -45,7 +46,8 @@ class Flight:
 
     Attributes:
         session: that encodes it, and may send it.
-        encoding: of its picture.
+        encoding: of its picture; None once its frame is left to the spool without having been sent. A picture is large.
+        frame: as the spool keeps it; None until it is given to the disk.
         before: the same picture, coded for an earlier bundle; its record stays until this frame needs none, or has one.
         sent: the frame, once the session has sent it.
         record: the frame as it was given to the disk; None before, and if that has not taken it.
@@ -58,7 +60,8 @@ class Flight:
     """
 
     session: EdgeSession
-    encoding: Encoding
+    encoding: Encoding | None
+    frame: Kept | None = None
     before: "Flight | None" = None
     sent: Sent | None = None
     record: Record | None = None
@@ -101,7 +104,7 @@ class Outage:
             encoding: of the picture.
             before: the same picture, if it was encoded before, for another bundle.
         """
-        flight = Flight(session, encoding, before)
+        flight = Flight(session, encoding, before=before)
         self._flights.add(flight)
         encoding.photo.add_done_callback(functools.partial(self._encoded, flight))
         return flight
@@ -113,6 +116,8 @@ class Outage:
             ImageError: it cannot be read.
             BitneckError: it could not be encoded.
         """
+        if flight.encoding is None:
+            return
         self._busy += 1
         try:
             await flight.encoding.photo
@@ -206,16 +211,19 @@ class Outage:
             self._busy -= 1
 
     async def close(self) -> None:
-        """The session has ended: what is out goes to the spool. Waits until nothing is being written."""
+        """The session has ended: what is out goes to the spool. Waits a moment for what is being encoded."""
         for flight in list(self._flights):
             if flight.sent is None:
-                self._leave_if_encoded(flight)
+                if _is_encoded(flight):
+                    self._leave(flight)
             elif not flight.sent.answer.done() or _passes(flight.session, flight.sent.answer):
                 self._leave(flight)
-        for _ in range(100):
-            if not self._busy:
-                return
+        limit = time.monotonic() + _CLOSE_S
+        while self._busy and time.monotonic() < limit:  # noqa: ASYNC110  many things change it
             await asyncio.sleep(0.01)
+        for flight in list(self._flights):
+            if flight.sent is None and not self._leave_if_encoded(flight):
+                flight.lost = Unavailable("the client was closed before the picture was encoded")
 
     def _encoded(self, flight: Flight, photo: "asyncio.Future[EncodedPhoto]") -> None:
         """A picture was encoded, or cannot be."""
@@ -263,7 +271,8 @@ class Outage:
         flight.lost = error
         if flight.waited:
             return
-        name = flight.encoding.capture.name
+        assert flight.frame is not None
+        name = flight.frame.name
         _LOG.warning("%s: %s", name, error)
         if flight.promised:
             self._hand_out(Failure(name, error))
@@ -281,14 +290,13 @@ class Outage:
             flight.timer.cancel()
             flight.timer = None
 
-    def _leave_if_encoded(self, flight: Flight) -> None:
-        """Leave a frame that was not sent to the spool; if it is not encoded, what its picture gave before."""
+    def _leave_if_encoded(self, flight: Flight) -> bool:
+        """Leave a frame that was not sent to the spool; if it is not encoded, what its picture gave before, if any."""
         if _is_encoded(flight):
             self._leave(flight)
-            return
+            return True
         self._end(flight)
-        if flight.before is not None:
-            self._leave_if_encoded(flight.before)
+        return flight.before is not None and self._leave_if_encoded(flight.before)
 
     def _forget_before(self, flight: Flight) -> None:
         """What a picture was encoded to before is not needed any more."""
@@ -312,6 +320,8 @@ class Outage:
             flight.record = self._put(flight, held=False)
         else:
             self._writer.release(flight.record)
+        if flight.sent is None:
+            flight.encoding = None
         self._on_change()
 
     def _answered(self, flight: Flight, answer: "asyncio.Future[Received]") -> None:
@@ -328,35 +338,39 @@ class Outage:
         if record is not None and record.waits:  # its number is not known yet
             record.settled.add_done_callback(lambda _: self._answered(flight, answer))
             return
-        if (record is None and not flight.promised) or flight.lost is not None or flight.sent is None:
+        encoding, sent = flight.encoding, flight.sent
+        if (record is None and not flight.promised) or flight.lost is not None or encoding is None or sent is None:
             return
         flight.given = True
-        name = flight.encoding.capture.name
         try:
-            found: Answer | Failure = flight.session.answer_of(flight.encoding, flight.sent, answer.result())
+            found: Answer | Failure = flight.session.answer_of(encoding, sent, answer.result())
             if isinstance(found, Answer) and record is not None and record.seq is not None:
-                captured_us = _captured_us(flight.encoding)
+                captured_us = _captured_us(encoding)
                 found = replace(found, seq=record.seq, spool=self._spool_id, captured_unix_us=captured_us)
         except BitneckError as exc:
-            found = Failure(name, exc)
+            found = Failure(encoding.capture.name, exc)
         self._hand_out(found)
         self._cross_out(flight)
 
     def _put(self, flight: Flight, *, held: bool) -> Record:
-        encoding, bundle = flight.encoding, flight.session.bundle
-        photo = encoding.photo.result()
-        frame = Kept(
-            seq=0,
-            bundle_id=bundle.bundle_id,
-            point=photo.point,
-            payload=photo.encoded.payload,
-            captured_unix_us=_captured_us(encoding),
-            name=encoding.capture.name,
-        )
-        return self._writer.put(frame, bundle, held=held, on_settled=functools.partial(self._written, flight))
+        bundle = flight.session.bundle
+        if flight.frame is None:
+            assert flight.encoding is not None
+            encoding, photo = flight.encoding, flight.encoding.photo.result()
+            flight.frame = Kept(
+                seq=0,
+                bundle_id=bundle.bundle_id,
+                point=photo.point,
+                payload=photo.encoded.payload,
+                captured_unix_us=_captured_us(encoding),
+                name=encoding.capture.name,
+            )
+        return self._writer.put(flight.frame, bundle, held=held, on_settled=functools.partial(self._written, flight))
 
 
 def _is_encoded(flight: Flight) -> bool:
+    if flight.encoding is None:
+        return True
     photo = flight.encoding.photo
     return photo.done() and not photo.cancelled() and photo.exception() is None
 

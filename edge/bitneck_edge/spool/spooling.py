@@ -40,17 +40,23 @@ class Spooling:
 
     Args:
         spool: of the device.
+        files: works on its files; it is closed with it.
         settings: of the client, with a spool.
         live: the link of the live frames; None while there is none.
         hand_out: the program's function for answers.
     """
 
     def __init__(
-        self, spool: Spool, settings: EdgeSettings, live: Callable[[], Link | None], hand_out: HandOut
+        self,
+        spool: Spool,
+        files: DiskThread,
+        settings: EdgeSettings,
+        live: Callable[[], Link | None],
+        hand_out: HandOut,
     ) -> None:
         self._spool = spool
         self._program = hand_out
-        self._files, self._house = DiskThread("bitneck-spool"), DiskThread("bitneck-spool-sync")
+        self._files, self._house = files, DiskThread("bitneck-spool-sync")
         self._writer = Writer(spool, self._files)
         self._sender = Sender(spool, self._files, self._house, settings, live, self._hand_out)
         self.outage = Outage(self._writer, spool.spool_id, self._hand_out, self._sender.look)
@@ -70,7 +76,19 @@ class Spooling:
             most_age_s=settings.spool_age * 3600,
             first=settings.spool_first,
         )
-        return cls(await asyncio.to_thread(Spool.open, settings.spool, limits), settings, live, hand_out)
+        folder, files, left = settings.spool, DiskThread("bitneck-spool"), contextlib.ExitStack()
+
+        def begin() -> Spool:
+            spool = Spool.open(folder, limits)
+            left.callback(spool.close)
+            return spool
+
+        try:
+            return cls(await files.run(begin), files, settings, live, hand_out)
+        except BaseException:  # nobody waits for it any more: nobody else would close it
+            files.post(left.close)
+            files.end()
+            raise
 
     def start(self, keeper: Coroutine[Any, Any, None]) -> None:
         """Send what is there from now on, and bring to the disk what is written.
@@ -87,16 +105,9 @@ class Spooling:
 
         A disk that does not answer is waited for a moment only: it is tried again with each frame.
         """
-
-        def keep() -> None:
-            try:
-                self._spool.known.keep(bundle)
-            except OSError as exc:
-                _LOG.warning("the manifest of the bundle cannot be kept in the spool: %s", exc)
-
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_KNOW_S):
-                await self._house.run(keep)
+                await self._house.run(self._writer.know, bundle)
 
     @property
     def spool_id(self) -> str:
@@ -132,22 +143,29 @@ class Spooling:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """The session has ended: keep what is unanswered, and close the spool."""
-        await self.outage.close()
+        """The session has ended: keep what is unanswered, and close the spool, also if this is cancelled."""
+        try:
+            await self.outage.close()
+        finally:
+            self._files.post(self._spool.close)  # behind all that is to be written, however long that takes
+            self._files.end()
+            self._house.end()
+        limit = time.monotonic() + _CLOSE_S
         for thread in (self._files, self._house):
-            if not await thread.close(_CLOSE_S):
+            if not await thread.close(limit - time.monotonic()):
                 _LOG.error(
                     "the disk of the spool does not answer: frames that it has not taken are lost with the process"
                 )
                 return
-        await asyncio.to_thread(self._spool.close)
 
     async def _idle(self, stop: asyncio.Event) -> bool:
-        """Whether nothing can be sent now, `stop` is set, or the disk does not answer."""
+        """Whether nothing can be sent now, `stop` is set, the disk does not answer, or the spool is closed."""
         asked, stopped = asyncio.ensure_future(self._sender.idle()), asyncio.ensure_future(stop.wait())
         try:
             await asyncio.wait({asked, stopped}, timeout=_DRAINED_S, return_when=asyncio.FIRST_COMPLETED)
-            return stop.is_set() or not asked.done() or asked.result()
+            if not stop.is_set() and not asked.done():
+                _LOG.warning("frames stay in the spool: its disk has not answered for %.0f s", _DRAINED_S)
+            return stop.is_set() or not asked.done() or asked.exception() is not None or asked.result()
         finally:
             asked.cancel()
             stopped.cancel()

@@ -30,7 +30,7 @@ _FRAME_BYTES = 512
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """A frame that was given to the disk.
+    """A frame that was given to the disk. The thread sets `seq` and `error`; all else is of the event loop.
 
     Attributes:
         seq: its number in the spool, once it is written; None before, and if it was refused.
@@ -100,35 +100,37 @@ class Writer:
         if self._frames >= _MOST_FRAMES or self._bytes + record.size > _MOST_BYTES:
             loop.call_soon(self._refused, record, None)
             return
-        self._frames, self._bytes, held = self._frames + 1, self._bytes + record.size, record.held
+        self._frames, self._bytes = self._frames + 1, self._bytes + record.size
 
         def write() -> None:
-            seq, error = None, None
+            held = record.held  # what changes that from now on comes behind this
             try:
-                self._know(record.bundle)
-                seq = self._spool.put(record.frame, held=held)
+                self.know(record.bundle)
+                record.seq = self._spool.put(record.frame, held=held)
             except BitneckError as exc:
-                error = exc
-            tell(loop, self._written, record, seq, error, held)
+                record.error = exc
+            except Exception as exc:  # noqa: BLE001  it must reach whoever waits
+                _LOG.exception("the spool failed on a frame")
+                record.error = Unavailable(f"the spool failed on the frame, it is lost: {exc!r}; the log says more")
+            tell(loop, self._written, record, held)
 
         record.ticket = self._thread.post(write)
 
     def release(self, record: Record) -> None:
         """A frame that was held, and is written or will be, is to be sent from the spool."""
         record.held = False
-        if record.seq is not None:
-            self._thread.post(lambda: self._spool.release(record.seq or 0))
+        self._thread.post(lambda: self._spool.release(record.seq) if record.seq is not None else None)
 
     def done(self, record: Record) -> None:
         """A frame need not be kept any more."""
         if record.unwanted:
             return
         record.unwanted = True
-        if record.seq is not None:
-            self._cross_out(record.seq)
-        elif record.ticket is not None and record.waits and self._thread.forget(record.ticket):
+        if record.ticket is not None and self._thread.forget(record.ticket):
             self._free(record)
             record.settled.set_result(None)
+        else:
+            self._thread.post(lambda: self._spool.done([record.seq]) if record.seq is not None else None)
 
     async def settled(self, record: Record) -> None:
         """Wait until it is known what becomes of a frame; for a moment only, or not at all, if the disk is slow."""
@@ -136,23 +138,20 @@ class Writer:
         if record.waits and left_s > 0:
             await asyncio.wait({record.settled}, timeout=left_s)
 
-    def _know(self, bundle: Bundle) -> None:
+    def know(self, bundle: Bundle) -> None:
+        """Keep what answers to a bundle's frames are understood with. It blocks: a thread calls it."""
         try:
             self._spool.known.keep(bundle)
-        except OSError as exc:
+        except (OSError, BitneckError) as exc:
             _LOG.warning("the manifest of the bundle cannot be kept in the spool: %s", exc)
 
-    def _written(self, record: Record, seq: int | None, error: BitneckError | None, held: bool) -> None:
+    def _written(self, record: Record, held: bool) -> None:
         self._free(record)
-        record.seq, record.error = seq, error
-        if seq is not None and record.unwanted:
-            self._cross_out(seq)
-        elif seq is not None and held and not record.held:
-            self.release(record)
-        elif seq is None and error is None and held and not record.held and not record.unwanted:
+        refused = record.seq is None and record.error is None
+        if refused and held and not record.held and not record.unwanted:
             self._submit(record)  # it was left to the spool meanwhile: now it counts
-            return
-        self._settle(record)
+        else:
+            self._settle(record)
 
     def _refused(self, record: Record, error: BitneckError | None) -> None:
         """A frame that the disk is not asked to take."""
@@ -173,6 +172,3 @@ class Writer:
 
     def _free(self, record: Record) -> None:
         self._frames, self._bytes, record.ticket = self._frames - 1, self._bytes - record.size, None
-
-    def _cross_out(self, seq: int) -> None:
-        self._thread.post(lambda: self._spool.done([seq]))
