@@ -54,7 +54,7 @@ class DeviceLog:
         encoded: when the client had the encoded frame of each picture, likewise.
         answers: how many answers each picture had.
         spooled: those of them that came from the spool.
-        alive: when the event loop and the thread of the spool's files ran last, seconds since 1970.
+        alive: when the event loop ran last before the thread of the spool's files did, seconds since 1970.
         wrong_times: answers with another time of capture than the picture's.
         failures: what was no answer.
     """
@@ -126,7 +126,9 @@ def _tell_encoded() -> None:
 async def _live(client: EdgeClient) -> None:
     while True:
         if client._spooling is not None:
-            _say(alive=await client._spooling._files.run(time.time))
+            ran = time.time()  # what was due by then is with the thread, and in front of this
+            await client._spooling._files.run(lambda: None)
+            _say(alive=ran)
         await asyncio.sleep(_ALIVE_S)
 
 
