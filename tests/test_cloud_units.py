@@ -287,6 +287,11 @@ def test_a_frame_that_is_not_computed_says_nothing_of_the_tail() -> None:
         times.learn_failed("s1", 0.05)  # what fails takes longer than what is known of the others
     assert times.of("s1") == pytest.approx(0.05, rel=0.02)
     assert times.of("new") == 0.02
+    times.learn_failed("new", 5.0)  # one that was held up
+    for _ in range(30):
+        times.learn(["s1"], 0.02)
+        times.learn(["new"], 0.02)
+    assert times.of("s1") == times.of("new") == pytest.approx(0.02)
 
 
 class Failing(Slow):

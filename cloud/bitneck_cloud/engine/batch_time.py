@@ -16,7 +16,8 @@ class BatchTime:
     all.
 
     A frame that fails before it is computed, such as one that cannot be decoded, takes another time: often less, and it
-    says nothing of the tail. It is a lower bound of what its point takes, and kept apart.
+    says nothing of the tail. It is a lower bound of what its point takes, and kept apart; frames that are computed let
+    it fade, so that one failure that was held up does not count for ever.
     """
 
     def __init__(self) -> None:
@@ -49,4 +50,5 @@ class BatchTime:
         ratio = seconds / sum(self._seconds.get(point, each) for point in points) if seconds > 0 else 1.0
         change = 1 + (min(max(ratio, 1 / _MOST_CHANGE), _MOST_CHANGE) - 1) * _WEIGHT
         for point in set(points):
+            self._least[point] = self._least.get(point, 0.0) * (1 - _WEIGHT)
             self._seconds[point] = self._seconds[point] * change if point in self._seconds else each
