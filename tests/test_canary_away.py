@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,18 @@ import httpx
 import pytest
 
 from bitneck.bundle import MANIFEST_NAME, Bundle
+from bitneck.runtime import ModulePool
 from bitneck.v2 import inference_pb2 as pb
+from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.canary.candidates import Candidates
+from bitneck_cloud.canary.control import Canaries
 from bitneck_cloud.canary.folder import CandidateFolder
+from bitneck_cloud.earlier import EarlierBundles
+from bitneck_cloud.engine.served_model import ServedModel
+from bitneck_cloud.fleet.control import Fleet
+from bitneck_cloud.fleet.patterns import Groups
+from bitneck_cloud.fleet.records import BundleChoice
+from bitneck_cloud.sessions.registry import Registry
 from bitneck_edge.answers.results import Answer
 from bitneck_testing.consumers.operator import CANARY, MARK, begin, call, serving
 from bitneck_testing.devices.streaming import Device
@@ -182,3 +193,60 @@ async def test_a_disk_that_does_not_answer_is_away(new: Bundle, tmp_path: Path) 
     with manifest.open("wb") as pipe:  # the one thread that looks goes on
         pipe.write(new.manifest_json)
     assert await folder.look() == ""
+
+
+async def test_a_server_stops_while_the_disk_of_a_candidate_does_not_answer(
+    tiny_bundle: Bundle, new: Bundle, tmp_path: Path
+) -> None:
+    """It tells what the matter is now, and not what it was at first."""
+    manifest = new.root / MANIFEST_NAME
+    with serving(tiny_bundle.root, tmp_path / "candidates") as server:
+        await begin(server)
+        manifest.unlink()
+        assert "cannot be read" in (await call(server, "GET", CANARY))["problem"]
+        os.mkfifo(manifest)
+        assert "does not answer" in (await call(server, "GET", CANARY))["problem"]
+        assert server.stop() == 0
+
+
+class Nobody:
+    """Streams of a server without clients."""
+
+    def tell_of_bundles(self, model: str) -> int:
+        assert model == "tiny"
+        return 0
+
+
+async def test_a_server_starts_while_the_disk_of_a_candidate_does_not_answer(
+    tiny_bundle: Bundle, new: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A canary that was kept begins when it answers."""
+    registry = Registry(
+        [ServedModel(tiny_bundle, threads=1)], window=1, max_sessions=1, resume_s=1, assumed_fps=1, max_bytes_per_s=0,
+        adopt=False, signer=TokenSigner(b"a key of the test", max_age_s=1),
+    )  # fmt: skip
+    fleet, earlier = Fleet(Groups(), None, None, 10), EarlierBundles(None, most=1, most_age_s=1)
+    candidates, lock, answers = Candidates(tmp_path / "candidates"), asyncio.Lock(), threading.Event()
+    canaries = Canaries(registry, candidates, fleet, Nobody(), ModulePool(), 1, earlier, None, lock)
+    choice = BundleChoice(
+        model="tiny", kind="canary", base=tiny_bundle.bundle_id, bundle="new", bundle_id=new.bundle_id, clients="*",
+        since="", by="",
+    )  # fmt: skip
+    await fleet.choose("tiny", [choice])
+    right = Candidates.version
+
+    def version(self: Candidates, name: str) -> tuple[int, int]:
+        assert answers.wait(60)
+        return right(self, name)
+
+    monkeypatch.setattr(Candidates, "version", version)
+    await canaries.resume()
+    assert "does not answer" in canaries.waiting["tiny"].problem
+    await canaries.look("tiny")
+    assert registry.candidate("tiny") is None
+    answers.set()
+    await canaries.look("tiny")
+    assert (list(canaries.waiting), list(canaries.running)) == ([], ["tiny"])
+    assert registry.offered("tiny", "cam-1").bundle.bundle_id == new.bundle_id
+    await canaries.close()
+    await fleet.close()

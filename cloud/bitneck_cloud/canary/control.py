@@ -13,12 +13,14 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from bitneck.errors import BitneckError, CanaryRefused
 from bitneck.runtime import ModulePool
 from bitneck_cloud.canary.candidates import Candidates
+from bitneck_cloud.canary.folder import Look
 from bitneck_cloud.canary.loading import CandidateLoader, check_folder
 from bitneck_cloud.canary.photographs import Photographs
 from bitneck_cloud.canary.records import Ended, Running, Streams, Waiting
@@ -248,13 +250,16 @@ class Canaries:
                 left = [each for each in self._fleet.choices if each.model == choice.model and each.base == base]
                 await self._fleet.choose(choice.model, left)
                 continue
+            look = Look(partial(self.candidates.version, choice.bundle))
+            version = await look.take()
             try:
+                if version is None:
+                    raise CanaryRefused(f"the folder of the candidate {choice.bundle} does not answer")
                 await self._resume(choice)
             except BitneckError as exc:
                 _LOG.error("%s is not served: %s; the bundle of --bundle is", what, exc)
                 if choice.kind == _CANARY:
-                    version = await asyncio.to_thread(self.candidates.version, choice.bundle)
-                    self._waiting[choice.model] = Waiting(choice, str(exc), version)
+                    self._waiting[choice.model] = Waiting(choice, str(exc), version, look)
 
     async def watch(self) -> None:
         """Look at the folders of candidates now and then, until it is cancelled."""
@@ -271,10 +276,10 @@ class Canaries:
         """
         if (running := self._running.get(name)) is not None:
             problem = await running.folder.look()
-            if running is not self._running.get(name) or bool(problem) == bool(running.problem):
+            before, running.problem = running.problem, problem
+            if running is not self._running.get(name) or bool(problem) == bool(before):
                 return
             self._registry.withhold(name, withheld=bool(problem))
-            running.problem = problem
             if problem:
                 _LOG.warning("canary %s of %s: %s; devices that do not have its bundle get the current one",
                              running.choice.bundle, name, problem)  # fmt: skip
@@ -282,8 +287,8 @@ class Canaries:
                 _LOG.info("canary %s of %s: devices get its bundle again", running.choice.bundle, name)
                 self._streams.tell_of_bundles(name)
         elif (waiting := self._waiting.get(name)) is not None:
-            version = await asyncio.to_thread(self.candidates.version, waiting.choice.bundle)
-            if version == waiting.version:
+            version = await waiting.look.take()
+            if version in (None, waiting.version):
                 return
             async with self._lock:
                 if self._waiting.get(name) is not waiting:

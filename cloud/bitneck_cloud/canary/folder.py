@@ -1,13 +1,54 @@
 """A candidate's folder while its canary runs: whether devices can still fetch the bundle from it."""
 
 import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Generic, TypeVar
 
 from bitneck.bundle import MANIFEST_NAME, Bundle
 
-__all__ = ["CandidateFolder"]
+__all__ = ["CandidateFolder", "Look"]
+
+T = TypeVar("T")
 
 _MOST_S = 2.0
 """A disk that has not answered for so long, such as a network's that is gone, counts as one that is away."""
+
+
+class Look(Generic[T]):
+    """Looks at a disk that may not answer. The thread that waits for it keeps no server from stopping.
+
+    Args:
+        what: to look at.
+    """
+
+    def __init__(self, what: Callable[[], T]) -> None:
+        self._what = what
+        self._found: asyncio.Future[T] | None = None
+
+    async def take(self) -> T | None:
+        """What is there; None if the disk does not answer.
+
+        One thread looks at a time, also then; whoever asks meanwhile waits for the same look.
+        """
+        if self._found is None or self._found.done():
+            loop = asyncio.get_running_loop()
+            self._found = loop.create_future()
+            threading.Thread(target=self._look, args=(loop, self._found), name="bitneck-look", daemon=True).start()
+        found = self._found
+        await asyncio.wait({found}, timeout=_MOST_S)
+        return found.result() if found.done() else None
+
+    def _look(self, loop: asyncio.AbstractEventLoop, found: "asyncio.Future[T]") -> None:
+        settle: Callable[[], None]
+        try:
+            settle = partial(found.set_result, self._what())
+        except Exception as exc:  # noqa: BLE001  it goes to whoever looks
+            settle = partial(found.set_exception, exc)
+        with contextlib.suppress(RuntimeError):  # the server has stopped meanwhile
+            loop.call_soon_threadsafe(settle)
 
 
 class CandidateFolder:
@@ -18,19 +59,13 @@ class CandidateFolder:
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-        self._looking: asyncio.Task[str] | None = None
+        self._root = bundle.root
+        self._look = Look(partial(_problem_of, bundle))
 
     async def look(self) -> str:
-        """Why no device can fetch the bundle; empty if it can. Contents are not read again: devices verify them.
-
-        One thread looks at a time, also if the disk does not answer; whoever asks meanwhile waits for the same look.
-        """
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(asyncio.to_thread(_problem_of, self._bundle))
-        looking = self._looking
-        await asyncio.wait({looking}, timeout=_MOST_S)
-        return looking.result() if looking.done() else f"its folder {self._bundle.root} does not answer"
+        """Why no device can fetch the bundle; empty if it can. Contents are not read again: devices verify them."""
+        problem = await self._look.take()
+        return f"its folder {self._root} does not answer" if problem is None else problem
 
 
 def _problem_of(bundle: Bundle) -> str:

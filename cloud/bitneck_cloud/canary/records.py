@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from bitneck_cloud.canary.folder import CandidateFolder
+from bitneck_cloud.canary.folder import CandidateFolder, Look
 from bitneck_cloud.canary.photographs import Photographs
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.engine.tally import Tally
@@ -61,12 +61,14 @@ class Waiting:
     Attributes:
         choice: what was begun.
         problem: why.
-        version: of the candidate's manifest when it was tried; see `Candidates.version`.
+        version: of the candidate's manifest when it was tried, see `Candidates.version`; None if that was not known.
+        look: finds out what it is now.
     """
 
     choice: BundleChoice
     problem: str
-    version: tuple[int, int]
+    version: tuple[int, int] | None
+    look: Look[tuple[int, int]] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
