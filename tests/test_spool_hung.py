@@ -1,6 +1,7 @@
 """A disk that does not answer, as a network's disk that is gone, or a card that erases: live frames go on."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import threading
@@ -86,6 +87,24 @@ def client(address: str, tmp_path: Path, spooled: list[Answer | Failure], **valu
     )  # fmt: skip
 
 
+@contextlib.asynccontextmanager
+async def outage(
+    server: Server, tmp_path: Path, disk: Disk
+) -> AsyncIterator[tuple[EdgeClient, Proxy, list[Answer | Failure]]]:
+    """A client with one answer, its cut link, and what comes from its spool, whose disk hangs."""
+    spooled: list[Answer | Failure] = []
+    async with (
+        asyncio.timeout(HANG_S),
+        Proxy(server.grpc) as link,
+        client(link.address, tmp_path, spooled) as one,
+    ):
+        await one.infer(Capture(photo(0), "first"))
+        disk.hang()
+        link.cut()
+        await until(lambda: not one._opened().link.up)
+        yield one, link, spooled
+
+
 async def test_live_frames_go_on_and_the_loop_never_waits(server: Server, tmp_path: Path, disk: Disk) -> None:
     """Over a slow link each frame is given to the disk before its answer comes."""
     spooled: list[Answer | Failure] = []
@@ -119,16 +138,7 @@ async def test_live_frames_go_on_and_the_loop_never_waits(server: Server, tmp_pa
 
 async def test_frames_of_an_outage_wait_in_order_for_the_disk(server: Server, tmp_path: Path, disk: Disk) -> None:
     """They come to it when it answers again; live frames are answered meanwhile, and each frame once."""
-    spooled: list[Answer | Failure] = []
-    async with (
-        asyncio.timeout(HANG_S),
-        Proxy(server.grpc) as link,
-        client(link.address, tmp_path, spooled) as one,
-    ):
-        await one.infer(Capture(photo(0), "first"))
-        disk.hang()
-        link.cut()
-        await until(lambda: not one._opened().link.up)
+    async with outage(server, tmp_path, disk) as (one, link, spooled):
         assert [each async for each in one.stream(captures(0, 8))] == []
         link.mend()
         await until(lambda: one._opened().link.up)
@@ -145,16 +155,7 @@ async def test_frames_of_an_outage_wait_in_order_for_the_disk(server: Server, tm
 
 async def test_a_frame_that_the_disk_refuses_at_last_is_told(server: Server, tmp_path: Path, disk: Disk) -> None:
     """The program was told that it is in the spool, so the failure comes where its answer would have come."""
-    spooled: list[Answer | Failure] = []
-    async with (
-        asyncio.timeout(HANG_S),
-        Proxy(server.grpc) as link,
-        client(link.address, tmp_path, spooled) as one,
-    ):
-        await one.infer(Capture(photo(0), "first"))
-        disk.hang()
-        link.cut()
-        await until(lambda: not one._opened().link.up)
+    async with outage(server, tmp_path, disk) as (one, _, spooled):
         with pytest.raises(Unavailable, match="is in the spool"):
             await one.infer(Capture(photo(1), "lost"))
         disk.error = OSError(5, "Input/output error")

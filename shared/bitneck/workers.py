@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from bitneck.errors import Unavailable
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "settling", "tell"]
 
 T = TypeVar("T")
 
@@ -57,20 +57,9 @@ class Workers:
 
         The future raises `Unavailable` if `close` came first, or whatever `function` raises.
         """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
-
-        def call() -> None:
-            if done.cancelled():
-                return
-            try:
-                result = function(*args)
-            except BaseException as exc:  # noqa: BLE001  raised where it is awaited
-                _tell(loop, _set_exception, done, exc)
-            else:
-                _tell(loop, _set_result, done, result)
-
-        self.post(call, lambda: _set_exception(done, Unavailable(f"closed: {self._name} takes no more calls")))
+        call, done = settling(function, *args)
+        refused = Unavailable(f"closed: {self._name} takes no more calls")
+        self.post(lambda: None if done.cancelled() else call(), lambda: _set_exception(done, refused))
         return done
 
     def close(self, *, wait: bool = False) -> None:
@@ -96,8 +85,25 @@ class Workers:
             del taken  # what it holds is free while the thread waits
 
 
-def _tell(loop: asyncio.AbstractEventLoop, how: Callable[..., None], *what: Any) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+def settling(function: Callable[..., T], *args: Any) -> "tuple[Callable[[], None], asyncio.Future[T]]":
+    """A call for another thread, which does not raise, and the future on this loop that gets what becomes of it."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def call() -> None:
+        try:
+            result = function(*args)
+        except BaseException as exc:  # noqa: BLE001  raised where it is awaited
+            tell(loop, _set_exception, done, exc)
+        else:
+            tell(loop, _set_result, done, result)
+
+    return call, done
+
+
+def tell(loop: asyncio.AbstractEventLoop, how: Callable[..., object], *what: Any) -> None:
+    """Call a function on a loop from another thread; not if the loop is closed, because nobody waits any more."""
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(how, *what)
 
 

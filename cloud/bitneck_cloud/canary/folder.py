@@ -1,13 +1,13 @@
 """A candidate's folder while its canary runs: whether devices can still fetch the bundle from it."""
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Generic, TypeVar
 
 from bitneck.bundle import MANIFEST_NAME, Bundle
+from bitneck.workers import settling
 
 __all__ = ["CandidateFolder", "Look"]
 
@@ -34,21 +34,11 @@ class Look(Generic[T]):
         One thread looks at a time, also then; whoever asks meanwhile waits for the same look.
         """
         if self._found is None or self._found.done():
-            loop = asyncio.get_running_loop()
-            self._found = loop.create_future()
-            threading.Thread(target=self._look, args=(loop, self._found), name="bitneck-look", daemon=True).start()
+            call, self._found = settling(self._what)
+            threading.Thread(target=call, name="bitneck-look", daemon=True).start()
         found = self._found
         await asyncio.wait({found}, timeout=_MOST_S)
         return found.result() if found.done() else None
-
-    def _look(self, loop: asyncio.AbstractEventLoop, found: "asyncio.Future[T]") -> None:
-        settle: Callable[[], None]
-        try:
-            settle = partial(found.set_result, self._what())
-        except Exception as exc:  # noqa: BLE001  it goes to whoever looks
-            settle = partial(found.set_exception, exc)
-        with contextlib.suppress(RuntimeError):  # the server has stopped meanwhile
-            loop.call_soon_threadsafe(settle)
 
 
 class CandidateFolder:

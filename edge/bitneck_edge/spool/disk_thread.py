@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from bitneck.errors import Unavailable
+from bitneck.workers import settling
 
 __all__ = ["DiskThread"]
 
@@ -76,25 +77,8 @@ class DiskThread:
         """
         if self._closed:
             raise Unavailable(f"{self._name} is closed")
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
-
-        def settle(value: T | None, error: Exception | None) -> None:
-            if done.done():
-                return
-            if error is not None:
-                done.set_exception(error)
-            else:
-                done.set_result(value)  # type: ignore[arg-type]
-
-        def act() -> None:
-            try:
-                value, error = work(*arguments), None
-            except Exception as exc:  # noqa: BLE001  it goes to whoever waits
-                value, error = None, exc
-            tell(loop, settle, value, error)
-
-        self.post(act)
+        call, done = settling(work, *arguments)
+        self.post(call)
         return await done
 
     def end(self) -> None:
@@ -127,11 +111,3 @@ class DiskThread:
             except Exception:  # noqa: BLE001  a bug here must not end the thread
                 _LOG.exception("work on the disk failed")
             self._begun_at = None
-
-
-def tell(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:
-    """Call a function on the loop, unless that has ended meanwhile."""
-    try:
-        loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:
-        _LOG.debug("the event loop has ended before the disk has answered")

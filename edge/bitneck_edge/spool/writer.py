@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, Overloaded, Unavailable
+from bitneck.workers import tell
 from bitneck_edge.spool.disk import Complaints
-from bitneck_edge.spool.disk_thread import DiskThread, tell
+from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.segment import Kept
 

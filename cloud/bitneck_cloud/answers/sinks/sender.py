@@ -11,7 +11,7 @@ from bitneck.errors import InvalidConfig
 from bitneck.text import clean_text
 from bitneck_cloud.answers.sinks.queue_access import QueueAccess
 from bitneck_cloud.answers.sinks.settings import SinkTable
-from bitneck_cloud.answers.sinks.state import Attempt, Queued, Sink, SinkState
+from bitneck_cloud.answers.sinks.state import Attempt, Queued, Sink, SinkState, tries
 from bitneck_cloud.observe.audit import record
 
 __all__ = ["Sender"]
@@ -21,10 +21,6 @@ _FAREWELL_S = 3.0
 _IDLE_S = 1.0
 _LONGEST_WAIT_S = 3600.0
 _ERROR_CHARACTERS = 300
-_MOST_BUGS = 3
-"""Internal errors in a row at one answer, which goes alone after the first; then it is set aside. Twice as many for
-each one that was set aside before it, unless an attempt came to an end meanwhile."""
-_MOST_DOUBLINGS = 12
 
 
 class Sender:
@@ -140,7 +136,7 @@ class Sender:
             attempt = Attempt(error=str(exc))
         except Exception as exc:
             self._bugs += 1
-            if len(batch) != 1 or self._bugs <= _MOST_BUGS << min(self._set_aside, _MOST_DOUBLINGS):
+            if len(batch) != 1 or self._bugs <= tries(self._set_aside):  # after the first, an answer goes alone
                 self._queue.call(self._queue.file.settle, name, batch, (), time.time())
                 raise
             _LOG.exception("sink %s: an attempt failed", name)

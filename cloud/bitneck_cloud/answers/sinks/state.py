@@ -4,13 +4,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["DROPPED", "Attempt", "Bounds", "ClientState", "Document", "Entry", "Held", "Queued", "Sink", "SinkState"]
+__all__ = [
+    "DROPPED",
+    "TRIES",
+    "Attempt",
+    "Bounds",
+    "ClientState",
+    "Document",
+    "Entry",
+    "Held",
+    "Queued",
+    "Sink",
+    "SinkState",
+    "tries",
+]
 
 DROPPED = ("bytes", "age", "size", "disk", "connection")
 """Why an answer falls out."""
 
+TRIES = 3
+"""Failures in a row at one message, at least, before it is set aside."""
+_MOST_DOUBLINGS = 12
+
 Document = Mapping[str, Any]
 """What is said of one answer, as JSON can hold it."""
+
+
+def tries(set_aside: int) -> int:
+    """Failures in a row at one message before it is set aside; twice as many for each one before it.
+
+    Else a fault that does not lie in the messages would cost all of them.
+
+    Args:
+        set_aside: messages since the last one that passed.
+    """
+    return TRIES << min(set_aside, _MOST_DOUBLINGS)
 
 
 @dataclass(frozen=True, slots=True)

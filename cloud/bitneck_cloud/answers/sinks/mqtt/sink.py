@@ -25,7 +25,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from bitneck_cloud.answers.sinks.maps import with_map
 from bitneck_cloud.answers.sinks.mqtt.connection import Connection, Failed, Said
 from bitneck_cloud.answers.sinks.settings import MqttTable
-from bitneck_cloud.answers.sinks.state import Attempt, ClientState, Queued
+from bitneck_cloud.answers.sinks.state import TRIES, Attempt, ClientState, Queued, tries
 from bitneck_cloud.answers.sinks.topics import topic_of
 
 __all__ = ["MqttSink"]
@@ -36,12 +36,8 @@ _MOST_CLIENTS = 10_000
 _STATES_AT_ONCE = 200
 _PACKET_OVERHEAD = 256
 """Bytes of a message beside its topic and its payload, at most: header, number, properties."""
-_MOST_LOSSES = 3
-"""Connections in a row that may end at one message. Twice as many for each one that was set aside before it, unless the
-broker has acknowledged one meanwhile: else a broker that wants none of them would cost them all."""
-_MOST_DOUBLINGS = 12
-_CUT = f"the connection ended {_MOST_LOSSES} times in a row when it was sent, or more; is it too large for the broker?"
-_UNANSWERED = f"the broker answers, but did not acknowledge it {_MOST_LOSSES} times in a row, or more"
+_CUT = f"the connection ended {TRIES} times in a row when it was sent, or more; is it too large for the broker?"
+_UNANSWERED = f"the broker answers, but did not acknowledge it {TRIES} times in a row, or more"
 _STATE_PAUSE_S = 3600.0
 """The states of a client are not told for so long once one of them was given up: the next would hold answers up too."""
 _REFUSED = 0x80
@@ -198,7 +194,7 @@ class MqttSink:
         elif said.lost:
             again = suspected and told == 0
             self._suspect, self._losses, self._refusals = keys[told], self._losses + 1 if again else 1, 0
-            if self._losses >= _MOST_LOSSES << min(self._set_aside[kind], _MOST_DOUBLINGS):
+            if self._losses >= tries(self._set_aside[kind]):
                 self._suspect = None
                 self._set_aside[kind] += 1
                 return replace(said, blamed=_CUT if connection.ended else _UNANSWERED)
@@ -215,7 +211,7 @@ class MqttSink:
         if _first_refused(said.reasons) is None:
             rest = connection.publish(messages[1:])
             return replace(rest, reasons=said.reasons + rest.reasons)
-        turn = self._refusals + 1 - _MOST_LOSSES
+        turn = self._refusals + 1 - TRIES
         if turn >= 0 and len(messages) > 1:
             place = 1 + turn % (len(messages) - 1)  # another one each time: several may be refused like the first
             another = connection.publish(messages[place : place + 1])
