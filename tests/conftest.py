@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from bitneck_testing.tiny_bundles import make_tiny_bundle
 if TYPE_CHECKING:
     from bitneck_testing.processes import Server
     from bitneck_testing.streams import Frames
+
+os.environ.pop("PYTHONUNBUFFERED", None)  # programs buffer what they print, as they do for their users
 
 
 @pytest.fixture(scope="session")

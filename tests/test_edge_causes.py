@@ -242,7 +242,9 @@ def test_a_fork_is_told_to_spawn(server: Server, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line(server: Server, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(photo_bytes(1))
-    for command in (("run", tmp_path / "a.png", "--json"), ("points", "--json")):
+    photographs = [tmp_path / "a.png"] * 2
+    runs = [("run", *photographs, *form) for form in (("--json",), ("--csv",), ())]
+    for command in (*runs, ("points", "--json"), ("points",)):
         with Path("/dev/full").open("w") as full:
             parts = [BIN / "bitneck-edge", *command, "--server", server.grpc, "--cache-dir", tmp_path / "c"]
             done = subprocess.run([str(p) for p in parts], stdout=full, stderr=subprocess.PIPE, text=True, timeout=90)

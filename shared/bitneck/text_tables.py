@@ -46,6 +46,7 @@ def print_table(table: Table) -> None:
     else:
         console = Console(width=max(1, needed), height=_HIGH)
     console.print(table)
+    sys.stdout.flush()  # an output that takes nothing is noticed here, before anything else is said
 
 
 def _narrow(columns: Sequence[Column], excess: int) -> None:

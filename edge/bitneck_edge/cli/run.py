@@ -165,9 +165,9 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
             style="red", markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
     if plan.output == "json":
-        print(json.dumps(document))  # noqa: T201
+        print(json.dumps(document), flush=True)  # noqa: T201
     elif plan.output == "lines":
-        print(json.dumps({"summary": totals}))  # noqa: T201
+        print(json.dumps({"summary": totals}), flush=True)  # noqa: T201
     elif plan.output == "table" and results:
         print_table(run_table(results))
     if client.spool is not None and (text := spool_line(client.spool)):
