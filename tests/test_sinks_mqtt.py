@@ -1,12 +1,17 @@
 """MQTT with a real broker: order, repeats, TLS and passwords, brokers that are killed, links that are cut."""
 
 import asyncio
+import contextlib
+import os
+import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bitneck_cloud.answers.sinks.mqtt import connection
 from bitneck_cloud.answers.sinks.state import ClientState
 from bitneck_testing.authority import Authority
 from bitneck_testing.consumers.broker import MOSQUITTO, Broker, Subscriber
@@ -246,3 +251,30 @@ def test_states_of_clients_are_retained(broker: Broker, tmp_path: Path) -> None:
         # It was online when that server ended; the next one knows that it is not.
         with outgoing(tmp_path, table), Subscriber.running(broker.port, "state/#") as late:
             wait_for(lambda: late.of("state/door%2F1") and not late.of("state/door%2F1")[-1]["online"])
+
+
+def test_a_connection_without_answers_is_kept(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_KEEPALIVE_S", 2)  # a broker ends a connection that is silent for 1.5 times that
+    table = mqtt(broker.port, topic="kept/{client}", server_topic="kept-server/{server}")
+    with Subscriber.running(broker.port, "kept-server/#") as subscriber, outgoing(tmp_path, table) as running:
+        running.commit(answers(1, 3))
+        wait_for(lambda: only(running).delivered == 3)
+        time.sleep(12.0)
+        running.commit(answers(4, 6))
+        wait_for(lambda: only(running).delivered == 6)
+        greetings = subscriber.of("kept-server/cloud-1")
+    assert [greeting["online"] for greeting in greetings] == [True]
+
+
+def test_a_server_with_thousands_of_connections_publishes(broker: Broker, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    with Subscriber.running(broker.port, "answers/#") as subscriber, contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        while (opened := os.open(os.devnull, os.O_RDONLY)) < 1100:
+            stack.callback(os.close, opened)
+        stack.callback(os.close, opened)
+        with outgoing(tmp_path, mqtt(broker.port)) as running:
+            running.commit(answers(1, 3))
+            wait_for(lambda: only(running).delivered == 3)
+        wait_for(lambda: numbers(subscriber) == [1, 2, 3])

@@ -1,9 +1,9 @@
-"""One connection to an MQTT broker."""
+"""One connection to an MQTT broker, driven by the thread that uses it: nothing happens between its calls."""
 
 import json
 import secrets
+import select
 import ssl
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ _KEEPALIVE_S = 30
 _IN_FLIGHT = 20
 """Messages without an acknowledgement, at most; fewer where the broker says so."""
 _GOODBYE_S = 2.0
+_TURN_S = 1.0
+"""Seconds after which the connection is kept alive, where nothing comes."""
 _NO_TOPIC = "bitneck/no-such-topic"
 
 
@@ -51,7 +53,10 @@ class Said:
 
 
 class Connection:
-    """One connection, from its beginning to its end. Callbacks come from the library's thread.
+    """One connection, from its beginning to its end, for one thread.
+
+    The library's own thread would cost a switch for each acknowledgement, and its `select` takes no descriptor above
+    1,023, which a server with many clients reaches.
 
     Args:
         table: the sink's settings.
@@ -60,7 +65,6 @@ class Connection:
 
     def __init__(self, table: MqttTable, server: str) -> None:
         self._table = table
-        self._changed = threading.Condition()
         self._connected = False
         self._ended = ""
         self._window = _IN_FLIGHT
@@ -107,7 +111,6 @@ class Connection:
             client.connect(table.host, port, keepalive=_KEEPALIVE_S)
         except (OSError, ValueError) as exc:
             raise Failed(f"no connection to {table.host}:{port}: {exc}") from exc
-        client.loop_start()
         if not self._came(lambda: self._connected):
             raise Failed(f"{table.host}:{port}: {self._ended or 'the broker does not answer'}")
         if self._will_topic:
@@ -121,7 +124,9 @@ class Connection:
         return bool(self._ended)
 
     def usable(self) -> bool:
-        """Whether messages can be sent."""
+        """Whether messages can be sent. Ask it every few seconds: between answers, this keeps the connection alive."""
+        if self._connected and not self._ended:
+            self._turn(0.0)
         return self._connected and not self._ended
 
     def check(self) -> None:
@@ -178,11 +183,29 @@ class Connection:
         _, echo = self._client.unsubscribe(_NO_TOPIC)
         return self._came(lambda: number in self._acks or self._echoed == echo)
 
-    def _came(self, what: Callable[[], bool]) -> bool:
+    def _came(self, what: Callable[[], bool], within_s: float | None = None) -> bool:
         """Wait for something to come, unless the connection ends, or the time is up."""
-        with self._changed:
-            self._changed.wait_for(lambda: what() or self._ended, self._table.timeout_s)
-            return what()
+        end = time.monotonic() + (self._table.timeout_s if within_s is None else within_s)
+        while not what() and not self._ended and (left := end - time.monotonic()) > 0:
+            self._turn(min(left, _TURN_S))
+        return what()
+
+    def _turn(self, wait_s: float) -> None:
+        """Read and write what can be, after a wait for that, and keep the connection alive."""
+        client, connected = self._client, self._client.socket()
+        if connected is None:
+            self._ended = self._ended or "the connection ended"
+            return
+        pending = connected.pending() if isinstance(connected, ssl.SSLSocket) else 0
+        waiting = select.poll()
+        waiting.register(connected, select.POLLIN | (select.POLLOUT if client.want_write() else 0))
+        found = dict(waiting.poll(0 if pending else 1e3 * wait_s)).get(connected.fileno(), 0)
+        failed = client.loop_read() if pending or found & ~select.POLLOUT else paho.MQTT_ERR_SUCCESS
+        if not failed and found & select.POLLOUT:
+            failed = client.loop_write()
+        failed = failed or client.loop_misc()
+        if failed:
+            self._ended = self._ended or f"the connection ended: {paho.error_string(failed)}"
 
     def close(self, *, goodbye: bool) -> None:
         """End the connection.
@@ -193,40 +216,30 @@ class Connection:
         if goodbye and self.usable():
             if self._will_topic:
                 info = self._client.publish(self._will_topic, self._greeting(online=False), qos=1, retain=True)
-                deadline = time.monotonic() + _GOODBYE_S
-                with self._changed:
-                    while info.mid not in self._acks and not self._ended and time.monotonic() < deadline:
-                        self._changed.wait(0.1)
+                self._came(lambda: info.mid in self._acks, _GOODBYE_S)
             self._client.disconnect()
         else:
             self._client.disconnect(ReasonCode(PacketTypes.DISCONNECT, "Disconnect with will message")
                                     if self._properties is not None else None)  # fmt: skip
-        self._client.loop_stop()
+        if (left := self._client.socket()) is not None:  # the broker does not even take the farewell
+            left.close()
 
     def _greeting(self, *, online: bool) -> bytes:
         return json.dumps({"version": 1, "server": self._server, "online": online}).encode()
 
     def _on_connect(self, _client: Any, _data: Any, _flags: Any, reason: ReasonCode, properties: Any) -> None:
-        with self._changed:
-            if reason.is_failure:
-                self._ended = f"the broker refuses: {reason}"
-            else:
-                self.max_packet = getattr(properties, "MaximumPacketSize", 0)
-                self._window = min(_IN_FLIGHT, getattr(properties, "ReceiveMaximum", _IN_FLIGHT))
-                self._connected = True
-            self._changed.notify_all()
+        if reason.is_failure:
+            self._ended = f"the broker refuses: {reason}"
+        else:
+            self.max_packet = getattr(properties, "MaximumPacketSize", 0)
+            self._window = min(_IN_FLIGHT, getattr(properties, "ReceiveMaximum", _IN_FLIGHT))
+            self._connected = True
 
     def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
-        with self._changed:
-            self._ended = self._ended or f"the connection ended: {reason}"
-            self._changed.notify_all()
+        self._ended = self._ended or f"the connection ended: {reason}"
 
     def _on_ack(self, _client: Any, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
-        with self._changed:
-            self._acks[mid] = reason
-            self._changed.notify_all()
+        self._acks[mid] = reason
 
     def _on_unsubscribe(self, _client: Any, _data: Any, mid: int, _reasons: Any, _properties: Any) -> None:
-        with self._changed:
-            self._echoed = mid
-            self._changed.notify_all()
+        self._echoed = mid
