@@ -22,6 +22,7 @@ __all__ = ["VERSION", "MapForm", "Published", "answer_document"]
 VERSION = 1
 """Of the document. A new key keeps it; a key that goes, or means something else, does not."""
 
+_JSON = json.JSONEncoder(separators=(",", ":"))  # `json.dumps` with separators makes one for each call
 _LAST_US = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp()) * 1_000_000
 _LARGE_MAP_BYTES = 1 << 16
 _BESIDE_TEXTS = 1500
@@ -100,7 +101,7 @@ class Published:
         made = self.made(form)
         if made is None:
             form = form if self.has_map else MapForm.NONE
-            made = self._texts[form] = json.dumps(answer_document(self, form), separators=(",", ":"))
+            made = self._texts[form] = _JSON.encode(answer_document(self, form))
         return made
 
 

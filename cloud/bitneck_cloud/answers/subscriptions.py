@@ -1,6 +1,6 @@
 """Who subscribes to answers: a bounded number of readers of the hub, which wait for what comes next.
 
-    keep(answers) --> Hub --wake, at most every 50 ms--> Subscription.next --> HTTP or gRPC, as fast as its client reads
+    keep(answers) --> Hub --wake, every 100 ms at most--> Subscription.next --> HTTP or gRPC, as its client reads
 
 A subscriber has nothing of its own but a position. One that does not read waits in its own write, and costs nothing
 when an answer is kept.
@@ -22,7 +22,7 @@ from bitneck_cloud.observe.metrics import Metrics
 
 __all__ = ["News", "Subscription", "Subscriptions"]
 
-_PAUSE_S = 0.05
+_PAUSE_S = 0.1
 """Seconds between two wakings: of many answers a second, several go to a subscriber at once."""
 _MOST, _LOOK_AT = 64, 1024
 """Answers that a subscriber gets at once, and that are looked at for it in one go."""

@@ -1,5 +1,6 @@
 """Topics of MQTT from a template: whatever a client calls itself, it stays within its level. Pure."""
 
+import functools
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ def topic_of(template: str, values: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: _level(values[match[1]]), template)
 
 
+@functools.lru_cache(4096)
 def _level(text: str) -> str:
     """A text as part of one level: what means something in a topic, or nothing at all, is percent-encoded.
 
