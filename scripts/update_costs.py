@@ -131,7 +131,8 @@ def draw(costs: dict[str, Any]) -> None:
             y = seconds(size, costs, device, costs["whole_network_ms"], kbps)
             axis.plot(kbps, y, style, color="0.3", label=f"{name.upper()} to a server, {size:,.0f} bytes, as accurate")
     alone = (costs["picture_ms"] + costs["whole_network_ms"]) / 1e3
-    axis.axhline(alone, color="C3", linewidth=1, label=f"whole network on the device, {costs['uncompressed']:.1%}")
+    label = f"whole network on the device, {costs['uncompressed']:.1%}"
+    axis.axhline(alone, color="black", linestyle="-.", linewidth=1, label=label)
     axis.set(xscale="log", yscale="log", xlabel="link, kbit/s each way", ylabel="seconds from a picture to its answer")
     axis.grid(visible=True, which="both", color="0.9", linewidth=0.5)
     axis.legend(fontsize=8)
