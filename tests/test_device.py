@@ -213,8 +213,11 @@ async def test_the_state_of_a_client_with_a_spool(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Sender, "counts", counts)
     found = samples(Exposition(client.state).render().decode())
     assert (found["bitneck_edge_link_bytes_total/up"], found["bitneck_edge_link_bytes_total/down"]) == (70, 30)
-    names = ("spooled_total", "sent_total", "dropped_total", "kept_frames", "unknown_frames", "bytes")
-    assert [found[f"bitneck_edge_spool_{name}"] for name in names] == [9, 5, 1, 3, 2, 700]
+    names = (
+        "spooled_total", "sent_total", "dropped_total", "kept_frames", "unknown_frames", "bytes", "waiting_frames",
+        "opened",
+    )  # fmt: skip
+    assert [found[f"bitneck_edge_spool_{name}"] for name in names] == [9, 5, 1, 3, 2, 700, 0, 1]
     await spooling.close()
 
 

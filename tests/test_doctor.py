@@ -25,6 +25,7 @@ from bitneck_edge.spool.bounds import Limits
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.segment import Kept
 from bitneck_testing.authority import Authority
+from bitneck_testing.devices.hanging import Disk
 from bitneck_testing.photographs import photo_bytes
 from bitneck_testing.processes import Server, edge, free_port, running_server
 
@@ -113,6 +114,29 @@ def test_doctor_in_place_of_run(server: Server, tmp_path: Path) -> None:
     wrong = edge("doctor", *arguments, "--json", "--pack-ms", 20_000)
     assert (wrong.returncode, "--pack-ms" in wrong.stderr) == (2, True), "what `run` refuses"
     assert "fps" not in edge("doctor", "--help").stdout
+
+
+def test_disks_that_do_not_answer(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a finding, and keeps none of the others from being told."""
+    from bitneck_edge.doctor import disks, sources, spool
+
+    monkeypatch.setattr(disks, "_LOOK_S", 0.3)
+    monkeypatch.setattr(sources, "_SOURCE_S", 0.3)
+    disk = Disk(monkeypatch)
+    disk.slows(spool, "_is_used")
+    disk.slows(sources, "picture_of")
+    disk.hang()
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "a.png").write_bytes(photo_bytes(1))
+    found = doctor(server.grpc, tmp_path / "cache", tmp_path / "a.png", model="tiny", spool=tmp_path / "spool")
+    assert failed(found) == {"spool", "source"}
+    assert found["spool"]["found"] == f"the disk of {tmp_path / 'spool'} has not answered for 0 s"
+    assert "no picture within" in found["source"]["found"]
+    disk.go_on()
+    monkeypatch.setattr(disks, "_LOOK_S", 60.0)
+    monkeypatch.setattr(sources, "_SOURCE_S", 60.0)
+    again = doctor(server.grpc, tmp_path / "cache", tmp_path / "a.png", model="tiny", spool=tmp_path / "spool")
+    assert failed(again) == set()
 
 
 def test_settings_that_the_bundle_does_not_fit(server: Server, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from bitneck.bundle import Bundle
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import Unavailable
 from bitneck_edge.bundles.fetch import open_supply, take_bundle
 from bitneck_edge.cli.log import SparseLog
@@ -20,7 +21,6 @@ from bitneck_edge.client import EdgeClient
 from bitneck_edge.doctor.spool import check_spool
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.spool.bounds import Limits
-from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.sender import Sender
 from bitneck_testing.photographs import photo, photo_bytes

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 from bitneck.bundle import Bundle
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import Overloaded, Unavailable
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_edge.answers.results import Answer, Failure
@@ -28,7 +29,6 @@ from bitneck_edge.sources.capture import Capture
 from bitneck_edge.spool import files as spool_files
 from bitneck_edge.spool import sender, spooling
 from bitneck_edge.spool.bounds import Limits
-from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.format import Done, FrameEntry, Header, Table
 from bitneck_edge.spool.outage import Outage
@@ -189,7 +189,7 @@ async def test_a_frame_that_a_full_spool_does_not_take_is_told(tmp_path: Path, t
         pass
     before, handed = spool.counts().dropped, list[Answer | Failure]()
     thread = DiskThread("test")
-    outage = Outage(Writer(spool, thread), spool.spool_id, handed.append, lambda: None)
+    outage = Outage(Writer(spool, thread), handed.append, lambda: None)
     photo: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     photo.set_result(SimpleNamespace(point="s1-r1", encoded=SimpleNamespace(payload=bytes(100))))
     encoding = Encoding(

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import os
 import threading
 import time
 import weakref
@@ -14,52 +13,23 @@ from typing import Any
 import pytest
 
 from bitneck.bundle import Bundle
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import Overloaded, Unavailable
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.sources.capture import Capture
 from bitneck_edge.spool import known, spooling, writer
 from bitneck_edge.spool.bounds import Limits
-from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.segment import Kept
 from bitneck_edge.spool.writer import Record, Writer
+from bitneck_testing.devices.hanging import HANG_S, Disk
 from bitneck_testing.devices.streaming import until
 from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server
 
-HANG_S = 60.0
 LIMITS = Limits(most_bytes=1_000_000, most_age_s=1e6)
-
-
-class Disk:
-    """Writes to files wait while it hangs; then they succeed, or fail."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._answers = threading.Event()
-        self._answers.set()
-        self._write = os.pwrite
-        self.waiting = 0
-        self.error: OSError | None = None
-        monkeypatch.setattr(os, "pwrite", self._pwrite)
-
-    def wait(self) -> None:
-        self.waiting += 1
-        assert self._answers.wait(HANG_S)
-        self.waiting -= 1
-
-    def _pwrite(self, *arguments: Any) -> int:
-        self.wait()
-        if self.error is not None:
-            raise self.error
-        return self._write(*arguments)
-
-    def hang(self) -> None:
-        self._answers.clear()
-
-    def go_on(self) -> None:
-        self._answers.set()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from bitneck.bundle import Bundle
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import BitneckError, BundleMismatch, ImageError, Unavailable, UnknownPoint
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
@@ -21,7 +22,6 @@ from bitneck_edge.session import EdgeSession, Encoding
 from bitneck_edge.sources.capture import Capture
 from bitneck_edge.spool import outage, segment
 from bitneck_edge.spool.bounds import Limits
-from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.outage import Flight, Outage
 from bitneck_edge.spool.segment import Kept
@@ -78,7 +78,7 @@ class Bench:
         self.spool = Spool.open(folder, Limits(**{"most_bytes": 1_000_000, "most_age_s": 1e6} | limits))
         self.handed: list[Answer | Failure] = []
         self.thread = DiskThread("test")
-        self.outage = Outage(Writer(self.spool, self.thread), self.spool.spool_id, self.handed.append, lambda: None)
+        self.outage = Outage(Writer(self.spool, self.thread), self.handed.append, lambda: None)
         link = SimpleNamespace(up=True, silent_s=0.0)
         self.session = cast(
             "EdgeSession",

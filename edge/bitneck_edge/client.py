@@ -124,9 +124,10 @@ class EdgeClient(ClientFacts):
         If the server cannot be reached and its last bundle is in the cache, the head is loaded from there, and the link
         goes on trying, as often as `EdgeSettings.retries` says; with a spool it does so for ever, and frames are kept
         there meanwhile. With a spool and no bundle in the cache, this waits for the server: nothing can be encoded.
+        A spool whose disk does not answer for a few seconds is opened later; `spool` says so.
 
         Raises:
-            BitneckError: see `open_supply`, `EdgeSession.open` and `Spool.open`.
+            BitneckError: see `open_supply`, `EdgeSession.open` and `Spooling.open`.
         """
         self._closed = False
         self._threads = Workers(self.workers, "bitneck-edge")
@@ -193,7 +194,7 @@ class EdgeClient(ClientFacts):
             self.tally.failed(exc)
             raise
         if answer is None:
-            raise Unavailable("no server answers: the photograph is in the spool, its answer comes to on_spooled")
+            raise Unavailable(f"no server answers: {self._kept_where}, its answer comes to on_spooled")
         return answer
 
     def stream(

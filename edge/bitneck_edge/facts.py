@@ -73,12 +73,22 @@ class ClientFacts:
 
     @property
     def spool(self) -> SpoolCounts | None:
-        """What became of the frames of the spool; None without one. It follows the disk; `drain` waits for that."""
+        """What became of the frames of the spool; None without one. It follows the disk; `drain` waits for that.
+
+        It never waits itself: while the disk does not answer, these are the counts of before, and `waiting` grows.
+        """
         return self._spooling.counts if self._spooling is not None else None
 
     @property
+    def _kept_where(self) -> str:
+        """Where a photograph's frame is that was left to the spool."""
+        if self._spooling is not None and not self._spooling.counts.opened:
+            return "the photograph waits in memory for the disk of the spool, which does not answer"
+        return "the photograph is in the spool"
+
+    @property
     def spool_id(self) -> str:
-        """The name under which the cloud knows the spool; empty without one."""
+        """The name under which the cloud knows the spool; empty without one, and until it is open."""
         return self._spooling.spool_id if self._spooling is not None else ""
 
     async def drain(self, stop: asyncio.Event) -> None:

@@ -70,15 +70,17 @@ async def examine(
         out: folder for class maps; None if there is none.
     """
     from bitneck_edge.doctor.device import check_device
+    from bitneck_edge.doctor.disks import in_time
     from bitneck_edge.doctor.network import check_network
     from bitneck_edge.doctor.sources import check_out, check_sources, check_watches
     from bitneck_edge.doctor.spool import check_spool
 
     network, offer = await check_network(settings)
-    device = await asyncio.to_thread(check_device, settings, offer)
-    spool = await asyncio.to_thread(check_spool, settings)
-    watches = await asyncio.to_thread(check_watches, watch)
-    return [*network, *device, *spool, *await check_sources(sources), *watches, *check_out(out)]
+    device = await in_time("cache", "the cache", check_device, settings, offer)
+    spool = await in_time("spool", f"{settings.spool}", check_spool, settings)
+    watches = await in_time("watch", ", ".join(map(str, watch)), check_watches, watch)
+    maps = await in_time("out", f"{out}", check_out, out)
+    return [*network, *device, *spool, *await check_sources(sources), *watches, *maps]
 
 
 def report_lines(findings: Sequence[Finding]) -> list[str]:

@@ -182,13 +182,19 @@ def line(answer: Answer) -> str:
 
 def spool_line(counts: SpoolCounts) -> str:
     """What became of the frames of a spool, on one line; empty if there were none."""
-    if not any((counts.spooled, counts.sent, counts.kept, counts.dropped, counts.damaged)):
+    if not counts.opened:
+        lost = counts.waiting + counts.dropped
+        return "spool: not opened, because its disk did not answer" + (
+            f"; {counted(lost, 'frame')} lost" if lost else ""
+        )
+    if not any((counts.spooled, counts.sent, counts.kept, counts.dropped, counts.damaged, counts.waiting)):
         return ""
     unknown = f", {counts.unknown} of them of a bundle that the server does not have" if counts.unknown else ""
     damaged = f", {counted(counts.damaged, 'damaged place')}" if counts.damaged else ""
+    waiting = f", {counts.waiting} lost that its disk has not taken" if counts.waiting else ""
     return (
         f"spool: {counted(counts.spooled, 'frame')} in, {counts.sent} answered, {counts.kept} kept{unknown}, "
-        f"{counts.dropped} fell out{damaged}"
+        f"{counts.dropped} fell out{waiting}{damaged}"
     )
 
 

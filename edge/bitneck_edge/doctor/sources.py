@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import BitneckError, ImageError
 from bitneck.text import counted
 from bitneck_edge.doctor.finding import Finding
@@ -28,30 +29,32 @@ async def check_sources(names: Sequence[str]) -> list[Finding]:
 
 
 async def _source(name: str) -> Finding:
-    begun = time.perf_counter()
+    begun, disk = time.perf_counter(), DiskThread("bitneck-doctor-source")  # the program ends though it hangs
     try:
-        source = parse_sources([name])[0]
-        if source.stdin:
-            return Finding("source", "skipped", "standard input is not read here")
         async with asyncio.timeout(_SOURCE_S):
-            size, more = await _first_picture(source)
+            (source,) = await disk.run(parse_sources, [name])
+            if source.stdin:
+                return Finding("source", "skipped", "standard input is not read here")
+            size, more = await _first_picture(source, disk)
     except TimeoutError:
         return Finding("source", "failed", f"{name}: no picture within {_SOURCE_S:.0f} s", "is it sending?")
     except BitneckError as exc:
         return Finding("source", "failed", str(exc), _camera_advice(name) if name.startswith("camera:") else "")
+    finally:
+        disk.end()
     took = time.perf_counter() - begun
     return Finding("source", "ok", f"{name}: {size[0]}x{size[1]} pixels in {took:.1f} s{more}")
 
 
-async def _first_picture(source: Source) -> tuple[tuple[int, int], str]:
+async def _first_picture(source: Source, disk: DiskThread) -> tuple[tuple[int, int], str]:
     """Width and height of its first picture, and what else there is."""
     if not source.video:
-        picture = await asyncio.to_thread(picture_of, source.photos[0])
+        picture = await disk.run(picture_of, source.photos[0])
         return picture.size, f"; {len(source.photos)} photographs" if len(source.photos) > 1 else ""
     async with contextlib.aclosing(in_thread(lambda: read_video(source.name, None))) as pictures:
         async for capture in pictures:
             if capture.broken is None:
-                return (await asyncio.to_thread(picture_of, capture.photo)).size, ""
+                return (await disk.run(picture_of, capture.photo)).size, ""
     raise ImageError(f"{source.name}: it gave no picture")
 
 

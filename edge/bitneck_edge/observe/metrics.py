@@ -91,6 +91,8 @@ def _of_spool(counts: SpoolCounts) -> Iterable[Metric]:
     yield _gauge("spool_kept_frames", "Frames that are in the spool.", counts.kept)
     yield _gauge("spool_unknown_frames", "Those whose bundle the server does not have.", counts.unknown)
     yield _gauge("spool_bytes", "Bytes of the spool's files.", counts.bytes)
+    yield _gauge("spool_waiting_frames", "Frames that wait in memory for the spool's disk.", counts.waiting)
+    yield _gauge("spool_opened", "1 once the spool's files are open; 0 while its disk does not answer.", counts.opened)
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

@@ -53,6 +53,8 @@ class SpoolCounts:
         dropped: frames that fell out, because they were too many or too old, or could not be written.
         damaged: places at which its files were damaged or cut off when it was opened.
         bytes: of its files now.
+        waiting: frames that wait in memory until the disk takes them. They count in `spooled` and `kept` then.
+        opened: whether its files were opened. If not, its disk has not answered since the start, or has refused.
     """
 
     spooled: int = 0
@@ -62,3 +64,5 @@ class SpoolCounts:
     dropped: int = 0
     damaged: int = 0
     bytes: int = 0
+    waiting: int = 0
+    opened: bool = True

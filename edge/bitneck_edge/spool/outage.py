@@ -83,14 +83,12 @@ class Outage:
 
     Args:
         writer: writes frames into the spool of the device. The event loop does not wait for it.
-        spool_id: of the spool.
         hand_out: takes the answers that come after the program has been told that the frame is in the spool.
         on_change: called when the spool has another frame to send.
     """
 
-    def __init__(self, writer: Writer, spool_id: str, hand_out: HandOut, on_change: Callable[[], None]) -> None:
+    def __init__(self, writer: Writer, hand_out: HandOut, on_change: Callable[[], None]) -> None:
         self._writer = writer
-        self._spool_id = spool_id
         self._hand_out = hand_out
         self._on_change = on_change
         self._flights: set[Flight] = set()
@@ -346,7 +344,7 @@ class Outage:
             found: Answer | Failure = flight.session.answer_of(encoding, sent, answer.result())
             if isinstance(found, Answer) and record is not None and record.seq is not None:
                 captured_us = _captured_us(encoding)
-                found = replace(found, seq=record.seq, spool=self._spool_id, captured_unix_us=captured_us)
+                found = replace(found, seq=record.seq, spool=self._writer.spool_id, captured_unix_us=captured_us)
         except BitneckError as exc:
             found = Failure(encoding.capture.name, exc)
         self._hand_out(found)

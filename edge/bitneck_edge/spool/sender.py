@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bitneck.backoff import Backoff
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import (
     BitneckError,
     BundleMismatch,
@@ -34,7 +35,6 @@ from bitneck_edge.link.sent import Sent
 from bitneck_edge.opening import most_answer_bytes
 from bitneck_edge.settings import EdgeSettings
 from bitneck_edge.spool.bounds import SpoolCounts
-from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.known import KnownBundle
 from bitneck_edge.spool.outage import HandOut

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bitneck.bundle import Bundle
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import BitneckError, Overloaded, Unavailable
 from bitneck.workers import tell
 from bitneck_edge.spool.disk import Complaints
-from bitneck_edge.spool.disk_thread import DiskThread
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.segment import Kept
 
@@ -80,6 +80,16 @@ class Writer:
         self._frames = self._bytes = 0
         self._complaints = Complaints(spool.folder)
 
+    @property
+    def spool_id(self) -> str:
+        """The name under which the cloud knows the spool; empty before it is open."""
+        return self._spool.spool_id
+
+    @property
+    def waiting(self) -> int:
+        """Frames that wait for the disk."""
+        return self._frames
+
     def put(self, frame: Kept, bundle: Bundle, *, held: bool, on_settled: Callable[[Record], None]) -> Record:
         """Have a frame written.
 
@@ -141,6 +151,8 @@ class Writer:
 
     def know(self, bundle: Bundle) -> None:
         """Keep what answers to a bundle's frames are understood with. It blocks: a thread calls it."""
+        if not self._spool.opened:  # another process may be using the folder
+            return
         try:
             self._spool.known.keep(bundle)
         except (OSError, BitneckError) as exc:

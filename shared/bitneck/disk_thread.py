@@ -81,6 +81,33 @@ class DiskThread:
         self.post(call)
         return await done
 
+    async def within(self, limit_s: float, work: Callable[..., T], *arguments: object) -> T:
+        """`run`, for some time only. Work that has not begun by then is not done.
+
+        Args:
+            limit_s: seconds to wait, at most.
+            work: what to do.
+            *arguments: of `work`.
+
+        Raises:
+            TimeoutError: it is not done in time.
+            Unavailable: it takes no more work.
+            Exception: what the work raises.
+        """
+        if self._closed:
+            raise Unavailable(f"{self._name} is closed")
+        call, done = settling(work, *arguments)
+        ticket = self.post(call)
+        try:
+            await asyncio.wait({done}, timeout=limit_s)
+            if not done.done():
+                raise TimeoutError
+            return done.result()
+        finally:
+            if not done.done():
+                self.forget(ticket)
+                done.cancel()
+
     def end(self) -> None:
         """Take no more work. The thread ends when all that it was given is done."""
         with self._changed:
