@@ -15,9 +15,10 @@ from bitneck.bundle import MANIFEST_NAME, Bundle
 from bitneck.runtime import ModulePool
 from bitneck.v2 import inference_pb2 as pb
 from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.bundles.changes import Changes
+from bitneck_cloud.bundles.folder import BundleFolder
 from bitneck_cloud.canary.candidates import Candidates
 from bitneck_cloud.canary.control import Canaries
-from bitneck_cloud.canary.folder import CandidateFolder
 from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.fleet.control import Fleet
@@ -183,7 +184,7 @@ async def test_a_server_without_candidates_lets_a_kept_canary_be_ended(
 
 async def test_a_disk_that_does_not_answer_is_away(new: Bundle, tmp_path: Path) -> None:
     """A pipe in the place of the manifest blocks whoever reads it, as a network's disk does."""
-    folder = CandidateFolder(new)
+    folder = BundleFolder(new)
     assert await folder.look() == ""
     manifest = new.root / MANIFEST_NAME
     shutil.move(manifest, tmp_path / "manifest")
@@ -226,8 +227,8 @@ async def test_a_server_starts_while_the_disk_of_a_candidate_does_not_answer(
         adopt=False, signer=TokenSigner(b"a key of the test", max_age_s=1),
     )  # fmt: skip
     fleet, earlier = Fleet(Groups(), None, None, 10), EarlierBundles(None, most=1, most_age_s=1)
-    candidates, lock, answers = Candidates(tmp_path / "candidates"), asyncio.Lock(), threading.Event()
-    canaries = Canaries(registry, candidates, fleet, Nobody(), ModulePool(), 1, earlier, None, lock)
+    candidates, changes, answers = Candidates(tmp_path / "candidates"), Changes(), threading.Event()
+    canaries = Canaries(registry, candidates, fleet, Nobody(), ModulePool(), 1, earlier, None, changes)
     choice = BundleChoice(
         model="tiny", kind="canary", base=tiny_bundle.bundle_id, bundle="new", bundle_id=new.bundle_id, clients="*",
         since="", by="",

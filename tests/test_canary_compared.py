@@ -18,6 +18,7 @@ from bitneck.errors import StateUnusable
 from bitneck.runtime import ModulePool
 from bitneck.v2 import inference_pb2 as pb
 from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.bundles.changes import Changes
 from bitneck_cloud.canary import photographs
 from bitneck_cloud.canary.candidates import Candidates
 from bitneck_cloud.canary.control import Canaries
@@ -301,7 +302,7 @@ async def test_a_change_that_cannot_be_kept_is_none(tiny_bundle: Bundle, candida
     await fleet.open()
     earlier = EarlierBundles(None, most=1, most_age_s=1)
     canaries = Canaries(
-        registry, Candidates(candidates), fleet, Nobody(), ModulePool(), 1, earlier, None, asyncio.Lock()
+        registry, Candidates(candidates), fleet, Nobody(), ModulePool(), 1, earlier, None, Changes()
     )  # fmt: skip
     assert fleet._state is not None
 

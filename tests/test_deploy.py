@@ -18,12 +18,14 @@ from bitneck.bundle import Bundle
 from bitneck_cloud.access.bearers import Role, read_token_file
 from bitneck_cloud.answers.sinks.outgoing import Outgoing
 from bitneck_cloud.answers.sinks.showing import SinkMetrics
+from bitneck_cloud.bundles.watching import FolderMetrics, ServedFolders
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.settings import CloudSettings
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.settings import EdgeSettings
 from bitneck_testing.authority import Authority
+from bitneck_testing.consumers.canaries import registry_of
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import BIN, free_port, running_server
 
@@ -219,6 +221,8 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
     for name in ("streams", "open_sessions", "queue_frames", "ready"):
         metrics.gauge(name, name, lambda: 0.0)
     metrics.registry.register(SinkMetrics(Outgoing((), None, server="here")))
+    registry = registry_of(())
+    metrics.registry.register(FolderMetrics(ServedFolders(registry), registry))
     known = {sample for family in metrics.registry.collect() for sample in _sample_names(family)}
     used: set[str] = set()
     for path in (

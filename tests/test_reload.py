@@ -1,6 +1,5 @@
 """A reload that the server's own disk refuses: it is an error of the server, it is counted and logged."""
 
-import asyncio
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from bitneck.bundle import Bundle
 from bitneck.errors import StateUnusable
 from bitneck.runtime import ModulePool
 from bitneck_cloud.access.tokens import TokenSigner
+from bitneck_cloud.bundles.changes import Changes
 from bitneck_cloud.canary.candidates import Candidates
 from bitneck_cloud.canary.control import Canaries
 from bitneck_cloud.earlier import EarlierBundles
@@ -41,13 +41,13 @@ async def test_a_promotion_that_cannot_be_forgotten_is_a_failed_reload(
         [served], window=1, max_sessions=1, resume_s=1, assumed_fps=1, max_bytes_per_s=0, adopt=False,
         signer=TokenSigner(b"a key of the test", max_age_s=1),
     )  # fmt: skip
-    fleet, metrics, lock = Fleet(Groups(), None, tmp_path / "state.db", 10), Metrics(), asyncio.Lock()
+    fleet, metrics, changes = Fleet(Groups(), None, tmp_path / "state.db", 10), Metrics(), Changes()
     await fleet.open()
     assert fleet._state is not None
     earlier = EarlierBundles(None, most=1, most_age_s=1)
-    canaries = Canaries(registry, Candidates(tmp_path), fleet, Nobody(), ModulePool(), 1, earlier, None, lock)
+    canaries = Canaries(registry, Candidates(tmp_path), fleet, Nobody(), ModulePool(), 1, earlier, None, changes)
     reloader = Reloader(
-        registry, {"tiny": own_tiny_bundle.root}, ModulePool(), 1, metrics, earlier, canaries, lock
+        registry, {"tiny": own_tiny_bundle.root}, ModulePool(), 1, metrics, earlier, canaries, changes
     )  # fmt: skip
     choice = BundleChoice(
         model="tiny", kind="promoted", base=own_tiny_bundle.bundle_id, bundle="new", bundle_id="sha256:" + "0" * 64,

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from bitneck.bundle import MANIFEST_NAME, Bundle
-from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig, StateUnusable
+from bitneck.disk_thread import DiskThread
+from bitneck.errors import BitneckError, BundleMismatch, InvalidConfig, StateUnusable, Unavailable
 from bitneck.ids import check_id
 from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck_cloud.engine.served_model import ServedModel
@@ -33,6 +34,8 @@ _PART, _GONE = ".part-", ".gone-"
 _LEFT_BEHIND_S = 3600.0
 """Age of a half copied or half removed bundle whose process must have been killed."""
 _TRIES = 3
+_FIRST_S, _MOST_S = 60.0, 30.0
+"""A disk that has not answered for so long, at the start and later, does not answer. A bundle is loaded in a second."""
 
 
 class EarlierBundles:
@@ -48,7 +51,13 @@ class EarlierBundles:
         self._folder = folder
         self._most = most
         self._most_age_s = most_age_s
+        self._disk = DiskThread("bitneck-earlier")
         self._loading = asyncio.Lock()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where they are kept; None if none are."""
+        return self._folder
 
     def keep(self, bundle: Bundle, replaced: Bundle | None = None) -> None:
         """Keep a bundle that is served from now on, and remove those that are too many or too old.
@@ -79,6 +88,22 @@ class EarlierBundles:
                 "make room, or choose another one (--earlier)"
             ) from exc
 
+    async def keep_first(self, bundle: Bundle) -> None:
+        """`keep` at the start of a server.
+
+        Raises:
+            StateUnusable: the folder cannot be written, or its disk does not answer.
+        """
+        if self._folder is None:
+            return
+        try:
+            await self._disk.within(_FIRST_S, self.keep, bundle)
+        except TimeoutError as exc:
+            raise StateUnusable(
+                f"the folder of earlier bundles {self._folder} has not answered for {_FIRST_S:.0f} s; look at its "
+                "disk, or choose another one (--earlier)"
+            ) from exc
+
     async def generation(
         self, registry: Registry, model: str, bundle_id: str, pool: ModulePool, threads: int
     ) -> ServedModel:
@@ -86,26 +111,37 @@ class EarlierBundles:
 
         Raises:
             UnknownModel: no such model.
-            BundleMismatch: the bundle is not kept here.
-            BitneckError: it cannot be loaded.
+            BundleMismatch: the bundle is not kept here, or cannot be loaded.
+            Unavailable: the disk does not answer.
         """
         try:
             return registry.generation(model, bundle_id, earlier=True)
         except BundleMismatch:
             newest = registry.model(model)
-            if self._folder is None or not self._has(newest.name, bundle_id):
+            if self._folder is None or not _is_well_formed(bundle_id):
                 raise
-        async with self._loading:
-            with contextlib.suppress(BundleMismatch):
-                return registry.generation(model, bundle_id, earlier=True)
-            served = await asyncio.to_thread(self._load, newest, bundle_id, pool, threads)
-            registry.add_earlier(served)
-            _LOG.info("loaded the earlier bundle %s of %s for a spool", bundle_id, newest.name)
-            record("load earlier bundle", f"model {newest.name}", who="server", after={"bundle_id": bundle_id})
-            return served
+        try:
+            async with asyncio.timeout(_MOST_S), self._loading:
+                if self._disk.stuck_s > _MOST_S:
+                    raise TimeoutError
+                with contextlib.suppress(BundleMismatch):
+                    return registry.generation(model, bundle_id, earlier=True)
+                served = await self._disk.within(_MOST_S, self._load, newest, bundle_id, pool, threads)
+                if served is None:  # which says so
+                    return registry.generation(model, bundle_id, earlier=True)
+                registry.add_earlier(served)
+                _LOG.info("loaded the earlier bundle %s of %s for a spool", bundle_id, newest.name)
+                record("load earlier bundle", f"model {newest.name}", who="server", after={"bundle_id": bundle_id})
+                return served
+        except TimeoutError as exc:
+            _LOG.error("the folder of earlier bundles %s does not answer: %s stays unknown", self._folder, bundle_id)
+            raise Unavailable("this server's disk of earlier bundles does not answer; try again later") from exc
 
-    def _load(self, newest: ServedModel, bundle_id: str, pool: ModulePool, threads: int) -> ServedModel:
+    def _load(self, newest: ServedModel, bundle_id: str, pool: ModulePool, threads: int) -> ServedModel | None:
+        """A bundle that is kept; None if it is not."""
         place = self._place(newest.name, bundle_id)
+        if not (place / MANIFEST_NAME).is_file():
+            return None
         try:
             bundle = Bundle.open(place, side="cloud")
             if bundle.bundle_id != bundle_id:
@@ -118,11 +154,6 @@ class EarlierBundles:
         with contextlib.suppress(OSError):
             _use(place)
         return served
-
-    def _has(self, model: str, bundle_id: str) -> bool:
-        digits = bundle_id.removeprefix(_PREFIX)
-        well_formed = len(digits) == 64 and not set(digits) - set("0123456789abcdef")
-        return well_formed and (self._place(model, bundle_id) / MANIFEST_NAME).is_file()
 
     def _place(self, model: str, bundle_id: str) -> Path:
         assert self._folder is not None
@@ -154,6 +185,11 @@ class EarlierBundles:
             if number >= self._most or now - used > self._most_age_s:
                 _LOG.info("the earlier bundle %s is removed", path)
                 _remove(path)
+
+
+def _is_well_formed(bundle_id: str) -> bool:
+    digits = bundle_id.removeprefix(_PREFIX)
+    return len(digits) == 64 and not set(digits) - set("0123456789abcdef")
 
 
 def _others(current: Path) -> list[tuple[float, Path]]:

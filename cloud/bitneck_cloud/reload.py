@@ -1,6 +1,5 @@
 """Reload a served model from its folder, beside the running one, and swap."""
 
-import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from bitneck.bundle import Bundle
 from bitneck.errors import BitneckError, InvalidConfig
 from bitneck.runtime import ModulePool, return_freed_memory
+from bitneck_cloud.bundles.changes import Changes
 from bitneck_cloud.canary.control import Canaries
 from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.served_model import ServedModel
@@ -43,7 +43,7 @@ class Reloader:
         metrics: counts the outcomes.
         earlier: keeps each bundle that is served.
         canaries: of the server; None for none. While one of the model runs, it is not reloaded.
-        lock: held while a bundle is changed; None for one of its own.
+        changes: of the bundles; None for those of its own.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Reloader:
         metrics: Metrics,
         earlier: EarlierBundles | None = None,
         canaries: Canaries | None = None,
-        lock: asyncio.Lock | None = None,
+        changes: Changes | None = None,
     ) -> None:
         self._registry = registry
         self._folders = dict(folders)
@@ -64,7 +64,7 @@ class Reloader:
         self._metrics = metrics
         self._earlier = earlier
         self._canaries = canaries
-        self._lock = lock or asyncio.Lock()
+        self._changes = changes or Changes()
 
     async def reload(self, name: str) -> Reloaded:
         """Load the model's folder again. If that fails, the old bundle stays in service.
@@ -77,13 +77,17 @@ class Reloader:
             StateUnusable: a promotion cannot be forgotten, or the bundle cannot be kept; nothing is changed.
             UnknownModel: no model with this name is served.
             InvalidConfig, BundleCorrupt, ModelFailure: the bundle in the folder cannot be served.
+            Unavailable: a disk does not answer, or another change takes too long.
         """
-        async with self._lock:
+        name = self._registry.model(name).name
+        async with self._changes.of(name, "reload") as change:
             old = self._registry.model(name)
             if self._canaries is not None:
                 self._canaries.refuse_if_running(old.name)
             try:
-                new, loads = await asyncio.to_thread(self._load, old)
+                new, loads = await change.on_disk(self._folders[name], self._load, old)
+                if new is not None and self._earlier is not None and self._earlier.folder is not None:
+                    await change.on_disk(self._earlier.folder, self._earlier.keep, new.bundle, old.bundle)
                 if self._canaries is not None:
                     await self._canaries.folder_read(old.name, (new or old).bundle.bundle_id)
             except BitneckError as exc:
@@ -109,6 +113,8 @@ class Reloader:
     def _load(self, old: ServedModel) -> tuple[ServedModel | None, int]:
         bundle = Bundle.open(self._folders[old.name])
         if bundle.bundle_id == old.bundle.bundle_id:
+            if bundle.root == old.bundle.root:
+                old.files.hold()  # those of before may be on a disk that is gone
             return None, 0
         if bundle.manifest.name != old.name:
             raise InvalidConfig(
@@ -117,7 +123,6 @@ class Reloader:
             )
         before = self._pool.loads
         model = ServedModel(bundle, threads=self._threads, pool=self._pool, before=old)
-        if self._earlier is not None:
-            self._earlier.keep(bundle, old.bundle)
+        model.files.hold()
         return_freed_memory()
         return model, self._pool.loads - before

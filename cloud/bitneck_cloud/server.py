@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import resource
 import secrets
 import signal
 import socket
@@ -19,6 +18,7 @@ from grpc_health.v1 import health_pb2
 from pydantic import SecretStr
 
 from bitneck.bundle import Bundle
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import InvalidConfig
 from bitneck.runtime import ModulePool, check_providers, return_freed_memory
 from bitneck.settings.model import Address
@@ -38,11 +38,14 @@ from bitneck_cloud.api.grpc_server import HEALTH_NAMES, make_grpc_server
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.http_api import build_app
 from bitneck_cloud.api.http_guard import HttpGuard, KnownHosts
-from bitneck_cloud.api.http_server import MOST, HttpServer, listen
+from bitneck_cloud.api.http_server import HttpServer, listen
 from bitneck_cloud.api.readiness import Readiness
+from bitneck_cloud.bundles.changes import Changes
+from bitneck_cloud.bundles.watching import FolderMetrics, ServedFolders
 from bitneck_cloud.canary.candidates import Candidates
 from bitneck_cloud.canary.control import Canaries
 from bitneck_cloud.canary.routes import CanaryMetrics
+from bitneck_cloud.descriptors import connections_for_grpc
 from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.served_model import ServedModel
@@ -62,9 +65,6 @@ __all__ = ["Ready", "load_models", "serve"]
 _LOG = logging.getLogger(__name__)
 _PRESENCE_S = 1.0
 _HOUSEKEEPING_S = 1.0
-
-_SPARE_DESCRIPTORS = 128
-"""For files, and for what the process has open at its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,7 @@ def load_models(bundles: Sequence[Path], threads: int, pool: ModulePool) -> dict
         model = ServedModel(Bundle.open(path), threads=threads, pool=pool)
         if model.name in models:
             raise InvalidConfig(f"{path}: a model {model.name!r} is loaded already; give each bundle its own name")
+        model.files.hold()
         models[model.name] = model
     if not models:
         raise InvalidConfig("no bundle to serve: give --bundle DIR")
@@ -195,7 +196,7 @@ async def _serve(
     )
     earlier = EarlierBundles(settings.earlier, most=settings.earlier_most, most_age_s=settings.earlier_days * 86_400)
     for served in models.values():
-        await asyncio.to_thread(earlier.keep, served.bundle)
+        await earlier.keep_first(served.bundle)
     service = InferenceService(
         registry, engine, metrics, tracer, devices, limits, AnswerStream(subscriptions, registry, operators),
         idle_s=settings.idle_s, stall_s=settings.stall_s, similar_bytes=settings.similar_bytes,
@@ -204,17 +205,18 @@ async def _serve(
         look=lambda name: canaries.look(name),
     )  # fmt: skip
     fleet.serve(registry, service)
-    folders, changing = {model.name: model.bundle.root for model in models.values()}, asyncio.Lock()
+    roots, bundle_changes = {model.name: model.bundle.root for model in models.values()}, Changes()
     canaries = Canaries(
         registry, Candidates(settings.candidates), fleet, service, pool, settings.threads, earlier,
-        settings.canary_photos, changing,
+        settings.canary_photos, bundle_changes,
     )  # fmt: skip
     await canaries.resume()
     outgoing.check_served({name: served.labels for name, served in registry.models.items()})
-    reloader = Reloader(registry, folders, pool, settings.threads, metrics, earlier, canaries, changing)
-    readiness = Readiness()
+    reloader = Reloader(registry, roots, pool, settings.threads, metrics, earlier, canaries, bundle_changes)
+    readiness, folders = Readiness(), ServedFolders(registry)
     metrics.registry.register(SinkMetrics(outgoing))
     metrics.registry.register(CanaryMetrics(canaries, registry))
+    metrics.registry.register(FolderMetrics(folders, registry))
     metrics.gauge("streams", "Open streams.", lambda: service.streams)
     metrics.gauge("open_sessions", "Sessions, disconnected ones included.", lambda: registry.count)
     metrics.gauge("queue_frames", "Frames that wait for the engine.", lambda: engine.waiting)
@@ -230,6 +232,7 @@ async def _serve(
             metrics=metrics,
             reloader=reloader,
             canaries=canaries,
+            folders=folders,
             outgoing=outgoing,
             engine=engine,
             changes=changes,
@@ -248,7 +251,9 @@ async def _serve(
         http_sockets = [stack.enter_context(listener) for listener in listen(Address.parse(settings.http))]
         server, health_servicer, port = make_grpc_server(
             settings, service, limits, devices, operators, metrics, refusals,
-            max_connections=_descriptors_for_grpc(settings.max_connections),
+            max_connections=connections_for_grpc(
+                settings.max_connections, sum(each.files.open_files for each in models.values())
+            ),
         )  # fmt: skip
         engine.start()
         await server.start()
@@ -258,8 +263,11 @@ async def _serve(
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         readiness.ready = not stopping.is_set()
         keeping = [
-            asyncio.create_task(_keep_house(registry, service, subscriptions, devices, operators, refusals)),
+            asyncio.create_task(_keep_house(registry, refusals)),
+            asyncio.create_task(_keep_tokens(devices, service.end_revoked)),
+            asyncio.create_task(_keep_tokens(operators, lambda: subscriptions.end_revoked(operators))),
             asyncio.create_task(canaries.watch()),
+            asyncio.create_task(folders.watch()),
             asyncio.create_task(fleet.keep()),
         ]
         presence = Presence(outgoing.client_state)
@@ -291,23 +299,27 @@ async def _serve(
         await asyncio.to_thread(tracer.close)
 
 
-async def _keep_house(
-    registry: Registry,
-    service: InferenceService,
-    subscriptions: Subscriptions,
-    devices: BearerTokens,
-    operators: BearerTokens,
-    refusals: RefusalLog,
-) -> None:
-    """What has to be done now and then: forget sessions, read token files again, log sums of refusals."""
+async def _keep_tokens(tokens: BearerTokens, revoke: Callable[[], object]) -> None:
+    """Read a token file again when it has changed, and end what tokens have that are gone. Its disk may not answer."""
+    disk = DiskThread("bitneck-tokens")
+    try:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            try:
+                if await disk.run(tokens.refresh):
+                    revoke()
+            except Exception:  # noqa: BLE001  a bug here must not stop what comes after it
+                _LOG.exception("reading tokens again failed; it is tried again")
+    finally:
+        disk.end()
+
+
+async def _keep_house(registry: Registry, refusals: RefusalLog) -> None:
+    """What has to be done now and then: forget sessions, log sums of refusals."""
     while True:
         await asyncio.sleep(_HOUSEKEEPING_S)
         try:
             registry.expire(time.monotonic())
-            if await asyncio.to_thread(devices.refresh):
-                service.end_revoked()
-            if await asyncio.to_thread(operators.refresh):
-                subscriptions.end_revoked(operators)
             refusals.flush()
         except Exception:  # noqa: BLE001  a bug here must not stop what comes after it
             _LOG.exception("housekeeping failed; it goes on")
@@ -365,16 +377,3 @@ def _http_tls(settings: CloudSettings) -> dict[str, Any]:
     if settings.http_tls_client_ca is not None:
         options |= {"ssl_ca_certs": str(settings.http_tls_client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     return options
-
-
-def _descriptors_for_grpc(wanted: int) -> int:
-    """Connections that gRPC may have, after the process's soft limit of open files is raised to its hard one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    left = wanted if limit == resource.RLIM_INFINITY else max(limit - MOST - _SPARE_DESCRIPTORS, 1)
-    if left < wanted:
-        _LOG.warning("this process may open %d files: gRPC gets %d connections, not %d", limit, left, wanted)
-    return min(left, wanted)

@@ -137,4 +137,5 @@ class DiskThread:
                 work()
             except Exception:  # noqa: BLE001  a bug here must not end the thread
                 _LOG.exception("work on the disk failed")
+            del work  # what it holds is free while the thread waits
             self._begun_at = None

@@ -134,7 +134,8 @@ class ModulePool:
         self._first_run_s = first_run_s
         self._modules: WeakValueDictionary[tuple[str, int], OnnxModule] = WeakValueDictionary()
         self._lock = threading.Lock()
-        self.loads = 0
+        self._loading: dict[tuple[str, int], threading.Lock] = {}
+        self._counts = threading.local()
 
     def load(self, path: Path, sha256: str, *, threads: int) -> OnnxModule:
         """The module of a file.
@@ -147,13 +148,26 @@ class ModulePool:
         Raises:
             ModelFailure: see `OnnxModule`.
         """
+        key = sha256, threads
         with self._lock:
-            module = self._modules.get((sha256, threads))
+            if (module := self._modules.get(key)) is not None:
+                return module
+            loading = self._loading.setdefault(key, threading.Lock())
+        with loading:  # of this file alone: a disk that does not answer holds up nobody who needs another one
+            with self._lock:
+                module = self._modules.get(key)
             if module is None:
                 module = OnnxModule(path, threads=threads, providers=self._providers, first_run_s=self._first_run_s)
-                self._modules[sha256, threads] = module
-                self.loads += 1
+                self._counts.loads = self.loads + 1
+                with self._lock:
+                    self._modules[key] = module
+                    self._loading.pop(key, None)
             return module
+
+    @property
+    def loads(self) -> int:
+        """Files that this thread has read."""
+        return int(getattr(self._counts, "loads", 0))
 
 
 def return_freed_memory() -> None:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 from bitneck.errors import BitneckError, BundleMismatch, DeadlineExceeded, Unauthenticated, Unavailable, UnknownFile
 from bitneck.ids import check_id
@@ -112,17 +111,15 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
     async def FetchFile(  # type: ignore[override]  # noqa: N802  grpc.aio also takes a coroutine that writes
         self, request: pb.FetchFileRequest, context: Context
     ) -> None:
-        """One file of the edge's half, or a part of it, in chunks. No file is open while a chunk waits."""
+        """One file of the edge's half, or a part of it, in chunks."""
         await _identify(context)
         try:
-            path = self._edge_file(request)
-            size = path.stat().st_size
+            served = self._fetched_from(request)
+            size = served.manifest.files[request.path].size
             position = min(request.offset, size)
             end = min(position + request.length, size) if request.length else size
             while position < end:
-                data = await asyncio.to_thread(_read, path, position, min(_CHUNK_BYTES, end - position))
-                if not data:
-                    break
+                data = await self._part(served, request.path, position, min(_CHUNK_BYTES, end - position))
                 position += len(data)
                 sent, packed = await asyncio.to_thread(deflated, data) if request.deflate else (data, 0)
                 async with self._in_time():
@@ -131,11 +128,23 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             await abort(context, DeadlineExceeded(f"{request.path}: a chunk was not read for {self._stall_s:.0f} s"))
         except BitneckError as exc:
             await abort(context, exc)
-        except OSError as exc:
-            _LOG.error("%s cannot be read: %s", request.path, exc)
-            if await self._away(self._registry.model(request.model).name, request.bundle_id):
-                await abort(context, BundleMismatch("the files of this bundle are away; get the manifest again"))
-            await abort(context, Unavailable("the bundle is being replaced; get its manifest again"))
+
+    async def _part(self, served: ServedModel, path: str, offset: int, most: int) -> bytes:
+        """A part of a file for a device; see `EdgeFiles.read`.
+
+        Raises:
+            BundleMismatch: the bundle is a candidate whose folder is away: the client gets another one.
+            Unavailable: it cannot be read now.
+        """
+        try:
+            return await served.files.read(path, offset, most)
+        except Unavailable as exc:
+            _LOG.error("a device cannot fetch a file of %s, %s: %s", served.name, served.bundle.bundle_id, exc)
+            if await self._away(served.name, served.bundle.bundle_id):
+                raise BundleMismatch("the files of this bundle are away; get the manifest again") from exc
+            raise Unavailable(
+                f"this server cannot read {path} of its bundle now, and its log says why; try again later"
+            ) from exc
 
     async def _away(self, model: str, bundle_id: str) -> bool:
         """Whether a bundle is a candidate that devices cannot fetch now."""
@@ -145,19 +154,20 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         await self._look(model)
         return self._registry.withheld(model)
 
-    def _edge_file(self, request: pb.FetchFileRequest) -> Path:
-        bundle = self._registry.model(request.model).bundle
-        candidate = self._registry.candidate(bundle.manifest.name)
+    def _fetched_from(self, request: pb.FetchFileRequest) -> ServedModel:
+        """The generation whose file a client wants."""
+        served = self._registry.model(request.model)
+        candidate = self._registry.candidate(served.name)
         if candidate is not None and request.bundle_id == candidate.bundle.bundle_id:
-            bundle = candidate.bundle
-        if request.bundle_id != bundle.bundle_id:  # older generations are served, but their files are gone
+            served = candidate
+        if request.bundle_id != served.bundle.bundle_id:  # older generations are served, but not to new devices
             raise BundleMismatch(
-                f"the client has bundle {request.bundle_id[:80] or '(none)'}, this server has {bundle.bundle_id}; "
-                "get its manifest and files again"
+                f"the client has bundle {request.bundle_id[:80] or '(none)'}, this server has "
+                f"{served.bundle.bundle_id}; get its manifest and files again"
             )
-        if request.path not in bundle.manifest.files_for("edge"):
-            raise UnknownFile(f"the bundle {bundle.manifest.name} hands out no file {request.path[:80]!r}")
-        return bundle.path(request.path)
+        if request.path not in served.manifest.files_for("edge"):
+            raise UnknownFile(f"the bundle {served.name} hands out no file {request.path[:80]!r}")
+        return served
 
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.InferResponse:  # noqa: N802
         """One frame, one answer."""
@@ -349,12 +359,6 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
     def streams(self) -> int:
         """Open streams."""
         return len(self._streams)
-
-
-def _read(path: Path, offset: int, most: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(most)
 
 
 async def _identify(context: Context) -> None:

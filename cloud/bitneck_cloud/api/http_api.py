@@ -18,6 +18,7 @@ from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.open_inference import add_open_inference
 from bitneck_cloud.api.problems import PROBLEM_TYPE, add_error_handlers
 from bitneck_cloud.api.readiness import Readiness
+from bitneck_cloud.bundles.watching import ServedFolders
 from bitneck_cloud.canary.control import Canaries
 from bitneck_cloud.canary.routes import add_canary
 from bitneck_cloud.console.routes import add_console
@@ -41,6 +42,7 @@ def build_app(
     metrics: Metrics,
     reloader: Reloader,
     canaries: Canaries,
+    folders: ServedFolders,
     subscriptions: Subscriptions,
     fleet: Fleet,
     engine: Engine,
@@ -57,6 +59,7 @@ def build_app(
         metrics: for ``/metrics``.
         reloader: of models.
         canaries: likewise.
+        folders: of the bundles in use.
         subscriptions: to answers.
         fleet: rules of rates, and clients.
         engine: for the console.
@@ -94,12 +97,13 @@ def build_app(
     @app.get("/v1/models", dependencies=guarded, responses=problems, tags=["models"])
     async def models() -> list[schemas.ModelInfo]:
         """Every served model with its ladder."""
-        return [schemas.model_info(served) for served in registry.models.values()]
+        return [schemas.model_info(served, folders.problem(name)) for name, served in registry.models.items()]
 
     @app.get("/v1/models/{name}", dependencies=guarded, responses=problems, tags=["models"])
     async def model(name: str) -> schemas.ModelInfo:
         """One served model with its ladder."""
-        return schemas.model_info(registry.model(name))
+        served = registry.model(name)
+        return schemas.model_info(served, folders.problem(served.name))
 
     @app.post("/v1/models/{name}/reload", dependencies=guarded, responses=problems, tags=["models"])
     async def reload(name: str) -> schemas.ReloadAnswer:

@@ -69,6 +69,9 @@ class ModelInfo(BaseModel):
     classes: int
     outputs: list[TensorInfo] = Field(description="of an answer")
     uncompressed_accuracy: float = Field(description="top-1, or mean IoU for segmentation")
+    problem: str = Field(
+        description="what is wrong with the bundle's folder, which a restart and a reload need; empty if nothing is"
+    )
     points: list[PointInfo]
 
 
@@ -141,8 +144,8 @@ def _outputs(served: ServedModel) -> list[TensorInfo]:
     return [TensorInfo(name=tensor.name, datatype=tensor.datatype, shape=list(tensor.shape)) for tensor in tensors]
 
 
-def model_info(served: ServedModel) -> ModelInfo:
-    """A served model with its ladder."""
+def model_info(served: ServedModel, problem: str) -> ModelInfo:
+    """A served model with its ladder; `problem` is what is wrong with its folder."""
     manifest = served.manifest
     entries = {entry.id: entry for entry in manifest.points}
     points = [
@@ -165,6 +168,7 @@ def model_info(served: ServedModel) -> ModelInfo:
         classes=len(served.labels),
         outputs=_outputs(served),
         uncompressed_accuracy=manifest.uncompressed_accuracy,
+        problem=problem,
         points=points,
     )
 

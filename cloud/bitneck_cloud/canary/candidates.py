@@ -1,4 +1,4 @@
-"""The folder of candidates: bundles, each in a sub-folder whose name is an id. Everything here blocks."""
+"""The folder of candidates: bundles, each in a sub-folder whose name is an id. What looks at it blocks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,15 @@ class Candidates:
         self._known = found
         return [candidate for _, candidate in found.values()]
 
+    def place(self, name: str) -> Path:
+        """Where a candidate is, or would be. This does not block.
+
+        Raises:
+            CanaryRefused: the server has no folder of candidates.
+            InvalidConfig: the name is no id.
+        """
+        return self._needed() / check_id(name, "candidate")
+
     def folder_of(self, name: str) -> Path:
         """The folder of a candidate.
 
@@ -72,7 +81,7 @@ class Candidates:
             InvalidConfig: the name is no id.
             UnknownCandidate: there is no bundle of this name.
         """
-        folder = self._needed() / check_id(name, "candidate")
+        folder = self.place(name)
         if not (folder / MANIFEST_NAME).is_file():
             raise UnknownCandidate(
                 f"there is no bundle {name!r} among the candidates; GET /v1/models/{{name}}/candidates lists them"

@@ -8,22 +8,22 @@ goes on, and go over. A frame is always decoded by the bundle that its session w
 """
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Final
 
-from bitneck.errors import BitneckError, CanaryRefused
+from bitneck.errors import BitneckError, CanaryRefused, Unavailable, UnknownCandidate
 from bitneck.runtime import ModulePool
-from bitneck_cloud.canary.candidates import Candidates
-from bitneck_cloud.canary.folder import Look
-from bitneck_cloud.canary.loading import CandidateLoader, check_folder
+from bitneck_cloud.bundles.changes import Change, Changes
+from bitneck_cloud.bundles.folder import Look
+from bitneck_cloud.canary.candidates import Candidate, Candidates
+from bitneck_cloud.canary.loading import CandidateLoader, hold_files
 from bitneck_cloud.canary.photographs import Photographs
 from bitneck_cloud.canary.records import Ended, Running, Streams, Waiting
+from bitneck_cloud.canary.state import CANARY, PROMOTED, CanaryState
 from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.engine.tally import Tally
@@ -36,13 +36,14 @@ from bitneck_cloud.sessions.registry import Registry
 __all__ = ["Canaries"]
 
 _LOG = logging.getLogger(__name__)
-_CANARY: Final = "canary"
-_PROMOTED: Final = "promoted"
+_ANSWERS_S = 2.0
+"""Whoever asks for a canary waits no longer for one that may begin now."""
+_LIST_S = 10.0
 _LOOK_S = 5.0
 """Folders of candidates are looked at so often, and whenever a device or an operator asks."""
 
 
-class Canaries:
+class Canaries(CanaryState):
     """The canaries of one server, at most one of each model.
 
     Args:
@@ -54,7 +55,7 @@ class Canaries:
         threads: see `ServedModel`.
         earlier: keeps each bundle that is served.
         photos: folder of photographs to compare bundles on; None for none.
-        lock: held while a bundle is changed; a reload takes it too.
+        changes: of the bundles; a reload is one, too.
     """
 
     def __init__(
@@ -67,58 +68,28 @@ class Canaries:
         threads: int,
         earlier: EarlierBundles,
         photos: Path | None,
-        lock: asyncio.Lock,
+        changes: Changes,
     ) -> None:
+        super().__init__(registry, fleet, changes)
         self.candidates = candidates
-        self._registry = registry
-        self._fleet = fleet
         self._streams = streams
-        self._loader = CandidateLoader(registry, candidates, pool, threads, earlier)
+        self._loader = CandidateLoader(registry, candidates, pool, threads)
         self._earlier = earlier
         self._photos = photos
-        self._lock = lock
-        self._bases = {name: model.bundle.bundle_id for name, model in registry.models.items()}
-        self._promoted: dict[str, BundleChoice] = {}
-        self._running: dict[str, Running] = {}
-        self._waiting: dict[str, Waiting] = {}
+        self._resuming: dict[str, asyncio.Task[None]] = {}
+        self._list = Look(candidates.all, _LIST_S)
 
-    @property
-    def running(self) -> Mapping[str, Running]:
-        """The canaries that run, by model."""
-        return self._running
-
-    @property
-    def waiting(self) -> Mapping[str, Waiting]:
-        """The canaries of before a restart whose bundle cannot be loaded, by model."""
-        return self._waiting
-
-    @property
-    def kept(self) -> bool:
-        """Whether they survive a restart."""
-        return self._fleet.kept
-
-    def base(self, name: str) -> str:
-        """Id of the bundle that the folder of ``--bundle`` held when it was loaded last."""
-        return self._bases[name]
-
-    def promoted(self, name: str) -> BundleChoice | None:
-        """The choice by which a model's bundle is another one than that of ``--bundle``; None if it is not."""
-        return self._promoted.get(name)
-
-    def of(self, name: str) -> Running:
-        """The canary of a model that runs.
+    async def listed(self) -> list[Candidate]:
+        """The candidates of all models; see `Candidates.all`.
 
         Raises:
-            CanaryRefused: none does.
+            CanaryRefused: the server has no such folder, or it cannot be read.
+            Unavailable: its disk does not answer.
         """
-        if (waiting := self._waiting.get(name)) is not None:
-            raise CanaryRefused(
-                f"the canary {waiting.choice.bundle} of {name} does not run: {waiting.problem}. It begins by itself "
-                f"when its bundle is back; or end it (DELETE /v1/models/{name}/canary)"
-            )
-        if name not in self._running:
-            raise CanaryRefused(f"no canary of {name} runs; POST /v1/models/{name}/canary begins one")
-        return self._running[name]
+        found = await self._list.take()
+        if found is None:
+            raise Unavailable("the folder of candidates does not answer; try again when its disk does")
+        return found
 
     async def begin(self, name: str, bundle: str, clients: str) -> tuple[Running, int]:
         """Give a candidate to some clients. If that fails, nothing is changed.
@@ -137,27 +108,24 @@ class Canaries:
             CanaryRefused: one runs already, or this bundle cannot be one.
             InvalidConfig: a pattern that is refused, or a group that is not there.
             StateUnusable: it cannot be kept.
+            Unavailable: its disk does not answer, or another change of the model's bundle takes too long.
         """
-        async with self._changing(name) as current:
-            name = current.name
-            if name in self._waiting:
-                self.of(name)
-            if name in self._running:
-                choice = self._running[name].choice
-                raise CanaryRefused(
-                    f"a canary of {name} runs already, {choice.bundle} for {choice.clients}; promote it "
-                    f"(POST /v1/models/{name}/canary/promote) or end it (DELETE /v1/models/{name}/canary) first"
-                )
-            for_whom = self._fleet.groups.clients(clients)
-            await asyncio.to_thread(self.candidates.folder_of, bundle)
+        name = self._registry.model(name).name
+        async with self._changes.of(name, f"canary begin {bundle[:80]}", yields=True) as change:
+            self.refuse_second(name)
+            current, for_whom = self._registry.model(name), self._fleet.groups.clients(clients)
+            place = self.candidates.place(bundle)
             try:
-                candidate = await asyncio.to_thread(self._loader.load, bundle, current)
+                candidate = await change.on_disk(place, self._loader.load, bundle, current)
+                await self._keep_earlier(change, candidate, current)
+            except UnknownCandidate:
+                raise
             except BitneckError as exc:
                 _LOG.error("the canary %s of %s does not begin: %s", bundle, name, exc)
                 record("canary begin", name, before=current.bundle.bundle_id, after=f"failed: {type(exc).__name__}")
                 raise
             choice = BundleChoice(
-                model=name, kind=_CANARY, base=self._bases[name], bundle=bundle,
+                model=name, kind=CANARY, base=self._bases[name], bundle=bundle,
                 bundle_id=candidate.bundle.bundle_id, clients=clients, since=_now(), by=acting.get(),
             )  # fmt: skip
             told = await self._decide(
@@ -174,40 +142,47 @@ class Canaries:
             UnknownModel: no model with this name is served.
             CanaryRefused: no canary of it runs, or its folder is away, or does not hold the candidate any more.
             StateUnusable: it cannot be kept; nothing is changed.
-            InvalidConfig: the folder of earlier bundles cannot be written; likewise.
+            Unavailable: a disk does not answer, or another change takes too long; likewise.
         """
-        async with self._changing(name) as current:
-            running = self.of(current.name)
-            choice = replace(running.choice, kind=_PROMOTED, clients="", since=_now(), by=acting.get())
+        name = self._registry.model(name).name
+        async with self._changes.of(name, "canary promote", yields=True) as change:
+            running = self.of(name)
+            choice = replace(running.choice, kind=PROMOTED, clients="", since=_now(), by=acting.get())
             kept = [choice] if choice.bundle_id != choice.base else []
 
             def serve() -> None:
                 self._registry.swap(running.candidate)
-                self._promoted.pop(current.name, None)
+                self._promoted.pop(name, None)
                 self._promoted |= {each.model: each for each in kept}
 
             if problem := await running.folder.look():
                 raise CanaryRefused(f"no device could fetch the candidate {running.choice.bundle}: {problem}")
-            await asyncio.to_thread(check_folder, running.candidate.bundle)
-            await asyncio.to_thread(self._earlier.keep, running.candidate.bundle, running.current.bundle)
+            await change.on_disk(running.candidate.bundle.root, hold_files, running.candidate)
+            await self._keep_earlier(change, running.candidate, running.current)
             return await self._finish("canary promote", running, kept, serve, after=choice.bundle_id)
 
     async def end(self, name: str) -> Ended:
         """Give the candidate to no more clients; those that have it go back. Its folder need not be there.
 
+        A beginning or a promotion that waits for a disk is given up after a few seconds.
+
         Raises:
             UnknownModel: no model with this name is served.
             CanaryRefused: no canary of it runs.
             StateUnusable: it cannot be kept; nothing is changed.
+            Unavailable: another change of the model's bundle takes too long.
         """
-        async with self._changing(name) as current:
-            name, after = current.name, current.bundle.bundle_id
-            kept = self._choices(name)
+        name = self._registry.model(name).name
+        async with self._changes.of(name, "canary end", over=True) as change:
+            after, kept = self._registry.model(name).bundle.bundle_id, self._choices(name)
             if (waiting := self._waiting.get(name)) is not None:
                 told = await self._decide(
                     "canary end", name, kept, lambda: self._forget(name), before=_shown(waiting.choice), after=after
                 )
                 return Ended(None, told)
+            if name not in self._running and change.instead_of:
+                record("canary end", name, before=change.instead_of, after=after)
+                return Ended(None, 0)
             return await self._finish(
                 "canary end", self.of(name), kept, lambda: self._registry.withdraw(name), after=after
             )
@@ -215,7 +190,7 @@ class Canaries:
     async def folder_read(self, name: str, bundle_id: str) -> None:
         """The folder of ``--bundle`` was read again, and its bundle is served next: that takes a promotion's place.
 
-        The caller holds the lock.
+        The caller changes the model's bundle; see `Changes`.
 
         Raises:
             StateUnusable: the promotion cannot be forgotten; nothing is changed.
@@ -226,21 +201,9 @@ class Canaries:
             self._forget(name)
         self._bases[name] = bundle_id
 
-    def refuse_if_running(self, name: str) -> None:
-        """A reload would change what the canary is compared with.
-
-        Raises:
-            CanaryRefused: a canary of this model runs, or waits for its bundle.
-        """
-        if name in self._running or name in self._waiting:
-            raise CanaryRefused(
-                f"a canary of {name} runs and is compared with the bundle that is served: promote it, or end it "
-                f"(DELETE /v1/models/{name}/canary), then reload"
-            )
-
     async def resume(self) -> None:
         """Go on with what was chosen before a restart, as far as it still counts. The server begins after it."""
-        for choice in sorted(self._fleet.choices, key=lambda choice: choice.kind != _PROMOTED):  # a canary is beside it
+        for choice in sorted(self._fleet.choices, key=lambda choice: choice.kind != PROMOTED):  # a canary is beside it
             base = self._bases.get(choice.model)
             if base is None:
                 continue  # another start of the server may have this model again
@@ -258,8 +221,9 @@ class Canaries:
                 await self._resume(choice)
             except BitneckError as exc:
                 _LOG.error("%s is not served: %s; the bundle of --bundle is", what, exc)
-                if choice.kind == _CANARY:
-                    self._waiting[choice.model] = Waiting(choice, str(exc), version, look)
+                if choice.kind == CANARY:
+                    seen = None if isinstance(exc, Unavailable) else version
+                    self._waiting[choice.model] = Waiting(choice, str(exc), seen, look)
 
     async def watch(self) -> None:
         """Look at the folders of candidates now and then, until it is cancelled."""
@@ -287,51 +251,55 @@ class Canaries:
                 _LOG.info("canary %s of %s: devices get its bundle again", running.choice.bundle, name)
                 self._streams.tell_of_bundles(name)
         elif (waiting := self._waiting.get(name)) is not None:
-            version = await waiting.look.take()
-            if version in (None, waiting.version):
-                return
-            async with self._lock:
-                if self._waiting.get(name) is not waiting:
+            if (resuming := self._resuming.get(name)) is None:
+                version = await waiting.look.take()
+                if version in (None, waiting.version) or self._waiting.get(name) is not waiting:
                     return
-                try:
-                    await self._resume(waiting.choice)
-                except BitneckError as exc:
-                    waiting.problem, waiting.version = str(exc), version
-                else:
-                    self._forget(name)
-                    self._streams.tell_of_bundles(name)
+                resuming = self._resuming[name] = asyncio.create_task(self._resume_at_last(waiting, version))
+                resuming.add_done_callback(lambda _: self._resuming.pop(name, None))
+            await asyncio.wait({resuming}, timeout=_ANSWERS_S)
 
-    def _forget(self, name: str) -> None:
-        """No canary of a model waits any more."""
-        self._waiting.pop(name, None)
+    async def _resume_at_last(self, waiting: Waiting, version: tuple[int, int] | None) -> None:
+        """Begin a canary that waits for its bundle, if that is there. Nobody need wait for this."""
+        try:
+            await self._resume(waiting.choice, waiting)
+        except BitneckError as exc:
+            waiting.problem, waiting.version = str(exc), None if isinstance(exc, Unavailable) else version
 
-    async def _resume(self, choice: BundleChoice) -> None:
-        current = self._registry.model(choice.model)
-        candidate = await asyncio.to_thread(self._loader.load, choice.bundle, current, choice.bundle_id)
-        if choice.kind == _PROMOTED:
-            self._registry.swap(candidate)
-            self._promoted[choice.model] = choice
-        else:
-            for_whom = self._fleet.groups.clients(choice.clients, known=False)
-            if not for_whom.patterns:
-                _LOG.warning("the canary %s of %s is for %s, but the settings have no such group: it is for nobody now",
-                             choice.bundle, choice.model, choice.clients)  # fmt: skip
-            self._start(choice, for_whom, current, candidate)
-        _LOG.info("%s %s of %s goes on: %s", choice.kind, choice.bundle, choice.model, choice.bundle_id)
+    async def _resume(self, choice: BundleChoice, waiting: Waiting | None = None) -> None:
+        """Serve what was chosen before a restart; of one that waits only if it does so still."""
+        name = choice.model
+        async with self._changes.of(name, f"{choice.kind} {choice.bundle} goes on", yields=True) as change:
+            if self._waiting.get(name) is not waiting:
+                return
+            current, place = self._registry.model(name), self.candidates.place(choice.bundle)
+            candidate = await change.on_disk(place, self._loader.load, choice.bundle, current, choice.bundle_id)
+            if choice.kind == PROMOTED:
+                await change.on_disk(place, hold_files, candidate)
+            await self._keep_earlier(change, candidate, current)
+            if choice.kind == PROMOTED:
+                self._registry.swap(candidate)
+                self._promoted[name] = choice
+            else:
+                for_whom = self._fleet.groups.clients(choice.clients, known=False)
+                if not for_whom.patterns:
+                    _LOG.warning("the canary %s of %s is for %s, but the settings have no such group: it is for nobody "
+                                 "now", choice.bundle, name, choice.clients)  # fmt: skip
+                self._start(choice, for_whom, current, candidate)
+            self._forget(name)
+            _LOG.info("%s %s of %s goes on: %s", choice.kind, choice.bundle, name, choice.bundle_id)
+        if waiting is not None:
+            self._streams.tell_of_bundles(name)
 
-    def _choices(self, name: str) -> list[BundleChoice]:
-        """What is chosen for a model beside a canary, also a promotion that could not be served."""
-        return [choice for choice in self._fleet.choices if choice.model == name and choice.kind == _PROMOTED]
-
-    @contextlib.asynccontextmanager
-    async def _changing(self, name: str) -> AsyncGenerator[ServedModel]:
-        """The bundle of a model that is served, which nobody else changes meanwhile.
+    async def _keep_earlier(self, change: Change, served: ServedModel, before: ServedModel) -> None:
+        """Keep a bundle that is served from now on for the frames of spools.
 
         Raises:
-            UnknownModel: no model with this name is served.
+            StateUnusable: it cannot be kept.
+            Unavailable: the disk does not answer.
         """
-        async with self._lock:
-            yield self._registry.model(name)
+        if self._earlier.folder is not None:
+            await change.on_disk(self._earlier.folder, self._earlier.keep, served.bundle, before.bundle)
 
     async def _decide(
         self,
@@ -381,8 +349,9 @@ class Canaries:
         return Ended((running, tallies), told)
 
     async def close(self) -> None:
-        """Compare no more photographs."""
+        """Compare no more photographs, and begin nothing any more."""
         tasks = [running.task for running in self._running.values() if running.task is not None]
+        tasks += self._resuming.values()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

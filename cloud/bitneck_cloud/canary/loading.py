@@ -4,11 +4,10 @@ from bitneck.bundle import Bundle
 from bitneck.errors import BundleError, CanaryRefused, InvalidConfig, ModelFailure
 from bitneck.runtime import ModulePool, return_freed_memory
 from bitneck_cloud.canary.candidates import Candidates
-from bitneck_cloud.earlier import EarlierBundles
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.sessions.registry import Registry
 
-__all__ = ["CandidateLoader", "check_folder"]
+__all__ = ["CandidateLoader", "hold_files"]
 
 
 class CandidateLoader:
@@ -19,17 +18,13 @@ class CandidateLoader:
         candidates: bundles that may be tried.
         pool: shares the ONNX files that several bundles have.
         threads: see `ServedModel`.
-        earlier: keeps each bundle that is served.
     """
 
-    def __init__(
-        self, registry: Registry, candidates: Candidates, pool: ModulePool, threads: int, earlier: EarlierBundles
-    ) -> None:
+    def __init__(self, registry: Registry, candidates: Candidates, pool: ModulePool, threads: int) -> None:
         self._registry = registry
         self._candidates = candidates
         self._pool = pool
         self._threads = threads
-        self._earlier = earlier
 
     def load(self, name: str, current: ServedModel, expected: str = "") -> ServedModel:
         """Verify and load a candidate, beside the bundle that is served.
@@ -42,7 +37,6 @@ class CandidateLoader:
         Raises:
             UnknownCandidate: there is no such candidate.
             CanaryRefused: the server has no candidates, or this one cannot be served as one of this model.
-            StateUnusable: it cannot be kept among the earlier bundles.
         """
         folder = self._candidates.folder_of(name)
         try:
@@ -62,20 +56,21 @@ class CandidateLoader:
                 served = ServedModel(bundle, threads=self._threads, pool=self._pool, before=current)
         except (BundleError, ModelFailure, InvalidConfig) as exc:
             raise CanaryRefused(f"the candidate {folder.name} cannot be served: {exc}") from exc
-        self._earlier.keep(bundle, current.bundle)
         return_freed_memory()
         return served
 
 
-def check_folder(bundle: Bundle) -> None:
-    """Refuse a bundle whose files devices could not fetch.
+def hold_files(served: ServedModel) -> None:
+    """Let devices have a bundle's files from now on, whatever becomes of its folder.
 
     Raises:
         CanaryRefused: its folder is gone, or holds something else.
     """
+    bundle = served.bundle
     try:
         found = Bundle.open(bundle.root).bundle_id
+        if found != bundle.bundle_id:
+            raise CanaryRefused(f"the candidate {bundle.root.name} is {found} now, it was {bundle.bundle_id}")
+        served.files.hold()
     except (BundleError, InvalidConfig) as exc:
         raise CanaryRefused(f"no device could fetch the candidate {bundle.root.name} any more: {exc}") from exc
-    if found != bundle.bundle_id:
-        raise CanaryRefused(f"the candidate {bundle.root.name} is {found} now, it was {bundle.bundle_id}")

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from bitneck_cloud.canary.folder import CandidateFolder, Look
+from bitneck_cloud.bundles.folder import BundleFolder, Look
 from bitneck_cloud.canary.photographs import Photographs
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_cloud.engine.tally import Tally
@@ -40,11 +40,11 @@ class Running:
     photographs: Photographs | None = None
     task: "asyncio.Task[None] | None" = field(default=None, repr=False)
     problem: str = ""
-    folder: CandidateFolder = field(init=False, repr=False)
+    folder: BundleFolder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Its folder is that of the candidate."""
-        self.folder = CandidateFolder(self.candidate.bundle)
+        self.folder = BundleFolder(self.candidate.bundle)
 
     @property
     def tallies(self) -> tuple[Tally, Tally]:
@@ -61,7 +61,8 @@ class Waiting:
     Attributes:
         choice: what was begun.
         problem: why.
-        version: of the candidate's manifest when it was tried, see `Candidates.version`; None if that was not known.
+        version: of the candidate's manifest when it was tried, see `Candidates.version`; None if the disk did not
+            answer.
         look: finds out what it is now.
     """
 

@@ -1,6 +1,5 @@
 """Paths of the control API for canaries, and their metrics."""
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +69,7 @@ def add_canary(
             "promoted": choice_info(canaries.promoted(served.name)),
             "canary": choice_info(shown.choice if shown is not None else None),
             "problem": shown.problem if shown is not None else "",
+            "changing": canaries.under_way(served.name),
             "comparison": comparison_of(running, running.tallies, sessions(served.name)) if running else None,
             "photographs": photographs_of(running.photographs) if running else None,
         }
@@ -87,7 +87,7 @@ def add_canary(
     async def candidates(name: str) -> list[CandidateInfo]:
         """Bundles of this model that may be tried, by name; and folders whose manifest cannot be read."""
         served = registry.model(name)
-        found = await asyncio.to_thread(canaries.candidates.all)
+        found = await canaries.listed()
         return [
             CandidateInfo(
                 bundle=each.name,

@@ -149,6 +149,9 @@ class CanaryInfo(BaseModel):
     problem: str = Field(
         description="why devices that do not have the canary's bundle get the current one; empty if they do not"
     )
+    changing: str = Field(
+        description="what is being done with the model's bundle now, and for how many seconds; empty if nothing is"
+    )
     comparison: Comparison | None = Field(description="null while no canary runs")
     photographs: PhotographsInfo | None = Field(description="null without canary_photos")
 

@@ -14,6 +14,7 @@ from bitneck.errors import BitneckError, MalformedFrame, ModelFailure, UnknownPo
 from bitneck.manifest import Manifest, UnitEntry
 from bitneck.runtime import ModulePool
 from bitneck.wire.messages import Frame, Output
+from bitneck_cloud.bundles.edge_files import EdgeFiles
 from bitneck_cloud.engine.chain_plan import plan_batch
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
 from bitneck_cloud.engine.tally import Tally
@@ -34,6 +35,7 @@ class ServedModel:
         identities: what defines each operating point, by id: its entry and its files' digests.
         made_from: what each operating point's decoder is made from. Generations share equal ones.
         tally: counts what is answered; None while nobody compares this bundle with another one.
+        files: for devices, which fetch them.
         kept_bytes: memory of one frame that later ones may refer to, at most; 0 if no point has conditional tables.
 
     Args:
@@ -53,6 +55,7 @@ class ServedModel:
         pool = pool or ModulePool()
         self.tally: Tally | None = None
         self.bundle = bundle
+        self.files = EdgeFiles(bundle)
         self.manifest = bundle.manifest
         self.ladder = bundle.manifest.ladder
         self.labels = bundle.labels()

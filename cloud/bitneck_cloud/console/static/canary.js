@@ -73,7 +73,8 @@ export function canaryPart({ operate, complain }) {
   }
 
   async function change(method, more, text, body) {
-    for (const button of [beginning, promoting, ending]) button.disabled = true;
+    const busy = method === "DELETE" ? [beginning, promoting, ending] : [beginning, promoting];  // it takes their place
+    for (const button of busy) button.disabled = true;
     result.className = "quiet";
     result.textContent = "One moment…";
     try {
@@ -85,7 +86,7 @@ export function canaryPart({ operate, complain }) {
       result.textContent = error.message;
       result.className = "bad";
     } finally {
-      for (const button of [beginning, promoting, ending]) button.disabled = false;
+      for (const button of busy) button.disabled = false;
     }
   }
 
@@ -102,7 +103,7 @@ export function canaryPart({ operate, complain }) {
     try {
       found = await get(`/v1/models/${encodeURIComponent(model.value)}/candidates`, signal);
     } catch (error) {
-      if (!(error instanceof ApiError) || error.status !== 409) throw error;
+      if (!(error instanceof ApiError) || ![409, 503].includes(error.status)) throw error;
       missing = error.message;
     }
     const values = found.filter((each) => !each.problem && !each.served)
@@ -121,11 +122,12 @@ export function canaryPart({ operate, complain }) {
     const choice = state.canary;
     if (!choice && operate && asked !== model.value) without = await listing(signal);
     const origin = state.promoted ? `It was promoted on ${moment(state.promoted.since)} by ${state.promoted.by}. ` : "";
-    says.textContent = choice
+    const changing = state.changing ? ` Now: ${state.changing}.` : "";
+    says.textContent = (choice
       ? `${choice.bundle} (${choice.bundle_id.slice(...SHORT)}) for ${choice.clients}, since ${moment(choice.since)}, by ${choice.by}. ${state.kept ? "Kept over restarts." : "A restart of this server ends it."}${state.problem ? ` Devices that do not have its bundle get the current one: ${state.problem}.` : ""}`
-      : `All clients get ${state.bundle_id.slice(...SHORT)}. ${origin}${operate ? without : ""}`;
+      : `All clients get ${state.bundle_id.slice(...SHORT)}. ${origin}${operate ? without : ""}`) + changing;
     form.hidden = Boolean(choice) || !operate;
-    running.hidden = !choice || !operate;
+    running.hidden = !operate || !(choice || state.changing.startsWith("canary "));
     promoting.hidden = !state.comparison;
     tables.hidden = !state.comparison;
     if (!state.comparison) return;

@@ -14,7 +14,7 @@ export function serverPage(main, { operate, complain, fine }) {
     { name: "Task", value: (model) => model.task },
     { name: "Backbone", value: (model) => model.backbone },
     { name: "Points", kind: "number", value: (model) => count(model.points.length) },
-    { name: "Bundle", value: (model) => element("code", { title: model.bundle_id }, model.bundle_id.slice(7, 19)) },
+    { name: "Bundle", kind: "text", value: (model) => bundleOf(model) },
     { name: "", value: (model) => reloading(model.name) },
   ]);
   const sinks = new Table("Sinks of answers", [
@@ -94,6 +94,12 @@ export function serverPage(main, { operate, complain, fine }) {
   }
 
   return poll(2, look, complain);
+}
+
+// A model's bundle, and what is wrong with its folder.
+function bundleOf(model) {
+  const id = element("code", { title: model.bundle_id }, model.bundle_id.slice(7, 19));
+  return model.problem ? element("span", {}, id, element("span", { class: "bad" }, ` ${model.problem}`)) : id;
 }
 
 // A sink's last error, how long ago it was, and whether it has delivered since.

@@ -1,4 +1,4 @@
-"""A candidate's folder while its canary runs: whether devices can still fetch the bundle from it."""
+"""The folder of a bundle that is in use: whether the bundle is still there. A disk may not answer."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from bitneck.bundle import MANIFEST_NAME, Bundle
 from bitneck.workers import settling
 
-__all__ = ["CandidateFolder", "Look"]
+__all__ = ["BundleFolder", "Look"]
 
 T = TypeVar("T")
 
@@ -22,10 +22,12 @@ class Look(Generic[T]):
 
     Args:
         what: to look at.
+        most_s: a disk that has not answered for so long does not answer.
     """
 
-    def __init__(self, what: Callable[[], T]) -> None:
+    def __init__(self, what: Callable[[], T], most_s: float = _MOST_S) -> None:
         self._what = what
+        self._most_s = most_s
         self._found: asyncio.Future[T] | None = None
 
     async def take(self) -> T | None:
@@ -37,11 +39,11 @@ class Look(Generic[T]):
             call, self._found = settling(self._what)
             threading.Thread(target=call, name="bitneck-look", daemon=True).start()
         found = self._found
-        await asyncio.wait({found}, timeout=_MOST_S)
+        await asyncio.wait({found}, timeout=self._most_s)
         return found.result() if found.done() else None
 
 
-class CandidateFolder:
+class BundleFolder:
     """The folder of a bundle that was loaded from it.
 
     Args:
@@ -53,7 +55,7 @@ class CandidateFolder:
         self._look = Look(partial(_problem_of, bundle))
 
     async def look(self) -> str:
-        """Why no device can fetch the bundle; empty if it can. Contents are not read again: devices verify them."""
+        """Why the device's half cannot be had there; empty if it can. Contents are not read again: devices do that."""
         problem = await self._look.take()
         return f"its folder {self._root} does not answer" if problem is None else problem
 
