@@ -84,16 +84,16 @@ async def open_supply(settings: EdgeSettings, *, offline: bool = False, retries:
     """
     store = FileStore(settings.cache_dir or default_cache_dir())
     offer = await _offer(settings, store, offline, settings.retries if retries is None else retries)
-    bundle = store.bundle(offer.manifest_json)
-    bundle.precision = await asyncio.to_thread(choose_precision, settings.precision, bundle.manifest, store.root)
+    bundle = await store.run(store.bundle, offer.manifest_json)
+    bundle.precision = await store.run(choose_precision, settings.precision, bundle.manifest, store.root)
     files = bundle.manifest.files_for("edge", bundle.precision)
     if (size := sum(entry.size for entry in files.values())) > MAX_BUNDLE_BYTES:
         raise BundleCorrupt(f"the server's bundle has {size} bytes for a device, at most {MAX_BUNDLE_BYTES} are taken")
     try:
-        remember(store.root, settings.server, settings.model, bundle.bundle_id)
+        await store.run(remember, store.root, settings.server, settings.model, bundle.bundle_id)
     except InvalidConfig as exc:  # only a start without the server needs the note
         _LOG.warning("%s", exc)
-    await asyncio.to_thread(store.forget_old, noted_bundles(store.root), time.time())
+    await store.run(lambda: store.forget_old(noted_bundles(store.root), time.time()))
     return Supply(
         store,
         bundle,
@@ -180,7 +180,7 @@ async def _offer(settings: EdgeSettings, store: FileStore, offline: bool, retrie
             except BitneckError as exc:
                 if not exc.transient and not (offline and settings.spool is not None and isinstance(exc, Unreachable)):
                     raise
-                kept = _last(settings, store) if offline else None
+                kept = await store.run(_last, settings, store) if offline else None
                 if kept is not None:
                     _LOG.warning(
                         "%s; starting with the bundle %s from the cache, and trying again", exc, kept.bundle_id
@@ -190,7 +190,8 @@ async def _offer(settings: EdgeSettings, store: FileStore, offline: bool, retrie
                     raise
                 pause_s = backoff.failed(random.random())  # noqa: S311  no secret
                 if pause_s is None:
-                    others = _others(settings, store) if offline and isinstance(exc, Unavailable) else ""
+                    told = offline and isinstance(exc, Unavailable)
+                    others = await store.run(_others, settings, store) if told else ""
                     if not retries and not others:
                         raise
                     after = f"; gave up after {backoff.failures} attempts" if retries else ""

@@ -8,32 +8,37 @@ A file gets its name only when its size and digest are right, so no half-written
 fill one store at once.
 """
 
+import asyncio
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
 import stat
 import tempfile
-import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import platformdirs
 
 from bitneck.bundle import Bundle, verify_file
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import BundleCorrupt, BundleMismatch, InvalidConfig
 from bitneck.manifest import FileEntry, Manifest, bundle_id_of
+from bitneck_edge.bundles.part import Part, file_mode, write_all
 from bitneck_edge.link.remote import MAX_MANIFEST_BYTES
 
 __all__ = ["FileStore", "default_cache_dir", "digits_of", "read_regular", "write_new"]
 
+T = TypeVar("T")
+
 _KEPT_S = 86_400.0
+_CLOSE_S = 1.0
+"""A disk that does not answer for so long keeps no download from being ended."""
 _BUNDLE_ID = r"sha256:[0-9a-f]{64}"
 _DIGITS = re.compile(r"[0-9a-f]{64}")
-_UMASK = threading.Lock()
 
 Fetch = Callable[[str, int], AsyncGenerator[bytes]]
 """Yields a file of the bundle in chunks, given its path in the manifest and the first byte that is wanted."""
@@ -66,7 +71,7 @@ def digits_of(bundle_id: str) -> str:
 
 
 class FileStore:
-    """The files of a cache folder.
+    """The files of a cache folder. Its methods block, but for those that are awaited.
 
     Attributes:
         root: the cache folder.
@@ -75,6 +80,15 @@ class FileStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._verified: set[str] = set()
+        self._disk = DiskThread("bitneck-cache")
+        weakref.finalize(self, self._disk.end)
+
+    async def run(self, work: Callable[..., T], *arguments: object) -> T:
+        """Have work done that reads or writes the store, which blocks, in a thread of the store's own.
+
+        A disk that does not answer then holds up whoever needs the store, and nobody else.
+        """
+        return await self._disk.run(work, *arguments)
 
     def path(self, entry: FileEntry) -> Path:
         """Where a file is, or will be."""
@@ -116,17 +130,23 @@ class FileStore:
             BundleCorrupt: it arrived with another size or digest. Nothing of it is kept then.
             InvalidConfig: the store cannot be written.
         """
-        part = self._part(entry)
-        with self._written(part), self._own(part) as (descriptor, part):
-            if left := os.lseek(descriptor, 0, os.SEEK_END):
-                try:
-                    await self._fill(descriptor, name, entry, fetch, on_bytes)
-                except BundleCorrupt:  # what the earlier download left may be to blame: once more from the beginning
-                    on_bytes(-left)
-                    left = 0
-            if not left:
-                await self._fill(descriptor, name, entry, fetch, on_bytes)
-            self._keep(descriptor, part, self.path(entry))
+        with self._written():
+            part = await self.run(self._begun, entry)
+            try:
+                left = await self.run(part.size)
+                if left:
+                    try:
+                        await self._fill(part, name, entry, fetch, on_bytes)
+                    except (
+                        BundleCorrupt
+                    ):  # what the earlier download left may be to blame: once more from the beginning
+                        on_bytes(-left)
+                        left = 0
+                if not left:
+                    await self._fill(part, name, entry, fetch, on_bytes)
+                await self.run(part.keep, self.path(entry))
+            finally:  # also if this is cancelled: whoever fetches the file next should go on where this one stopped
+                await asyncio.wait({asyncio.ensure_future(self.run(part.close))}, timeout=_CLOSE_S)
         self._verified.add(entry.sha256)
 
     def add(self, source: Path, entry: FileEntry) -> None:
@@ -139,13 +159,12 @@ class FileStore:
         if self.has(entry):
             return
         verify_file(source, entry)
-        part = self._part(entry)
-        with self._written(part), self._own(part) as (descriptor, part):
-            os.ftruncate(descriptor, 0)
-            _write_all(descriptor, source.read_bytes())
-            if self._digest(descriptor) != entry.sha256:
+        with self._written(), contextlib.closing(self._begun(entry)) as part:
+            part.empty()
+            part.append(source.read_bytes())
+            if part.digest() != entry.sha256:
                 raise BundleCorrupt(f"{source} changed while it was read; try again")
-            self._keep(descriptor, part, self.path(entry))
+            part.keep(self.path(entry))
         self._verified.add(entry.sha256)
 
     def remove(self, entry: FileEntry) -> None:
@@ -162,7 +181,8 @@ class FileStore:
         """
         manifest = Manifest.from_json(manifest_json, "the server's manifest")
         path = self._manifest(bundle_id_of(manifest_json))
-        with self._written(path):
+        with self._written():
+            self._no_links(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             if read_regular(path, MAX_MANIFEST_BYTES) != manifest_json:
                 write_new(path, manifest_json)
@@ -231,11 +251,16 @@ class FileStore:
     def _manifest(self, bundle_id: str) -> Path:
         return self.root / "manifests" / digits_of(bundle_id)
 
+    def _begun(self, entry: FileEntry) -> Part:
+        path = self._part(entry)
+        self._no_links(path)
+        return Part.open(path)
+
     async def _fill(
-        self, descriptor: int, name: str, entry: FileEntry, fetch: Fetch, on_bytes: Callable[[int], None]
+        self, part: Part, name: str, entry: FileEntry, fetch: Fetch, on_bytes: Callable[[int], None]
     ) -> None:
         """Append what is missing of a file, and check the whole. A wrong one leaves nothing behind."""
-        received = os.lseek(descriptor, 0, os.SEEK_END)
+        received = await self.run(part.size)
         problem = ""
         if received < entry.size or not entry.size:
             async with contextlib.aclosing(fetch(name, received)) as chunks:
@@ -243,61 +268,24 @@ class FileStore:
                     received += len(data)
                     if received > entry.size:
                         break
-                    _write_all(descriptor, data)
+                    await self.run(part.append, data)
                     on_bytes(len(data))
         if received > entry.size:
             problem = f"is longer than the {entry.size} bytes that the manifest says; refused"
         elif received < entry.size:
             problem = f"arrived with {received} bytes, the manifest says {entry.size}; refused, try again"
-        elif (digest := self._digest(descriptor)) != entry.sha256:
+        elif (digest := await self.run(part.digest)) != entry.sha256:
             problem = (
                 f"arrived with SHA-256 {digest[:16]}…, the manifest says {entry.sha256[:16]}…; refused: it was damaged "
                 "on the way, or the server's bundle is"
             )
         if problem:
-            os.ftruncate(descriptor, 0)
+            await self.run(part.empty)
             raise BundleCorrupt(f"{name} {problem}")
 
-    @staticmethod
-    def _digest(descriptor: int) -> str:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        with open(descriptor, "rb", closefd=False) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    @staticmethod
-    def _keep(descriptor: int, part: Path, path: Path) -> None:
-        """Give a whole part its name."""
-        os.fsync(descriptor)
-        os.fchmod(descriptor, 0o666 & ~_umask())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.replace(path)
-
     @contextlib.contextmanager
-    def _own(self, part: Path) -> Iterator[tuple[int, Path]]:
-        """A part that nobody else fills, and its path: another one if a process, or another task, is at it."""
-        part.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, own = -1, part
-        try:
-            try:
-                descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise PermissionError
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # somebody is at it, or it is another user's
-                if descriptor >= 0:
-                    os.close(descriptor)
-                descriptor, name = tempfile.mkstemp(prefix=".part-", dir=part.parent)
-                own = Path(name)
-            yield descriptor, own
-        finally:
-            os.close(descriptor)
-            if own != part:
-                own.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _written(self, path: Path) -> Iterator[None]:
+    def _written(self) -> Iterator[None]:
         """What goes wrong with the disk becomes an error that says what to do."""
-        self._no_links(path)
         try:
             yield
         except OSError as exc:
@@ -334,30 +322,15 @@ def write_new(path: Path, data: bytes) -> None:
     """Write a file that gets its name when it is whole."""
     descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=path.parent)
     try:
-        _write_all(descriptor, data)
+        write_all(descriptor, data)
         os.fsync(descriptor)
-        os.fchmod(descriptor, 0o666 & ~_umask())
+        os.fchmod(descriptor, file_mode())
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     finally:
         os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    """Write every byte: one call may write fewer than it is given, for example when the disk fills up."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _umask() -> int:
-    """The process's umask. There is no way to read it but to set it."""
-    with _UMASK:
-        mask = os.umask(0o077)
-        os.umask(mask)
-    return mask
 
 
 def _unlocked(path: Path) -> bool:

@@ -98,7 +98,7 @@ class Supply:
     async def look(self, points: Iterable[str]) -> None:
         """Find out which operating points can be used already; this reads and checks their files once."""
         for point_id in points:
-            if not await asyncio.to_thread(self._missing, [point_id]):
+            if not await self._store.run(self._missing, [point_id]):
                 try:
                     await self._admit(point_id)
                 except BundleCorrupt as exc:
@@ -166,7 +166,7 @@ class Supply:
             return
         if self._check is not None:
             try:
-                await asyncio.to_thread(self._check.check, point_id)
+                await self._store.run(self._check.check, point_id)
             except BundleCorrupt:
                 self._refused.add(point_id)
                 raise
@@ -174,9 +174,9 @@ class Supply:
 
     async def _fetch_now(self, points: Sequence[str], progress: Progress) -> None:
         backoff = Backoff(first_s=_FIRST_PAUSE_S, most_s=_MOST_PAUSE_S, retries=self._retries)
-        while missing := await asyncio.to_thread(self._missing, points):
+        while missing := await self._store.run(self._missing, points):
             counted = _Counted(
-                sum(self._store.received(entry) for entry in missing.values()),
+                await self._store.run(lambda files: sum(map(self._store.received, files)), list(missing.values())),
                 sum(entry.size for entry in missing.values()),
                 progress,
             )
@@ -221,7 +221,7 @@ class Supply:
 
     async def _fetch_paced(self, point_id: str, pacer: Pacer) -> None:
         """Fetch what one operating point needs, piece by piece; ends early if something urgent comes."""
-        for path, entry in (await asyncio.to_thread(self._missing, [point_id])).items():
+        for path, entry in (await self._store.run(self._missing, [point_id])).items():
 
             async def pieces(name: str, offset: int, size: int = entry.size) -> AsyncGenerator[bytes]:
                 while offset < size:
@@ -242,7 +242,7 @@ class Supply:
                     await self._store.receive(path, entry, pieces, lambda _size: None)
                 except _Interrupted:
                     return
-        if not self._missing([point_id]):
+        if not await self._store.run(self._missing, [point_id]):
             await self._admit(point_id)
             self._forget(point_id)
             _LOG.info("operating point %s can be used now", point_id)
