@@ -205,7 +205,8 @@ async def test_a_kept_canary_whose_disk_does_not_answer_is_ended(
     assert "no bundle 'new'" in canaries.waiting["tiny"].problem
     manifest.write_bytes(data)
     disk.hang()
-    await canaries.look("tiny")
+    await asyncio.gather(*[canaries.look("tiny") for _ in range(3)])
+    assert disk.waiting == 1
     assert canaries.under_way("tiny").startswith("canary new goes on, for ")
     assert (await canaries.end("tiny")).compared is None
     assert (canaries.waiting, canaries.running, operated.fleet.choices) == ({}, {}, [])

@@ -251,13 +251,13 @@ class Canaries(CanaryState):
                 _LOG.info("canary %s of %s: devices get its bundle again", running.choice.bundle, name)
                 self._streams.tell_of_bundles(name)
         elif (waiting := self._waiting.get(name)) is not None:
-            if (resuming := self._resuming.get(name)) is None:
-                version = await waiting.look.take()
+            version = await waiting.look.take()
+            if name not in self._resuming:
                 if version in (None, waiting.version) or self._waiting.get(name) is not waiting:
                     return
-                resuming = self._resuming[name] = asyncio.create_task(self._resume_at_last(waiting, version))
-                resuming.add_done_callback(lambda _: self._resuming.pop(name, None))
-            await asyncio.wait({resuming}, timeout=_ANSWERS_S)
+                self._resuming[name] = asyncio.create_task(self._resume_at_last(waiting, version))
+                self._resuming[name].add_done_callback(lambda _: self._resuming.pop(name, None))
+            await asyncio.wait({self._resuming[name]}, timeout=_ANSWERS_S)
 
     async def _resume_at_last(self, waiting: Waiting, version: tuple[int, int] | None) -> None:
         """Begin a canary that waits for its bundle, if that is there. Nobody need wait for this."""

@@ -26,6 +26,7 @@ class Disk:
         self.waiting = 0
         self.error: OSError | None = None
         self._patch = monkeypatch
+        self._counting = threading.Lock()
         self._answers = threading.Event()
         self._answers.set()
         self.slows(os, "pwrite")
@@ -45,11 +46,13 @@ class Disk:
 
     def wait(self) -> None:
         """As a call does."""
-        self.waiting += 1
+        with self._counting:
+            self.waiting += 1
         try:
             assert self._answers.wait(HANG_S)
         finally:
-            self.waiting -= 1
+            with self._counting:
+                self.waiting -= 1
 
     def hang(self) -> None:
         """Answer no more."""
