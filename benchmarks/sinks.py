@@ -1,9 +1,12 @@
 """What sinks cost: the time of a commit, and the processor time of this process for one answer.
 
-    python benchmarks/sinks.py [--seconds 5] [--answers 8] [--passes 40] [--sync always] [--json]
+    python benchmarks/sinks.py [--seconds 5] [--answers 8] [--passes 40] [--sync always] [--json] [--steps]
 
 It commits passes of answers at a steady pace to no sink, to one of each kind, and to three at once. The webhook's
 server is a process of its own. The broker is a real one (mosquitto), and is left out where it is not installed.
+
+With --steps it measures what three sinks do to the queue, step by step, in one thread and without a pause: commits of
+one answer and of four, each sink's turn with 30 answers, and a second's housekeeping.
 """
 
 import argparse
@@ -18,6 +21,9 @@ from typing import Any
 import numpy as np
 
 from bitneck_cloud.answers.sinks.outgoing import Outgoing
+from bitneck_cloud.answers.sinks.queue.access import checkpoint
+from bitneck_cloud.answers.sinks.queue.file import QueueFile
+from bitneck_cloud.answers.sinks.state import Bounds, Entry
 from bitneck_cloud.settings import CloudSettings
 from bitneck_testing.consumers.broker import MOSQUITTO, Broker
 from bitneck_testing.consumers.committer import wait_for
@@ -64,6 +70,39 @@ def measure(tables: list[dict[str, Any]], folder: Path, options: argparse.Namesp
     }
 
 
+def steps(folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Medians in microseconds."""
+    names = ("a", "b", "c")
+    file = QueueFile(folder / "queue.db", dict.fromkeys(names, Bounds(1 << 40, 1e9)), sync=options.sync == "always")
+    file.open(time.time())
+    body = json.dumps(answers(1, 1)[0], separators=(",", ":")).encode()
+    taken_us: dict[str, list[float]] = {}
+
+    def timed(name: str, begin: float) -> None:
+        taken_us.setdefault(name, []).append(1e6 * (time.perf_counter() - begin))
+
+    number, end = 0, time.monotonic() + options.seconds
+    while time.monotonic() < end:
+        for size in (1, 1, 4) * 5:
+            entries = [Entry("session s", k, k, ((names, body),)) for k in range(number + 1, number + size + 1)]
+            number += size
+            begin = time.perf_counter()
+            file.add(entries, time.time())
+            timed(f"commit_of_{size}", begin)
+        for name in names:
+            begin = time.perf_counter()
+            batch = file.take(name, 30, 1 << 20)
+            file.settle(name, batch, [""] * len(batch), time.time())
+            timed("take_and_settle_of_30", begin)
+        begin = time.perf_counter()
+        while file.save(number, time.time()) or file.expire(time.time()):
+            pass
+        timed("housekeeping_for_30", begin)
+        checkpoint(folder / "queue.db")
+    file.close()
+    return {name: round(float(np.median(times)), 1) for name, times in taken_us.items()}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,7 +111,12 @@ def main() -> None:
     parser.add_argument("--passes", type=float, default=40.0, help="a second")
     parser.add_argument("--sync", choices=["second", "always"], default="second")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--steps", action="store_true", help="of the queue, in place of sinks")
     options = parser.parse_args()
+    if options.steps:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(steps(Path(folder), options)))
+        return
     figures = []
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory()))

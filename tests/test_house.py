@@ -128,7 +128,7 @@ PURE = (
     ),
     "models/bitneck_models/zoo/selection.py",
     *(f"cloud/bitneck_cloud/answers/{name}.py" for name in ("answered", "document", "filters", "hub")),
-    *(f"cloud/bitneck_cloud/answers/sinks/{name}.py" for name in ("seen", "topics")),
+    *(f"cloud/bitneck_cloud/answers/sinks/{name}.py" for name in ("queue/seen", "queue/tail", "routing", "topics")),
     *(f"cloud/bitneck_cloud/engine/{name}.py" for name in ("batch_time", "chain_plan", "fair_queue")),
     *(f"cloud/bitneck_cloud/fleet/{name}.py" for name in ("patterns", "records", "rules")),
     *(

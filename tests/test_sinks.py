@@ -7,6 +7,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,8 +19,8 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, StateUnusable
-from bitneck_cloud.answers.sinks.queue_access import log_bytes
-from bitneck_cloud.answers.sinks.queue_file import QueueFile
+from bitneck_cloud.answers.sinks.queue.access import log_bytes
+from bitneck_cloud.answers.sinks.queue.file import QueueFile
 from bitneck_cloud.answers.sinks.state import DROPPED, Bounds, Entry
 from bitneck_testing.consumers.committer import Committer, only, outgoing, wait_for
 from bitneck_testing.consumers.documents import answer, answers
@@ -159,7 +160,7 @@ def test_the_file_gives_back_what_a_long_queue_took(tmp_path: Path) -> None:
 def test_the_log_begins_anew(tmp_path: Path) -> None:
     file = QueueFile(tmp_path / "queue.db", {"a": Bounds(1 << 20, 100)}, sync=False)
     file.open(NOW)
-    file.add([Entry("session s", 1, 1, {"a": b"{}"})], NOW)
+    file.add([Entry("session s", 1, 1, ((("a",), b"{}"),))], NOW)
     assert log_bytes(tmp_path / "queue.db") > 0
     file.begin_log_anew()
     assert log_bytes(tmp_path / "queue.db") == 0
@@ -188,14 +189,14 @@ def test_a_queue_that_cannot_be_used_stops_the_start(damage: str, tmp_path: Path
             path.write_bytes(data)
         elif damage == "newer":
             with sqlite3.connect(path) as db:
-                db.execute("PRAGMA user_version = 2")
+                db.execute("PRAGMA user_version = 3")
             db.close()
         else:
             holder = sqlite3.connect(path)
             holder.execute("BEGIN IMMEDIATE")
     expected = {
         "text": "not a database; move it away", "pages": "malformed.*; move it away",
-        "foreign": "another program's database", "newer": "has version 2, this server reads 1",
+        "foreign": "another program's database", "newer": "has version 3, this server reads 2",
         "folder": "on a local disk", "locked": "another server uses it",
     }  # fmt: skip
     with pytest.raises(StateUnusable, match=expected[damage]):
@@ -403,6 +404,23 @@ def no_writes_beyond(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_a_queue_on_a_full_disk_goes_on_in_the_room_that_it_has(tmp_path: Path) -> None:
+    """What is delivered makes room."""
+    with outgoing(tmp_path, jsonl(tmp_path, rotate_bytes=10_000, keep=1, linger_s=0)) as running:
+        first, phases = 1, [False, True, False, True]  # full, and again room
+        with no_writes_beyond(300_000):
+            end = time.monotonic() + 60
+            while phases:
+                assert time.monotonic() < end, phases
+                lost = only(running).dropped["disk"]
+                running.commit(answers(first, first + 9))
+                first += 10
+                wait_for(lambda: only(running).failing or not only(running).queued)
+                time.sleep(0.005)
+                if (only(running).dropped["disk"] == lost and not only(running).failing) == phases[0]:
+                    phases.pop(0)
+
+
 def test_what_is_delivered_counts_once_also_if_the_queue_cannot_forget_it(tmp_path: Path) -> None:
     with outgoing(tmp_path, stuck(tmp_path)) as running:
         running.commit(answers(1, 1))
@@ -423,7 +441,7 @@ def test_an_answer_at_which_the_connection_ends_counts_once(tmp_path: Path) -> N
     file = QueueFile(tmp_path / "queue.db", {"file": Bounds(1 << 20, 100.0)}, sync=False)
     file.open(NOW)
     try:
-        file.add([Entry("s", 1, 1, {"file": b"{}"})], NOW)
+        file.add([Entry("s", 1, 1, ((("file",), b"{}"),))], NOW)
         batch = file.take("file", 10, 1 << 20)
         with no_writes_beyond(4000), pytest.raises(sqlite3.Error):
             file.settle("file", batch, ["it ends"], NOW, cut=True)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from bitneck.errors import InvalidConfig, MalformedFrame
 from bitneck_cloud.answers.sinks.maps import with_map
-from bitneck_cloud.answers.sinks.seen import MOST_RUNS, Seen
+from bitneck_cloud.answers.sinks.queue.seen import MOST_RUNS, Seen
 from bitneck_cloud.answers.sinks.topics import check_topic, topic_of
 from bitneck_cloud.settings import CloudSettings
 from bitneck_testing.consumers.documents import answer, coded_map

@@ -81,10 +81,14 @@ class Committer:
 
     def ask(self, command: str) -> Any:
         """Send a command and wait for what it says."""
+        self.begin(command)
+        return self._read()
+
+    def begin(self, command: str) -> None:
+        """Send a command."""
         assert self.process.stdin is not None
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
-        return self._read()
 
     def state(self) -> dict[str, Any]:
         """Of the only sink."""

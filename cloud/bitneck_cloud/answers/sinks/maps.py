@@ -10,6 +10,7 @@ from bitneck_cloud.answers.map_picture import png_of_coded
 __all__ = ["with_map"]
 
 _LOG = logging.getLogger(__name__)
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def with_map(body: bytes, form: str) -> bytes:
@@ -36,4 +37,4 @@ def with_map(body: bytes, form: str) -> bytes:
             document["map"] = coded | {"encoding": "png", "data": base64.b64encode(data).decode()}
     else:
         return body
-    return json.dumps(document, separators=(",", ":")).encode()
+    return _ENCODER.encode(document).encode()

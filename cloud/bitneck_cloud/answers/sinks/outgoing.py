@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bitneck.errors import InvalidConfig, UnknownModel
+from bitneck.errors import InvalidConfig
 from bitneck.text import clean_text
-from bitneck_cloud.answers.filters import AnswerFilter
 from bitneck_cloud.answers.sinks.jsonl import JsonlSink
 from bitneck_cloud.answers.sinks.mqtt.sink import MqttSink
-from bitneck_cloud.answers.sinks.queue_access import QueueAccess, checkpoint, log_bytes
-from bitneck_cloud.answers.sinks.queue_file import QueueFile
+from bitneck_cloud.answers.sinks.queue.access import QueueAccess, checkpoint, log_bytes
+from bitneck_cloud.answers.sinks.queue.file import QueueFile
+from bitneck_cloud.answers.sinks.routing import Routing
 from bitneck_cloud.answers.sinks.sender import Sender
 from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTable, WebhookTable, check_key, secret_of
 from bitneck_cloud.answers.sinks.state import Bounds, ClientState, Document, Entry, Sink, SinkState
@@ -28,6 +28,8 @@ __all__ = ["Outgoing"]
 
 _LOG = logging.getLogger(__name__)
 _HOUSEKEEPING_S = 1.0
+_TURN_S = 0.002
+"""Seconds between two parts of housekeeping: a lock that is taken again at once goes to nobody else."""
 _CLOSE_S = 5.0
 _TROUBLE_LOG_S = 60.0
 _MOST_LOG_BYTES = 64 << 20
@@ -60,8 +62,7 @@ class Outgoing:
     ) -> None:
         self._path, self._clock = queue, clock
         self._tables = tuple(tables)
-        self._filters = {table.name: AnswerFilter(table.wanted, groups or Groups()) for table in tables}
-        self._by_class = any(each.by_class for each in self._filters.values())
+        self._routing = Routing(tables, groups or Groups())
         bounds = {table.name: Bounds(table.queue_bytes, table.queue_age_s) for table in tables}
         self._queue = QueueAccess(QueueFile(queue, bounds, sync=sync)) if queue is not None and tables else None
         self._senders: dict[str, Sender] = {}
@@ -73,7 +74,7 @@ class Outgoing:
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep_house, name="bitneck-sinks-keeper", daemon=True)
         self._uncommitted, self._logged_at = 0, -_TROUBLE_LOG_S
-        self._reached = self._written = 0
+        self._reached, self._forced = 0, -1
 
     @property
     def wants_maps(self) -> bool:
@@ -89,11 +90,7 @@ class Outgoing:
         Raises:
             InvalidConfig: the filter of a sink has a model or class that is not served.
         """
-        for name, chosen in self._filters.items():
-            try:
-                chosen.check_served(labels)
-            except (InvalidConfig, UnknownModel) as exc:
-                raise InvalidConfig(f"sink {name}: {exc}") from exc
+        self._routing.check_served(labels)
 
     def start(self) -> None:
         """Open the queue and begin to deliver what is in it. It blocks.
@@ -125,8 +122,8 @@ class Outgoing:
     def last_number(self) -> int:
         """The largest ``number`` of an answer that was given to `commit`; 0 for none. A server counts on from it.
 
-        After a kill, it may be that of an answer some seconds before, if no sink wanted those that came after it. It
-        reads the disk; call it once, after `start`.
+        After a kill, it may be that of an answer some seconds before, if no sink wanted those that came after it.
+        Call it after `start`.
         """
         return self._queue.call(self._queue.file.last_number) if self._queue is not None else 0
 
@@ -154,29 +151,11 @@ class Outgoing:
         too_large: Counter[str] = Counter()
         for place, document in enumerate(documents):
             owner = owners[place] if owners else ""
-            bodies: dict[str, bytes] = {}
-            found = _found(document) if self._by_class else ()
-            facts = str(document["client"]), str(document["model"]), str(document["session"]), found
-            with_map = without_map = b""
-            for table in self._tables:
-                if not self._filters[table.name].takes(*facts):
-                    continue
-                if table.maps == "none" or document.get("map") is None:
-                    if not without_map:
-                        text = _dump({**document, "map": None})
-                        without_map = text.encode()
-                        made(place, text)
-                    body = without_map
-                else:
-                    body = with_map = with_map or _dump(document).encode()
-                if len(body) > table.max_answer_bytes:
-                    too_large[table.name] += 1
-                else:
-                    bodies[table.name] = body
-            if bodies:
-                spool, session = document.get("spool"), document["session"]
-                stream = f"spool {owner} {spool}" if spool else f"session {session}"
-                entries.append(Entry(stream, document["seq"], document["number"], bodies))
+            entry, text = self._routing.entry(document, owner, too_large)
+            if text:
+                made(place, text)
+            if entry is not None:
+                entries.append(entry)
         if too_large:
             self._queue.post(self._queue.file.lost, too_large, "size")
         if not entries:
@@ -186,7 +165,6 @@ class Outgoing:
         except sqlite3.Error as exc:
             self._not_committed(entries, exc)
             return
-        self._written = max(self._written, *(entry.number for entry in entries))
         for name in told:
             self._senders[name].wake()
 
@@ -222,7 +200,8 @@ class Outgoing:
         if self._keeper.ident is not None:
             self._keeper.join()
             with contextlib.suppress(sqlite3.Error):
-                self._keep_number()
+                self._save()
+                self._save()  # the rest
         self._queue.close()
 
     def _tell(self, state: ClientState) -> bool:
@@ -230,7 +209,7 @@ class Outgoing:
         wanting: list[tuple[Sender, ClientState]] = []
         for name, sender in self._senders.items():
             known = self._known[name]
-            takes = sender.kind == "mqtt" and self._filters[name].takes_client(state.client, state.model)
+            takes = sender.kind == "mqtt" and self._routing.takes_client(name, state.client, state.model)
             if takes and state.online:
                 known.add(state.client)
                 wanting.append((sender, state))
@@ -242,12 +221,11 @@ class Outgoing:
             sender.wake()
         return bool(wanting)
 
-    def _keep_number(self) -> None:
-        """Keep how far numbers have come, also where no sink wanted the newest answers."""
+    def _save(self) -> None:
+        """Save which frames were answered, and how far numbers have come, also where no sink wanted the answers."""
         assert self._queue is not None
-        if (reached := self._reached) > self._written:
-            self._queue.call(self._queue.file.reach, reached)
-            self._written = reached
+        while self._queue.call(self._queue.file.save, self._reached, self._clock()):
+            time.sleep(_TURN_S)
 
     def _keep_client(self, client: str, text: str) -> None:
         assert self._queue is not None
@@ -258,7 +236,7 @@ class Outgoing:
 
     def _not_committed(self, entries: Sequence[Entry], exc: sqlite3.Error) -> None:
         assert self._queue is not None
-        counts = Counter(name for entry in entries for name in entry.bodies)
+        counts = Counter(name for entry in entries for name in entry.sinks)
         self._queue.post(self._queue.file.lost, counts, "disk")
         self._uncommitted += len(entries)
         for name in counts:
@@ -269,34 +247,30 @@ class Outgoing:
             self._uncommitted, self._logged_at = 0, time.monotonic()
 
     def _keep_house(self) -> None:
-        """Each second: force what was committed to the disk, and let fall out what is too old."""
+        """Each second: force what was committed to the disk, delete what nobody wants, let fall out what is too old."""
+        assert self._queue is not None
+        while not self._stop.wait(_HOUSEKEEPING_S):
+            for step in (self._save, self._force, self._expire):
+                try:
+                    step()
+                except (sqlite3.Error, OSError) as exc:
+                    _LOG.warning("housekeeping of sinks_queue failed; it goes on: %s", exc)
+                except Exception:  # noqa: BLE001  a bug here must not stop what comes after it
+                    _LOG.exception("housekeeping of sinks_queue failed; it goes on")
+
+    def _force(self) -> None:
         assert self._queue is not None
         assert self._path is not None
-        forced = -1
-        while not self._stop.wait(_HOUSEKEEPING_S):
-            try:
-                self._keep_number()
-                if (writes := self._queue.file.writes) != forced:
-                    forced = writes
-                    checkpoint(self._path)
-                    if log_bytes(self._path) > _MOST_LOG_BYTES:  # commits came all the time, so it could not begin anew
-                        self._queue.call(self._queue.file.begin_log_anew)
-                while self._queue.call(self._queue.file.expire, self._clock()) and not self._stop.is_set():
-                    pass
-            except (sqlite3.Error, OSError) as exc:
-                _LOG.warning("housekeeping of sinks_queue failed; it goes on: %s", exc)
-            except Exception:  # noqa: BLE001  a bug here must not stop what comes after it
-                _LOG.exception("housekeeping of sinks_queue failed; it goes on")
+        if (writes := self._queue.file.writes) != self._forced:
+            checkpoint(self._path)
+            self._forced = writes
+            if log_bytes(self._path) > _MOST_LOG_BYTES:  # commits came all the time, so it could not begin anew
+                self._queue.call(self._queue.file.begin_log_anew)
 
-
-def _found(document: Document) -> list[tuple[int, str, float]]:
-    """Index, name, and score or share of the classes in a document."""
-    found = [(each["index"], each["name"], each["score"]) for each in document.get("labels") or ()]
-    return found + [(each["index"], each["name"], each["share"]) for each in document.get("shares") or ()]
-
-
-def _dump(document: Document) -> str:
-    return json.dumps(document, separators=(",", ":"), allow_nan=False)
+    def _expire(self) -> None:
+        assert self._queue is not None
+        while self._queue.call(self._queue.file.expire, self._clock()) and not self._stop.wait(_TURN_S):
+            pass
 
 
 def _sink_of(table: SinkTable, server: str) -> tuple[str, Sink]:

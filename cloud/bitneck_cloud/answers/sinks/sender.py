@@ -9,7 +9,7 @@ import time
 from bitneck.backoff import Backoff
 from bitneck.errors import InvalidConfig
 from bitneck.text import clean_text
-from bitneck_cloud.answers.sinks.queue_access import QueueAccess
+from bitneck_cloud.answers.sinks.queue.access import QueueAccess
 from bitneck_cloud.answers.sinks.settings import SinkTable
 from bitneck_cloud.answers.sinks.state import Attempt, Queued, Sink, SinkState, tries
 from bitneck_cloud.observe.audit import record
@@ -19,6 +19,7 @@ __all__ = ["Sender"]
 _LOG = logging.getLogger(__name__)
 _FAREWELL_S = 3.0
 _IDLE_S = 1.0
+_TURN_S = 0.001
 _LONGEST_WAIT_S = 3600.0
 _ERROR_CHARACTERS = 300
 
@@ -50,7 +51,8 @@ class Sender:
 
     def wake(self) -> None:
         """Something was queued for it."""
-        self._wake.set()
+        if not self._wake.is_set():
+            self._wake.set()
 
     def ask_to_stop(self) -> None:
         """Begin no further attempt. What is not delivered stays in the queue."""
@@ -125,7 +127,7 @@ class Sender:
         try:
             # What an attempt has does not fall out meanwhile: it must not be all that there is.
             most_bytes = min(self.sink.most_bytes, self.table.queue_bytes // 4)
-            batch = self._queue.call(self._queue.file.take, name, 1 if self._bugs else self.sink.most, most_bytes)
+            batch = self._take(1 if self._bugs else self.sink.most, most_bytes)
         except sqlite3.Error as exc:
             return Attempt(error=f"the queue cannot be read: {exc}"), False
         if not batch and not self.sink.restless():
@@ -148,6 +150,15 @@ class Sender:
         held = self._queue.file.held[name]
         full = held.queued >= self.sink.most or held.bytes >= most_bytes
         return attempt, full or len(attempt.settled) < len(batch)
+
+    def _take(self, most: int, most_bytes: int) -> list[Queued]:
+        """The next answers. Where many of other sinks come before them, others may use the queue meanwhile."""
+        name = self.table.name
+        while True:
+            batch = self._queue.call(self._queue.file.take, name, most, most_bytes)
+            if batch or not self._queue.file.held[name].queued or self._stop.is_set():
+                return batch
+            time.sleep(_TURN_S)
 
     def _settle(self, batch: list[Queued], attempt: Attempt) -> Attempt:
         """Take what is settled from the queue, and only then count it: if the disk fails here, it comes again."""

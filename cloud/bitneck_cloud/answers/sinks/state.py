@@ -49,13 +49,18 @@ class Entry:
         stream: its session or spool.
         seq: of its frame there.
         number: of the answer, of this server.
-        bodies: documents, JSON in ASCII, by sink.
+        bodies: its documents, JSON in ASCII, each with the names of the sinks that get it: with a map, or without.
     """
 
     stream: str
     seq: int
     number: int
-    bodies: Mapping[str, bytes]
+    bodies: tuple[tuple[tuple[str, ...], bytes], ...]
+
+    @property
+    def sinks(self) -> list[str]:
+        """All that want it."""
+        return [sink for names, _ in self.bodies for sink in names]
 
 
 @dataclass(frozen=True, slots=True)

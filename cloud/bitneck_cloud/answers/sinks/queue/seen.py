@@ -8,6 +8,8 @@ from bitneck.errors import MalformedFrame
 
 __all__ = ["Seen"]
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
 MOST_RUNS = 512
 """Runs that are kept. Beyond them the lowest numbers are forgotten: an answer may then come twice, but none is lost."""
 
@@ -42,7 +44,7 @@ class Seen:
 
     def dump(self) -> str:
         """As a text for the disk."""
-        return json.dumps(self.runs, separators=(",", ":"))
+        return _ENCODER.encode(self.runs)
 
     @classmethod
     def load(cls, text: str) -> "Seen":

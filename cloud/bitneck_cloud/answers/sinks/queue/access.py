@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bitneck_cloud.answers.sinks.queue_file import QueueFile
+from bitneck_cloud.answers.sinks.queue.file import QueueFile
 
 __all__ = ["QueueAccess", "checkpoint", "log_bytes"]
 
