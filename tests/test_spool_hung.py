@@ -19,17 +19,14 @@ from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.sources.capture import Capture
 from bitneck_edge.spool import known, spooling, writer
-from bitneck_edge.spool.bounds import Limits
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.segment import Kept
 from bitneck_edge.spool.writer import Record, Writer
-from bitneck_testing.devices.hanging import HANG_S, Disk
+from bitneck_testing.devices.hanging import HANG_S, LIMITS, Disk, kept_frame, spooling_client
 from bitneck_testing.devices.streaming import until
 from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server
-
-LIMITS = Limits(most_bytes=1_000_000, most_age_s=1e6)
 
 
 @pytest.fixture
@@ -50,13 +47,6 @@ def names(results: list[Answer | Failure]) -> list[str]:
     return [each.file for each in results]
 
 
-def client(address: str, tmp_path: Path, spooled: list[Answer | Failure], **values: Any) -> EdgeClient:
-    return EdgeClient(
-        address, model="tiny", threads=1, cache_dir=tmp_path / "cache", spool=tmp_path / "spool",
-        on_spooled=spooled.append, connect_timeout_s=1.0, **values,
-    )  # fmt: skip
-
-
 @contextlib.asynccontextmanager
 async def outage(
     server: Server, tmp_path: Path, disk: Disk
@@ -66,7 +56,7 @@ async def outage(
     async with (
         asyncio.timeout(HANG_S),
         Proxy(server.grpc) as link,
-        client(link.address, tmp_path, spooled) as one,
+        spooling_client(link.address, tmp_path, spooled) as one,
     ):
         await one.infer(Capture(photo(0), "first"))
         disk.hang()
@@ -90,7 +80,7 @@ async def test_live_frames_go_on_and_the_loop_never_waits(server: Server, tmp_pa
     async with (
         asyncio.timeout(HANG_S),
         Proxy(server.grpc, delay_s=0.4) as link,
-        client(link.address, tmp_path, spooled, in_flight=4) as one,
+        spooling_client(link.address, tmp_path, spooled, in_flight=4) as one,
     ):
         await one.infer(Capture(photo(0), "first"))
         disk.hang()
@@ -154,7 +144,7 @@ async def test_a_client_opens_and_closes_while_the_disk_does_not_answer(
 
     monkeypatch.setattr(known, "write_new", hang)
     async with asyncio.timeout(HANG_S), Proxy(server.grpc) as link:
-        async with client(link.address, tmp_path, []) as one:
+        async with spooling_client(link.address, tmp_path, []) as one:
             assert isinstance(await one.infer(Capture(photo(0), "first")), Answer)
             link.cut()
             await until(lambda: not one._opened().link.up)
@@ -169,12 +159,6 @@ async def test_a_client_opens_and_closes_while_the_disk_does_not_answer(
         assert one.spool.kept == 3
 
 
-def frame(number: int) -> Kept:
-    return Kept(
-        seq=0, bundle_id="sha256:" + "ab" * 32, point="p", payload=bytes(100), captured_unix_us=1, name=f"c#{number}"
-    )
-
-
 async def test_what_waits_is_bounded_and_what_is_done_meanwhile_is_never_written(
     tmp_path: Path, tiny_bundle: Bundle, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +167,7 @@ async def test_what_waits_is_bounded_and_what_is_done_meanwhile_is_never_written
     one = Writer(spool, thread)
 
     def put(number: int, *, held: bool = False) -> Record:
-        return one.put(frame(number), tiny_bundle, held=held, on_settled=settled.append)
+        return one.put(kept_frame(number), tiny_bundle, held=held, on_settled=settled.append)
 
     disk.hang()
     records = [put(number) for number in range(12)]
@@ -221,7 +205,9 @@ async def test_a_frame_that_is_left_to_the_spool_while_the_disk_has_it(
     spool, thread, settled = Spool.open(tmp_path, LIMITS), DiskThread("test"), list[Record]()
     one = Writer(spool, thread)
     disk.hang()
-    first, second = (one.put(frame(number), tiny_bundle, held=True, on_settled=settled.append) for number in range(2))
+    first, second = (
+        one.put(kept_frame(number), tiny_bundle, held=True, on_settled=settled.append) for number in range(2)
+    )
     one.release(first)
     one.release(second)
     disk.go_on()
@@ -236,7 +222,9 @@ async def test_what_is_asked_behind_a_write_is_done_behind_it(tmp_path: Path, ti
     spool, thread = Spool.open(tmp_path, LIMITS), DiskThread("test")
     one = Writer(spool, thread)
     disk.hang()
-    left, unwanted = (one.put(frame(number), tiny_bundle, held=True, on_settled=lambda _: None) for number in range(2))
+    left, unwanted = (
+        one.put(kept_frame(number), tiny_bundle, held=True, on_settled=lambda _: None) for number in range(2)
+    )
     await until(lambda: disk.waiting)
     one.release(left)
     waiting = asyncio.create_task(thread.run(spool.has_waiting))
@@ -244,7 +232,7 @@ async def test_what_is_asked_behind_a_write_is_done_behind_it(tmp_path: Path, ti
     disk.go_on()
     assert await waiting
     disk.hang()
-    unwanted = one.put(frame(2), tiny_bundle, held=False, on_settled=lambda _: None)
+    unwanted = one.put(kept_frame(2), tiny_bundle, held=False, on_settled=lambda _: None)
     await until(lambda: disk.waiting)
     one.done(unwanted)
     thread.end()
@@ -270,7 +258,7 @@ async def test_a_bug_in_the_thread_fails_its_frame_and_no_other(
     monkeypatch.setattr(spool, "put", put)
     monkeypatch.setattr(spool.known, "keep", lambda _bundle: tiny_bundle.path("no such file"))
     for number in range(2):
-        one.put(frame(number), tiny_bundle, held=False, on_settled=settled.append)
+        one.put(kept_frame(number), tiny_bundle, held=False, on_settled=settled.append)
     await until(lambda: len(settled) == 2)
     assert isinstance(settled[0].error, Unavailable)
     assert (settled[1].error, settled[1].seq) == (None, 1)
@@ -290,7 +278,7 @@ async def test_frames_that_wait_for_the_disk_keep_no_pictures(server: Server, tm
             pictures.append(weakref.ref(picture))
             yield Capture(picture, f"camera#{number}")
 
-    async with asyncio.timeout(HANG_S), Proxy(server.grpc) as link, client(link.address, tmp_path, []) as one:
+    async with asyncio.timeout(HANG_S), Proxy(server.grpc) as link, spooling_client(link.address, tmp_path, []) as one:
         await one.infer(Capture(photo(0), "first"))
         disk.hang()
         link.cut()
@@ -307,7 +295,7 @@ async def test_a_client_that_is_cancelled_while_the_disk_does_not_answer_leaves_
 ) -> None:
     """When the disk answers, what waits is written, the spool is closed, and its threads end."""
     before = set(threading.enumerate())
-    one = client(server.grpc, tmp_path, [])
+    one = spooling_client(server.grpc, tmp_path, [])
     async with asyncio.timeout(HANG_S):
         if when == "opening":
             disk.hang()
@@ -317,7 +305,7 @@ async def test_a_client_that_is_cancelled_while_the_disk_does_not_answer_leaves_
             await one.infer(Capture(photo(0), "first"))
             disk.hang()
             assert one._spooling is not None
-            one._spooling._writer.put(frame(1), one.bundle, held=False, on_settled=lambda _: None)
+            one._spooling._writer.put(kept_frame(1), one.bundle, held=False, on_settled=lambda _: None)
             task = asyncio.create_task(one.close())
         await until(lambda: disk.waiting)
         await asyncio.sleep(0.3)
@@ -326,6 +314,6 @@ async def test_a_client_that_is_cancelled_while_the_disk_does_not_answer_leaves_
             await task
         disk.go_on()
         await until(lambda: not [each for each in set(threading.enumerate()) - before if "spool" in each.name])
-        async with client(server.grpc, tmp_path, []) as again:
+        async with spooling_client(server.grpc, tmp_path, []) as again:
             assert again.spool is not None
             assert again.spool.kept == (when == "closing")

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,16 +18,13 @@ from bitneck_edge.client import EdgeClient
 from bitneck_edge.observe.metrics import Exposition
 from bitneck_edge.sources.capture import Capture
 from bitneck_edge.spool import files, spooling
-from bitneck_edge.spool.bounds import Limits, SpoolCounts
+from bitneck_edge.spool.bounds import SpoolCounts
 from bitneck_edge.spool.files import Spool
-from bitneck_edge.spool.segment import Kept
-from bitneck_testing.devices.hanging import HANG_S, Disk
+from bitneck_testing.devices.hanging import HANG_S, LIMITS, Disk, kept_frame, spooling_client
 from bitneck_testing.devices.streaming import until
 from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server, free_port
-
-LIMITS = Limits(most_bytes=1_000_000, most_age_s=1e6)
 
 
 @pytest.fixture
@@ -41,13 +37,6 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     one.hang()
     yield one
     one.go_on()
-
-
-def client(address: str, tmp_path: Path, spooled: list[Answer | Failure], **values: Any) -> EdgeClient:
-    return EdgeClient(
-        address, model="tiny", threads=1, cache_dir=tmp_path / "cache", spool=tmp_path / "spool",
-        on_spooled=spooled.append, connect_timeout_s=1.0, **values,
-    )  # fmt: skip
 
 
 def metrics(one: EdgeClient) -> str:
@@ -68,19 +57,13 @@ async def cut_off(one: EdgeClient, link: Proxy) -> AsyncIterator[None]:
     await until(lambda: one._opened().link.up)
 
 
-def frame(number: int) -> Kept:
-    return Kept(
-        seq=0, bundle_id="sha256:" + "ab" * 32, point="p", payload=bytes(100), captured_unix_us=1, name=f"c#{number}"
-    )
-
-
 async def test_a_device_starts_and_its_spool_is_opened_when_the_disk_answers(
     server: Server, tmp_path: Path, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Live frames are answered; those of an outage wait in memory; what an earlier run has left is sent at last."""
     disk.go_on()
     link = Proxy(server.grpc)
-    async with asyncio.timeout(HANG_S), link, client(link.address, tmp_path, []) as before:
+    async with asyncio.timeout(HANG_S), link, spooling_client(link.address, tmp_path, []) as before:
         await before.infer(Capture(photo(0), "first"))
         link.cut()
         await until(lambda: not before._opened().link.up)
@@ -89,7 +72,11 @@ async def test_a_device_starts_and_its_spool_is_opened_when_the_disk_answers(
         spool_id = before.spool_id
     disk.hang()
     spooled: list[Answer | Failure] = []
-    async with asyncio.timeout(HANG_S), Proxy(server.grpc) as link, client(link.address, tmp_path, spooled) as one:
+    async with (
+        asyncio.timeout(HANG_S),
+        Proxy(server.grpc) as link,
+        spooling_client(link.address, tmp_path, spooled) as one,
+    ):
         assert isinstance(await one.infer(Capture(photo(0), "live")), Answer)
         assert (one.spool, one.spool_id) == (SpoolCounts(opened=False), "")
         assert "bitneck_edge_spool_opened 0.0" in metrics(one)
@@ -118,7 +105,11 @@ async def test_a_spool_that_is_refused_at_last_is_tried_again(
     folder.mkdir()
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    async with asyncio.timeout(HANG_S), Proxy(server.grpc) as link, client(link.address, tmp_path, spooled) as one:
+    async with (
+        asyncio.timeout(HANG_S),
+        Proxy(server.grpc) as link,
+        spooling_client(link.address, tmp_path, spooled) as one,
+    ):
         await one.infer(Capture(photo(0), "live"))
         async with cut_off(one, link):
             with pytest.raises(Unavailable, match="waits in memory"):
@@ -137,7 +128,7 @@ async def test_what_waits_when_the_client_is_closed_is_told_as_lost(server: Serv
     """A disk that refuses then is not tried again."""
     spooled: list[Answer | Failure] = []
     async with asyncio.timeout(HANG_S), Proxy(server.grpc) as link:
-        async with client(link.address, tmp_path, spooled) as one:
+        async with spooling_client(link.address, tmp_path, spooled) as one:
             await one.infer(Capture(photo(0), "live"))
             link.cut()
             await until(lambda: not one._opened().link.up)
@@ -159,12 +150,12 @@ async def test_a_client_without_frames_for_the_spool_is_closed_at_once(
     """Nothing can be lost, so nothing is waited for. Another client has the spool when the disk answers."""
     monkeypatch.setattr(spooling, "_CLOSE_S", HANG_S)
     async with asyncio.timeout(HANG_S / 2):
-        async with client(server.grpc, tmp_path, []) as one:
+        async with spooling_client(server.grpc, tmp_path, []) as one:
             assert isinstance(await one.infer(Capture(photo(0), "live")), Answer)
     disk.go_on()
     assert one._spooling is not None
     assert await one._spooling._files.close(HANG_S)
-    async with client(server.grpc, tmp_path, []) as again:
+    async with spooling_client(server.grpc, tmp_path, []) as again:
         assert counts(again).opened
 
 
@@ -172,7 +163,7 @@ async def test_a_spool_that_cannot_be_used_is_refused_at_once(tmp_path: Path, di
     disk.go_on()
     (tmp_path / "spool").touch()
     with pytest.raises(InvalidConfig, match="cannot be written"):
-        async with client(f"127.0.0.1:{free_port()}", tmp_path, []):
+        async with spooling_client(f"127.0.0.1:{free_port()}", tmp_path, []):
             pass
 
 
@@ -180,11 +171,14 @@ async def test_a_device_starts_without_a_server_while_the_disk_hangs(
     server: Server, tiny_bundle: Bundle, tmp_path: Path, disk: Disk
 ) -> None:
     """With the bundle in its cache."""
-    async with client(server.grpc, tmp_path, [], point="s1-r2") as one:
+    async with spooling_client(server.grpc, tmp_path, [], point="s1-r2") as one:
         await one.infer(Capture(photo(0), "live"))
     spooled: list[Answer | Failure] = []
     address = f"127.0.0.1:{free_port()}"
-    async with asyncio.timeout(HANG_S), client(address, tmp_path, spooled, bundle_id=tiny_bundle.bundle_id) as one:
+    async with (
+        asyncio.timeout(HANG_S),
+        spooling_client(address, tmp_path, spooled, bundle_id=tiny_bundle.bundle_id) as one,
+    ):
         with pytest.raises(Unavailable, match="waits in memory"):
             await one.infer(Capture(photo(1), "of an outage"))
         disk.go_on()
@@ -196,7 +190,7 @@ def test_counts_are_those_before_a_call_that_hangs(tmp_path: Path, disk: Disk) -
     disk.go_on()
     spool = Spool.open(tmp_path, LIMITS)
     for number in range(3):
-        spool.put(frame(number))
+        spool.put(kept_frame(number))
     spool.done([1])
     with spool._mutex:  # as a thread that writes
         before = time.monotonic()

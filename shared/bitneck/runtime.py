@@ -154,13 +154,16 @@ class ModulePool:
                 return module
             loading = self._loading.setdefault(key, threading.Lock())
         with loading:  # of this file alone: a disk that does not answer holds up nobody who needs another one
-            with self._lock:
-                module = self._modules.get(key)
-            if module is None:
-                module = OnnxModule(path, threads=threads, providers=self._providers, first_run_s=self._first_run_s)
-                self._counts.loads = self.loads + 1
+            try:
                 with self._lock:
-                    self._modules[key] = module
+                    module = self._modules.get(key)
+                if module is None:
+                    module = OnnxModule(path, threads=threads, providers=self._providers, first_run_s=self._first_run_s)
+                    self._counts.loads = self.loads + 1
+                    with self._lock:
+                        self._modules[key] = module
+            finally:
+                with self._lock:
                     self._loading.pop(key, None)
             return module
 

@@ -6,6 +6,7 @@ Answered --Published (number, server)--> answer_document --> JSON text, one line
 import base64
 import functools
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -17,12 +18,12 @@ from bitneck.wire.messages import Classification, CodedMap, Output
 from bitneck_cloud.answers.answered import Answered
 from bitneck_cloud.answers.map_picture import png_of_coded
 
-__all__ = ["VERSION", "MapForm", "Published", "answer_document"]
+__all__ = ["VERSION", "MapForm", "Published", "answer_document", "json_of"]
 
 VERSION = 1
 """Of the document. A new key keeps it; a key that goes, or means something else, does not."""
 
-_JSON = json.JSONEncoder(separators=(",", ":"))  # `json.dumps` with separators makes one for each call
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # `json.dumps` makes one for each call
 _LAST_US = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp()) * 1_000_000
 _LARGE_MAP_BYTES = 1 << 16
 _BESIDE_TEXTS = 1500
@@ -101,8 +102,13 @@ class Published:
         made = self.made(form)
         if made is None:
             form = form if self.has_map else MapForm.NONE
-            made = self._texts[form] = _JSON.encode(answer_document(self, form))
+            made = self._texts[form] = json_of(answer_document(self, form))
         return made
+
+
+def json_of(document: Mapping[str, Any]) -> str:
+    """A document as one line of ASCII."""
+    return _ENCODER.encode(document)
 
 
 def answer_document(published: Published, form: MapForm) -> dict[str, Any]:

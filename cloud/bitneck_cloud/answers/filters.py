@@ -123,8 +123,6 @@ class AnswerFilter:
             session: id.
             found: index, name, and score or share of each class of the answer; only read if `by_class`.
         """
-        if self._takes_all:
-            return True
         if not self._of_model(model) or (self._sessions and session not in self._sessions):
             return False
         if not self._of_client(client):

@@ -103,9 +103,8 @@ class EdgeFiles:
 
     def _read(self, held: _Held | None, name: str, offset: int, most: int) -> bytes:
         if held is not None:  # as long as this runs, `held` lives, and its files are open
-            with contextlib.suppress(
-                OSError
-            ):  # such as a network's disk on which they were deleted: perhaps they are back
+            # An error, such as of a network's disk on which they were deleted: perhaps they are back.
+            with contextlib.suppress(OSError):
                 if data := os.pread(held.large[name], most, offset):
                     return data
         with self._bundle.path(name).open("rb") as file:

@@ -137,9 +137,7 @@ class FileStore:
                 if left:
                     try:
                         await self._fill(part, name, entry, fetch, on_bytes)
-                    except (
-                        BundleCorrupt
-                    ):  # what the earlier download left may be to blame: once more from the beginning
+                    except BundleCorrupt:  # what the earlier download left may be to blame: once more from the start
                         on_bytes(-left)
                         left = 0
                 if not left:

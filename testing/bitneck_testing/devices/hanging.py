@@ -1,17 +1,28 @@
-"""A disk that does not answer, in this process: as a network's disk that is gone, or a card that erases."""
+"""A disk that does not answer, in this process, and a device whose spool is on it.
+
+It is as a network's disk that is gone, or a card that erases.
+"""
 
 import functools
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-__all__ = ["HANG_S", "Disk"]
+from bitneck_edge.answers.results import Answer, Failure
+from bitneck_edge.client import EdgeClient
+from bitneck_edge.spool.bounds import Limits
+from bitneck_edge.spool.segment import Kept
+
+__all__ = ["HANG_S", "LIMITS", "Disk", "kept_frame", "spooling_client"]
 
 HANG_S = 60.0
 """A call that hangs for so long fails the test."""
+LIMITS = Limits(most_bytes=1_000_000, most_age_s=1e6)
+"""Of a spool that nothing falls out of."""
 
 
 class Disk:
@@ -61,3 +72,18 @@ class Disk:
     def go_on(self) -> None:
         """Answer again."""
         self._answers.set()
+
+
+def spooling_client(address: str, folder: Path, spooled: list[Answer | Failure], **values: Any) -> EdgeClient:
+    """A client with its cache and its spool below a folder; `spooled` gets what comes from the spool."""
+    return EdgeClient(
+        address, model="tiny", threads=1, cache_dir=folder / "cache", spool=folder / "spool",
+        on_spooled=spooled.append, connect_timeout_s=1.0, **values,
+    )  # fmt: skip
+
+
+def kept_frame(number: int) -> Kept:
+    """A frame for a spool, of a bundle that nobody has."""
+    return Kept(
+        seq=0, bundle_id="sha256:" + "ab" * 32, point="p", payload=bytes(100), captured_unix_us=1, name=f"c#{number}"
+    )

@@ -1,11 +1,11 @@
 """Which sinks want an answer, and in which form: what was found for a client, model and session is kept. Pure."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bitneck.errors import InvalidConfig, UnknownModel
+from bitneck_cloud.answers.document import json_of
 from bitneck_cloud.answers.filters import AnswerFilter
 from bitneck_cloud.answers.sinks.settings import SinkTable
 from bitneck_cloud.answers.sinks.state import Document, Entry
@@ -13,7 +13,6 @@ from bitneck_cloud.fleet.patterns import Groups
 
 __all__ = ["Routing"]
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _MOST_KEPT = 4096
 
 
@@ -92,7 +91,7 @@ class Routing:
         text = ""
         bodies: list[tuple[tuple[str, ...], bytes]] = []
         for form in self._forms_of(wanting, document.get("map") is not None):
-            written = _ENCODER.encode(document if form.mapped else _without_map(document))
+            written = json_of(document if form.mapped else _without_map(document))
             if not form.mapped:
                 text = written
             body = written.encode()
