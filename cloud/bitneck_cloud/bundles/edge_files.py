@@ -13,7 +13,7 @@ from bitneck.errors import BundleCorrupt, Unavailable
 __all__ = ["EdgeFiles"]
 
 _MOST_MEMORY = 2 << 20
-"""Bytes of files that are kept in memory, the smallest ones. The others stay open: of EfficientNet-Lite0, 10 of 102."""
+"""Bytes of files that are kept in memory, the smallest ones. The others stay open: of the default bundle, 10 of 108."""
 _MOST_S = 5.0
 """A disk that has not given a chunk for so long does not answer."""
 
