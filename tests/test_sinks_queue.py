@@ -1,92 +1,31 @@
 """The queue's file: a log with a cursor for each sink. What it promises holds after a kill at any moment."""
 
-import gzip
 import json
 import random
-import shutil
-import sqlite3
-import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from bitneck.errors import StateUnusable
 from bitneck_cloud.answers.sinks.queue.access import checkpoint, log_bytes
 from bitneck_cloud.answers.sinks.queue.file import QueueFile
 from bitneck_cloud.answers.sinks.state import Bounds, Entry, Queued
 from bitneck_testing.consumers.committer import Committer, outgoing, wait_for
-from bitneck_testing.consumers.documents import answer, answers, coded_map
-
-NOW = 1_800_000_000.0
-GOLDEN = Path(__file__).parent / "golden"
-WIDE = Bounds(1 << 40, 1e9)
-
-
-@contextmanager
-def opened(path: Path, bounds: dict[str, Bounds], now: float = NOW) -> Iterator[tuple[QueueFile, dict[str, int]]]:
-    """A file in use, and what waits in it for others."""
-    file = QueueFile(path, bounds, sync=False)
-    try:
-        others = file.open(now)
-        yield file, others
-    finally:
-        file.close()
-
-
-def entry(
-    number: int, *sinks: str, size: int = 0, maps: str = "", map_size: int = 0, stream: str = "session s"
-) -> Entry:
-    """An answer; its documents begin with its number. One of the sinks may get a map."""
-    bare = b"%d " % number + b"x" * size, b"%d map " % number + b"y" * map_size
-    groups = tuple(sink for sink in sinks if sink != maps), tuple(sink for sink in sinks if sink == maps)
-    bodies = tuple((names, body) for names, body in zip(groups, bare, strict=True) if names)
-    return Entry(stream, number, number, bodies)
-
-
-def keep_house(file: QueueFile, now: float = NOW) -> None:
-    while file.save(0, now):
-        pass
-    while file.expire(now):
-        pass
-
-
-def drain(file: QueueFile, sink: str, most: int = 1000) -> list[bytes]:
-    """All that waits for a sink, delivered."""
-    found: list[bytes] = []
-    while file.held[sink].queued:
-        batch = file.take(sink, most, 1 << 30)
-        found += [each.body for each in batch]
-        file.settle(sink, batch, [""] * len(batch), NOW)
-    return found
-
-
-def numbers(bodies: Sequence[bytes]) -> list[int]:
-    return [int(body.split()[0]) for body in bodies]
-
-
-def copied(path: Path, folder: Path) -> Path:
-    """The file as a kill would leave it now."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    # By another process: if this one closed the file, it would lose its locks on it.
-    subprocess.run(["cp", str(path), f"{path}-wal", str(folder)], check=True, stderr=subprocess.DEVNULL)
-    return folder / path.name
-
-
-def stored_bytes(path: Path) -> int:
-    """Bytes of the documents in a file."""
-    with sqlite3.connect(path) as db:
-        size = int(db.execute("SELECT ifnull(sum(length(body)), 0) FROM answers").fetchone()[0])
-    db.close()
-    return size
-
+from bitneck_testing.consumers.documents import answers
+from bitneck_testing.consumers.queues import (
+    NOW,
+    WIDE,
+    copied,
+    drain,
+    entry,
+    jsonl,
+    keep_house,
+    numbers,
+    opened,
+    stored_bytes,
+)
 
 # Compared with a queue for each sink
 
@@ -270,16 +209,6 @@ def test_each_sink_has_its_own_queue_also_after_a_kill_at_any_moment(seed: int, 
         compared.file.close()
 
 
-def jsonl(folder: Path, name: str, **other: Any) -> dict[str, Any]:
-    return {
-        "kind": "jsonl",
-        "name": name,
-        "path": str(folder / f"{name}.jsonl"),
-        "pause_s": 0.05,
-        "linger_s": 0,
-    } | other
-
-
 @pytest.mark.parametrize("sync", ["second", "always"])
 def test_a_server_killed_in_the_middle_of_commits_and_deliveries_loses_and_repeats_nothing(
     sync: str, tmp_path: Path
@@ -430,96 +359,6 @@ def test_a_sender_looks_for_few_answers_among_many_of_another(tmp_path: Path) ->
         assert running.states()[0].queued == 30_000
 
 
-# Sinks come and go
-
-
-def test_sinks_beyond_the_bits_of_a_row_have_rows_of_their_own(tmp_path: Path) -> None:
-    path, names = tmp_path / "queue.db", [f"s{k}" for k in range(150)]
-    bounds = dict.fromkeys(names, WIDE)
-    with opened(path, bounds) as (file, _):
-        for number in range(1, 151):
-            file.add([entry(number, *(names if number % 10 == 0 else names[number - 1 : number]))], NOW)
-        for number, name in enumerate(names, 1):
-            assert numbers([each.body for each in file.take(name, 100, 1000)]) == sorted({number, *range(10, 151, 10)})
-    with opened(path, bounds) as (file, _):
-        for number, name in enumerate(names, 1):
-            assert numbers(drain(file, name, 4)) == sorted({number, *range(10, 151, 10)})
-            keep_house(file)
-        checkpoint(path)
-    assert stored_bytes(path) == 0
-
-
-def test_what_waits_for_a_sink_that_is_gone_is_kept_a_week(tmp_path: Path) -> None:
-    path, day = tmp_path / "queue.db", 86_400.0
-    with opened(path, dict.fromkeys(("a", "gone"), WIDE)) as (file, _):
-        file.add([entry(number, "a", "gone") for number in range(1, 4)], NOW)
-        file.add([entry(4, "a", "gone")], NOW + day)
-    for days, waiting in ((1.1, {"gone": 4}), (7.1, {"gone": 1}), (8.1, {}), (8.2, {})):
-        with opened(path, {"a": WIDE}, now=NOW + days * day) as (file, others):
-            assert others == waiting
-            assert file.held["a"].queued == 4
-    with opened(path, dict.fromkeys(("a", "gone"), WIDE), now=NOW + 8.3 * day) as (file, _):
-        assert file.held["gone"].queued == 0
-        assert numbers(drain(file, "a")) == [1, 2, 3, 4]
-
-
-def test_a_sink_that_comes_back_gets_what_waited_and_nothing_of_the_time_between(tmp_path: Path) -> None:
-    path = tmp_path / "queue.db"
-    with opened(path, dict.fromkeys(("a", "b"), WIDE)) as (file, _):
-        file.add([entry(1, "a", "b"), entry(2, "a")], NOW)
-    with opened(path, {"a": WIDE}) as (file, others):
-        assert others == {"b": 1}
-        file.add([entry(3, "a")], NOW)
-        keep_house(file)
-    with opened(path, dict.fromkeys(("a", "b"), WIDE)) as (file, others):
-        assert others == {}
-        file.add([entry(4, "a", "b")], NOW)
-        assert numbers(drain(file, "b")) == [1, 4]
-        assert numbers(drain(file, "a")) == [1, 2, 3, 4]
-
-
-def test_a_new_sink_gets_nothing_of_one_whose_place_it_takes(tmp_path: Path) -> None:
-    path = tmp_path / "queue.db"
-    with opened(path, dict.fromkeys(("slow", "gone"), WIDE)) as (file, _):
-        file.add([entry(number, "slow", "gone") for number in range(1, 6)], NOW)
-        drain(file, "gone")
-    with opened(path, {"slow": WIDE}):
-        pass
-    with opened(path, dict.fromkeys(("slow", "new"), WIDE)) as (file, _):
-        assert file.held["new"].queued == 0
-        file.add([entry(6, "slow", "new")], NOW)
-        assert numbers(drain(file, "new")) == [6]
-        keep_house(file)
-        assert numbers(drain(file, "slow")) == [1, 2, 3, 4, 5, 6]
-
-
-def test_names_that_come_and_go_leave_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "queue.db"
-    for number in range(1, 101):
-        with opened(path, dict.fromkeys(("stays", f"s{number}"), WIDE)) as (file, others):
-            assert others == {}
-            file.add([entry(number, "stays", f"s{number}")], NOW)
-            assert numbers(drain(file, f"s{number}")) == [number]
-    with opened(path, {"stays": WIDE}) as (file, _):
-        assert numbers(drain(file, "stays")) == list(range(1, 101))
-    with sqlite3.connect(path) as db:
-        assert db.execute("SELECT slot, name FROM sinks").fetchall() == [(0, "stays")]
-    db.close()
-
-
-def test_a_sink_whose_form_of_maps_changes_gets_what_waits_in_its_form(tmp_path: Path) -> None:
-    document = answer(1, map=coded_map(np.zeros((8, 8), np.uint8)))
-    with outgoing(tmp_path, *(jsonl(tmp_path / "nowhere", name, maps=name) for name in ("runs", "none"))) as running:
-        running.commit([document])
-    with outgoing(
-        tmp_path, jsonl(tmp_path, "runs"), jsonl(tmp_path, "none", maps="runs"), jsonl(tmp_path, "new", maps="runs")
-    ) as running:
-        running.commit([answer(2)])
-        wait_for(lambda: [state.delivered for state in running.states()] == [2, 2, 1])
-    found = {name: json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[0]) for name in ("runs", "none")}
-    assert found["runs"] == found["none"] == document | {"map": None}  # what waits without a map gets none
-
-
 # Repeats, ids
 
 
@@ -582,92 +421,3 @@ def test_a_sink_far_behind_and_one_at_the_end_get_all_in_order(tmp_path: Path) -
                 keep_house(file)
         found["far"] += drain(file, "far", 27)
         assert numbers(found["near"]) == numbers(found["far"]) == list(range(1, 12_001))
-
-
-# Version 1
-
-
-def version_1(folder: Path) -> Path:
-    """A file of a server that was killed, with its log."""
-    for end in ("", "-wal"):
-        (folder / f"queue.db{end}").write_bytes(gzip.decompress((GOLDEN / f"queue_v1.db{end}.gz").read_bytes()))
-    return folder / "queue.db"
-
-
-def ids_of_version_1(folder: Path) -> dict[str, list[int]]:
-    folder.mkdir()
-    with sqlite3.connect(version_1(folder)) as db:
-        ids: dict[str, list[int]] = {}
-        for sink, identity in db.execute("SELECT sink, id FROM answers ORDER BY id"):
-            ids.setdefault(sink, []).append(identity)
-        ids["last"] = [db.execute("SELECT seq FROM sqlite_sequence").fetchone()[0]]
-    db.close()
-    return ids
-
-
-def test_a_file_of_version_1_goes_on(tmp_path: Path) -> None:
-    ids = ids_of_version_1(tmp_path / "old")
-    path, bounds = version_1(tmp_path), dict.fromkeys(("file", "maps", "new"), WIDE)
-    for _ in range(2):  # at the second time it is of version 2
-        with opened(path, bounds) as (file, others):
-            assert others == {"gone": 9}
-            assert {name: (held.queued, held.bytes) for name, held in file.held.items()} == {
-                "file": (23, 10541), "maps": (15, 7437), "new": (0, 0),
-            }  # fmt: skip
-            assert file.held["file"].oldest_at == NOW + 5
-            assert file.last_number() == 34
-            assert {json.loads(text)["client"] for text in file.clients()} == {"cam-1", "cam-2"}
-            again = [
-                Entry("session s-1", 5, 5, ((("file",), b""),)),
-                Entry("spool device-1 p", 34, 34, ((("file",), b""),)),
-            ]
-            assert not file.add(again, NOW)
-            for sink in ("file", "maps"):
-                assert [each.id for each in file.take(sink, 100, 1 << 20)] == ids[sink]
-    with opened(path, bounds | {"gone": WIDE}) as (file, _):
-        file.add([Entry("session s-1", 35, 35, ((("file", "maps"), b'{"number":35}'),))], NOW + 50)
-        (newest,) = file.take("file", 100, 1 << 20)[-1:]
-        assert newest.id > ids["last"][0]
-        found = {sink: [json.loads(body) for body in drain(file, sink, 4)] for sink in ("file", "maps", "gone")}
-        keep_house(file)
-        checkpoint(path)
-    every = [*range(1, 25), *range(31, 36)]
-    assert [it["number"] for it in found["file"]] == every[5:]
-    assert [it["number"] for it in found["maps"]] == every[13:]
-    assert [it["number"] for it in found["gone"]] == [n for n in every if n % 3 == 0]
-    assert [it["number"] for it in found["maps"] if it.get("map")] == [n for n in every[13:-1] if n % 2]
-    with sqlite3.connect(path) as db:
-        assert db.execute("SELECT count(*) FROM answers").fetchone() == (0,)
-        (refused,) = db.execute("SELECT sink, reason, body FROM refused").fetchall()
-        assert refused[:2] == ("file", "the broker refuses: Not authorized")
-        assert json.loads(refused[2])["number"] == 3
-    db.close()
-
-
-def test_ids_of_version_1_never_come_again(tmp_path: Path) -> None:
-    last = ids_of_version_1(tmp_path / "old")["last"][0]
-    path = version_1(tmp_path)
-    with sqlite3.connect(path) as db:
-        db.execute("DELETE FROM answers WHERE id > 20")  # the newest are delivered already
-    db.close()
-    for number in (35, 36):
-        with opened(path, {"file": WIDE}) as (file, _):
-            file.add([entry(number, "file")], NOW)
-            assert file.take("file", 1000, 1 << 20)[-1].id == last + number - 34
-
-
-def test_a_file_of_version_1_stays_one_if_it_cannot_be_brought_to_version_2(tmp_path: Path) -> None:
-    path = version_1(tmp_path)
-    with sqlite3.connect(path) as db:
-        db.execute("CREATE TABLE sinks(in_the_way)")
-    db.close()
-    with pytest.raises(StateUnusable, match="sinks already exists"):
-        with opened(path, {"file": WIDE}):
-            pass
-    with sqlite3.connect(path) as db:
-        assert db.execute("SELECT count(*) FROM answers WHERE sink = 'file'").fetchone() == (23,)
-        assert db.execute("SELECT count(*) FROM refused").fetchone() == (1,)
-        db.execute("DROP TABLE sinks")
-    db.close()
-    with opened(path, {"file": WIDE}) as (file, _):
-        assert len(drain(file, "file")) == 23
