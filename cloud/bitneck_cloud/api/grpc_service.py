@@ -26,7 +26,8 @@ from bitneck_cloud.observe.logs import REQUEST_ID_HEADER, new_request_id
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import FrameTracer
 from bitneck_cloud.sessions.answering import Answering
-from bitneck_cloud.sessions.conversation import Conversation, job_of, origin_of, result_of
+from bitneck_cloud.sessions.conversation import Conversation
+from bitneck_cloud.sessions.jobs import job_of, origin_of, result_of
 from bitneck_cloud.sessions.rates import link_limit_kbps
 from bitneck_cloud.sessions.registry import Registry, new_session_id
 from bitneck_cloud.sessions.session import Event, Session, StreamState
@@ -243,26 +244,25 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             idle_s=self._idle_s, stall_s=self._stall_s, caller=caller, token_number=admission.number,
             limits=self._limits, answering=Answering(opening.answers, brief=opening.brief),
         )  # fmt: skip
-        opened = Opened(
-            session_id=session.session_id,
-            resume_token=admission.token,
-            window=session.window,
-            point=session.asked_point or "",
-            references=session.reach,
-            max_kbps=link_limit_kbps(session.policy),
-        )
+        conversation.enter()  # nothing that is asked of the session is missed from here on
         failure: BitneckError | None = None
         try:
-            async with self._in_time():
-                await context.write(to_wire(opened))
-            self._tell_if_draining(conversation)
-            self._tell_of_bundle(session, conversation)
             asked = session.asked_point or ""
-            if asked != opened.point:  # since `Opened` was made
-                conversation.push(SetPoint(asked, "asked for while the session began"))
-            elif not session.told and not asked:  # `Opened` cannot say that the client chooses again
+            if not session.told and not asked:  # `Opened` cannot say that the client chooses again
                 conversation.push(SetPoint("", "asked for while the link was down"))
             session.told = True
+            self._tell_if_draining(conversation)
+            self._tell_of_bundle(session, conversation)
+            opened = Opened(
+                session_id=session.session_id,
+                resume_token=admission.token,
+                window=session.window,
+                point=asked,
+                references=session.reach,
+                max_kbps=link_limit_kbps(session.policy),
+            )
+            async with self._in_time():
+                await context.write(to_wire(opened))
             session.attach(peer.serve(session.window, tls=self._tls), time.monotonic())
             await conversation.run(peer, self._tracer.parent(context.invocation_metadata()))
         except TimeoutError:
@@ -270,6 +270,7 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         except BitneckError as exc:
             failure = exc
         finally:
+            conversation.leave()
             if not self.connected(session):
                 self._registry.disconnect(session, time.monotonic())
                 if peer.left and not session.in_flight:  # nobody comes back to it, so it takes nobody's place

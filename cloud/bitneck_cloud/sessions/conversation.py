@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bitneck.coding.conditional_codec import Reference
 from bitneck.errors import BitneckError, MalformedFrame, ModelFailure, ProtocolError, Unavailable
 from bitneck.wire.frames import check_frame
 from bitneck.wire.messages import (
@@ -30,11 +29,9 @@ from bitneck.wire.messages import (
     Result,
     ServerMessage,
     SetPoint,
-    Timings,
 )
 from bitneck_cloud.access.callers import ANONYMOUS, Caller
 from bitneck_cloud.access.limits import CallerLimits
-from bitneck_cloud.answers.answered import Origin
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import INTERNAL_ERROR, Computed, Job, JobState
 from bitneck_cloud.engine.served_model import ServedModel
@@ -42,11 +39,12 @@ from bitneck_cloud.faults import fault_of
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.observe.tracing import FrameTracer
 from bitneck_cloud.sessions.answering import Answering
+from bitneck_cloud.sessions.jobs import job_of, origin_of, result_of
 from bitneck_cloud.sessions.outbox import Outbox
 from bitneck_cloud.sessions.rates import link_limit_kbps
 from bitneck_cloud.sessions.session import Event, Session, StreamState, Verdict
 
-__all__ = ["Conversation", "Peer", "job_of", "origin_of", "result_of"]
+__all__ = ["Conversation", "Peer"]
 
 _LOG = logging.getLogger(__name__)
 _SUPERSEDED_GRACE_S = 2.0
@@ -137,8 +135,26 @@ class Conversation:
         self._silent_since = math.inf
         self._writing_since = math.inf
 
+    def enter(self) -> None:
+        """Become the session's stream: what is pushed from now on is sent once `run` serves it."""
+        older = self._streams.get(self._session.session_id)
+        self._streams[self._session.session_id] = self
+        if older is not None:
+            older.supersede()
+
+    def leave(self) -> None:
+        """Be the session's stream no more. Nothing happens if a newer one is."""
+        if self._streams.get(self._session.session_id) is not self:
+            return
+        del self._streams[self._session.session_id]
+        self._keep_untold()
+        for job, (seq, _) in list(self._jobs.items()):
+            if job.state is JobState.WAITING:  # what is being computed is kept for a resume
+                job.abandon()
+                self._session.drop(seq)
+
     async def run(self, peer: Peer, trace: Any) -> None:
-        """Serve the stream until the client has finished, or is gone.
+        """Serve the stream until the client has finished, or is gone. `enter` comes first.
 
         Args:
             peer: the client.
@@ -148,10 +164,8 @@ class Conversation:
             BitneckError: that of `expel`.
         """
         self._trace = trace
-        older = self._streams.get(self._session.session_id)
-        self._streams[self._session.session_id] = self
-        if older is not None:
-            older.supersede()
+        if self._expelled is not None:
+            raise self._expelled
         writer = self._writer = asyncio.create_task(self._write(peer))
         reader = asyncio.create_task(self._read(peer.messages()))
         watchdog = asyncio.create_task(self._watch(reader))
@@ -174,12 +188,7 @@ class Conversation:
             self._state.on(Event.CLOSE)
             for task in (reader, writer, watchdog):
                 task.cancel()
-            if self._streams.get(self._session.session_id) is self:
-                del self._streams[self._session.session_id]
-                for job, (seq, _) in list(self._jobs.items()):
-                    if job.state is JobState.WAITING:  # what is being computed is kept for a resume
-                        job.abandon()
-                        self._session.drop(seq)
+            self.leave()
             _, written, _ = await asyncio.gather(reader, writer, watchdog, return_exceptions=True)
             if isinstance(written, Exception):
                 _LOG.error("session %s: writing failed: %r", self._session.session_id, written)
@@ -189,6 +198,7 @@ class Conversation:
 
     def supersede(self) -> None:
         """A newer stream has taken over the session: end this one. The newer one gets the answers."""
+        self._keep_untold()
         self._outbox.control(GoAway("the session was resumed on another stream"))
         self._outbox.close()
         if self._writer is not None:
@@ -199,6 +209,11 @@ class Conversation:
         self._expelled = error
         if self._writer is not None:
             self._writer.cancel()
+
+    def _keep_untold(self) -> None:
+        """Let the session's next stream say what this one has not."""
+        if self._outbox.waits(SetPoint):
+            self._session.told = False
 
     def push(self, message: SetPoint | GoAway | NewBundle) -> None:
         """Send a control message, ahead of the answers."""
@@ -350,50 +365,3 @@ class Conversation:
         self._metrics.frame(self._model.name, exc.grpc_status)
         self._model.count_fault(exc)
         self._put(fault_of(seq, exc), time.monotonic())
-
-
-def job_of(
-    model: ServedModel,
-    frame: Frame,
-    turn: tuple[str, str],
-    origin: Origin,
-    *,
-    reference: Reference | None = None,
-    keep: bool = False,
-    map_step: int = 1,
-) -> Job:
-    """A frame as the engine takes it; its deadline begins now. For the other arguments see `Job`."""
-    deadline = time.monotonic() + frame.deadline_ms / 1e3 if frame.deadline_ms else None
-    return Job(
-        model, frame.point, frame.payload, deadline, reference=reference, keep=keep, turn=turn, map_step=map_step,
-        origin=origin,
-    )  # fmt: skip
-
-
-def origin_of(
-    frame: Frame, client: str, session: str, received: float, link_bytes: int | None, spool: str = "", caller: str = ""
-) -> Origin:
-    """Where a frame came from; `received` is in seconds since 1970. For the others see `Origin`."""
-    return Origin(
-        client=client,
-        session=session,
-        seq=frame.seq,
-        received_us=round(received * 1e6),
-        captured_us=frame.captured_unix_us,
-        payload_bytes=len(frame.payload),
-        link_bytes=link_bytes,
-        spool=spool,
-        caller=caller,
-    )
-
-
-def result_of(computed: Computed, seq: int, received: float) -> Result:
-    """The answer to a frame; `received` is in seconds since 1970."""
-    timings = Timings(
-        received_unix_us=round(received * 1e6),
-        queued_us=computed.queued_us,
-        decode_us=computed.decode_us,
-        compute_us=computed.compute_us,
-        batch=computed.batch,
-    )
-    return Result(seq, computed.output, timings)

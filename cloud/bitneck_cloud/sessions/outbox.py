@@ -37,6 +37,10 @@ class Outbox:
         self._control[type(message)] = message
         _wake(self._writer)
 
+    def waits(self, kind: type[ServerMessage]) -> bool:
+        """Whether a control message of a kind waits to be written."""
+        return kind in self._control
+
     async def room(self) -> None:
         """Wait until fewer answers than the limit wait, or the outbox is closed."""
         while len(self._answers) >= self._limit and not self._closing:
