@@ -81,13 +81,16 @@ class DiskThread:
         self.post(call)
         return await done
 
-    async def within(self, limit_s: float, work: Callable[..., T], *arguments: object) -> T:
+    async def within(
+        self, limit_s: float, work: Callable[..., T], *arguments: object, undo: Callable[[], object] | None = None
+    ) -> T:
         """`run`, for some time only. Work that has not begun by then is not done.
 
         Args:
             limit_s: seconds to wait, at most.
             work: what to do.
             *arguments: of `work`.
+            undo: what to do behind work that had begun by then, and may still succeed; None for nothing.
 
         Raises:
             TimeoutError: it is not done in time.
@@ -105,7 +108,8 @@ class DiskThread:
             return done.result()
         finally:
             if not done.done():
-                self.forget(ticket)
+                if not self.forget(ticket) and undo is not None:
+                    self.post(undo)
                 done.cancel()
 
     def end(self) -> None:

@@ -1,17 +1,18 @@
 """Control of the fleet: sets and deletes rules, tells running sessions, and keeps rules and clients over restarts."""
 
 import asyncio
+import functools
 import logging
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from bitneck.errors import BitneckError, FixedByFile, RateUnreachable, UnknownPoint
+from bitneck.disk_thread import DiskThread
+from bitneck.errors import BitneckError, FixedByFile, RateUnreachable, StateUnusable, Unavailable, UnknownPoint
 from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.fleet.records import BundleChoice, ClientBook, ClientRecord, RateChange
 from bitneck_cloud.fleet.rules import RateRule, RuleBook
@@ -24,8 +25,12 @@ from bitneck_cloud.sessions.session import Session
 
 __all__ = ["Fleet", "Streams", "Told"]
 
+T = TypeVar("T")
+
 _LOG = logging.getLogger(__name__)
 _KEEP_EVERY_S = 5.0
+_OPEN_S, _DISK_S = 60.0, 10.0
+"""Seconds that the disk of the state database may take at the start, and for each change."""
 _TURN_S = 0.003
 """Seconds of work with many sessions, after which other work has its turn."""
 
@@ -80,7 +85,7 @@ class Fleet:
         self._max_clients = max_clients
         self._path = state_db
         self._state: StateFile | None = None
-        self._disk = ThreadPoolExecutor(1, "bitneck-state")
+        self._disk = DiskThread("bitneck-state")
         self._changing, self._keeping = asyncio.Lock(), asyncio.Lock()
         self._failing = False
         self._registry: Registry | None = None
@@ -95,11 +100,16 @@ class Fleet:
         """Open the state database, if there is one, and read it.
 
         Raises:
-            StateUnusable: it cannot be used.
+            StateUnusable: it cannot be used, or does not answer.
         """
         if self._path is None:
             return
-        self._state = await self._on_disk(StateFile.open, self._path)
+        try:
+            self._state = await self._disk.within(_OPEN_S, StateFile.open, self._path)
+        except TimeoutError:
+            raise StateUnusable(
+                f"state_db {self._path} has not answered for {_OPEN_S:g} s; is its disk there?"
+            ) from None
         self.clients = ClientBook(self._max_clients, await self._on_disk(self._state.clients))
         self.changes.extend(await self._on_disk(self._state.changes))
         self.choices = await self._on_disk(self._state.choices)
@@ -143,7 +153,7 @@ class Fleet:
         Raises:
             FixedByFile: the config file has the rules.
             InvalidConfig: there are too many.
-            StateUnusable: it cannot be kept; nothing is changed.
+            StateUnusable, Unavailable: it cannot be kept, or the disk does not answer; nothing is changed.
         """
         self._refuse_if_fixed()
         async with self._changing:
@@ -166,7 +176,7 @@ class Fleet:
         Raises:
             FixedByFile: the config file has the rules.
             UnknownRule: there is no such rule.
-            StateUnusable: as for `put`.
+            StateUnusable, Unavailable: as for `put`.
         """
         self._refuse_if_fixed()
         async with self._changing:
@@ -190,7 +200,8 @@ class Fleet:
         target = f"{'' if running else 'new '}sessions of model {key[0]}, clients {key[1]}"
         if self._state is not None:
             try:
-                await self._on_disk(self._state.save_rule, key, rule, change)
+                undo = functools.partial(self._state.take_back, key, before, change)
+                await self._on_disk(self._state.save_rule, key, rule, change, undo=undo)
             except BitneckError as exc:
                 _LOG.error("a rule could not be kept, so nothing is changed: %s", exc)
                 record(action, target, before=change.before, after=f"failed: {type(exc).__name__}")
@@ -244,10 +255,12 @@ class Fleet:
         """Keep which bundles of a model are served beside that of ``--bundle``, or in its place.
 
         Raises:
-            StateUnusable: they cannot be kept; nothing is changed.
+            StateUnusable, Unavailable: they cannot be kept, or the disk does not answer; nothing is changed.
         """
         if self._state is not None:
-            await self._on_disk(self._state.save_choices, model, choices)
+            before = [choice for choice in self.choices if choice.model == model]
+            undo = functools.partial(self._state.save_choices, model, before)
+            await self._on_disk(self._state.save_choices, model, choices, undo=undo)
         self.choices = [choice for choice in self.choices if choice.model != model] + list(choices)
 
     def ended(self, session: Session) -> None:
@@ -305,13 +318,21 @@ class Fleet:
             self.clients.written(records)
 
     async def close(self) -> None:
-        """Write what is left, and release the database."""
+        """Write what is left, and release the database; within a bound."""
         if self._state is not None:
             if self._registry is not None:
                 await self._keep_clients()
-            await self._on_disk(self._state.close)
+            try:
+                await self._on_disk(self._state.close)
+            except Unavailable as exc:
+                _LOG.error("the server stops without it: %s", exc)
             self._state = None
-        self._disk.shutdown(wait=False)
+        self._disk.end()
 
-    async def _on_disk(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._disk, call, *arguments)
+    async def _on_disk(self, call: Callable[..., T], *arguments: Any, undo: Callable[[], object] | None = None) -> T:
+        try:
+            return await self._disk.within(_DISK_S, call, *arguments, undo=undo)
+        except TimeoutError:
+            raise Unavailable(
+                f"state_db {self._path} has not answered for {_DISK_S:g} s; nothing is changed: try again later"
+            ) from None

@@ -177,15 +177,36 @@ class StateFile:
         """
         with self._transaction():
             run = self._connection.execute
-            run("DELETE FROM rate_rules WHERE model = ? AND clients = ?", key)
-            if rule is not None:
-                policy = json.dumps(policy_dict(rule.policy))
-                run(
-                    "INSERT INTO rate_rules (model, clients, policy, since, by, number) VALUES (?, ?, ?, ?, ?, ?)",
-                    (*key, policy, rule.since, rule.by, rule.number),
-                )
+            self._set_rule(key, rule)
             run("INSERT INTO rate_changes (change) VALUES (?)", (json.dumps(asdict(change)),))
             run("DELETE FROM rate_changes WHERE number <= (SELECT max(number) FROM rate_changes) - ?", (MAX_CHANGES,))
+
+    def take_back(self, key: tuple[str, str], rule: RateRule | None, change: RateChange) -> None:
+        """Undo `save_rule`, if it was done.
+
+        Args:
+            key: the rule's.
+            rule: what it was before; None if there was none.
+            change: what is not to be remembered.
+
+        Raises:
+            StateUnusable: it could not be written; nothing is changed.
+        """
+        with self._transaction():
+            self._set_rule(key, rule)
+            newest = "number = (SELECT max(number) FROM rate_changes)"
+            query = f"DELETE FROM rate_changes WHERE {newest} AND change = ?"  # noqa: S608  no text from elsewhere
+            self._connection.execute(query, (json.dumps(asdict(change)),))
+
+    def _set_rule(self, key: tuple[str, str], rule: RateRule | None) -> None:
+        run = self._connection.execute
+        run("DELETE FROM rate_rules WHERE model = ? AND clients = ?", key)
+        if rule is not None:
+            policy = json.dumps(policy_dict(rule.policy))
+            run(
+                "INSERT INTO rate_rules (model, clients, policy, since, by, number) VALUES (?, ?, ?, ?, ?, ?)",
+                (*key, policy, rule.since, rule.by, rule.number),
+            )
 
     def choices(self) -> list[BundleChoice]:
         """The kept choices of bundles.
