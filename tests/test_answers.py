@@ -19,7 +19,7 @@ from bitneck_cloud.answers.document import MapForm, Published
 from bitneck_cloud.answers.filters import AnswerFilter, Wanted
 from bitneck_cloud.answers.hub import Hub
 from bitneck_cloud.answers.publishing import Publishing
-from bitneck_cloud.answers.subscriptions import Subscriptions
+from bitneck_cloud.answers.subscriptions import Subscription, Subscriptions
 from bitneck_cloud.engine.engine import Engine
 from bitneck_cloud.engine.job import Computed, Job
 from bitneck_cloud.engine.served_model import ServedModel
@@ -227,6 +227,31 @@ def test_documents_count_as_bytes() -> None:
 def test_only_ids_are_taken(after: str) -> None:
     with pytest.raises(InvalidConfig, match="no id of an answer"):
         Hub(EPOCH, most=1, most_bytes=1).begin(after)
+
+
+async def test_those_who_want_the_same_are_told_the_same() -> None:
+    """One text is made for all of them, however many there are."""
+    own = subscriptions()
+
+    def opened(form: MapForm = MapForm.NONE, after: str = "", **wanted: Any) -> Subscription:
+        return own.open(Wanted(**wanted), LABELS, form=form, after=after, holder=None)
+
+    first, second, behind, of_cats, with_maps = (
+        opened(), opened(), opened(), opened(classes=("cat",)), opened(MapForm.RUNS)
+    )  # fmt: skip
+    own.keep([published(1), published(2)])
+    told = await first.next(30.0)
+    assert await second.next(30.0) is told
+    for other in (of_cats, with_maps):
+        assert (await other.next(30.0)).answers == told.answers
+        assert first.sent == second.sent == other.sent == 2
+    own.keep([published(3)])
+    newer = await first.next(30.0)
+    assert await second.next(30.0) is newer
+    assert (await behind.next(30.0)).answers == (*told.answers, *newer.answers)
+    late = opened(after=f"{EPOCH}-2")
+    assert (await late.next(30.0)).answers == newer.answers
+    assert late.sent == 1
 
 
 async def test_a_subscriber_looks_at_many_answers_without_keeping_the_loop() -> None:

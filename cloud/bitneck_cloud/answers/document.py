@@ -155,7 +155,12 @@ def _time(unix_us: int) -> str | None:
     if not 0 < unix_us <= _LAST_US:
         return None
     seconds, micros = divmod(unix_us, 1_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{micros:06d}Z"
+    return f"{_second(seconds)}.{micros:06d}Z"
+
+
+@functools.lru_cache(maxsize=64)
+def _second(unix_s: int) -> str:
+    return f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def _found(output: Output) -> dict[str, list[dict[str, Any]]]:

@@ -57,6 +57,7 @@ class AnswerFilter:
 
     Attributes:
         by_class: whether it looks at the classes of an answer.
+        takes_all: whether nothing is filtered.
 
     Raises:
         InvalidConfig: too many values or patterns, a refused pattern, no such group, or a score beyond 0 to 1.
@@ -85,7 +86,7 @@ class AnswerFilter:
         self._sessions = frozenset(wanted.session)
         self._min_score = wanted.min_score
         self.by_class = bool(wanted.classes) or wanted.min_score > 0.0
-        self._takes_all = wanted == Wanted()
+        self.takes_all = wanted == Wanted()
 
     def check_served(self, labels: Mapping[str, Sequence[str]]) -> None:
         """Refuse what fits no answer of the served models.
@@ -133,7 +134,7 @@ class AnswerFilter:
 
     def __call__(self, published: Published) -> bool:
         """Whether the answer is wanted."""
-        if self._takes_all:
+        if self.takes_all:
             return True
         answered = published.answered
         output = answered.output

@@ -12,7 +12,7 @@ from bitneck.errors import BitneckError
 from bitneck_cloud.answers.document import MapForm
 from bitneck_cloud.answers.filters import Wanted
 from bitneck_cloud.answers.hub import Missed
-from bitneck_cloud.answers.subscriptions import Subscription, Subscriptions
+from bitneck_cloud.answers.subscriptions import News, Subscription, Subscriptions
 from bitneck_cloud.faults import public_text
 from bitneck_cloud.sessions.registry import Registry
 
@@ -104,12 +104,18 @@ async def _events(subscription: Subscription, heartbeat_s: float) -> AsyncIterat
     try:
         while True:
             news = await subscription.next(heartbeat_s)
-            parts = [_event("answer", text, number) for number, text in news.answers]
-            if news.missed is not None:
-                parts.insert(0, _event("missed", _missed(news.missed), news.missed_upto))
-            yield ("".join(parts) or f": no news\nid: {news.upto}\n\n").encode()
+            if not news.written:
+                news.written.append(_written(news))
+            yield news.written[0]
     except BitneckError as exc:
         yield _event("end", json.dumps({"reason": public_text(exc)}), subscription.upto).encode()
+
+
+def _written(news: News) -> bytes:
+    parts = [_event("answer", text, number) for number, text in news.answers]
+    if news.missed is not None:
+        parts.insert(0, _event("missed", _missed(news.missed), news.missed_upto))
+    return ("".join(parts) or f": no news\nid: {news.upto}\n\n").encode()
 
 
 def _event(name: str, data: str, upto: str) -> str:

@@ -9,7 +9,7 @@ when an answer is kept.
 import asyncio
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bitneck.errors import BitneckError, Overloaded, Unauthenticated, Unavailable
 from bitneck_cloud.access.bearers import BearerTokens, Holder
@@ -20,7 +20,7 @@ from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.observe.audit import record
 from bitneck_cloud.observe.metrics import Metrics
 
-__all__ = ["News", "Subscription", "Subscriptions"]
+__all__ = ["Newest", "News", "Subscription", "Subscriptions"]
 
 _PAUSE_S = 0.1
 """Seconds between two wakings: of many answers a second, several go to a subscriber at once."""
@@ -39,12 +39,29 @@ class News:
         missed: comes before them; None for nothing.
         missed_upto: id of the last answer that is gone.
         upto: id up to which the subscriber has seen everything, once it has this.
+        position: number of the answer that comes next.
+        written: what a transport has made of it, for all that get the same; see `Newest`.
     """
 
     answers: tuple[tuple[str, str], ...]
     missed: Missed | None
     missed_upto: str
     upto: str
+    position: int
+    written: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Newest:
+    """What a subscriber was told last, for others that want all answers too, and have come as far.
+
+    Attributes:
+        asked: form of class maps, number of the first answer, and the number that came after the newest one.
+        news: for it.
+    """
+
+    asked: tuple[MapForm, int, int] | None = None
+    news: News | None = None
 
 
 class Subscription:
@@ -65,6 +82,7 @@ class Subscription:
         holder: of its token.
         who: the caller, for the log.
         metrics: counts what it missed.
+        newest: what others were told.
     """
 
     def __init__(
@@ -79,6 +97,7 @@ class Subscription:
         holder: Holder | None,
         who: str | None,
         metrics: Metrics,
+        newest: Newest,
     ) -> None:
         self.holder = holder
         self.number = number
@@ -93,6 +112,7 @@ class Subscription:
         self._ended: BitneckError | None = None
         self._at_once = False
         self._metrics = metrics
+        self._newest = newest
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -112,6 +132,8 @@ class Subscription:
         loop = asyncio.get_running_loop()
         limit = loop.time() + within_s
         while not self._at_once:
+            if (told := self._as_others()) is not None:
+                return told
             reading = self._hub.read(self._position, self._wanted, most=_MOST, look_at=_LOOK_AT)
             if self._gone is not None or reading.missed is not None or reading.answers:
                 return await self._news(reading.answers, reading.position, reading.missed)
@@ -121,11 +143,23 @@ class Subscription:
             elif self._ended is not None:
                 raise self._ended
             elif (left := limit - loop.time()) <= 0 or not await self._woken(left):
-                return News((), None, "", self.upto)
+                return News((), None, "", self.upto, self._position)
         raise self._ended or Unavailable("the subscription is over")
+
+    def _as_others(self) -> News | None:
+        """What another subscriber was told, if it is the same for this one."""
+        newest = self._newest
+        if newest.asked != (self._form, self._position, self._hub.end):
+            return None
+        if newest.news is None or self._gone is not None or not self._wanted.takes_all:
+            return None
+        self._position = newest.news.position
+        self.sent += len(newest.news.answers)
+        return newest.news
 
     async def _news(self, answers: tuple[Published, ...], position: int, missed: Missed | None) -> News:
         missed, self._gone = self._gone or missed, None
+        asked = self._form, self._position, self._hub.end
         documents: list[tuple[str, str]] = []
         characters = 0
         for published in answers:
@@ -142,7 +176,10 @@ class Subscription:
             self.missed += missed.count or 0
             self._metrics.missed_answers(missed.count or 0)
             missed_upto = self._hub.id_of(missed.before - 1)
-        return News(tuple(documents), missed, missed_upto, self.upto)
+        news = News(tuple(documents), missed, missed_upto, self.upto, position)
+        if missed is None and self._wanted.takes_all:
+            self._newest.asked, self._newest.news = asked, news
+        return news
 
     async def _text(self, published: Published) -> str:
         made = published.made(self._form)
@@ -210,6 +247,7 @@ class Subscriptions:
         self._draining: BitneckError | None = None
         self._woke = -1.0
         self._waking: asyncio.TimerHandle | None = None
+        self._newest = Newest()
 
     def __len__(self) -> int:
         """Subscribers now."""
@@ -249,7 +287,8 @@ class Subscriptions:
             raise Overloaded(f"{self._most} subscribers are there already; end one, or raise max_subscribers")
         number = next(self._numbers)
         subscription = Subscription(
-            number, self.hub, chosen, form, position=position, gone=gone, holder=holder, who=who, metrics=self._metrics
+            number, self.hub, chosen, form, position=position, gone=gone, holder=holder, who=who, metrics=self._metrics,
+            newest=self._newest,
         )  # fmt: skip
         self._open[number] = subscription
         record("subscription begin", f"subscription {number}", who=who, after={"map": form, **_filled(wanted)})

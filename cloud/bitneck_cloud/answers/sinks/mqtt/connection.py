@@ -52,6 +52,16 @@ class Said:
     outvoted: bool = False
 
 
+class _OfAnAnswer(Properties):
+    """The properties of every answer, written once: the library would write them anew for each."""
+
+    def __init__(self) -> None:
+        super().__init__(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        self.ContentType = "application/json"
+        written: bytes = super().pack()  # type: ignore[no-untyped-call]
+        object.__setattr__(self, "pack", lambda: written)
+
+
 class Connection:
     """One connection, from its beginning to its end, for one thread.
 
@@ -84,10 +94,7 @@ class Connection:
         client.connect_timeout = table.timeout_s
         client.on_connect, client.on_disconnect, client.on_publish = self._on_connect, self._on_disconnect, self._on_ack
         client.on_unsubscribe = self._on_unsubscribe
-        self._properties: Properties | None = None
-        if five:
-            self._properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-            self._properties.ContentType = "application/json"
+        self._properties = _OfAnAnswer() if five else None
 
     def open(self) -> None:
         """Connect and sign in.
