@@ -52,10 +52,11 @@ def table(model: type[Settings]) -> str:
 
 
 def keys(model: type[Table], heading: str, beside: type[Table] | None = None) -> str:
-    """The keys of one kind of table, without those that it has in common with others."""
+    """The keys of one kind of table, without those that it has in common with others, default included."""
+    shared = beside.model_fields if beside is not None else {}
     lines = ["", f"### {heading}", "", "| key | default | what it does |", "|---|---|---|"]
     for name, field in model.model_fields.items():
-        if name == "kind" or (beside is not None and name in beside.model_fields):
+        if name == "kind" or (name in shared and field.default == shared[name].default):
             continue
         default = "needed" if field.is_required() else f"`{default_text(field)}`" if default_text(field) else ""
         lines.append(f"| `{field.alias or name}` | {default} | {field.description} |")

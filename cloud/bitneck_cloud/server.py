@@ -59,6 +59,7 @@ from bitneck_cloud.reload import Reloader
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_cloud.sessions.session import Session
 from bitneck_cloud.settings import CloudSettings
+from bitneck_cloud.starting import StoppedBefore, last_step, step
 
 __all__ = ["Ready", "load_models", "serve"]
 
@@ -127,13 +128,15 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
     )  # fmt: skip
     try:
         await fleet.open()
-        await asyncio.to_thread(outgoing.start)
+        await step(stopping, "opening sinks_queue", outgoing.start)
         await _serve(settings, bundles, on_ready, stopping, groups, fleet, outgoing)
+    except StoppedBefore:
+        _LOG.info("stopped before it had started")
     finally:
         try:
             await fleet.close()
         finally:
-            await asyncio.to_thread(outgoing.close)
+            await last_step("closing sinks_queue", outgoing.close)
 
 
 async def _serve(
@@ -148,7 +151,7 @@ async def _serve(
     """The same, with what outlives a run open."""
     check_providers(settings.providers)
     pool = ModulePool(settings.providers)
-    models = await asyncio.to_thread(load_models, bundles, settings.threads, pool)
+    models = await step(stopping, "reading the bundles", load_models, bundles, settings.threads, pool)
     metrics, refusals, changes = Metrics(), RefusalLog(), RecentChanges()
     devices = BearerTokens(Role.DEVICE, _secret(settings.device_token), settings.device_tokens)
     operators = BearerTokens(Role.OPERATE, _secret(settings.http_token), settings.http_tokens)
@@ -170,7 +173,7 @@ async def _serve(
             secrets.token_hex(4),
             most=settings.kept_answers,
             most_bytes=settings.kept_answer_bytes,
-            first=1 + await asyncio.to_thread(outgoing.last_number),
+            first=1 + await step(stopping, "reading sinks_queue", outgoing.last_number),
         ),
         most=settings.max_subscribers,
         metrics=metrics,

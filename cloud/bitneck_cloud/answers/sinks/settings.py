@@ -189,6 +189,10 @@ class WebhookTable(SinkTable):
     ] = None
     secret_file: Annotated[Path | None, Field(description="File of the key. It is read for each batch.")] = None
     headers: Annotated[dict[str, SecretStr], Field(description="Further headers, such as Authorization.")] = {}  # noqa: RUF012  a field
+    linger_s: Annotated[
+        float,
+        Field(ge=0, le=60, description="Seconds that an answer waits for others: a request costs as much as many."),
+    ] = 0.25
     batch: Annotated[int, Field(ge=1, le=10_000, description="Answers in one request, at most.")] = 100
     batch_bytes: Annotated[int, Field(ge=1024, le=64 << 20, description="Bytes of one request, at most.")] = 1 << 20
     tls_ca: Annotated[
