@@ -32,7 +32,11 @@ MOVED: dict[str, tuple[str, ...]] = {
     "bitneck.symbols": ("bitneck.coding.symbols",),
     "bitneck.tables": ("bitneck.coding.factorized_model",),
     "bitneck_cloud.batching": ("bitneck_cloud.engine.chain_plan",),
-    "bitneck_cloud.conversation": ("bitneck_cloud.sessions.conversation", "bitneck_cloud.api.grpc_peer"),
+    "bitneck_cloud.conversation": (
+        "bitneck_cloud.sessions.conversation",
+        "bitneck_cloud.sessions.jobs",
+        "bitneck_cloud.api.grpc_peer",
+    ),
     "bitneck_cloud.engine": (
         "bitneck_cloud.engine.job",
         "bitneck_cloud.engine.engine",
