@@ -189,7 +189,7 @@ async def _serve(
         max_queue=settings.max_queue,
         decode_threads=settings.decode_threads,
         metrics=metrics,
-        answered=publishing.answered,
+        publishing=publishing,
     )
     tracer = open_traces(settings.traces, settings.trace_ratio)
     limits = CallerLimits(

@@ -17,6 +17,7 @@ class SinkPublisher:
 
     def __init__(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
+        self.waits = outgoing.sync
         self._form = MapForm.RUNS if outgoing.wants_maps else MapForm.NONE
 
     def commit(self, answers: Sequence[Published]) -> None:

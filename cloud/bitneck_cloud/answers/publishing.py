@@ -3,7 +3,9 @@
     pass --number--> (a publisher commits, in a thread) --> devices --> the hub and its subscribers
 
 Without a publisher the devices get their answers first and at once. With one, nothing of a pass is sent before the
-publisher has committed all of it. Passes that end while it is at work are committed together, next.
+publisher has committed all of it. A pass after which the engine has nothing to do is committed in the engine's thread:
+each step to another thread would wait for the interpreter. Else a thread of its own commits it, beside the next pass;
+passes that end while it is at work are committed together, next.
 """
 
 import asyncio
@@ -12,6 +14,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from bitneck.workers import Workers
@@ -20,23 +23,40 @@ from bitneck_cloud.answers.document import Published
 from bitneck_cloud.answers.subscriptions import Subscriptions
 from bitneck_cloud.observe.metrics import Metrics
 
-__all__ = ["Publisher", "Publishing"]
+__all__ = ["Pass", "Publisher", "Publishing"]
 
 _LOG = logging.getLogger(__name__)
 
 _CLOSE_S = 10.0
 """Seconds that a stopping server waits for the last commit."""
 
-_Pass = tuple[tuple[Published, ...], Callable[[], None]]
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The answers of one pass of the engine.
+
+    Attributes:
+        answers: with their numbers.
+        committed: whether the publisher has them already.
+    """
+
+    answers: tuple[Published, ...]
+    committed: bool
 
 
 class Publisher(Protocol):
-    """Where answers are kept before any of them is sent, such as a queue on disk."""
+    """Where answers are kept before any of them is sent, such as a queue on disk.
+
+    Attributes:
+        waits: whether a commit waits for a disk, and has to go on beside the engine.
+    """
+
+    waits: bool
 
     def commit(self, answers: Sequence[Published]) -> None:
         """Keep answers, so that they outlive this process. When it returns, they are sent to their devices.
 
-        It is always called in the same thread, and never twice at once. Every frame waits for it: a few milliseconds
+        It is never called twice at once. Every frame waits for it: a few milliseconds
         are fine. It raises nothing: what it cannot keep, it counts itself.
 
         Args:
@@ -64,33 +84,52 @@ class Publishing:
         self._next = subscriptions.hub.end
         self._thread = Workers(1, "bitneck-commit")
         self._lock = threading.Lock()
-        self._waiting: list[_Pass] = []  # with the lock, as the next one
+        self._uncommitted = 0  # passes that have their numbers; with the lock, as the next ones
+        self._waiting: list[tuple[Pass, Callable[[], None]]] = []
         self._committing = False
         self._begun = 0  # passes that are not handed on yet
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def answered(self, answers: Sequence[Answered], send: Callable[[], None]) -> None:
-        """A pass is done.
+    def passed(self, answers: Sequence[Answered], *, at_once: bool) -> Pass:
+        """Number the answers of a pass, in the engine's thread.
 
         Args:
-            answers: of it, in order.
-            send: sends them, and the faults of the pass, to their devices; it is called once, on the event loop.
+            answers: of the pass, in order.
+            at_once: commit them here and now, if those before them are committed.
         """
-        if not answers:
+        with self._lock:
+            published = tuple(
+                Published(number, self._server, answer) for number, answer in enumerate(answers, start=self._next)
+            )
+            self._next += len(published)
+            if not published or self._publisher is None:
+                return Pass(published, committed=True)
+            at_once = at_once and not self._uncommitted and not self._publisher.waits
+            if not at_once:
+                self._uncommitted += 1
+        if at_once:  # the next pass ends in this thread too, so nothing comes between
+            self._keep(self._publisher, published)
+        return Pass(published, committed=at_once)
+
+    def answered(self, passed: Pass, send: Callable[[], None]) -> None:
+        """A pass is done: hand it on, on the event loop, once it is committed.
+
+        Args:
+            passed: from `passed`, in the order of its calls.
+            send: sends the answers, and the faults of the pass, to their devices; it is called once, on the event loop.
+        """
+        if not passed.answers:
             send()
             return
-        published = tuple(
-            Published(number, self._server, answer) for number, answer in enumerate(answers, start=self._next)
-        )
-        self._next += len(published)
-        if self._publisher is None:
-            self._hand_on(published, send)
+        if passed.committed:
+            self._hand_on(passed.answers, send)
             return
+        assert self._publisher is not None
         self._begun += 1
         self._idle.clear()
         with self._lock:
-            self._waiting.append((published, send))
+            self._waiting.append((passed, send))
             begin, self._committing = not self._committing, True
         if begin:
             self._thread.post(functools.partial(self._commit, self._publisher, asyncio.get_running_loop()))
@@ -113,17 +152,22 @@ class Publishing:
                 if not passes:
                     self._committing = False
                     return
-            answers = [published for answers, _ in passes for published in answers]
-            try:
-                publisher.commit(answers)
-            except Exception:  # noqa: BLE001  a bug there must not keep answers from their devices
-                _LOG.exception("%d answers could not be committed; they are sent all the same", len(answers))
+            self._keep(publisher, [published for passed, _ in passes for published in passed.answers])
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server did not wait any longer
                 loop.call_soon_threadsafe(self._committed, passes)
+            with self._lock:  # only now: a pass that is committed at once must not overtake these
+                self._uncommitted -= len(passes)
 
-    def _committed(self, passes: Sequence[_Pass]) -> None:
-        for answers, send in passes:
-            self._hand_on(answers, send)
+    @staticmethod
+    def _keep(publisher: Publisher, answers: Sequence[Published]) -> None:
+        try:
+            publisher.commit(answers)
+        except Exception:  # noqa: BLE001  a bug there must not keep answers from their devices
+            _LOG.exception("%d answers could not be committed; they are sent all the same", len(answers))
+
+    def _committed(self, passes: Sequence[tuple[Pass, Callable[[], None]]]) -> None:
+        for passed, send in passes:
+            self._hand_on(passed.answers, send)
         self._begun -= len(passes)
         if not self._begun:
             self._idle.set()
@@ -134,8 +178,5 @@ class Publishing:
             send()
         except Exception:  # noqa: BLE001  a bug with one pass must not keep others from their devices
             _LOG.exception("%d answers could not be sent", len(answers))
-        self._keep(answers)
-
-    def _keep(self, answers: Sequence[Published]) -> None:
         self._metrics.published(answers[0].answered.model, len(answers))
         self._subscriptions.keep(answers)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from bitneck.errors import BitneckError, ModelFailure, Overloaded, Unavailable
 from bitneck.wire.messages import Output
 from bitneck.workers import Workers
-from bitneck_cloud.answers.answered import Answered
+from bitneck_cloud.answers.publishing import Pass, Publishing
 from bitneck_cloud.engine.batch_time import BatchTime
 from bitneck_cloud.engine.fair_queue import FairQueue
 from bitneck_cloud.engine.job import INTERNAL_ERROR, Computed, Job
@@ -33,6 +33,9 @@ from bitneck_cloud.observe.metrics import Metrics
 __all__ = ["Engine"]
 
 _LOG = logging.getLogger(__name__)
+
+_STOP_S = 30.0
+"""Seconds that a stopping server waits for its last batch."""
 
 
 class Engine:
@@ -45,8 +48,7 @@ class Engine:
             batch before its own.
         decode_threads: threads that decode beside the tail; 0 leaves decoding to the engine's own thread.
         metrics: counts what happens.
-        answered: takes the answers of each pass, and a function that settles its frames: it calls that once, then or
-            later. None settles them at once.
+        publishing: takes the answers of each pass. None settles the frames at once.
     """
 
     def __init__(
@@ -57,9 +59,9 @@ class Engine:
         max_batch_s: float = math.inf,
         decode_threads: int = 1,
         metrics: Metrics | None = None,
-        answered: Callable[[Sequence[Answered], Callable[[], None]], None] | None = None,
+        publishing: Publishing | None = None,
     ) -> None:
-        self._answered = answered
+        self._publishing = publishing
         self._max_batch = max_batch
         self._max_batch_s = max_batch_s
         self._times: WeakKeyDictionary[ServedModel, BatchTime] = WeakKeyDictionary()
@@ -97,7 +99,12 @@ class Engine:
             job.settle(stopping)
         if self._decoders is not None:
             await asyncio.to_thread(self._decoders.close, wait=True)
-        await self._idle.wait()
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await self._idle.wait()
+        except TimeoutError:  # the disk of a publisher does not answer
+            _LOG.error("a batch is still not done after %.0f s; the server stops without it", _STOP_S)
+            return
         await asyncio.to_thread(self._thread.close, wait=True)
 
     def submit(self, job: Job, on_settled: Callable[[Job, Computed | BitneckError], None]) -> None:
@@ -162,9 +169,14 @@ class Engine:
         except Exception:  # noqa: BLE001  a bug must not end the engine: these frames fail, the next are served
             _LOG.exception("the engine failed on a batch of %d frames", len(batch))
             passed = _Passed([ModelFailure(INTERNAL_ERROR)] * len(batch))
-        loop.call_soon_threadsafe(self._finish, passed)
+        answers = (job.answered(result) for job, result in zip(batch, passed.results, strict=True))
+        published: Pass | None = None
+        if self._publishing is not None:
+            known = [answer for answer in answers if answer is not None]
+            published = self._publishing.passed(known, at_once=not self._queue)
+        loop.call_soon_threadsafe(self._finish, passed, published)
 
-    def _finish(self, passed: "_Passed") -> None:
+    def _finish(self, passed: "_Passed", published: Pass | None) -> None:
         (batch, self._in_hand), results = (self._in_hand, []), passed.results
         times = self._times.get(batch[0].model)
         if times is None:
@@ -178,11 +190,10 @@ class Engine:
         self.batches += 1
         self.frames += len(batch)
         settle = functools.partial(_settle, batch, results)
-        if self._answered is None:
+        if self._publishing is None or published is None:
             settle()
         else:
-            answers = (job.answered(result) for job, result in zip(batch, results, strict=True))
-            self._answered([answer for answer in answers if answer is not None], settle)
+            self._publishing.answered(published, settle)
         asyncio.get_running_loop().call_soon(self._count, batch, results)  # behind the answers
 
     def _count(self, batch: list[Job], results: list[Computed | BitneckError]) -> None:

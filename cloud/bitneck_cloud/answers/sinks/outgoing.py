@@ -46,6 +46,9 @@ class Outgoing:
         groups: of clients, for filters; None for none.
         clock: seconds since 1970.
 
+    Attributes:
+        sync: as given.
+
     Raises:
         InvalidConfig: a filter is refused.
     """
@@ -60,6 +63,7 @@ class Outgoing:
         groups: Groups | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self.sync = sync
         self._path, self._clock = queue, clock
         self._tables = tuple(tables)
         self._routing = Routing(tables, groups or Groups())
