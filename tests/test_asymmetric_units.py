@@ -13,7 +13,7 @@ from bitneck_models.networks.to_onnx import to_onnx
 from bitneck_models.training.unit import StepReport, train_unit
 from bitneck_models.units.layers import split_prelus
 from bitneck_models.units.prune import prune_channels
-from bitneck_models.units.starts import init_deeper, init_linear, init_next
+from bitneck_models.units.starts import init_blocks, init_deeper, init_linear, init_next
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.recipe import TrainingRecipe, UnitRecipe
 
@@ -202,3 +202,24 @@ def test_a_deeper_unit_starts_as_the_unit_that_it_starts_from(channels: int, str
     with torch.no_grad():
         for got, expected in zip(unit(f, 0.5), source(f, 0.5), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=0.02)  # batch norms divide by sqrt(1 + 1e-5)
+
+
+def test_a_unit_starts_from_one_with_other_blocks() -> None:
+    """The blocks that both have are taken over; more of them change nothing."""
+
+    def made(*blocks: int) -> BottleneckUnit:
+        return BottleneckUnit((6, 8, 8), 5, 2, 2, 4, decoder_blocks=blocks, decoder_width=10).eval()  # type: ignore[arg-type]
+
+    torch.manual_seed(6)
+    source, fewer, more = made(2, 1), made(1, 0), made(3, 1)
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    init_blocks(fewer, source)
+    init_blocks(more, source)
+    f = torch.rand(3, 6, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(more(f, 0.5), source(f, 0.5))
+        assert fewer.decoder(source.encoder(f)).isfinite().all()
+    own, theirs = fewer.decoder.state_dict(), source.decoder.state_dict()
+    assert {key.split(".")[2] for key in theirs.keys() - own.keys() if "coarse" in key} == {"1"}
+    assert all(torch.equal(value, theirs[key]) for key, value in own.items())

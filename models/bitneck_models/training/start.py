@@ -10,7 +10,7 @@ from bitneck.errors import InvalidConfig
 from bitneck_models.networks.backbone import Backbone
 from bitneck_models.training.photo_sets import affordable, sampled
 from bitneck_models.training.tables import feature_chunks
-from bitneck_models.units.starts import init_deeper, init_linear, init_nested, init_next
+from bitneck_models.units.starts import init_blocks, init_deeper, init_linear, init_nested, init_next
 from bitneck_models.units.unit import BottleneckUnit
 from bitneck_models.zoo.entry import ZooEntry
 from bitneck_models.zoo.point import new_unit
@@ -47,17 +47,18 @@ def initialized_unit(
     if point.init not in STARTS:
         source = entry.recipe.unit(point.init)
         deeper = any(point.decoder_blocks) and not any(source.decoder_blocks)
-        alike = point.model_copy(update={"decoder_blocks": (0, 0)}) if deeper else point
+        others = point.decoder_blocks != source.decoder_blocks and any(point.decoder_blocks)
+        alike = point.model_copy(update={"decoder_blocks": source.decoder_blocks}) if others else point
         if _geometry(source) != _geometry(alike):
             raise InvalidConfig(
                 f"{point.id} cannot start from {source.id}: split, stride, kernel, filters, topology, hidden, group, "
                 "pool, decoder_blocks or the channels of a deep decoder differ"
             )
         trained = entry.unit(backbone, source)
-        if not deeper:
+        if not others:
             return trained.requires_grad_()
         unit = new_unit(backbone, point, channels=trained.latent_shape[0])
-        init_deeper(unit, trained)
+        (init_deeper if deeper else init_blocks)(unit, trained)
         return unit
     unit = new_unit(backbone, point)
     if point.init == "random":

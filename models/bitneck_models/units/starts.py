@@ -43,7 +43,7 @@ from bitneck_models.units.geometry import Geometry
 from bitneck_models.units.layers import SpaceToDepth
 from bitneck_models.units.unit import BottleneckUnit
 
-__all__ = ["init_deeper", "init_linear", "init_nested", "init_next"]
+__all__ = ["init_blocks", "init_deeper", "init_linear", "init_nested", "init_next"]
 
 _CHUNK = 200
 _PROBES = 24
@@ -189,6 +189,19 @@ def init_deeper(unit: BottleneckUnit, source: BottleneckUnit) -> None:
     last_norm.load_state_dict(_norm(source.decoder.body, "mix_norm").state_dict())
     for name in ("inner", "spatial", "spatial_norm", "outer"):
         unit.decoder.body.get_submodule(name).load_state_dict(source.decoder.body.get_submodule(name).state_dict())
+
+
+@torch.no_grad()
+def init_blocks(unit: BottleneckUnit, source: BottleneckUnit) -> None:
+    """Set the weights of a unit, in place, to those of a unit that has another number of residual blocks.
+
+    Args:
+        unit: a fresh unit with a deep decoder. Blocks that only it has stay the identity.
+        source: a unit of the same sizes with a deep decoder. Blocks that only it has are left out.
+    """
+    unit.encoder.load_state_dict(source.encoder.state_dict())
+    own = unit.decoder.state_dict()
+    unit.decoder.load_state_dict(own | {key: value for key, value in source.decoder.state_dict().items() if key in own})
 
 
 def init_next(unit: BottleneckUnit, tail: nn.Module, features: Tensor) -> None:

@@ -19,8 +19,10 @@ from bitneck.coding.range_coder import (
     FAMILY,
     check_length,
     check_padding,
+    new_encoder,
     range_coded,
     range_decoder,
+    shortest_payload,
 )
 from bitneck.errors import InvalidConfig, MalformedFrame
 
@@ -91,7 +93,8 @@ class ContextCodec:
         self._table = contexts.table[:, channels].astype(np.intp).ravel()
         self._shift = (contexts.middle - contexts.half_widths)[:, channels].astype(np.int32).ravel()
         self._channel = np.arange(latent_shape[0])[:, None]
-        self._alone = np.repeat(self._channel, len(positions[0]), axis=1)  # row 0 of each channel
+        alone = np.repeat(self._channel, len(positions[0]), axis=1)  # row 0 of each channel
+        self._alone = self._table.take(alone), self._shift.take(alone)
         self._probabilities = [bank.astype(np.float32) / np.float32(TOTAL) for bank in contexts.banks]  # exact: 2**-16
         count = latent_shape[0] * latent_shape[1] * latent_shape[2]
         self.max_payload_bytes = -(-count * TOTAL_BITS * 101 // 800) + 4
@@ -142,17 +145,17 @@ class ContextCodec:
         """
         check_length(payload, self.max_payload_bytes)
         ordered = np.zeros((len(self._order) + 1, self.latent_shape[0]), dtype=np.int32)
-        parts = []
+        again = new_encoder()
         with range_decoder(payload) as decoder:
             for part in self._parts(ordered):  # each pass looks at what the passes before have put into ordered
-                part.index = decoder.decode(FAMILY, part.probabilities)
-                ordered[part.places, part.channels] = (part.index.reshape(part.shift.shape) + part.shift).T
-                parts.append(part)
+                index = decoder.decode(FAMILY, part.probabilities)
+                again.encode(index, FAMILY, part.probabilities)  # while they are in the processor's cache
+                ordered[part.places, part.channels] = (index.reshape(part.shift.shape) + part.shift).T
         s = np.empty(self.latent_shape, dtype=np.int32)
         s.reshape(-1)[self._order] = ordered[:-1]
         if self._outside(s):
             raise MalformedFrame(f"payload of {len(payload)} bytes holds a symbol outside its table")
-        check_padding(payload, self._write(parts))
+        check_padding(payload, shortest_payload(again))
         return s
 
     def _outside(self, s: NDArray[np.int32]) -> bool:
@@ -170,11 +173,12 @@ class ContextCodec:
         for number, places in enumerate(self._passes):
             if places.start == places.stop:
                 continue
-            entries = self._alone
+            table, shift = self._alone
             if number:
                 row = table_rows(ordered, self._around[number - 1], self._weights[number - 1], number, self._reach)
-                entries = row * len(self._channel) + self._channel  # (Cr, P)
-            table, shift = self._table.take(entries), self._shift.take(entries)
+                row *= len(self._channel)
+                row += self._channel  # (Cr, P)
+                table, shift = self._table.take(row), self._shift.take(row)
             index = ordered[places].T - shift
             for channels, bank in zip(self._bands, self._probabilities, strict=True):
                 probabilities = bank.take(table[channels].ravel(), axis=0)

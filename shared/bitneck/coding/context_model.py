@@ -218,5 +218,8 @@ def table_rows(
     """
     total = np.einsum("kc,...kpc->...cp", weights, s.take(around, axis=-2))
     first = 1 + reach + (number - 1) * (2 * reach + 1)
-    found: NDArray[np.intp] = ((total + WEIGHT_ONE // 2) >> _WEIGHT_BITS).clip(-reach, reach) + np.intp(first)
+    total += WEIGHT_ONE // 2
+    total >>= _WEIGHT_BITS
+    np.minimum(np.maximum(total, -reach, out=total), reach, out=total)  # `clip` takes twice as long
+    found: NDArray[np.intp] = total + np.intp(first)
     return found

@@ -18,6 +18,7 @@ __all__ = [
     "FAMILY",
     "check_length",
     "check_padding",
+    "new_encoder",
     "range_coded",
     "range_decoder",
     "range_encoder",
@@ -32,15 +33,20 @@ FAMILY = constriction.stream.model.Categorical(lazy=True, perfect=False)
 """Models that are given as a matrix of probabilities, one row for each symbol."""
 
 
+def new_encoder() -> Any:
+    """A range encoder, for symbols that their models have. Its `clear` would not reset it fully."""
+    return constriction.stream.queue.RangeEncoder()
+
+
 @contextlib.contextmanager
 def range_encoder() -> Iterator[Any]:
-    """A fresh range encoder. Its `clear` would not reset it fully.
+    """The same, for symbols that are to be written.
 
     Raises:
         ModelFailure: it failed; its PanicException is a BaseException.
     """
     try:
-        yield constriction.stream.queue.RangeEncoder()
+        yield new_encoder()
     except BaseException as exc:
         if isinstance(exc, (KeyboardInterrupt, SystemExit)):
             raise

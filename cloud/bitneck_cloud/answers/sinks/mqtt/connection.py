@@ -26,6 +26,8 @@ _IN_FLIGHT = 20
 _GOODBYE_S = 2.0
 _TURN_S = 1.0
 """Seconds after which the connection is kept alive, where nothing comes."""
+_TOGETHER_S = 0.002
+"""Seconds from the first acknowledgement to reading: each one read alone would take the interpreter from frames."""
 _NO_TOPIC = "bitneck/no-such-topic"
 
 
@@ -207,6 +209,8 @@ class Connection:
         waiting = select.poll()
         waiting.register(connected, select.POLLIN | (select.POLLOUT if client.want_write() else 0))
         found = dict(waiting.poll(0 if pending else 1e3 * wait_s)).get(connected.fileno(), 0)
+        if wait_s and found & select.POLLIN:
+            time.sleep(_TOGETHER_S)
         failed = client.loop_read() if pending or found & ~select.POLLOUT else paho.MQTT_ERR_SUCCESS
         if not failed and found & select.POLLOUT:
             failed = client.loop_write()
