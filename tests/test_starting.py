@@ -1,6 +1,7 @@
 """Steps of a start and a stop that wait for a disk: they can be stopped, end in the end, and say what they wait for."""
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
@@ -11,19 +12,27 @@ from pathlib import Path
 import pytest
 
 from bitneck.bundle import Bundle
+from bitneck.v2 import inference_pb2 as pb
 from bitneck_cloud import starting
 from bitneck_cloud.starting import StoppedBefore, last_step, step
+from bitneck_testing.streams import Frames, stub
 
 HANG_S = 30.0
 HANGING = """
 import sys, threading
+import bitneck_cloud.answers.publishing as publishing
+import bitneck_cloud.engine.engine as engine
 import bitneck_cloud.server as server
+import bitneck_cloud.starting as starting
 from bitneck.commands import cloud
+from bitneck_cloud.answers.sinks.queue.file import QueueFile
+from bitneck_cloud.fleet.state_file import StateFile
 
 def hang(*arguments):
     print("hangs", flush=True)
     threading.Event().wait()
 
+engine._STOP_S = publishing._CLOSE_S = starting._LAST_S = 0.2
 {patch} = hang
 sys.argv = ["bitneck-cloud", "serve", *sys.argv[1:]]
 cloud()
@@ -69,15 +78,41 @@ async def test_the_last_step_has_a_bound(
     assert "closing sinks_queue: not done after 0 s; the server ends without it" in caplog.text
 
 
-@pytest.mark.parametrize("patch", ["server.load_models", "server.Outgoing.start"])
+@pytest.mark.parametrize("patch", ["server.load_models", "server.Outgoing.start", "StateFile.open"])
 def test_a_server_whose_disk_hangs_at_the_start_can_be_stopped(tiny_bundle: Bundle, tmp_path: Path, patch: str) -> None:
     command = [sys.executable, "-c", HANGING.format(patch=patch), "--bundle", str(tiny_bundle.root)]
-    command += ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    command += ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--state-db", str(tmp_path / "state.db")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "hangs\n"
             process.send_signal(signal.SIGTERM)
             assert process.wait(HANG_S) == 0
+        finally:
+            process.kill()
+
+
+async def test_a_server_ends_while_the_disk_of_its_queue_hangs(
+    tiny_bundle: Bundle, frames: Frames, tmp_path: Path
+) -> None:
+    """In the engine's own thread, which nothing waits for at the end."""
+    config = tmp_path / "cloud.toml"
+    config.write_text(
+        f'sinks_queue = "{tmp_path / "queue.db"}"\n'
+        f'[[sinks]]\nkind = "jsonl"\nname = "file"\npath = "{tmp_path / "answers.jsonl"}"\n'
+    )
+    command = [sys.executable, "-c", HANGING.format(patch="QueueFile.add"), "--bundle", str(tiny_bundle.root)]
+    command += ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--config", str(config), "--json", "--drain-s", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: ASYNC220
+        try:
+            assert process.stdout is not None
+            ready = json.loads(process.stdout.readline())
+            async with stub(ready["grpc"]) as cloud:
+                request = pb.InferRequest(bundle_id=tiny_bundle.bundle_id, frame=frames.frame(1))
+                call = cloud.Infer(request, timeout=HANG_S)
+                assert await asyncio.to_thread(process.stdout.readline) == "hangs\n"
+                process.send_signal(signal.SIGTERM)
+                assert await asyncio.to_thread(process.wait, HANG_S) == 0
+                call.cancel()
         finally:
             process.kill()

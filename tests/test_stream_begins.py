@@ -11,9 +11,12 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck.errors import Unavailable
+from bitneck.v2 import inference_pb2 as pb
 from bitneck.v2 import inference_pb2_grpc as pb_grpc
+from bitneck.wire.messages import SetPoint
 from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.access.limits import CallerLimits
+from bitneck_cloud.api import grpc_service
 from bitneck_cloud.api.grpc_peer import GrpcPeer
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.engine.served_model import ServedModel
@@ -35,6 +38,7 @@ class Begins:
     Attributes:
         meanwhile: is called with the session, once.
         pushed: whether each new rate was pushed to a stream.
+        calls: streams whose caller is known.
     """
 
     service: InferenceService
@@ -42,6 +46,7 @@ class Begins:
     address: str
     meanwhile: Callable[[Session], None] | None = None
     pushed: list[bool] = field(default_factory=list)
+    calls: int = 0
 
     def asks(self, policy: RatePolicy) -> Callable[[Session], None]:
         """What the control API does with a rate."""
@@ -65,7 +70,13 @@ async def begins(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Monkey
     server = grpc.aio.server()
     pb_grpc.add_SplitInferenceServicer_to_server(service, server)
     own = Begins(service, tokens, f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-    right = GrpcPeer.serve
+    right, known = GrpcPeer.serve, grpc_service.caller_of
+
+    def caller_of(*arguments: Any) -> Any:
+        own.calls += 1
+        return known(*arguments)
+
+    monkeypatch.setattr(grpc_service, "caller_of", caller_of)
 
     def serve(self: GrpcPeer, window: int, *, tls: bool) -> Any:
         meanwhile, own.meanwhile = own.meanwhile, None
@@ -82,6 +93,13 @@ async def begins(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Monkey
 
 async def opened(cloud: Any, bundle: Bundle, resume_token: str = "") -> Stream:
     return await open_stream(cloud, bundle.bundle_id, resume_token, bearer=TOKEN)
+
+
+def withdraw(begins: Begins, folder: Path) -> None:
+    """Take the device's token away."""
+    (folder / "tokens").write_text("cam-2 another-token-of-this-length\n")
+    begins.tokens.refresh()
+    begins.service.end_revoked()
 
 
 async def test_a_rate_is_pushed(begins: Begins, tiny_bundle: Bundle) -> None:
@@ -140,3 +158,43 @@ async def test_a_token_that_is_withdrawn_ends_the_stream(begins: Begins, tiny_bu
             await stream.read()
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert begins.service.streams == 0
+
+
+async def test_a_token_that_is_withdrawn_before_the_stream_begins_opens_none(
+    begins: Begins, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    """The call has begun, and its `Open` is held back."""
+    async with stub(begins.address) as cloud, asyncio.timeout(HANG_S):
+        call = cloud.Stream(metadata=(("authorization", f"Bearer {TOKEN}"),))
+        while not begins.calls:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        withdraw(begins, tmp_path)
+        await call.write(pb.ClientMessage(open=pb.Open(bundle_id=tiny_bundle.bundle_id)))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_rate_that_was_being_written_when_the_link_was_cut_comes_again(
+    begins: Begins, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = GrpcPeer.write
+
+    async def cut(self: GrpcPeer, message: Any) -> None:
+        if isinstance(message, SetPoint) and not message.point:
+            monkeypatch.setattr(GrpcPeer, "write", right)
+            raise ConnectionResetError
+        await right(self, message)
+
+    monkeypatch.setattr(GrpcPeer, "write", cut)
+    async with stub(begins.address) as cloud, asyncio.timeout(HANG_S):
+        begins.meanwhile = begins.asks(FixedPoint("s2-r1"))
+        first = await opened(cloud, tiny_bundle)
+        assert (await first.read()).set_point.point == "s2-r1"
+        first.call.cancel()
+        begins.meanwhile = begins.asks(ClientChooses())
+        second = await opened(cloud, tiny_bundle, first.opened.resume_token)
+        assert await second.call.read() is grpc.aio.EOF
+        third = await opened(cloud, tiny_bundle, second.opened.resume_token)
+        assert third.opened.point == ""
+        assert (await third.read()).HasField("set_point")

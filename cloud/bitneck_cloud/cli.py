@@ -14,6 +14,7 @@ from bitneck.settings.flags import with_settings
 from bitneck.settings.program import make_app, run_app
 from bitneck.wire.frames import crc32c_hex
 from bitneck.wire.messages import Classification, CodedMap
+from bitneck_cloud.abandoned import end_beside_abandoned
 from bitneck_cloud.api.wire import parse_frame
 from bitneck_cloud.observe.logs import configure_logging
 from bitneck_cloud.settings import CloudSettings
@@ -54,6 +55,7 @@ def serve(
             print(f"serving {names}: gRPC {ready.grpc}, control API {scheme}://{ready.http}/docs", flush=True)  # noqa: T201
 
     asyncio.run(run(settings, settings.bundle, announce))
+    end_beside_abandoned()
 
 
 @app.command()

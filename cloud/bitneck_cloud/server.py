@@ -59,7 +59,7 @@ from bitneck_cloud.reload import Reloader
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_cloud.sessions.session import Session
 from bitneck_cloud.settings import CloudSettings
-from bitneck_cloud.starting import StoppedBefore, last_step, step
+from bitneck_cloud.starting import StoppedBefore, last_step, step, waited
 
 __all__ = ["Ready", "load_models", "serve"]
 
@@ -127,7 +127,7 @@ async def serve(settings: CloudSettings, bundles: Sequence[Path], on_ready: Call
         groups=groups,
     )  # fmt: skip
     try:
-        await fleet.open()
+        await waited(stopping, "opening state_db", fleet.open())
         await step(stopping, "opening sinks_queue", outgoing.start)
         await _serve(settings, bundles, on_ready, stopping, groups, fleet, outgoing)
     except StoppedBefore:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bitneck.workers import Workers
+from bitneck_cloud.abandoned import abandon
 from bitneck_cloud.answers.answered import Answered
 from bitneck_cloud.answers.document import Published
 from bitneck_cloud.answers.subscriptions import Subscriptions
@@ -141,6 +142,7 @@ class Publishing:
                 await self._idle.wait()
         except TimeoutError:
             _LOG.error("answers are still not committed after %.0f s; the server stops", _CLOSE_S)
+            abandon("a commit")
             return
         await asyncio.to_thread(self._thread.close, wait=True)
 
@@ -178,5 +180,8 @@ class Publishing:
             send()
         except Exception:  # noqa: BLE001  a bug with one pass must not keep others from their devices
             _LOG.exception("%d answers could not be sent", len(answers))
-        self._metrics.published(answers[0].answered.model, len(answers))
-        self._subscriptions.keep(answers)
+        try:
+            self._metrics.published(answers[0].answered.model, len(answers))
+            self._subscriptions.keep(answers)
+        except Exception:  # noqa: BLE001  likewise
+            _LOG.exception("%d answers could not be kept for subscribers", len(answers))

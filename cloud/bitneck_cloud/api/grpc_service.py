@@ -247,6 +247,8 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
         conversation.enter()  # nothing that is asked of the session is missed from here on
         failure: BitneckError | None = None
         try:
+            if caller.holder is not None and not self._tokens.valid(caller.holder):  # since the call began
+                raise Unauthenticated(f"the token of {caller.holder} is not valid any more")
             asked = session.asked_point or ""
             if not session.told and not asked:  # `Opened` cannot say that the client chooses again
                 conversation.push(SetPoint("", "asked for while the link was down"))
@@ -263,7 +265,9 @@ class InferenceService(pb_grpc.SplitInferenceServicer):
             )
             async with self._in_time():
                 await context.write(to_wire(opened))
-            session.attach(peer.serve(session.window, tls=self._tls), time.monotonic())
+            meter = peer.serve(session.window, tls=self._tls)
+            if conversation.is_newest:
+                session.attach(meter, time.monotonic())
             await conversation.run(peer, self._tracer.parent(context.invocation_metadata()))
         except TimeoutError:
             failure = DeadlineExceeded(f"Opened was not read for {self._stall_s:.0f} s")

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from bitneck.errors import BitneckError, ModelFailure, Overloaded, Unavailable
 from bitneck.wire.messages import Output
-from bitneck.workers import Workers
+from bitneck.workers import Workers, tell
+from bitneck_cloud.abandoned import abandon
 from bitneck_cloud.answers.publishing import Pass, Publishing
 from bitneck_cloud.engine.batch_time import BatchTime
 from bitneck_cloud.engine.fair_queue import FairQueue
@@ -104,6 +105,7 @@ class Engine:
                 await self._idle.wait()
         except TimeoutError:  # the disk of a publisher does not answer
             _LOG.error("a batch is still not done after %.0f s; the server stops without it", _STOP_S)
+            abandon("a batch")
             return
         await asyncio.to_thread(self._thread.close, wait=True)
 
@@ -164,37 +166,42 @@ class Engine:
 
     def _compute(self, batch: list[Job], loop: asyncio.AbstractEventLoop) -> None:
         """In the engine's thread: compute one batch, and hand the results to the event loop."""
+        published: Pass | None = None
         try:
             passed = _pass(batch)
+            if self._publishing is not None:
+                answers = (job.answered(result) for job, result in zip(batch, passed.results, strict=True))
+                known = [answer for answer in answers if answer is not None]
+                published = self._publishing.passed(known, at_once=not self._queue)
         except Exception:  # noqa: BLE001  a bug must not end the engine: these frames fail, the next are served
             _LOG.exception("the engine failed on a batch of %d frames", len(batch))
             passed = _Passed([ModelFailure(INTERNAL_ERROR)] * len(batch))
-        answers = (job.answered(result) for job, result in zip(batch, passed.results, strict=True))
-        published: Pass | None = None
-        if self._publishing is not None:
-            known = [answer for answer in answers if answer is not None]
-            published = self._publishing.passed(known, at_once=not self._queue)
-        loop.call_soon_threadsafe(self._finish, passed, published)
+        tell(loop, self._finish, passed, published)  # not if the server has stopped without this batch
 
     def _finish(self, passed: "_Passed", published: Pass | None) -> None:
         (batch, self._in_hand), results = (self._in_hand, []), passed.results
-        times = self._times.get(batch[0].model)
+        try:
+            self._learn(batch[0].model, passed)
+            self._idle.set()
+            self._begin()  # the thread goes on while answers are sent
+        finally:  # what has its numbers is handed on, whatever comes
+            self.batches += 1
+            self.frames += len(batch)
+            settle = functools.partial(_settle, batch, results)
+            if self._publishing is None or published is None:
+                settle()
+            else:
+                self._publishing.answered(published, settle)
+        asyncio.get_running_loop().call_soon(self._count, batch, results)  # behind the answers
+
+    def _learn(self, model: ServedModel, passed: "_Passed") -> None:
+        times = self._times.get(model)
         if times is None:
-            times = self._times[batch[0].model] = BatchTime()
+            times = self._times[model] = BatchTime()
         if passed.computed:
             times.learn(passed.computed, passed.computed_s)
         for point, seconds in passed.failed:
             times.learn_failed(point, seconds)
-        self._idle.set()
-        self._begin()  # the thread goes on while answers are sent
-        self.batches += 1
-        self.frames += len(batch)
-        settle = functools.partial(_settle, batch, results)
-        if self._publishing is None or published is None:
-            settle()
-        else:
-            self._publishing.answered(published, settle)
-        asyncio.get_running_loop().call_soon(self._count, batch, results)  # behind the answers
 
     def _count(self, batch: list[Job], results: list[Computed | BitneckError]) -> None:
         model = batch[0].model.name

@@ -104,16 +104,11 @@ class Fleet:
         """
         if self._path is None:
             return
-        try:
-            self._state = await self._disk.within(_OPEN_S, StateFile.open, self._path)
-        except TimeoutError:
-            raise StateUnusable(
-                f"state_db {self._path} has not answered for {_OPEN_S:g} s; is its disk there?"
-            ) from None
-        self.clients = ClientBook(self._max_clients, await self._on_disk(self._state.clients))
-        self.changes.extend(await self._on_disk(self._state.changes))
-        self.choices = await self._on_disk(self._state.choices)
-        rules = await self._on_disk(self._state.rules, self.groups)
+        self._state = state = await self._read(StateFile.open, self._path)
+        self.clients = ClientBook(self._max_clients, await self._read(state.clients))
+        self.changes.extend(await self._read(state.changes))
+        self.choices = await self._read(state.choices)
+        rules = await self._read(state.rules, self.groups)
         if self.fixed:
             if rules:
                 _LOG.warning("%d rules in %s have no effect: the config file has rates", len(rules), self._path)
@@ -328,6 +323,15 @@ class Fleet:
                 _LOG.error("the server stops without it: %s", exc)
             self._state = None
         self._disk.end()
+
+    async def _read(self, call: Callable[..., T], *arguments: Any) -> T:
+        """What the disk gives at the start."""
+        try:
+            return await self._disk.within(_OPEN_S, call, *arguments)
+        except TimeoutError:
+            raise StateUnusable(
+                f"state_db {self._path} has not answered for {_OPEN_S:g} s; is its disk there?"
+            ) from None
 
     async def _on_disk(self, call: Callable[..., T], *arguments: Any, undo: Callable[[], object] | None = None) -> T:
         try:

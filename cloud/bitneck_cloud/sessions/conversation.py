@@ -142,9 +142,14 @@ class Conversation:
         if older is not None:
             older.supersede()
 
+    @property
+    def is_newest(self) -> bool:
+        """Whether it is the session's stream."""
+        return self._streams.get(self._session.session_id) is self
+
     def leave(self) -> None:
         """Be the session's stream no more. Nothing happens if a newer one is."""
-        if self._streams.get(self._session.session_id) is not self:
+        if not self.is_newest:
             return
         del self._streams[self._session.session_id]
         self._keep_untold()
@@ -224,7 +229,12 @@ class Conversation:
             loop = asyncio.get_running_loop()
             while (message := await self._outbox.get()) is not None:
                 self._writing_since = loop.time()
-                await peer.write(message)
+                try:
+                    await peer.write(message)
+                except BaseException:
+                    if isinstance(message, SetPoint):
+                        self._session.told = False
+                    raise
                 self._writing_since = math.inf
 
     async def _read(self, messages: AsyncIterator[ClientMessage | None]) -> None:
