@@ -26,6 +26,7 @@ from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.fleet.records import BundleChoice
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_edge.answers.results import Answer
+from bitneck_testing.consumers.canaries import Nobody
 from bitneck_testing.consumers.operator import CANARY, MARK, begin, call, serving
 from bitneck_testing.devices.streaming import Device
 from bitneck_testing.links import Proxy
@@ -208,14 +209,6 @@ async def test_a_server_stops_while_the_disk_of_a_candidate_does_not_answer(
         os.mkfifo(manifest)
         assert "does not answer" in (await call(server, "GET", CANARY))["problem"]
         assert server.stop() == 0
-
-
-class Nobody:
-    """Streams of a server without clients."""
-
-    def tell_of_bundles(self, model: str) -> int:
-        assert model == "tiny"
-        return 0
 
 
 async def test_a_server_starts_while_the_disk_of_a_candidate_does_not_answer(

@@ -29,6 +29,7 @@ from bitneck_cloud.fleet.control import Fleet
 from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.sessions.registry import Registry
 from bitneck_testing.consumers.browser import BROWSER, browser
+from bitneck_testing.consumers.canaries import Nobody
 from bitneck_testing.consumers.operator import CANARY, begin, call, serving
 from bitneck_testing.devices.streaming import Device, until
 from bitneck_testing.photographs import add_photos
@@ -282,14 +283,6 @@ async def test_without_a_state_database_the_answer_says_what_to_start_with(
         assert promoted["folder"] == str(new.root)
         assert f"start it with --bundle {new.root}" in promoted["note"]
         assert tiny_bundle.bundle_id in promoted["note"]
-
-
-class Nobody:
-    """Streams of a server without clients."""
-
-    def tell_of_bundles(self, model: str) -> int:
-        assert model == "tiny"
-        return 0
 
 
 async def test_a_change_that_cannot_be_kept_is_none(tiny_bundle: Bundle, candidates: Path, tmp_path: Path) -> None:

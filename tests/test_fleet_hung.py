@@ -13,23 +13,12 @@ from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.fleet.records import BundleChoice
 from bitneck_cloud.fleet.state_file import StateFile
 from bitneck_cloud.fleet.tables import RateTable
-from bitneck_cloud.sessions.session import Session
-from bitneck_testing.consumers.canaries import registry_of
+from bitneck_testing.consumers.canaries import Nobody, registry_of
 from bitneck_testing.devices.hanging import Disk
 
 GROUPS = Groups()
 POINT = RateTable(clients="cam-*", point="s1-r1").rule(GROUPS)
 AUTO = RateTable(clients="cam-*", auto=True).rule(GROUPS)
-
-
-class Nobody:
-    """No client is connected."""
-
-    def push_point(self, session: Session, point: str, reason: str) -> bool:
-        return False
-
-    def connected(self, session: Session) -> bool:
-        return False
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from bitneck_cloud.fleet.rules import RateRule
 from bitneck_cloud.fleet.state_file import StateFile
 from bitneck_cloud.fleet.tables import RateTable
 from bitneck_cloud.sessions.registry import Registry
-from bitneck_cloud.sessions.session import Session
 from bitneck_cloud.settings import CloudSettings
+from bitneck_testing.consumers.canaries import Nobody
 from bitneck_testing.processes import BIN
 
 GROUPS = {"doors": ("door-*", "gate"), "night": ("cam-1?",)}
@@ -185,16 +185,6 @@ async def test_a_rule_that_cannot_be_kept_is_not_set(tmp_path: Path, caplog: pyt
     assert "could not be kept, so nothing is changed" in caplog.text
     assert '"failed: StateUnusable"' in caplog.text
     await fleet.close()
-
-
-class Nobody:
-    """No client is connected."""
-
-    def push_point(self, session: Session, point: str, reason: str) -> bool:
-        return False
-
-    def connected(self, session: Session) -> bool:
-        return False
 
 
 def test_a_kept_rule_whose_group_is_gone_is_for_nobody(tmp_path: Path) -> None:

@@ -21,16 +21,9 @@ from bitneck_cloud.fleet.records import BundleChoice
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.reload import Reloader
 from bitneck_cloud.sessions.registry import Registry
+from bitneck_testing.consumers.canaries import Nobody
 from bitneck_testing.processes import running_server
 from bitneck_testing.tiny_bundles import make_tiny_bundle
-
-
-class Nobody:
-    """Streams of a server without clients."""
-
-    def tell_of_bundles(self, model: str) -> int:
-        assert model == "tiny"
-        return 0
 
 
 async def test_a_promotion_that_cannot_be_forgotten_is_a_failed_reload(

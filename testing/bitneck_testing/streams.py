@@ -125,8 +125,7 @@ async def stub(address: str) -> AsyncIterator[Any]:
 
 async def open_stream(
     stub: Any, bundle_id: str, token: str = "", client: str = "test", model: str = "", *, brief: bool = False,
-    answers: pb.Answers = pb.ANSWERS_ALL, spool: str = "",
-    bearer: str = "",
+    answers: pb.Answers = pb.ANSWERS_ALL, spool: str = "", bearer: str = "",
 ) -> Stream:  # fmt: skip
     """Open a stream, or resume a session with its token. It fails if the server does not answer with Opened."""
     call = stub.Stream(metadata=(("authorization", f"Bearer {bearer}"),) if bearer else None)

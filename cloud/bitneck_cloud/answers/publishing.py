@@ -9,7 +9,6 @@ passes that end while it is at work are committed together, next.
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
 import threading
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bitneck.workers import Workers
+from bitneck.workers import Workers, tell
 from bitneck_cloud.abandoned import abandon
 from bitneck_cloud.answers.answered import Answered
 from bitneck_cloud.answers.document import Published
@@ -57,8 +56,8 @@ class Publisher(Protocol):
     def commit(self, answers: Sequence[Published]) -> None:
         """Keep answers, so that they outlive this process. When it returns, they are sent to their devices.
 
-        It is never called twice at once. Every frame waits for it: a few milliseconds
-        are fine. It raises nothing: what it cannot keep, it counts itself.
+        It is never called twice at once. Every frame waits for it: a few milliseconds are fine. It raises nothing:
+        what it cannot keep, it counts itself.
 
         Args:
             answers: of one or more passes, their numbers following on.
@@ -155,8 +154,7 @@ class Publishing:
                     self._committing = False
                     return
             self._keep(publisher, [published for passed, _ in passes for published in passed.answers])
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the server did not wait any longer
-                loop.call_soon_threadsafe(self._committed, passes)
+            tell(loop, self._committed, passes)  # not if the server did not wait any longer
             with self._lock:  # only now: a pass that is committed at once must not overtake these
                 self._uncommitted -= len(passes)
 

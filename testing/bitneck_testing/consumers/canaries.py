@@ -15,16 +15,32 @@ from bitneck_cloud.fleet.patterns import Groups
 from bitneck_cloud.observe.metrics import Metrics
 from bitneck_cloud.reload import Reloader
 from bitneck_cloud.sessions.registry import Registry
+from bitneck_cloud.sessions.session import Session
 
 __all__ = ["Nobody", "Operated", "registry_of"]
 
 
 class Nobody:
-    """Streams of a server without clients."""
+    """Streams of a server to which no client is connected.
+
+    Args:
+        *models: that the server has.
+    """
+
+    def __init__(self, *models: str) -> None:
+        self._models = models or ("tiny",)
+
+    def push_point(self, _session: Session, _point: str, _reason: str) -> bool:
+        """Nobody is told."""
+        return False
+
+    def connected(self, _session: Session) -> bool:
+        """No session has a stream."""
+        return False
 
     def tell_of_bundles(self, model: str) -> int:
-        """Tells nobody."""
-        assert model
+        """Nobody is told."""
+        assert model in self._models
         return 0
 
 
@@ -56,7 +72,8 @@ class Operated:
         self.registry = registry_of(served)
         self.fleet = Fleet(Groups(), None, None, 10)
         self.canaries = Canaries(
-            self.registry, Candidates(candidates), self.fleet, Nobody(), pool, 1, kept, None, changes
+            self.registry, Candidates(candidates), self.fleet, Nobody(*self.registry.models), pool, 1, kept, None,
+            changes,
         )  # fmt: skip
         folders = {model.name: model.bundle.root for model in served}
         self.reloader = Reloader(self.registry, folders, pool, 1, Metrics(), kept, self.canaries, changes)
