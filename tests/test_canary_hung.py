@@ -10,7 +10,7 @@ import pytest
 from bitneck.bundle import Bundle
 from bitneck.errors import CanaryRefused, StateUnusable, Unavailable, UnknownCandidate
 from bitneck_cloud.bundles import changes
-from bitneck_cloud.canary import control
+from bitneck_cloud.canary import control, photographs
 from bitneck_cloud.canary.candidates import Candidates
 from bitneck_cloud.canary.loading import CandidateLoader
 from bitneck_cloud.earlier import EarlierBundles
@@ -20,6 +20,7 @@ from bitneck_cloud.reload import Reloader
 from bitneck_testing.consumers.canaries import Operated
 from bitneck_testing.devices.hanging import HANG_S, Disk
 from bitneck_testing.devices.streaming import until
+from bitneck_testing.photographs import add_photos
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 
@@ -282,3 +283,25 @@ async def test_earlier_bundles_on_a_disk_that_does_not_answer(
     served = await kept.generation(operated.registry, "tiny", old.bundle_id, pool, 1)
     assert served.bundle.bundle_id == old.bundle_id
     await operated.close()
+
+
+async def test_photographs_whose_disk_does_not_answer_are_not_compared(
+    tiny_bundle: Bundle, new: Bundle, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The canary goes on without them. A server that ends beside them leaves the thread behind."""
+    left: list[str] = []
+    monkeypatch.setattr(photographs, "_MOST_S", 0.3)
+    monkeypatch.setattr(photographs, "_CLOSE_S", 0.3)
+    monkeypatch.setattr(photographs, "abandon", left.append)
+    disk.slows(photographs, "opened_reduced")
+    add_photos(tmp_path / "photos", range(2))
+    compared = photographs.Photographs(
+        tmp_path / "photos", *(ServedModel(bundle, threads=1) for bundle in (tiny_bundle, new))
+    )
+    disk.hang()
+    async with asyncio.timeout(HANG_S / 2):
+        await compared.run()
+    assert (compared.state, compared.done) == ("impossible", 0)
+    assert "has not answered" in compared.problem
+    assert disk.waiting == 1
+    assert left == ["comparing bundles on photographs"]

@@ -21,6 +21,7 @@ from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.runtime import ModulePool
 from bitneck.wire.messages import Device
 from bitneck.workers import Workers
+from bitneck_edge.answers.finishing import Finishing
 from bitneck_edge.answers.results import Answer, Failure, Switch
 from bitneck_edge.bundles.fetch import open_supply
 from bitneck_edge.bundles.supply import Supply
@@ -66,7 +67,7 @@ class EdgeClient(ClientFacts):
             is none. `Answer.spool` and `Answer.captured_unix_us` tell which frame it is. It leaves the spool when the
             function has returned.
         finish: called in a thread with each photograph and its answer, for example to write it to a file. It returns
-            the answer that the client gives.
+            the answer that the client gives; see `Finishing`.
         **values: single settings, such as ``point="s1-r3"``, in place of a `settings` object.
 
     Raises:
@@ -93,7 +94,7 @@ class EdgeClient(ClientFacts):
         self._on_switch = on_switch
         self._on_spooled = on_spooled
         self._spooling: Spooling | None = None
-        self._finish = finish
+        self._finishing = Finishing(finish)
         self._pool = ModulePool(first_run_s=FIRST_RUN_S)
         self._interval = MeanInterval()
         self._threads: Workers | None = None
@@ -169,6 +170,7 @@ class EdgeClient(ClientFacts):
             if self._mover is not None:
                 self._mover.cancel()
                 last_first.push_async_callback(asyncio.wait, {self._mover})
+            last_first.callback(self._finishing.close)
             last_first.push_async_callback(self._telling.aclose)
 
     @property
@@ -377,7 +379,7 @@ class EdgeClient(ClientFacts):
 
     async def _finished(self, capture: Capture, answer: Answer) -> Answer:
         self.tally.answered(answer)
-        return answer if self._finish is None else await asyncio.to_thread(self._finish, capture.photo, answer)
+        return await self._finishing(capture.photo, answer)
 
     async def _tell(self, device: Device) -> None:
         """A report of this device, if a connection is up."""

@@ -11,17 +11,18 @@ all others: one of a lower priority may hold the interpreter's lock and get no c
 import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import BitneckError, ImageError, ModelFailure
 from bitneck.image import find_photos, opened_reduced, to_input, view
 from bitneck.runtime import return_freed_memory
 from bitneck.wire.messages import Classification, CodedMap, Output
+from bitneck_cloud.abandoned import abandon
 from bitneck_cloud.engine.edge_half import EdgeHalf, classes_of
 from bitneck_cloud.engine.served_model import ServedModel
 
@@ -30,6 +31,10 @@ __all__ = ["MOST_PHOTOGRAPHS", "Agreement", "Mean", "Photographs", "equal_pixels
 _LOG = logging.getLogger(__name__)
 
 MOST_PHOTOGRAPHS = 200
+_MOST_S = 120.0
+"""For a photograph, or for loading the devices' half: a disk that takes longer does not answer."""
+_CLOSE_S = 10.0
+"""Seconds to wait for the photograph that the thread is at."""
 
 
 @dataclass(slots=True)
@@ -112,18 +117,17 @@ class Photographs:
 
     async def run(self) -> None:
         """Compare all photographs; cancel it to end that earlier."""
-        thread = ThreadPoolExecutor(1, "bitneck-canary")
-        loop = asyncio.get_running_loop()
+        thread = DiskThread("bitneck-canary")
         sides: tuple[_Side, ...] = ()
         try:
             self.state = "running"
-            photos = (await loop.run_in_executor(thread, find_photos, self._folder))[:MOST_PHOTOGRAPHS]
+            photos = (await thread.within(_MOST_S, find_photos, self._folder))[:MOST_PHOTOGRAPHS]
             self.total = len(photos)
-            sides = await loop.run_in_executor(thread, self._load)
+            sides = await thread.within(_MOST_S, self._load)
             for photo in photos:
                 begin = time.monotonic()
                 try:
-                    await loop.run_in_executor(thread, self._compare, photo, sides)
+                    await thread.within(_MOST_S, self._compare, photo, sides)
                     self.done += 1
                 except ImageError as exc:
                     self.unreadable += 1
@@ -131,6 +135,12 @@ class Photographs:
                 await asyncio.sleep(time.monotonic() - begin)
                 self._took.add(time.monotonic() - begin)
             self.state = "done"
+        except TimeoutError:
+            self.state, self.problem = "impossible", f"a disk has not answered for {_MOST_S:.0f} s"
+            _LOG.warning(
+                "the bundles of %s are not compared on the photographs of %s: %s",
+                self._candidate.name, self._folder, self.problem,
+            )  # fmt: skip
         except BitneckError as exc:
             self.state, self.problem = "impossible", str(exc)
             _LOG.warning("the bundles of %s cannot be compared on photographs: %s", self._candidate.name, exc)
@@ -139,8 +149,9 @@ class Photographs:
             _LOG.exception("comparing bundles of %s on photographs failed", self._candidate.name)
         finally:
             sides = ()  # behind the photograph that the thread may be at, nothing holds them any more
-            thread.submit(return_freed_memory)
-            thread.shutdown(wait=False)
+            thread.post(return_freed_memory)
+            if not await thread.close(_CLOSE_S):
+                abandon("comparing bundles on photographs")
 
     @property
     def left_s(self) -> float | None:

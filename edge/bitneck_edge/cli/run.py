@@ -15,6 +15,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import CallerError, InvalidConfig
 from bitneck.manifest import InputSpec
 from bitneck.settings.program import END_S
@@ -36,6 +37,7 @@ _SWITCH_LOG = logging.getLogger("bitneck_edge.points")
 
 _AHEAD = 4
 """Pictures of a camera that are kept until the client is open: the newest ones."""
+_PREPARE_S = 30.0
 _LAST_ANSWERS_S = 2.0
 """How long to wait, after a signal, for the answers of frames that are under way."""
 
@@ -141,7 +143,7 @@ async def run_plan(settings: EdgeSettings, plan: RunPlan) -> int:
                 write_rows((), CSV_NAMES)
             if writer is not None:
                 _check_writes_maps(client)
-                writer.prepare()
+                await _prepared(writer)
             closing = asyncio.create_task(_close_after(client, stop))
             stack.callback(closing.cancel)
             sending = progress.add_task("photographs", total=plan.total, visible=(plan.total or 0) > 20)
@@ -182,6 +184,18 @@ def _check_writes_maps(client: EdgeClient) -> None:
         raise InvalidConfig(f"--out needs class maps, and --answers {client.settings.answers} brings none")
     if manifest.task != "segmentation":
         raise InvalidConfig(f"--out is for class maps; {manifest.name} is for {manifest.task}, leave it out")
+
+
+async def _prepared(writer: MapWriter) -> None:
+    disk = DiskThread("bitneck-out")
+    try:
+        await disk.within(_PREPARE_S, writer.prepare)
+    except TimeoutError as exc:
+        raise InvalidConfig(
+            f"--out {writer.folder}: its disk has not answered for {_PREPARE_S:.0f} s; choose another folder"
+        ) from exc
+    finally:
+        disk.end()
 
 
 def _first(sources: Sequence[Source]) -> str:

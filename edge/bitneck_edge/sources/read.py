@@ -133,26 +133,23 @@ async def _files(paths: Sequence[Path]) -> AsyncGenerator[Capture]:
 
 async def _standard_input() -> AsyncGenerator[Capture]:
     """One path on each line, of a photograph or a folder. A path that does not exist fails when it is read."""
-    async with contextlib.aclosing(in_thread(lambda: _lines(sys.stdin))) as lines:
-        async for line in lines:
-            path = Path(line)
-            try:
-                photos = await asyncio.to_thread(_found, path)
-            except ImageError as exc:  # a folder without photographs fails alone
-                yield Capture(path, line, broken=exc)
-                continue
-            for photo in photos:
-                yield Capture(photo, str(photo))
+    async with contextlib.aclosing(in_thread(lambda: _listed(sys.stdin))) as pictures:
+        async for capture in pictures:
+            yield capture
 
 
-def _found(path: Path) -> list[Path]:
-    return find_photos(path) if path.is_dir() else [path]
-
-
-def _lines(stream: IO[str]) -> Iterator[str]:
+def _listed(stream: IO[str]) -> Iterator[Capture]:
     for line in stream:
-        if path := line.rstrip("\r\n"):
-            yield path
+        if not (name := line.rstrip("\r\n")):
+            continue
+        path = Path(name)
+        try:
+            photos = find_photos(path) if path.is_dir() else [path]
+        except ImageError as exc:  # a folder without photographs fails alone
+            yield Capture(path, name, broken=exc)
+            continue
+        for photo in photos:
+            yield Capture(photo, str(photo))
 
 
 async def _live(name: str, retries: int, spec: Callable[[], InputSpec | None]) -> AsyncGenerator[Capture]:

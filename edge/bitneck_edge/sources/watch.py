@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitneck.disk_thread import DiskThread
 from bitneck.errors import ImageError, InvalidConfig
 from bitneck.image import PHOTO_SUFFIXES
 from bitneck.text import counted
@@ -91,7 +92,7 @@ async def watching(folder: Path, watch: Watch) -> AsyncGenerator[AsyncGenerator[
     when its turn comes fails when it is read. If the folder itself goes, it is waited for.
 
     Args:
-        folder: it is read in threads.
+        folder: it is read in a thread.
         watch: how.
     """
     eyes = _Eyes(folder, watch)
@@ -105,7 +106,7 @@ async def watching(folder: Path, watch: Watch) -> AsyncGenerator[AsyncGenerator[
         await eyes.begin()
         yield pictures()
     finally:
-        await asyncio.to_thread(eyes.close)
+        await eyes.close()
 
 
 class _Eyes:
@@ -113,7 +114,8 @@ class _Eyes:
 
     def __init__(self, folder: Path, watch: Watch) -> None:
         self._folder, self._existing = folder, watch.existing
-        self._polls = watch.poll or not sys.platform.startswith("linux") or is_network_folder(folder)
+        self._disk = DiskThread("bitneck-watch")  # a folder's disk may not answer; the program goes on, and can end
+        self._polls = watch.poll or not sys.platform.startswith("linux")
         self._arrivals = self._fresh()
         self._waiting: OrderedDict[Path, int] = OrderedDict()  # with their time of writing
         self._changed = asyncio.Event()
@@ -128,7 +130,9 @@ class _Eyes:
 
     async def begin(self) -> None:
         """What is there now is not new; then watch."""
-        listing = await asyncio.to_thread(list_photos, self._folder)
+        self._polls = self._polls or await self._disk.run(is_network_folder, self._folder)
+        self._arrivals = self._fresh()
+        listing = await self._disk.run(list_photos, self._folder)
         self._arrivals.begin(listing)
         if self._existing:
             for path in sorted(listing, key=lambda path: (listing[path].mtime_ns, path)):
@@ -152,11 +156,15 @@ class _Eyes:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(self._look_at - now, _POLL_S)):
                         await self._changed.wait()
-                if not self._polls and _identity_of(self._folder) != self._identity:
+                if not self._polls and await self._disk.run(_identity_of, self._folder) != self._identity:
                     self._look_at = 0.0
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Stop watching."""
+        self._disk.end()
+        await asyncio.to_thread(self._close_observer)
+
+    def _close_observer(self) -> None:
         observer, self._observer = self._observer, None
         if observer is not None:
             observer.stop()
@@ -166,7 +174,7 @@ class _Eyes:
     async def _look(self) -> None:
         """List the folder: for all that is new when polling, else for what no event told."""
         begun = time.monotonic()
-        identity = await asyncio.to_thread(_identity_of, self._folder)
+        identity = await self._disk.run(_identity_of, self._folder)
         if identity is None:
             if not self._missing:
                 _LOG.warning("%s: the folder is gone; waiting for it", self._folder)
@@ -178,14 +186,12 @@ class _Eyes:
             self._missing = False
             await self._observe()
         try:
-            listing = await asyncio.to_thread(list_photos, self._folder)
+            listing = await self._disk.run(list_photos, self._folder)
         except OSError as exc:
             _LOG.warning("%s: it cannot be listed (%s); trying again", self._folder, exc.strerror or exc)
             self._look_at = time.monotonic() + _AGAIN_S
             return
-        if (
-            await asyncio.to_thread(_identity_of, self._folder) != identity
-        ):  # it went away meanwhile: the list may lack files
+        if await self._disk.run(_identity_of, self._folder) != identity:  # it went away: the list may lack files
             return
         now = time.monotonic()
         room = _MOST_WAITING - len(self._waiting)
@@ -196,10 +202,10 @@ class _Eyes:
 
     async def _observe(self) -> None:
         """Ask the kernel for events; where it has none to give, list the folder from now on."""
-        self._identity, self._unwatched = await asyncio.to_thread(_identity_of, self._folder), False
+        self._identity, self._unwatched = await self._disk.run(_identity_of, self._folder), False
         if self._polls:
             return
-        await asyncio.to_thread(self.close)
+        await asyncio.to_thread(self._close_observer)
         loop = asyncio.get_running_loop()
 
         def tell(call: Callable[..., None], *values: Any) -> None:
@@ -207,7 +213,7 @@ class _Eyes:
                 loop.call_soon_threadsafe(call, *values)
 
         try:
-            self._observer = await asyncio.to_thread(_observer_of, self._folder, tell, self._closed, self._new_folder)
+            self._observer = await self._disk.run(_observer_of, self._folder, tell, self._closed, self._new_folder)
         except FileNotFoundError:
             self._identity = None
         except OSError as exc:
