@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from bitneck import workers
 from bitneck.errors import InvalidConfig, Unavailable
 from bitneck_edge.answers import finishing
 from bitneck_edge.answers.maps import MapWriter
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.cli import run
 from bitneck_edge.client import EdgeClient
+from bitneck_edge.sources import photo as pictures_of_sources
 from bitneck_edge.sources import watch
 from bitneck_edge.sources.photo import Photo
 from bitneck_edge.sources.watch import Watch, watched
@@ -136,3 +138,20 @@ async def test_a_watched_folder_whose_disk_does_not_answer_stops_nothing_else(
         await asyncio.gather(following, return_exceptions=True)
         await pictures.aclose()
         assert disk.waiting
+
+
+async def test_a_client_can_be_closed_though_a_photograph_is_on_a_disk_that_does_not_answer(
+    server: Server, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_CLOSE_S", SOON_S)
+    disk.slows(pictures_of_sources, "opened_reduced")
+    (tmp_path / "one.png").write_bytes(photo_bytes(1))
+    async with asyncio.timeout(HANG_S / 2):
+        async with EdgeClient(server.grpc, model="tiny", threads=1, cache_dir=tmp_path / "cache") as client:
+            assert isinstance(await client.infer(tmp_path / "one.png"), Answer)
+            disk.hang()
+            waiting = asyncio.create_task(client.infer(tmp_path / "one.png"))
+            await until(lambda: disk.waiting)
+        assert disk.waiting
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)

@@ -1,6 +1,7 @@
 """The command line ``bitneck-cloud``."""
 
 import asyncio
+import gc
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,8 @@ def serve(
     settings.log_foreign_variables()
 
     def announce(ready: Ready) -> None:
+        gc.collect()
+        gc.freeze()  # what is loaded stays: looking through it now and then would hold all frames up
         if as_json:
             models = [
                 {"name": m.name, "bundle_id": m.bundle.bundle_id, "points": [p.id for p in m.ladder]}

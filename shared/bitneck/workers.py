@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,11 +19,15 @@ __all__ = ["Workers", "settling", "tell"]
 
 T = TypeVar("T")
 
+_CLOSE_S = 60.0
+"""A thread that takes longer waits for a disk that does not answer."""
+
 
 class Workers:
     """Daemon threads that take calls in order. The first call starts them.
 
-    A program that ends joins them, whatever way it ends: a thread inside ONNX Runtime would abort the process.
+    A program that ends joins them, whatever way it ends: a thread inside ONNX Runtime would abort the process. It does
+    so for a minute: a thread may wait for a disk.
 
     Args:
         count: threads.
@@ -66,7 +71,7 @@ class Workers:
         """Take no more calls. Calls that have not begun are dropped.
 
         Args:
-            wait: until the threads have ended.
+            wait: until the threads have ended, or for a minute.
         """
         self._closed = True
         with contextlib.suppress(queue.Empty):
@@ -75,8 +80,9 @@ class Workers:
         for _ in self._threads:
             self._calls.put(None)
         if wait:
+            limit = time.monotonic() + _CLOSE_S
             for thread in self._threads:
-                thread.join()
+                thread.join(max(0.0, limit - time.monotonic()))
             atexit.unregister(self.close)
 
     def _work(self) -> None:
