@@ -1,15 +1,18 @@
 """A disk does not answer that answers are written to, or pictures are read from: a device goes on, and can end."""
 
 import asyncio
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from bitneck import workers
-from bitneck.errors import InvalidConfig, Unavailable
+from bitneck.errors import ImageError, InvalidConfig, Unavailable
 from bitneck_edge.answers import finishing
+from bitneck_edge.answers.finishing import Finishing
 from bitneck_edge.answers.maps import MapWriter
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.cli import run
@@ -18,6 +21,7 @@ from bitneck_edge.sources import photo as pictures_of_sources
 from bitneck_edge.sources import watch
 from bitneck_edge.sources.photo import Photo
 from bitneck_edge.sources.watch import Watch, watched
+from bitneck_testing.devices.answers import answer_to
 from bitneck_testing.devices.hanging import HANG_S, Disk
 from bitneck_testing.devices.streaming import until
 from bitneck_testing.photographs import photo, photo_bytes
@@ -70,33 +74,93 @@ async def test_answers_that_cannot_be_written_fail_and_those_after_them_are_writ
             before = len(written.files)
             assert isinstance(await client.infer(photo(1)), Answer)
             assert len(written.files) == before + 1
-            disk.hang()
-            last = asyncio.create_task(client.infer(photo(2)))
-            await until(lambda: disk.waiting)
-        assert disk.waiting
-        await asyncio.gather(last, return_exceptions=True)
 
 
-async def test_one_answer_that_hangs_holds_up_no_other(server: Server, tmp_path: Path) -> None:
-    go_on, hanging = threading.Event(), threading.Event()
+class Hands:
+    """What a program does with answers: it waits with those whose files are named, and takes a while with others."""
 
-    def finish(_photo: Photo, answer: Answer) -> Answer:
-        if not hanging.is_set():
-            hanging.set()
-            assert go_on.wait(HANG_S)
+    def __init__(self, *held: str, takes_s: float = 0.0) -> None:
+        self.held, self.takes_s = held, takes_s
+        self.go_on, self.done = threading.Event(), list[str]()
+
+    def finish(self, _photo: Photo, answer: Answer) -> Answer:
+        """As a program does."""
+        if answer.file in self.held:
+            assert self.go_on.wait(HANG_S)
+        threading.Event().wait(self.takes_s)
+        self.done.append(answer.file)
         return answer
 
-    async with (
-        asyncio.timeout(HANG_S / 2),
-        EdgeClient(server.grpc, model="tiny", threads=1, cache_dir=tmp_path, finish=finish) as client,
-    ):
-        first = asyncio.create_task(client.infer(photo(0)))
-        await until(hanging.is_set)
-        for k in range(10):
-            await client.infer(photo(k))
-        assert not first.done()
-        go_on.set()
-        await first
+
+@pytest.fixture
+def threads() -> Callable[[], int]:
+    """Threads of `Finishing` more than before the test."""
+
+    def count() -> int:
+        return sum(each.name == "bitneck-finish" for each in threading.enumerate())
+
+    before = count()
+    return lambda: count() - before
+
+
+async def test_one_answer_that_hangs_holds_up_no_other() -> None:
+    hands = Hands("0")
+    finishing_ = Finishing(hands.finish)
+    async with asyncio.timeout(HANG_S / 2):
+        tasks = [asyncio.create_task(finishing_(photo(k), answer_to(str(k)))) for k in range(12)]
+        assert [each.file for each in await asyncio.gather(*tasks[1:])] == [str(k) for k in range(1, 12)]
+        assert not tasks[0].done()
+        tasks[0].cancel()  # as a program with a time limit does; its thread is still there
+        await asyncio.gather(tasks[0], return_exceptions=True)
+        for k in range(20, 26):
+            await finishing_(photo(k), answer_to(str(k)))
+        hands.go_on.set()
+        await finishing_.close()
+
+
+async def test_an_answer_waits_as_long_as_others_get_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its own time counts, not that behind others."""
+    monkeypatch.setattr(finishing, "_MOST_S", 0.8)
+    finishing_ = Finishing(Hands(takes_s=0.2).finish)
+    found = await asyncio.gather(*(finishing_(photo(0), answer_to(str(k))) for k in range(40)))
+    assert len(found) == 40
+    await finishing_.close()
+
+
+async def test_what_a_program_raises_comes_through() -> None:
+    def finish(_photo: Photo, _answer: Answer) -> Answer:
+        raise TimeoutError("its own")
+
+    finishing_ = Finishing(finish)
+    with pytest.raises(TimeoutError, match="its own"):
+        await finishing_(photo(0), answer_to("0"))
+    await finishing_.close()
+
+
+async def test_closing_fails_what_waits_and_lets_end_what_has_begun(
+    monkeypatch: pytest.MonkeyPatch, threads: Callable[[], int]
+) -> None:
+    """Within a bound, and no thread is left but those that hang."""
+    monkeypatch.setattr(finishing, "_CLOSE_S", 1.0)
+    hands = Hands("0", takes_s=0.3)
+    finishing_ = Finishing(hands.finish)
+    tasks = [asyncio.create_task(finishing_(photo(k), answer_to(str(k)))) for k in range(8)]
+    await until(lambda: threads() == finishing._THREADS)
+    async with asyncio.timeout(HANG_S / 2):
+        await finishing_.close()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(each, Answer) for each in found] == [False, True, True, True, False, False, False, False]
+    assert all(isinstance(each, Answer | Unavailable) for each in found)
+    with pytest.raises(Unavailable, match="closed"):
+        await finishing_(photo(0), answer_to("x"))
+    await until(lambda: threads() == 1)
+    for _ in range(3):  # as a client that is opened again and again
+        finishing_.open()
+        await asyncio.gather(*(finishing_(photo(k), answer_to(str(k))) for k in range(1, 9)))
+        assert threads() <= finishing._THREADS
+        await finishing_.close()
+    hands.go_on.set()
+    await until(lambda: not threads())
 
 
 async def test_a_folder_for_maps_whose_disk_does_not_answer_is_refused(
@@ -155,3 +219,81 @@ async def test_a_client_can_be_closed_though_a_photograph_is_on_a_disk_that_does
         assert disk.waiting
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
+
+
+ENDS = """
+import asyncio, sys, threading, time
+from pathlib import Path
+import bitneck_edge.sources.watch as watch
+import watchdog.observers.inotify_c as inotify
+hangs, entered = threading.Event(), threading.Event()
+def slow(right):
+    def call(*arguments, **named):
+        if hangs.is_set():
+            entered.set()
+            time.sleep(3600)
+        return right(*arguments, **named)
+    return call
+class Slow:
+    def __getattr__(self, name):
+        return slow(getattr(watch.os, name)) if name == "walk" else getattr(watch.os, name)
+if sys.argv[2] == "watchdog":
+    inotify.os = Slow()
+else:
+    watch.list_photos = slow(watch.list_photos)
+    watch._LOOK_S = 0.2
+async def main():
+    folder = Path(sys.argv[1])
+    async with watch.watching(folder, watch.Watch(poll=sys.argv[2] == "poll")) as pictures:
+        following = asyncio.ensure_future(anext(pictures))
+        await asyncio.sleep(0.5)
+        hangs.set()
+        (folder / "new").mkdir()
+        while not entered.is_set():
+            await asyncio.sleep(0.02)
+        following.cancel()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("who", ["watchdog", "look", "poll"])
+def test_a_program_ends_beside_a_watched_folder_whose_disk_does_not_answer(tmp_path: Path, who: str) -> None:
+    """Also if it is watchdog that waits for the disk, with its lock."""
+    command = [sys.executable, "-c", ENDS, str(tmp_path), who]
+    subprocess.run(command, check=True, timeout=HANG_S / 2)
+
+
+async def test_a_watched_folder_whose_disk_does_not_answer_at_the_start_is_refused(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_BEGIN_S", SOON_S)
+    monkeypatch.setattr(watch, "_CLOSE_S", SOON_S)
+    disk.slows(watch, "list_photos")
+    disk.hang()
+    async with asyncio.timeout(HANG_S / 2):
+        with pytest.raises(ImageError, match="has not answered"):
+            await anext(watched(tmp_path, Watch()))
+
+
+LOADS = """
+import asyncio, sys, time
+from bitneck import workers
+from bitneck.bundle import Bundle
+from bitneck_edge.client import EdgeClient
+workers._CLOSE_S = 1.0
+Bundle.labels = lambda self: time.sleep(3600)
+async def main():
+    try:
+        async with asyncio.timeout(2):
+            async with EdgeClient(sys.argv[1], model="tiny", threads=1, cache_dir=sys.argv[2]):
+                pass
+    except TimeoutError:
+        print("given up")
+asyncio.run(main())
+"""
+
+
+def test_a_program_ends_beside_a_cache_whose_disk_does_not_answer(server: Server, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOADS, server.grpc, str(tmp_path)]
+    ended = subprocess.run(command, check=True, timeout=HANG_S / 2, capture_output=True, text=True)
+    assert ended.stdout == "given up\n"

@@ -305,3 +305,27 @@ async def test_photographs_whose_disk_does_not_answer_are_not_compared(
     assert "has not answered" in compared.problem
     assert disk.waiting == 1
     assert left == ["comparing bundles on photographs"]
+
+
+async def test_a_server_waits_for_the_comparison_of_a_canary_that_has_just_ended(
+    own_tiny_bundle: Bundle, new: Bundle, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread may be inside of ONNX Runtime, and the interpreter must not end beside that."""
+    assert new.bundle_id
+    left: list[str] = []
+    monkeypatch.setattr(photographs, "abandon", left.append)
+    disk.slows(photographs, "opened_reduced")
+    add_photos(tmp_path / "photos", range(2))
+    one = Operated([ServedModel(own_tiny_bundle, threads=1)], tmp_path / "candidates", photos=tmp_path / "photos")
+    async with asyncio.timeout(HANG_S / 2):
+        await one.canaries.begin("tiny", "new", "*")
+        disk.hang()
+        await until(lambda: disk.waiting)
+        await one.canaries.end("tiny")
+        closing = asyncio.create_task(one.close())
+        await asyncio.sleep(0.2)
+        assert not closing.done()
+        disk.go_on()
+        await closing
+    assert not disk.waiting
+    assert left == []

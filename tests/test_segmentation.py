@@ -23,9 +23,10 @@ from bitneck_cloud.api.wire import parse_frame
 from bitneck_cloud.engine.outputs import frames_of_a_pass, output_of
 from bitneck_cloud.engine.served_model import ServedModel
 from bitneck_edge.answers.maps import MapWriter, colours, indexed
-from bitneck_edge.answers.results import Answer, ClassShare, Failure, Segmentation, StageTimes
+from bitneck_edge.answers.results import Answer, ClassShare, Failure, Segmentation
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
+from bitneck_testing.devices.answers import answer_to
 from bitneck_testing.photographs import photo, photo_bytes
 from bitneck_testing.processes import BIN, Server, edge
 from bitneck_testing.rogue_servers import opened, rogue_server
@@ -318,13 +319,7 @@ def test_colours_differ() -> None:
 
 
 def answer(file: str, classes: NDArray[np.uint8]) -> Answer:
-    times = dict.fromkeys(StageTimes.__dataclass_fields__, 0.0)
-    return Answer(
-        file=file, seq=1, point="s1-r1", split="s1", payload_bytes=1, reference=0, message_bytes=1,
-        link_bytes_up=1, link_bytes_down=1, bpp_payload=1, bpp_wire=1, payload_crc32c="", symbols_crc32c="",
-        ms=StageTimes(**times),
-        segmentation=Segmentation(map=classes, classes=(ClassShare(0, "x", 1.0),), map_bytes=1),
-    )  # fmt: skip
+    return answer_to(file, Segmentation(map=classes, classes=(ClassShare(0, "x", 1.0),), map_bytes=1))
 
 
 @pytest.mark.parametrize(

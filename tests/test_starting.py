@@ -78,7 +78,10 @@ async def test_the_last_step_has_a_bound(
     assert "closing sinks_queue: not done after 0 s; the server ends without it" in caplog.text
 
 
-@pytest.mark.parametrize("patch", ["server.load_models", "server.Outgoing.start", "StateFile.open"])
+@pytest.mark.parametrize(
+    "patch",
+    ["server.load_models", "server.Outgoing.start", "StateFile.open", "server.BearerTokens", "server._http_tls"],
+)
 def test_a_server_whose_disk_hangs_at_the_start_can_be_stopped(tiny_bundle: Bundle, tmp_path: Path, patch: str) -> None:
     command = [sys.executable, "-c", HANGING.format(patch=patch), "--bundle", str(tiny_bundle.root)]
     command += ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--state-db", str(tmp_path / "state.db")]

@@ -153,8 +153,13 @@ async def _serve(
     pool = ModulePool(settings.providers)
     models = await step(stopping, "reading the bundles", load_models, bundles, settings.threads, pool)
     metrics, refusals, changes = Metrics(), RefusalLog(), RecentChanges()
-    devices = BearerTokens(Role.DEVICE, _secret(settings.device_token), settings.device_tokens)
-    operators = BearerTokens(Role.OPERATE, _secret(settings.http_token), settings.http_tokens)
+    devices, operators = [
+        await step(stopping, "reading tokens", BearerTokens, role, _secret(token), file)
+        for role, token, file in (
+            (Role.DEVICE, settings.device_token, settings.device_tokens),
+            (Role.OPERATE, settings.http_token, settings.http_tokens),
+        )
+    ]
     key = settings.token_key.get_secret_value().encode() if settings.token_key is not None else secrets.token_bytes(32)
     registry = Registry(
         models.values(),
@@ -247,7 +252,8 @@ async def _serve(
         refusals=refusals,
     )
     _warn_of_open_doors(settings, devices)
-    http = HttpServer(app, _http_tls(settings), refusals, stall_s=settings.stall_s)
+    http_tls = await step(stopping, "reading tls_cert", _http_tls, settings)
+    http = HttpServer(app, http_tls, refusals, stall_s=settings.stall_s)
     with contextlib.ExitStack() as stack:
         changes.listen()
         stack.callback(changes.close)

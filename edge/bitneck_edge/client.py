@@ -15,7 +15,7 @@ import os
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from bitneck.errors import BitneckError, BundleMismatch, Unavailable
 from bitneck.runtime import ModulePool
@@ -41,8 +41,6 @@ from bitneck_edge.spool.outage import HandOut
 from bitneck_edge.spool.spooling import Spooling
 
 __all__ = ["EdgeClient"]
-
-T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 _KEPT_SWITCHES = 1000
@@ -132,6 +130,7 @@ class EdgeClient(ClientFacts):
         """
         self._closed = False
         self._threads = Workers(self.workers, "bitneck-edge")
+        self._finishing.open()
         try:
             self._spooling = await Spooling.open(
                 self.settings, lambda: self._session.link if self._session is not None else None, self._on_spooled
@@ -161,6 +160,7 @@ class EdgeClient(ClientFacts):
         async with contextlib.AsyncExitStack() as last_first:  # whatever is cancelled or fails, the others follow
             if self._threads is not None:
                 last_first.push_async_callback(asyncio.to_thread, self._threads.close, wait=True)
+            last_first.push_async_callback(self._finishing.close)
             if self._spooling is not None:
                 last_first.push_async_callback(self._spooling.close)
             if self._session is not None:
@@ -170,7 +170,6 @@ class EdgeClient(ClientFacts):
             if self._mover is not None:
                 self._mover.cancel()
                 last_first.push_async_callback(asyncio.wait, {self._mover})
-            last_first.callback(self._finishing.close)
             last_first.push_async_callback(self._telling.aclose)
 
     @property
@@ -378,8 +377,9 @@ class EdgeClient(ClientFacts):
         return self.settings.in_flight or self._opened().room(self._interval.seconds)
 
     async def _finished(self, capture: Capture, answer: Answer) -> Answer:
+        answer = await self._finishing(capture.photo, answer)
         self.tally.answered(answer)
-        return await self._finishing(capture.photo, answer)
+        return answer
 
     async def _tell(self, device: Device) -> None:
         """A report of this device, if a connection is up."""

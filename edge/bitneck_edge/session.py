@@ -157,9 +157,7 @@ class EdgeSession:
         try:
             await fetch_first(supply, wish(), known=before is not None, progress=on_fetch)
             Answers(settings.answers).check(supply.bundle.manifest.task)
-            encoder = await asyncio.to_thread(
-                EdgeEncoder, supply.bundle, threads=settings.threads, pool=pool, exact=settings.exact
-            )
+            encoder = await _loaded(supply, settings, pool)
             edge_s = await workers.run(encoder.time_splits) if wish().auto else {}
             if edge_s and 0 < settings.max_edge_ms < 1e3 * min(edge_s.values()):
                 fastest = min(edge_s, key=edge_s.__getitem__)
@@ -377,3 +375,13 @@ class EdgeSession:
         received = answer.result()
         server_s = sum(received.result.stages_ms) / 1e3
         self._rate.answered(seq, received.at, server_s=min(server_s, received.at - received.sent_at))
+
+
+async def _loaded(supply: Supply, settings: EdgeSettings, pool: ModulePool) -> EdgeEncoder:
+    """The encoder, loaded by a thread of its own: the cache's disk may not answer, and frames go on meanwhile."""
+    thread = Workers(1, "bitneck-load")
+    load = functools.partial(EdgeEncoder, threads=settings.threads, pool=pool, exact=settings.exact)
+    try:
+        return await thread.run(load, supply.bundle)
+    finally:
+        thread.close()

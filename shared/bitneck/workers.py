@@ -64,7 +64,8 @@ class Workers:
         """
         call, done = settling(function, *args)
         refused = Unavailable(f"closed: {self._name} takes no more calls")
-        self.post(lambda: None if done.cancelled() else call(), lambda: _set_exception(done, refused))
+        loop = asyncio.get_running_loop()
+        self.post(lambda: None if done.cancelled() else call(), lambda: tell(loop, _set_exception, done, refused))
         return done
 
     def close(self, *, wait: bool = False) -> None:
@@ -89,6 +90,8 @@ class Workers:
         while (taken := self._calls.get()) is not None:
             taken[0]()
             del taken  # what it holds is free while the thread waits
+        if not any(each.is_alive() for each in self._threads if each is not threading.current_thread()):
+            atexit.unregister(self.close)  # nothing is left to be joined
 
 
 def settling(function: Callable[..., T], *args: Any) -> "tuple[Callable[[], None], asyncio.Future[T]]":

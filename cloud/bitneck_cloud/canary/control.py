@@ -77,6 +77,7 @@ class Canaries(CanaryState):
         self._earlier = earlier
         self._photos = photos
         self._resuming: dict[str, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
         self._list = Look(candidates.all, _LIST_S)
 
     async def listed(self) -> list[Candidate]:
@@ -343,6 +344,8 @@ class Canaries(CanaryState):
                 running.photographs.end()
             if running.task is not None:
                 running.task.cancel()
+                self._ending.add(running.task)
+                running.task.add_done_callback(self._ending.discard)
             del self._running[name]
 
         told = await self._decide(action, name, kept, end, before=_shown(running.choice), after=after)
@@ -354,7 +357,7 @@ class Canaries(CanaryState):
         tasks += self._resuming.values()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._ending, return_exceptions=True)
 
 
 def _shown(choice: BundleChoice) -> dict[str, str]:

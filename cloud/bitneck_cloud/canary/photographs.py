@@ -150,8 +150,12 @@ class Photographs:
         finally:
             sides = ()  # behind the photograph that the thread may be at, nothing holds them any more
             thread.post(return_freed_memory)
-            if not await thread.close(_CLOSE_S):
-                abandon("comparing bundles on photographs")
+            ended = False
+            try:
+                ended = await thread.close(_CLOSE_S)
+            finally:
+                if not ended:
+                    abandon("comparing bundles on photographs")
 
     @property
     def left_s(self) -> float | None:

@@ -4,10 +4,15 @@ A disk may not answer. That costs the answers that wait for it, and nothing else
 program, do not wait.
 """
 
+import asyncio
+import threading
+import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from bitneck.disk_thread import DiskThread
 from bitneck.errors import Unavailable
+from bitneck.workers import settling
 from bitneck_edge.answers.results import Answer
 from bitneck_edge.sources.photo import Photo
 
@@ -16,10 +21,28 @@ __all__ = ["Finishing"]
 _THREADS = 4
 _MOST_S = 30.0
 """A slow card takes the pictures of an answer in this time."""
+_CLOSE_S = 2.0
+"""Seconds in which what has begun may still end: a file would be cut."""
+_CLOSED = "the client was closed before the answer was finished"
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """What is to be done with one answer.
+
+    Attributes:
+        call: does it; it raises nothing.
+        done: gets what becomes of it.
+        begun_at: when a thread took it, monotonic clock; None if none has.
+    """
+
+    call: Callable[[], None]
+    done: "asyncio.Future[Answer]"
+    begun_at: float | None = None
 
 
 class Finishing:
-    """Calls a function with each photograph and its answer, a few at once.
+    """Calls a function with each photograph and its answer, a few at once, in their order.
 
     Args:
         finish: it blocks, and returns the answer that the program gets; None for the answer as it is.
@@ -27,55 +50,90 @@ class Finishing:
 
     def __init__(self, finish: Callable[[Photo, Answer], Answer] | None) -> None:
         self._finish = finish
-        self._threads = _threads()
+        self._changed = threading.Condition()
+        self._waiting: deque[_Work] = deque()
+        self._under_way: set[_Work] = set()  # of this loop: what has no end yet
+        self._threads = self._idle = 0
+        self._begun_at = 0.0  # the last moment in which a thread took something
+        self._closed = False
 
     async def __call__(self, photo: Photo, answer: Answer) -> Answer:
         """What the function makes of an answer.
 
         Raises:
-            Unavailable: it did not return in time. While no thread gets on, that is so at once.
+            Unavailable: the function did not return in time, or none of the threads has got on for so long; or `close`.
             Exception: what the function raises.
         """
         if self._finish is None:
             return answer
-        thread = min(self._threads, key=lambda each: (each.stuck, each.answers))
-        if thread.stuck:
-            raise _too_late(answer)
-        thread.answers += 1
+        work = _Work(*settling(self._finish, photo, answer))
+        self._under_way.add(work)
         try:
-            return await thread.disk.within(_MOST_S, self._finish, photo, answer)
-        except TimeoutError as exc:
-            raise _too_late(answer) from exc
+            if not self._begin(work):
+                raise Unavailable(_CLOSED)
+            while not work.done.done():
+                since = self._begun_at if work.begun_at is None else work.begun_at
+                if (left_s := since + _MOST_S - time.monotonic()) <= 0:
+                    raise _too_late(answer)
+                await asyncio.wait({work.done}, timeout=left_s)
+            return work.done.result()
         finally:
-            thread.answers -= 1
+            self._under_way.discard(work)
+            if not work.done.cancel() and not work.done.cancelled():
+                work.done.exception()  # nobody else asks for it
+            with self._changed:
+                if work.begun_at is None and work in self._waiting:
+                    self._waiting.remove(work)
 
-    def close(self) -> None:
-        """Wait no more for what has begun. Further answers get threads of their own."""
-        for thread in self._threads:
-            thread.disk.end()
-        self._threads = _threads()
+    def open(self) -> None:
+        """Take answers, also after `close`."""
+        self._closed = False
 
+    async def close(self) -> None:
+        """Take no more answers. Those that wait fail, and those that have begun too, unless they end in a moment."""
+        with self._changed:
+            self._closed = True
+            self._waiting.clear()
+            self._changed.notify_all()
+            begun = {work.done for work in self._under_way if work.begun_at is not None}
+            waiting = {work.done for work in self._under_way} - begun
+        _fail(waiting)
+        if begun:
+            await asyncio.wait(begun, timeout=_CLOSE_S)
+            _fail(begun)
 
-class _Thread:
-    """One of the threads.
+    def _begin(self, work: _Work) -> bool:
+        """Have it done by the next thread that is free; False if no answers are taken."""
+        with self._changed:
+            if self._closed:
+                return False
+            if self._idle <= len(self._waiting) and self._threads < _THREADS:
+                self._threads += 1
+                self._idle += 1
+                threading.Thread(target=self._run, name="bitneck-finish", daemon=True).start()
+            if self._idle > len(self._waiting):
+                self._begun_at = time.monotonic()  # one will take it at once
+            self._waiting.append(work)
+            self._changed.notify()
+            return True
 
-    Attributes:
-        disk: does its work.
-        answers: that wait for it.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.disk = DiskThread(name)
-        self.answers = 0
-
-    @property
-    def stuck(self) -> bool:
-        """Whether it is at one answer for longer than any may take."""
-        return self.disk.stuck_s > _MOST_S
-
-
-def _threads() -> list[_Thread]:
-    return [_Thread(f"bitneck-finish-{place}") for place in range(_THREADS)]
+    def _run(self) -> None:
+        """One thread; it is idle now. One that a disk holds is still there when the client is opened again."""
+        while True:
+            with self._changed:
+                while not self._waiting:
+                    if self._closed:
+                        self._idle -= 1
+                        self._threads -= 1
+                        return
+                    self._changed.wait()
+                work = self._waiting.popleft()
+                self._idle -= 1
+                work.begun_at = self._begun_at = time.monotonic()
+            work.call()
+            del work  # what it holds is free while the thread waits
+            with self._changed:
+                self._idle += 1
 
 
 def _too_late(answer: Answer) -> Unavailable:
@@ -83,3 +141,9 @@ def _too_late(answer: Answer) -> Unavailable:
         f"{answer.file}: its answer came, but what was to be done with it has not ended within {_MOST_S:.0f} s; does "
         "the disk that it is written to answer?"
     )
+
+
+def _fail(futures: "set[asyncio.Future[Answer]]") -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(Unavailable(_CLOSED))

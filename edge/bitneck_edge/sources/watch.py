@@ -37,6 +37,9 @@ _MOST_WAITING = 10_000
 _POLL_S, _POLL_SETTLE_S = 1.0, 2.0
 _LOOK_S, _LOOK_SETTLE_S = 30.0, 5.0
 _NEW_FOLDER_S, _AGAIN_S = 0.2, 5.0
+_BEGIN_S = 60.0
+"""A folder of many photographs on a slow disk is listed in this time."""
+_CLOSE_S = 2.0
 _LEAST_PAUSE = 10.0
 """A look that takes long comes more rarely: it may take one part in so many of the time."""
 _LEFT_OUT = (FileNotFoundError, NotADirectoryError, PermissionError)
@@ -103,7 +106,11 @@ async def watching(folder: Path, watch: Watch) -> AsyncGenerator[AsyncGenerator[
             yield Capture(path, str(path), unix_us=max(0, mtime_ns // 1000))
 
     try:
-        await eyes.begin()
+        try:
+            async with asyncio.timeout(_BEGIN_S):
+                await eyes.begin()
+        except TimeoutError as exc:
+            raise ImageError(f"{folder}: its disk has not answered for {_BEGIN_S:.0f} s; look at the disk") from exc
         yield pictures()
     finally:
         await eyes.close()
@@ -161,15 +168,20 @@ class _Eyes:
 
     async def close(self) -> None:
         """Stop watching."""
-        self._disk.end()
-        await asyncio.to_thread(self._close_observer)
+        self._disk.post(self._end_observer)  # behind one that is being made
+        if not await self._disk.close(_CLOSE_S):
+            _LOG.warning("%s: its disk does not answer; the watching is left", self._folder)
 
-    def _close_observer(self) -> None:
+    def _end_observer(self) -> None:
         observer, self._observer = self._observer, None
         if observer is not None:
             observer.stop()
             with contextlib.suppress(RuntimeError):  # it had not begun
                 observer.join(1.0)
+
+    def _begin_observer(self, tell: Callable[..., None]) -> None:
+        self._end_observer()
+        self._observer = _observer_of(self._folder, tell, self._closed, self._new_folder)
 
     async def _look(self) -> None:
         """List the folder: for all that is new when polling, else for what no event told."""
@@ -205,7 +217,6 @@ class _Eyes:
         self._identity, self._unwatched = await self._disk.run(_identity_of, self._folder), False
         if self._polls:
             return
-        await asyncio.to_thread(self._close_observer)
         loop = asyncio.get_running_loop()
 
         def tell(call: Callable[..., None], *values: Any) -> None:
@@ -213,7 +224,7 @@ class _Eyes:
                 loop.call_soon_threadsafe(call, *values)
 
         try:
-            self._observer = await self._disk.run(_observer_of, self._folder, tell, self._closed, self._new_folder)
+            await self._disk.run(self._begin_observer, tell)
         except FileNotFoundError:
             self._identity = None
         except OSError as exc:

@@ -65,14 +65,17 @@ class Operated:
         served: the models.
         candidates: folder of bundles that may be tried.
         earlier: folder of earlier bundles; None for none.
+        photos: folder of photographs to compare bundles on; None for none.
     """
 
-    def __init__(self, served: Sequence[ServedModel], candidates: Path, earlier: Path | None = None) -> None:
+    def __init__(
+        self, served: Sequence[ServedModel], candidates: Path, earlier: Path | None = None, photos: Path | None = None
+    ) -> None:
         pool, changes, kept = ModulePool(), Changes(), EarlierBundles(earlier, most=1, most_age_s=1e9)
         self.registry = registry_of(served)
         self.fleet = Fleet(Groups(), None, None, 10)
         self.canaries = Canaries(
-            self.registry, Candidates(candidates), self.fleet, Nobody(*self.registry.models), pool, 1, kept, None,
+            self.registry, Candidates(candidates), self.fleet, Nobody(*self.registry.models), pool, 1, kept, photos,
             changes,
         )  # fmt: skip
         folders = {model.name: model.bundle.root for model in served}
