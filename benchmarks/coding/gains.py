@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from symbols import log_softmax
 
 from bitneck.bundle import Bundle
 from bitneck.chain import PointDecoder, PointEncoder, SegmentChain
 from bitneck.image import load_photo, preprocess
 from bitneck_models.data.photos import unlabelled_photos
+from bitneck_testing.measuring import log_softmax
 
 EXPONENTS = (-0.3, -0.15, 0.0, 0.15, 0.3)
 MULTIPLES = (1.0, 1.41, 2.0, 2.83, 4.0)

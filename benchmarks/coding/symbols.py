@@ -20,6 +20,7 @@ from bitneck.coding.factorized_model import TOTAL_BITS, FactorizedModel
 from bitneck.coding.symbols import dequantize, quantize
 from bitneck.image import load_photo, preprocess
 from bitneck_models.data.photos import unlabelled_photos
+from bitneck_testing.measuring import log_softmax
 
 WEIGHTS = (0.0, 0.03, 0.06, 0.1)
 
@@ -33,12 +34,6 @@ def moved(y: NDArray[np.float32], step: float, tables: FactorizedModel, weight: 
         bits = np.stack([TOTAL_BITS - np.log2(row[each[c] - tables.lo[c]]) for c, row in enumerate(tables.counts)])
         costs.append((y / np.float32(step) - each) ** 2 + weight * bits)
     return np.where(costs[1] < costs[0], near, s).astype(np.int32)
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max()
-    found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return found
 
 
 def main() -> None:

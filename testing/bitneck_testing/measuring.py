@@ -1,4 +1,4 @@
-"""Figures of this and other processes: memory, percentiles, and time inside functions."""
+"""Figures of this and other processes: memory, percentiles, time inside functions; and of answers."""
 
 import threading
 import time
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 import bitneck_edge.sources.photo
 from bitneck.runtime import OnnxModule
 
-__all__ = ["COMPUTING", "PREPARING", "TimeInside", "p50_and_p99", "resident_mib"]
+__all__ = ["COMPUTING", "PREPARING", "TimeInside", "log_softmax", "p50_and_p99", "resident_mib"]
 
 COMPUTING = (OnnxModule, "run")
 """A place for `TimeInside`: ONNX Runtime."""
@@ -77,3 +78,10 @@ class TimeInside:
                     self.seconds[k] += spent
 
         return timed
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Logarithms of the probabilities of one answer's logits, (K,)."""
+    shifted = logits.astype(np.float64) - logits.max()
+    found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return found
