@@ -21,8 +21,8 @@ from bitneck.image import load_photo, preprocess
 from bitneck_models.data.photos import unlabelled_photos
 from bitneck_testing.measuring import log_softmax
 
-EXPONENTS = (-0.3, -0.15, 0.0, 0.15, 0.3)
-MULTIPLES = (1.0, 1.41, 2.0, 2.83, 4.0)
+EXPONENTS = (-0.45, -0.3, -0.15, 0.0, 0.15)
+MULTIPLES = (1.0, 1.19, 1.41, 1.68, 2.0, 2.38, 2.83, 3.36, 4.0)
 
 
 def bits_of(fitted: NDArray[np.int64], measured: NDArray[np.int64]) -> NDArray[np.float64]:
