@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,8 @@ from bitneck_edge.cli import run
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.sources import photo as pictures_of_sources
 from bitneck_edge.sources import watch
+from bitneck_edge.sources.arrivals import Stamp
+from bitneck_edge.sources.capture import Capture
 from bitneck_edge.sources.photo import Photo
 from bitneck_edge.sources.watch import Watch, watched
 from bitneck_testing.devices.answers import answer_to
@@ -52,7 +55,6 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 async def test_answers_that_cannot_be_written_fail_and_those_after_them_are_written(
     server: Server, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Closing does not wait for the disk."""
     monkeypatch.setattr(finishing, "_MOST_S", SOON_S)
     disk.slows(Written, "write")
     written = Written()
@@ -77,18 +79,24 @@ async def test_answers_that_cannot_be_written_fail_and_those_after_them_are_writ
 
 
 class Hands:
-    """What a program does with answers: it waits with those whose files are named, and takes a while with others."""
+    """What a program does with answers: it waits with those whose files are named, and takes a while with others.
+
+    Attributes:
+        go_on: set, by file, to wait no longer.
+        begun: files, as they were taken.
+    """
 
     def __init__(self, *held: str, takes_s: float = 0.0) -> None:
-        self.held, self.takes_s = held, takes_s
-        self.go_on, self.done = threading.Event(), list[str]()
+        self._takes_s = takes_s
+        self.go_on = {file: threading.Event() for file in held}
+        self.begun: list[str] = []
 
     def finish(self, _photo: Photo, answer: Answer) -> Answer:
         """As a program does."""
-        if answer.file in self.held:
-            assert self.go_on.wait(HANG_S)
-        threading.Event().wait(self.takes_s)
-        self.done.append(answer.file)
+        self.begun.append(answer.file)
+        if answer.file in self.go_on:
+            assert self.go_on[answer.file].wait(HANG_S)
+        threading.Event().wait(self._takes_s)
         return answer
 
 
@@ -114,7 +122,7 @@ async def test_one_answer_that_hangs_holds_up_no_other() -> None:
         await asyncio.gather(tasks[0], return_exceptions=True)
         for k in range(20, 26):
             await finishing_(photo(k), answer_to(str(k)))
-        hands.go_on.set()
+        hands.go_on["0"].set()
         await finishing_.close()
 
 
@@ -127,27 +135,32 @@ async def test_an_answer_waits_as_long_as_others_get_on(monkeypatch: pytest.Monk
     await finishing_.close()
 
 
-async def test_what_a_program_raises_comes_through() -> None:
+@pytest.mark.parametrize(("error", "seen"), [(TimeoutError, TimeoutError), (StopIteration, RuntimeError)])
+async def test_what_a_program_raises_comes_through(error: type[Exception], seen: type[Exception]) -> None:
     def finish(_photo: Photo, _answer: Answer) -> Answer:
-        raise TimeoutError("its own")
+        raise error
 
     finishing_ = Finishing(finish)
-    with pytest.raises(TimeoutError, match="its own"):
+    with pytest.raises(seen):
         await finishing_(photo(0), answer_to("0"))
     await finishing_.close()
 
 
 async def test_closing_fails_what_waits_and_lets_end_what_has_begun(
-    monkeypatch: pytest.MonkeyPatch, threads: Callable[[], int]
+    threads: Callable[[], int],
 ) -> None:
     """Within a bound, and no thread is left but those that hang."""
-    monkeypatch.setattr(finishing, "_CLOSE_S", 1.0)
-    hands = Hands("0", takes_s=0.3)
+    hands = Hands("0", "1", "2", "3")
     finishing_ = Finishing(hands.finish)
     tasks = [asyncio.create_task(finishing_(photo(k), answer_to(str(k)))) for k in range(8)]
-    await until(lambda: threads() == finishing._THREADS)
+    await until(lambda: len(hands.begun) == finishing._THREADS)
     async with asyncio.timeout(HANG_S / 2):
-        await finishing_.close()
+        closing = asyncio.create_task(finishing_.close())
+        await asyncio.gather(*tasks[4:], return_exceptions=True)
+        for k in range(1, 4):
+            hands.go_on[str(k)].set()
+        await asyncio.gather(*tasks[1:4])
+        await closing
         found = await asyncio.gather(*tasks, return_exceptions=True)
     assert [isinstance(each, Answer) for each in found] == [False, True, True, True, False, False, False, False]
     assert all(isinstance(each, Answer | Unavailable) for each in found)
@@ -159,8 +172,74 @@ async def test_closing_fails_what_waits_and_lets_end_what_has_begun(
         await asyncio.gather(*(finishing_(photo(k), answer_to(str(k))) for k in range(1, 9)))
         assert threads() <= finishing._THREADS
         await finishing_.close()
-    hands.go_on.set()
+    hands.go_on["0"].set()
     await until(lambda: not threads())
+
+
+async def test_closing_that_is_cancelled_fails_what_has_begun() -> None:
+    hands = Hands("0")
+    finishing_ = Finishing(hands.finish)
+    task = asyncio.create_task(finishing_(photo(0), answer_to("0")))
+    await until(lambda: hands.begun)
+    closing = asyncio.create_task(finishing_.close())
+    await asyncio.sleep(0.1)
+    closing.cancel()
+    async with asyncio.timeout(HANG_S / 6):
+        with pytest.raises(Unavailable, match="closed"):
+            await task
+    hands.go_on["0"].set()
+
+
+async def test_a_thread_that_cannot_be_had_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    finishing_ = Finishing(Hands().finish)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(Unavailable, match="can't start new thread"):
+            await finishing_(photo(0), answer_to("0"))
+    async with asyncio.timeout(HANG_S / 6):
+        await finishing_(photo(0), answer_to("0"))
+    await finishing_.close()
+
+
+async def test_a_client_is_closed_beside_an_answer_that_hangs(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finishing, "_CLOSE_S", SOON_S)
+    hands = Hands("held")
+    async with asyncio.timeout(HANG_S / 3):
+        async with EdgeClient(server.grpc, model="tiny", threads=1, cache_dir=tmp_path, finish=hands.finish) as client:
+            task = asyncio.create_task(client.infer(Capture(photo(0), "held")))
+            await until(lambda: hands.begun)
+        with pytest.raises(Unavailable, match="closed"):
+            await task
+    hands.go_on["held"].set()
+
+
+async def test_an_answer_that_is_finished_while_a_client_closes_leaves_the_spool(
+    server: Server, tmp_path: Path
+) -> None:
+    """Else the next one would send its frame again."""
+    again: list[Answer | Failure] = []
+    hands = Hands(takes_s=1.2)  # longer than a frame stays in memory alone
+    values: dict[str, Any] = {
+        "model": "tiny",
+        "threads": 1,
+        "cache_dir": tmp_path / "cache",
+        "spool": tmp_path / "spool",
+    }
+    async with asyncio.timeout(HANG_S / 2):
+        async with EdgeClient(server.grpc, finish=hands.finish, **values) as client:
+            task = asyncio.create_task(client.infer(photo(0)))
+            await until(lambda: hands.begun)
+            await asyncio.sleep(0.8)
+        assert isinstance(await task, Answer)
+        async with EdgeClient(server.grpc, on_spooled=again.append, **values) as client:
+            assert isinstance(await client.infer(photo(1)), Answer)
+            await asyncio.sleep(1.0)
+    assert again == []
 
 
 async def test_a_folder_for_maps_whose_disk_does_not_answer_is_refused(
@@ -261,6 +340,23 @@ def test_a_program_ends_beside_a_watched_folder_whose_disk_does_not_answer(tmp_p
     """Also if it is watchdog that waits for the disk, with its lock."""
     command = [sys.executable, "-c", ENDS, str(tmp_path), who]
     subprocess.run(command, check=True, timeout=HANG_S / 2)
+
+
+async def test_a_watched_folder_that_is_large_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_BEGIN_S", SOON_S)
+    right, pause = watch._stamp_of, threading.Event()
+
+    def slow(path: Path) -> Stamp | None:
+        pause.wait(SOON_S / 5)
+        return right(path)
+
+    monkeypatch.setattr(watch, "_stamp_of", slow)
+    for k in range(10):
+        (tmp_path / f"{k}.png").write_bytes(photo_bytes(1))
+    pictures = watched(tmp_path, Watch(existing=True))
+    async with asyncio.timeout(HANG_S / 2):
+        assert Path((await anext(pictures)).name).name == "0.png"
+    await pictures.aclose()
 
 
 async def test_a_watched_folder_whose_disk_does_not_answer_at_the_start_is_refused(

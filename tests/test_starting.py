@@ -80,7 +80,14 @@ async def test_the_last_step_has_a_bound(
 
 @pytest.mark.parametrize(
     "patch",
-    ["server.load_models", "server.Outgoing.start", "StateFile.open", "server.BearerTokens", "server._http_tls"],
+    [
+        "server.load_models",
+        "server.Outgoing.start",
+        "StateFile.open",
+        "server.BearerTokens",
+        "server._http_tls",
+        "server._grpc_tls",
+    ],
 )
 def test_a_server_whose_disk_hangs_at_the_start_can_be_stopped(tiny_bundle: Bundle, tmp_path: Path, patch: str) -> None:
     command = [sys.executable, "-c", HANGING.format(patch=patch), "--bundle", str(tiny_bundle.root)]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 from grpc_health.v1 import health_pb2
 from pydantic import SecretStr
 
@@ -24,7 +25,7 @@ from bitneck.runtime import ModulePool, check_providers, return_freed_memory
 from bitneck.settings.model import Address
 from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.access.limits import CallerLimits
-from bitneck_cloud.access.security import tls_files_usable
+from bitneck_cloud.access.security import grpc_credentials, tls_files_usable
 from bitneck_cloud.access.tokens import TokenSigner
 from bitneck_cloud.answers.committing import SinkPublisher
 from bitneck_cloud.answers.grpc_events import AnswerStream
@@ -253,13 +254,14 @@ async def _serve(
     )
     _warn_of_open_doors(settings, devices)
     http_tls = await step(stopping, "reading tls_cert", _http_tls, settings)
+    credentials = await step(stopping, "reading tls_cert", _grpc_tls, settings)
     http = HttpServer(app, http_tls, refusals, stall_s=settings.stall_s)
     with contextlib.ExitStack() as stack:
         changes.listen()
         stack.callback(changes.close)
         http_sockets = [stack.enter_context(listener) for listener in listen(Address.parse(settings.http))]
         server, health_servicer, port = make_grpc_server(
-            settings, service, limits, devices, operators, metrics, refusals,
+            settings, service, limits, devices, operators, metrics, refusals, credentials=credentials,
             max_connections=connections_for_grpc(
                 settings.max_connections, sum(each.files.open_files for each in models.values())
             ),
@@ -375,6 +377,13 @@ async def _streams_end(service: InferenceService, limit_s: float) -> None:
         async with asyncio.timeout(limit_s):
             while service.streams:  # noqa: ASYNC110  only here, at the end, does anyone wait for all streams
                 await asyncio.sleep(0.02)
+
+
+def _grpc_tls(settings: CloudSettings) -> grpc.ServerCredentials | None:
+    """None if there is no certificate."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return grpc_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
 
 
 def _http_tls(settings: CloudSettings) -> dict[str, Any]:

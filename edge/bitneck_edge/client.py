@@ -160,9 +160,9 @@ class EdgeClient(ClientFacts):
         async with contextlib.AsyncExitStack() as last_first:  # whatever is cancelled or fails, the others follow
             if self._threads is not None:
                 last_first.push_async_callback(asyncio.to_thread, self._threads.close, wait=True)
-            last_first.push_async_callback(self._finishing.close)
             if self._spooling is not None:
                 last_first.push_async_callback(self._spooling.close)
+            last_first.push_async_callback(self._finishing.close)
             if self._session is not None:
                 last_first.push_async_callback(self._session.close)
             if self._spooling is not None:

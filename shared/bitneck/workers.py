@@ -7,6 +7,7 @@
 import asyncio
 import atexit
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -46,7 +47,7 @@ class Workers:
             dropped()
             return
         if not self._threads:
-            atexit.register(self.close, wait=True)
+            atexit.register(self._end)
         if len(self._threads) < self._count:
             thread = threading.Thread(target=self._work, name=f"{self._name}_{len(self._threads)}", daemon=True)
             self._threads.append(thread)
@@ -84,14 +85,25 @@ class Workers:
             limit = time.monotonic() + _CLOSE_S
             for thread in self._threads:
                 thread.join(max(0.0, limit - time.monotonic()))
-            atexit.unregister(self.close)
+            atexit.unregister(self._end)
+
+    def _end(self) -> None:
+        """At the program's end, which waits a minute for all of them together."""
+        self.close()
+        for thread in self._threads:
+            thread.join(max(0.0, _exit_limit() - time.monotonic()))
 
     def _work(self) -> None:
         while (taken := self._calls.get()) is not None:
             taken[0]()
             del taken  # what it holds is free while the thread waits
         if not any(each.is_alive() for each in self._threads if each is not threading.current_thread()):
-            atexit.unregister(self.close)  # nothing is left to be joined
+            atexit.unregister(self._end)  # nothing is left to be joined
+
+
+@functools.cache
+def _exit_limit() -> float:
+    return time.monotonic() + _CLOSE_S
 
 
 def settling(function: Callable[..., T], *args: Any) -> "tuple[Callable[[], None], asyncio.Future[T]]":
@@ -102,6 +114,10 @@ def settling(function: Callable[..., T], *args: Any) -> "tuple[Callable[[], None
     def call() -> None:
         try:
             result = function(*args)
+        except StopIteration as exc:  # no future takes one
+            error = RuntimeError("a call in a thread raised StopIteration")
+            error.__cause__ = exc
+            tell(loop, _set_exception, done, error)
         except BaseException as exc:  # noqa: BLE001  raised where it is awaited
             tell(loop, _set_exception, done, exc)
         else:

@@ -12,7 +12,7 @@ from bitneck.v2 import inference_pb2_grpc as pb_grpc
 from bitneck.wire.frames import MAX_MESSAGE_BYTES
 from bitneck_cloud.access.bearers import BearerTokens
 from bitneck_cloud.access.limits import CallerLimits
-from bitneck_cloud.access.security import DeviceTokens, ReaderTokens, grpc_credentials
+from bitneck_cloud.access.security import DeviceTokens, ReaderTokens
 from bitneck_cloud.api.call_limits import CallLimits
 from bitneck_cloud.api.grpc_service import InferenceService
 from bitneck_cloud.api.old_protocol import OldProtocol
@@ -62,25 +62,27 @@ def make_grpc_server(
     metrics: Metrics,
     refusals: RefusalLog,
     *,
+    credentials: grpc.ServerCredentials | None,
     max_connections: int,
 ) -> tuple[grpc.aio.Server, health.aio.HealthServicer, int]:
     """A server that is bound to its port and not started.
 
     Args:
-        settings: address, TLS and limits.
+        settings: address and limits.
         service: of ours.
         limits: of the callers.
         devices: tokens.
         operators: tokens of the control API, which subscribers need.
         metrics: counts refusals.
         refusals: logs them.
+        credentials: of TLS; None for plaintext.
         max_connections: that are open at once.
 
     Returns:
         The server, the servicer of health checks, and the port.
 
     Raises:
-        InvalidConfig: the port is taken, or a certificate cannot be used.
+        InvalidConfig: the port is taken.
     """
     # grpc.aio makes a coroutine for the requests of each call; calls that are refused never read any.
     warnings.filterwarnings("ignore", "coroutine '_MessageReceiver", RuntimeWarning)
@@ -106,8 +108,7 @@ def make_grpc_server(
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        if settings.tls_cert is not None and settings.tls_key is not None:
-            credentials = grpc_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        if credentials is not None:
             port = server.add_secure_port(str(address), credentials)
         else:
             port = server.add_insecure_port(str(address))

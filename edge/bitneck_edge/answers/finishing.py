@@ -98,8 +98,10 @@ class Finishing:
             begun = {work.done for work in self._under_way if work.begun_at is not None}
             waiting = {work.done for work in self._under_way} - begun
         _fail(waiting)
-        if begun:
-            await asyncio.wait(begun, timeout=_CLOSE_S)
+        try:
+            if begun:
+                await asyncio.wait(begun, timeout=_CLOSE_S)
+        finally:
             _fail(begun)
 
     def _begin(self, work: _Work) -> bool:
@@ -108,14 +110,23 @@ class Finishing:
             if self._closed:
                 return False
             if self._idle <= len(self._waiting) and self._threads < _THREADS:
-                self._threads += 1
-                self._idle += 1
-                threading.Thread(target=self._run, name="bitneck-finish", daemon=True).start()
+                self._add_thread()
             if self._idle > len(self._waiting):
                 self._begun_at = time.monotonic()  # one will take it at once
             self._waiting.append(work)
             self._changed.notify()
             return True
+
+    def _add_thread(self) -> None:
+        """With the lock; it is enough if one thread can be had."""
+        try:
+            threading.Thread(target=self._run, name="bitneck-finish", daemon=True).start()
+        except RuntimeError as exc:
+            if not self._threads:
+                raise Unavailable(f"an answer cannot be finished: {exc}") from exc
+        else:
+            self._threads += 1
+            self._idle += 1
 
     def _run(self) -> None:
         """One thread; it is idle now. One that a disk holds is still there when the client is opened again."""

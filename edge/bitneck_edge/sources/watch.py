@@ -38,7 +38,7 @@ _POLL_S, _POLL_SETTLE_S = 1.0, 2.0
 _LOOK_S, _LOOK_SETTLE_S = 30.0, 5.0
 _NEW_FOLDER_S, _AGAIN_S = 0.2, 5.0
 _BEGIN_S = 60.0
-"""A folder of many photographs on a slow disk is listed in this time."""
+"""At the start: a disk that gives nothing for so long does not answer."""
 _CLOSE_S = 2.0
 _LEAST_PAUSE = 10.0
 """A look that takes long comes more rarely: it may take one part in so many of the time."""
@@ -107,8 +107,7 @@ async def watching(folder: Path, watch: Watch) -> AsyncGenerator[AsyncGenerator[
 
     try:
         try:
-            async with asyncio.timeout(_BEGIN_S):
-                await eyes.begin()
+            await eyes.begin()
         except TimeoutError as exc:
             raise ImageError(f"{folder}: its disk has not answered for {_BEGIN_S:.0f} s; look at the disk") from exc
         yield pictures()
@@ -137,18 +136,36 @@ class _Eyes:
 
     async def begin(self) -> None:
         """What is there now is not new; then watch."""
-        self._polls = self._polls or await self._disk.run(is_network_folder, self._folder)
+        self._polls = self._polls or await self._disk.within(_BEGIN_S, is_network_folder, self._folder)
         self._arrivals = self._fresh()
-        listing = await self._disk.run(list_photos, self._folder)
+        listing = await self._listed()
         self._arrivals.begin(listing)
         if self._existing:
             for path in sorted(listing, key=lambda path: (listing[path].mtime_ns, path)):
                 self._waiting[path] = listing[path].mtime_ns
-        await self._observe()
+        async with asyncio.timeout(_BEGIN_S):
+            await self._observe()
         how = "by listing it" if self._polls else "with inotify"
         there = counted(len(listing), "photograph is", "photographs are")
         _LOG.info("%s: watching it %s; %s there", self._folder, how, there)
         self._look_at = time.monotonic()  # what came since the listing
+
+    async def _listed(self) -> dict[Path, Stamp]:
+        """The photographs that are there; `TimeoutError` if the disk gives nothing for a while."""
+        seen_at = [time.monotonic()]
+
+        def saw() -> None:
+            seen_at[0] = time.monotonic()
+
+        listing = asyncio.ensure_future(self._disk.run(list_photos, self._folder, saw))
+        try:
+            while not listing.done():
+                if (left_s := seen_at[0] + _BEGIN_S - time.monotonic()) <= 0:
+                    raise TimeoutError
+                await asyncio.wait({listing}, timeout=left_s)
+            return listing.result()
+        finally:
+            listing.cancel()
 
     async def following(self) -> tuple[Path, int]:
         """The next photograph, and when it was written, nanoseconds since 1970."""
@@ -250,10 +267,14 @@ class _Eyes:
         self._changed.set()
 
 
-def list_photos(folder: Path) -> dict[Path, Stamp]:
+def list_photos(folder: Path, saw: Callable[[], None] = lambda: None) -> dict[Path, Stamp]:
     """The photographs in a folder and below it. Links to folders are not followed.
 
     What this user may not read, and what goes while it is listed, is left out.
+
+    Args:
+        folder: to list.
+        saw: called for each file: the disk answers.
 
     Raises:
         OSError: the folder or one below it cannot be listed, for another reason.
@@ -268,6 +289,7 @@ def list_photos(folder: Path) -> dict[Path, Stamp]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(parent, name)
+            saw()
             if (stamp := _stamp_of(path)) is not None:
                 found[path] = stamp
     return found
