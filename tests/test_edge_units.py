@@ -1,6 +1,7 @@
 """The edge against servers that misbehave, its cache, and its encoder; no second process."""
 
 import asyncio
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bitneck.v2 import inference_pb2 as pb
 from bitneck.wire.messages import Result
 from bitneck_edge.answers.results import Answer, Failure
 from bitneck_edge.bundles.fetch import take_bundle
+from bitneck_edge.bundles.part import Part
 from bitneck_edge.client import EdgeClient
 from bitneck_edge.encoder import EdgeEncoder
 from bitneck_edge.link.exchange import Exchange
@@ -91,6 +93,30 @@ async def test_two_clients_fill_one_cache(tiny_bundle: Bundle, tmp_path: Path) -
                 return await client.infer(photo())
 
         assert len(await asyncio.gather(*[once() for _ in range(4)])) == 4
+
+
+def test_a_part_that_somebody_else_keeps_meanwhile_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its opening and its lock it became the whole file, which nobody may write to."""
+    path, whole, flock = tmp_path / "parts" / "x", tmp_path / "files" / "x", fcntl.flock
+    first = Part.open(path)
+    first.append(b"whole")
+
+    def late(descriptor: int, how: int) -> None:
+        if not whole.exists():
+            first.keep(whole)
+            first.close()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second = Part.open(path)
+    assert second.size() == 0
+    second.append(b"again")
+    assert whole.read_bytes() == b"whole"
+    second.keep(whole)
+    second.close()
+    assert (whole.read_bytes(), path.exists()) == (b"again", False)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -37,22 +37,25 @@ class Part:
             OSError: it cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = -1
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise PermissionError
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # somebody is at it, or it is another user's
-            if descriptor >= 0:
-                os.close(descriptor)
-            descriptor, name = tempfile.mkstemp(prefix=".part-", dir=path.parent)
-            return cls(Path(name), descriptor, kept=False)
-        except BaseException:
-            if descriptor >= 0:
-                os.close(descriptor)
-            raise
-        return cls(path, descriptor, kept=True)
+        while True:
+            descriptor = -1
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise PermissionError
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(path, descriptor):
+                    return cls(path, descriptor, kept=True)
+                os.close(descriptor)  # somebody kept it between the two calls: it is the whole file now
+            except (BlockingIOError, PermissionError):  # somebody is at it, or it is another user's
+                if descriptor >= 0:
+                    os.close(descriptor)
+                descriptor, name = tempfile.mkstemp(prefix=".part-", dir=path.parent)
+                return cls(Path(name), descriptor, kept=False)
+            except BaseException:
+                if descriptor >= 0:
+                    os.close(descriptor)
+                raise
 
     def size(self) -> int:
         """Bytes that are here."""
@@ -90,6 +93,14 @@ class Part:
     def close(self) -> None:
         """Let others have it."""
         self._close()
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(path.stat(follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _close(descriptor: int, unwanted: Path | None) -> None:
