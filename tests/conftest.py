@@ -10,6 +10,7 @@ from bitneck_testing.coco_folders import make_coco_folder
 from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 if TYPE_CHECKING:
+    from bitneck_testing.devices.hanging import Disk
     from bitneck_testing.processes import Server
     from bitneck_testing.streams import Frames
 
@@ -77,3 +78,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("COLUMNS", "200")
     with torch_threads(1):
         yield make_home(tmp_path)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator["Disk"]:
+    """A disk that answers until a test says otherwise, and again behind it."""
+    from bitneck_testing.devices.hanging import Disk
+
+    one = Disk(monkeypatch)
+    yield one
+    one.go_on()

@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,6 @@ class Written:
         """As a program does with an answer."""
         self.files.append(answer.file)
         return answer
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    one = Disk(monkeypatch)
-    yield one
-    one.go_on()
 
 
 async def test_answers_that_cannot_be_written_fail_and_those_after_them_are_written(

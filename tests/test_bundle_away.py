@@ -5,7 +5,6 @@ import gc
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,13 +35,6 @@ from bitneck_testing.tiny_bundles import make_tiny_bundle
 
 FILE = "units/s1-r2/encoder.onnx"
 MODEL = "/v1/models/tiny"
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    one = Disk(monkeypatch)
-    yield one
-    one.go_on()
 
 
 async def fetched_by_a_new_device(server: Server, cache: Path) -> str:

@@ -1,7 +1,7 @@
 """The disk of a device's cache does not answer: live frames go on, and a client can be closed."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
@@ -18,13 +18,6 @@ from bitneck_testing.devices.streaming import Device, until
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server
 from bitneck_testing.tiny_bundles import make_tiny_bundle
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    one = Disk(monkeypatch)
-    yield one
-    one.go_on()
 
 
 async def test_live_frames_go_on_while_the_rest_of_the_bundle_cannot_be_written(

@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,6 @@ from bitneck_testing.devices.streaming import until
 from bitneck_testing.links import Proxy
 from bitneck_testing.photographs import photo
 from bitneck_testing.processes import Server
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    one = Disk(monkeypatch)
-    yield one
-    one.go_on()
 
 
 async def captures(first: int, count: int, pause_s: float = 0.0) -> AsyncIterator[Capture]:

@@ -5,8 +5,9 @@
 The gains are ``g = (spread of the channel / mean spread) ** a``, divided by their geometric mean: with a above 0,
 channels of a large spread have larger steps. Half of the photographs give spreads and tables, a histogram for each
 channel; the other half is measured. For each multiple of the unit's step and a: ideal bytes under these tables, how
-often the answer is the uncompressed network's, and the divergence of its probabilities. Gains pay if they beat the
-curve of a = 0. At the edge they would be a scale of the encoder's last layer.
+often the answer is the uncompressed network's, and the divergence of its probabilities. Then, for each a: bytes against
+the curve of a = 0 at equal divergence, mean over the multiples whose divergence that curve has. At the edge gains would
+be a scale of the encoder's last layer.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def main() -> None:
         teacher.append(log_softmax(chain.run(feature, head, len(chain))[0]))
     y, half = np.stack(latents), len(latents) // 2
     spread = y[:half].std(axis=(0, 2, 3))
+    found: dict[float, list[tuple[float, float]]] = {exponent: [] for exponent in EXPONENTS}
     print("multiple       a    bytes  agreement  divergence")
     for multiple in MULTIPLES:
         for exponent in EXPONENTS:
@@ -67,9 +69,16 @@ def main() -> None:
                 same.append(answer.argmax() == known.argmax())
                 apart.append(float((np.exp(known) * (known - answer)).sum()))
             size = bits_of(s[:half], s[half:]).mean() / 8
+            found[exponent].append((float(np.log(np.mean(apart))), float(np.log(size))))
             print(
                 f"{multiple:8.2f} {exponent:7.2f} {size:8.1f} {np.mean(same):10.3f} {np.mean(apart):11.3f}", flush=True
             )
+    apart_alone, size_alone = np.array(sorted(found[0.0])).T
+    for exponent, curve in found.items():
+        within = [(d, b) for d, b in curve if apart_alone[0] <= d <= apart_alone[-1]]
+        ratios = [np.exp(b - np.interp(d, apart_alone, size_alone)) for d, b in within]
+        print(f"a = {exponent:5.2f}: {100 * np.mean(ratios) - 100:+.1f} % of the bytes, "
+              f"{100 * min(ratios) - 100:+.1f} to {100 * max(ratios) - 100:+.1f}")  # fmt: skip
 
 
 if __name__ == "__main__":
