@@ -11,12 +11,25 @@ from hypothesis import strategies as st
 from bitneck.coding.class_map import encode_map
 from bitneck.errors import InvalidConfig, UnknownModel
 from bitneck.wire.messages import CodedMap
-from bitneck_cloud.answers.document import MapForm, Published
+from bitneck_cloud.answers.document import MapForm, Published, json_of
 from bitneck_cloud.answers.filters import AnswerFilter, Wanted
 from bitneck_cloud.answers.hub import Hub
 from bitneck_cloud.answers.subscriptions import Subscription
 from bitneck_cloud.fleet.patterns import Groups, Pattern
 from bitneck_testing.consumers.published import EPOCH, GROUPS, LABELS, answered, everything, published, subscriptions
+
+# The document
+
+
+@pytest.mark.parametrize("name", ["cat", "Kätzchen", "猫", "🐈", "\ud83d", "a\u2028b\nc\x7f"])
+def test_a_document_is_one_line_of_ascii(name: str) -> None:
+    """Whatever a bundle calls its classes."""
+    document = {"labels": [{"index": 1, "name": name, "score": 1e-06}], "map": None, "seq": (1 << 64) - 1}
+    text = json_of(document)
+    assert text.isascii()
+    assert "\n" not in text
+    assert json.loads(text) == document
+
 
 # The buffer
 

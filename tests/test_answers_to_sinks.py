@@ -15,9 +15,8 @@ from bitneck_cloud.access.bearers import BearerTokens, Role
 from bitneck_cloud.answers.presence import Presence
 from bitneck_cloud.answers.sinks.jsonl import JsonlSink
 from bitneck_cloud.answers.sinks.outgoing import Outgoing
-from bitneck_cloud.answers.sinks.settings import JsonlTable, WebhookTable
+from bitneck_cloud.answers.sinks.settings import JsonlTable
 from bitneck_cloud.answers.sinks.state import ClientState, Queued
-from bitneck_cloud.answers.sinks.webhook import WebhookSink
 from bitneck_cloud.sessions.session import Session
 from bitneck_edge.answers.results import Answer
 from bitneck_testing.consumers.broker import MOSQUITTO, Broker, Subscriber
@@ -212,18 +211,6 @@ def test_a_file_of_another_program_is_left_alone(tmp_path: Path) -> None:
     assert "another program's" in sink.send([Queued(1, 0.0, b"{}")]).error
     sink.close()
     assert path.read_text() == "IMPORTANT, and no line ends"
-
-
-def test_a_webhook_that_repeats_a_secret_is_not_repeated() -> None:
-    table = WebhookTable.model_validate({
-        "kind": "webhook", "name": "hook", "url": "https://h.example/p4th?token=URLSECRET",
-        "secret": "0123456789abcdef0123456789", "headers": {"Authorization": "Bearer HEADERSECRET"},
-    })  # fmt: skip
-    sink = WebhookSink(table)
-    said = sink._judge(1, 500, "no: Bearer HEADERSECRET at /p4th?token=URLSECRET", None).error
-    assert "SECRET" not in said
-    assert "p4th" not in said
-    assert "500" in said
 
 
 def test_a_role_that_is_lowered_ends_what_it_allowed(tmp_path: Path) -> None:

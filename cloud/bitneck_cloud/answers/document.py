@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+import orjson
+
 from bitneck.coding.coarse_map import coarse_size
 from bitneck.ids import MAX_CLIENT_CHARACTERS
 from bitneck.text import clean_text
@@ -23,7 +25,8 @@ __all__ = ["VERSION", "MapForm", "Published", "answer_document", "json_of"]
 VERSION = 1
 """Of the document. A new key keeps it; a key that goes, or means something else, does not."""
 
-_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)  # `json.dumps` makes one for each call
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+"""For what has other characters than those of ASCII, which it escapes."""
 _LAST_US = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp()) * 1_000_000
 _LARGE_MAP_BYTES = 1 << 16
 _BESIDE_TEXTS = 1500
@@ -108,7 +111,11 @@ class Published:
 
 def json_of(document: Mapping[str, Any]) -> str:
     """A document as one line of ASCII."""
-    return _ENCODER.encode(document)
+    try:
+        written = orjson.dumps(document)
+    except orjson.JSONEncodeError:  # half a pair of UTF-16, as JSON may have it in the name of a class
+        return _ENCODER.encode(document)
+    return written.decode() if written.isascii() else _ENCODER.encode(document)
 
 
 def answer_document(published: Published, form: MapForm) -> dict[str, Any]:

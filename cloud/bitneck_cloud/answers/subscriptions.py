@@ -24,7 +24,7 @@ __all__ = ["Newest", "News", "Subscription", "Subscriptions"]
 
 _PAUSE_S = 0.1
 """Seconds between two wakings: of many answers a second, several go to a subscriber at once."""
-_MOST, _LOOK_AT = 64, 1024
+_MOST, _LOOK_AT = 128, 1024
 """Answers that a subscriber gets at once, and that are looked at for it in one go."""
 _MOST_CHARACTERS = 1 << 18
 """Of the documents that a subscriber gets at once, unless one alone is longer."""

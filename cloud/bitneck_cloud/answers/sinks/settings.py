@@ -244,6 +244,10 @@ class JsonlTable(SinkTable):
 
     kind: Literal["jsonl"]
     path: Annotated[Path, Field(description="The file that grows. Full ones get a time in their name.")]
+    linger_s: Annotated[
+        float,
+        Field(ge=0, le=60, description="Seconds that an answer waits for others: the disk is forced for each batch."),
+    ] = 1.0
     rotate_bytes: Annotated[int, Field(ge=1024, le=1 << 40, description="Bytes after which another file is begun.")] = (
         64 << 20
     )

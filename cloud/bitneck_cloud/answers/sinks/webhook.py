@@ -4,11 +4,9 @@ webhook-id: SINK-FIRST-LAST          webhook-timestamp: seconds since 1970
 webhook-signature: v1,BASE64(HMAC-SHA256(key, "{id}.{timestamp}.{body}"))
 """
 
-import asyncio
 import base64
 import hashlib
 import hmac
-import ssl
 import time
 from collections.abc import Sequence
 from datetime import UTC
@@ -20,6 +18,7 @@ import httpx
 import bitneck
 from bitneck.errors import InvalidConfig
 from bitneck_cloud.answers.sinks.maps import with_map
+from bitneck_cloud.answers.sinks.posting import Poster, Reply
 from bitneck_cloud.answers.sinks.settings import WebhookTable, check_key, secret_of
 from bitneck_cloud.answers.sinks.state import Attempt, ClientState, Queued
 
@@ -74,10 +73,9 @@ class WebhookSink:
     def __init__(self, table: WebhookTable) -> None:
         self._table = table
         url = httpx.URL(table.url)
-        self._where = f"{url.scheme}://{url.netloc.decode()}"  # what comes behind may be a secret
+        self._url, self._where = url, f"{url.scheme}://{url.netloc.decode()}"  # what comes behind may be a secret
         self.most = table.batch
-        self._runner: asyncio.Runner | None = None
-        self._client: httpx.AsyncClient | None = None
+        self._poster: Poster | None = None
 
     @property
     def most_bytes(self) -> int:
@@ -99,36 +97,34 @@ class WebhookSink:
         bodies = [with_map(each.body, self._table.maps) for each in batch]
         body = b'{"version":1,"sink":"%s","answers":[%s]}' % (self._table.name.encode(), b",".join(bodies))
         identity = f"{self._table.name}-{batch[0].id}-{batch[-1].id}"
-        if self._runner is None:
-            self._runner = asyncio.Runner()
         try:
-            status, text, wait = self._runner.run(self._post(body, identity, key))
+            reply = self._post(body, identity, key)
         except TimeoutError:
             return Attempt(error=f"{self._where}: no answer within {self._table.timeout_s:g} s")
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
-            return Attempt(error=f"{self._where}: {exc or type(exc).__name__}")
-        return self._judge(len(batch), status, text, wait)
+        except OSError as exc:
+            return Attempt(error=f"{self._where}: {exc}")
+        return self._judge(len(batch), reply)
 
     def tell(self, state: ClientState) -> None:
         """A webhook has no state of clients."""
 
     def close(self) -> None:
         """Close the connection."""
-        if self._runner is not None:
-            if self._client is not None:
-                self._runner.run(self._client.aclose())
-            self._runner.close()
-        self._runner = self._client = None
+        if self._poster is not None:
+            self._poster.close()
+            self._poster = None
 
-    def _judge(self, answers: int, status: int, text: str, wait: float | None) -> Attempt:
+    def _judge(self, answers: int, reply: Reply) -> Attempt:
+        status = reply.status
         if 200 <= status < 300:
             self.most = min(self._table.batch, self.most * 2)
             return Attempt(("",) * answers)
+        text = reply.body[:_ERROR_BYTES].decode(errors="replace").strip()
         said = f"status {status}" + (f": {self._without_secrets(text)}" if text else "")
         if 300 <= status < 400:
             return Attempt(error=f"{self._where}: {said}; it redirects, which is not followed: give the new url")
         if status not in _NEVER:
-            return Attempt(error=f"{self._where}: {said}", retry_after_s=wait)
+            return Attempt(error=f"{self._where}: {said}", retry_after_s=retry_after_s(reply.retry_after, time.time()))
         if answers > 1:
             self.most = answers // 2
             return Attempt()
@@ -144,8 +140,7 @@ class WebhookSink:
             text = text.replace(secret, "***")
         return text
 
-    async def _post(self, body: bytes, identity: str, key: bytes) -> tuple[int, str, float | None]:
-        """Status, text of an error, and the seconds that the server asks to wait."""
+    def _post(self, body: bytes, identity: str, key: bytes) -> Reply:
         timestamp = int(time.time())
         headers = {name: value.get_secret_value() for name, value in self._table.headers.items()} | {
             "Content-Type": "application/json",
@@ -154,25 +149,6 @@ class WebhookSink:
             "webhook-timestamp": str(timestamp),
             "webhook-signature": signature(key, identity, timestamp, body),
         }
-        async with asyncio.timeout(self._table.timeout_s):  # for all of it, however slowly the server answers
-            client = self._opened()
-            async with client.stream("POST", self._table.url, content=body, headers=headers) as response:
-                wait = retry_after_s(response.headers.get("retry-after", ""), time.time())
-                text = b""
-                async for part in response.aiter_raw():
-                    text += part
-                    if len(text) > _MOST_READ:  # the connection is closed then, else it is used again
-                        break
-                said = "" if response.is_success else text[:_ERROR_BYTES].decode(errors="replace").strip()
-                return response.status_code, said, wait
-
-    def _opened(self) -> httpx.AsyncClient:
-        if self._client is None:
-            verify: ssl.SSLContext | bool = True
-            if self._table.tls_ca is not None:
-                verify = ssl.create_default_context(cafile=self._table.tls_ca)
-            self._client = httpx.AsyncClient(
-                verify=verify, proxy=self._table.proxy or None, trust_env=False, follow_redirects=False,
-                timeout=self._table.timeout_s, limits=httpx.Limits(max_connections=1),
-            )  # fmt: skip
-        return self._client
+        if self._poster is None:
+            self._poster = Poster(self._url, tls_ca=self._table.tls_ca, proxy=self._table.proxy)
+        return self._poster.post(body, headers, within_s=self._table.timeout_s, most=_MOST_READ)

@@ -15,6 +15,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from bitneck_cloud.answers.sinks.mqtt.buffered import BufferedClient
 from bitneck_cloud.answers.sinks.settings import MqttTable, secret_of
 from bitneck_cloud.answers.sinks.topics import topic_of
 
@@ -86,7 +87,7 @@ class Connection:
         self._will_topic = topic_of(table.server_topic, {"server": server}) if table.server_topic else ""
         self._server = server
         five = table.protocol == "5"
-        self._client = client = paho.Client(
+        self._client = client = BufferedClient(
             CallbackAPIVersion.VERSION2,
             client_id=table.client_id or f"bitneck-{table.name[:32]}-{secrets.token_hex(4)}",
             protocol=MQTTProtocolVersion.MQTTv5 if five else MQTTProtocolVersion.MQTTv311,
@@ -205,16 +206,22 @@ class Connection:
         if connected is None:
             self._ended = self._ended or "the connection ended"
             return
-        pending = connected.pending() if isinstance(connected, ssl.SSLSocket) else 0
+        pending = client.pending
         waiting = select.poll()
-        waiting.register(connected, select.POLLIN | (select.POLLOUT if client.want_write() else 0))
-        found = dict(waiting.poll(0 if pending else 1e3 * wait_s)).get(connected.fileno(), 0)
-        if wait_s and found & select.POLLIN:
-            time.sleep(_TOGETHER_S)
-        failed = client.loop_read() if pending or found & ~select.POLLOUT else paho.MQTT_ERR_SUCCESS
-        if not failed and found & select.POLLOUT:
-            failed = client.loop_write()
-        failed = failed or client.loop_misc()
+        try:
+            client.flush()
+            waiting.register(connected, select.POLLIN | (select.POLLOUT if client.unsent else 0))
+            found = dict(waiting.poll(0 if pending else 1e3 * wait_s)).get(connected.fileno(), 0)
+            if wait_s and found & select.POLLIN:
+                time.sleep(_TOGETHER_S)
+            failed = client.loop_read() if pending or found & ~select.POLLOUT else paho.MQTT_ERR_SUCCESS
+            if not failed and found & select.POLLOUT:
+                failed = client.loop_write()
+            failed = failed or client.loop_misc()
+            client.flush()
+        except OSError as exc:
+            self._ended = self._ended or f"the connection ended: {exc}"
+            return
         if failed:
             self._ended = self._ended or f"the connection ended: {paho.error_string(failed)}"
 
