@@ -1,11 +1,7 @@
 """Webhooks: signed batches in order, and servers that fail, stall, redirect and refuse."""
 
 import base64
-import contextlib
-import itertools
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +14,6 @@ from bitneck_cloud.answers.sinks.webhook import retry_after_s, signature
 from bitneck_testing.authority import Authority
 from bitneck_testing.consumers.committer import Committer, only, outgoing, wait_for
 from bitneck_testing.consumers.documents import answer, answers, coded_map
-from bitneck_testing.consumers.proxy import running_proxy
 from bitneck_testing.consumers.receiver import Receiver, Reply, Request
 from bitneck_testing.processes import free_port
 
@@ -47,6 +42,7 @@ def test_the_signature_is_that_of_the_standard() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("120", 120.0), (" 0 ", 0.0), ("-1", None), ("soon", None), ("", None), ("1e9", None),
+     ("Fri, 01 Jan 2027 00:00:10 +99999999999999", None),
      ("Fri, 01 Jan 2027 00:00:10 GMT", 10.0), ("Fri, 01 Jan 2021 00:00:00 GMT", 0.0)],
 )  # fmt: skip
 def test_retry_after(text: str, expected: float | None) -> None:
@@ -137,7 +133,8 @@ def test_what_can_never_pass_is_set_aside_alone(receiver: Receiver, tmp_path: Pa
 
 
 def test_a_secret_that_the_server_repeats_is_not_told(receiver: Receiver, tmp_path: Path) -> None:
-    said = b"no: Bearer HEADERSECRET at /answers?key=hush"
+    """Nor half of it, where what is shown of the answer ends."""
+    said = b"no: Bearer HEADERSECRET at /answers?key=hush" + b"." * 280 + b"HEADERSECRET"
     receiver.replies = lambda _: Reply(500, {}, said)
     table = hook(receiver.url, headers={"Authorization": "Bearer HEADERSECRET"})
     with outgoing(tmp_path, table) as running:
@@ -145,7 +142,7 @@ def test_a_secret_that_the_server_repeats_is_not_told(receiver: Receiver, tmp_pa
         wait_for(lambda: only(running).failing)
         error = only(running).last_error
     assert "status 500: no: ***" in error
-    assert not any(word in error for word in ("HEADERSECRET", "hush", "/answers"))
+    assert not any(word in error for word in ("HEADER", "hush", "/answers"))
 
 
 @pytest.mark.parametrize("delay", ["status", "body"])
@@ -159,59 +156,6 @@ def test_a_server_that_stalls_costs_a_bounded_time(delay: str, receiver: Receive
         wait_for(lambda: only(running).delivered == 3)
         assert time.monotonic() - begin < 2.5
         assert "no answer within 0.5 s" in only(running).last_error
-
-
-@pytest.mark.parametrize("crawl", ["reads", "answers"])
-def test_a_server_that_crawls_costs_a_bounded_time(crawl: str, tmp_path: Path) -> None:
-    """Reading the request in small parts, or telling the status byte by byte: each is a sign of life."""
-    over = threading.Event()
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-
-    def serve() -> None:
-        with listener.accept()[0] as connection, contextlib.suppress(OSError):
-            for byte in itertools.cycle(b"HTTP/1.1 200 OK" + b" " * 100):
-                if over.wait(0.1):
-                    break
-                if crawl == "reads":
-                    connection.recv(250_000)
-                else:
-                    connection.sendall(bytes([byte]))
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    with listener, outgoing(tmp_path, hook(url, timeout_s=0.5, batch_bytes=16 << 20, pause_s=30, max_pause_s=30)) as it:
-        begin = time.monotonic()
-        it.commit([answer(k, padding="x" * (900_000 if crawl == "reads" else 9)) for k in range(1, 18)])
-        wait_for(lambda: only(it).failing)
-        assert time.monotonic() - begin < 2.5
-        assert "no answer within 0.5 s" in only(it).last_error
-    over.set()
-    thread.join(10)
-
-
-@pytest.mark.parametrize("tls", [False, True])
-def test_a_proxy_is_gone_through(tls: bool, tmp_path: Path) -> None:
-    """It forwards plain requests, and opens a tunnel for others."""
-    authority = Authority(tmp_path / "ca")
-    with Receiver().running(tls=authority.issue("hook") if tls else None) as receiver, running_proxy() as (proxy, seen):
-        with outgoing(tmp_path, hook(receiver.url, proxy=proxy, tls_ca=str(authority.ca))) as running:
-            for number in (1, 2):
-                running.commit(answers(number, number))
-                wait_for(lambda number=number: only(running).delivered == number)
-            assert not only(running).failed
-    place = receiver.url.partition("://")[2].partition("/")[0]
-    assert seen == ([f"CONNECT {place} HTTP/1.1"] if tls else [f"POST {receiver.url} HTTP/1.1"] * 2)
-
-
-def test_a_connection_that_the_server_has_ended_is_opened_anew(receiver: Receiver, tmp_path: Path) -> None:
-    receiver.replies = lambda _: Reply(200, {"Connection": "close"})
-    with outgoing(tmp_path, hook(receiver.url)) as running:
-        for number in (1, 2, 3):
-            running.commit(answers(number, number))
-            wait_for(lambda number=number: only(running).delivered == number)
-        assert not only(running).failed
 
 
 def test_a_server_that_is_away_for_a_while_gets_all_of_it(tmp_path: Path) -> None:

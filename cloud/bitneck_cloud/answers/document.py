@@ -20,13 +20,13 @@ from bitneck.wire.messages import Classification, CodedMap, Output
 from bitneck_cloud.answers.answered import Answered
 from bitneck_cloud.answers.map_picture import png_of_coded
 
-__all__ = ["VERSION", "MapForm", "Published", "answer_document", "json_of"]
+__all__ = ["VERSION", "MapForm", "Published", "answer_document", "document_of", "json_of"]
 
 VERSION = 1
 """Of the document. A new key keeps it; a key that goes, or means something else, does not."""
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-"""For what has other characters than those of ASCII, which it escapes."""
+"""For documents with other characters than those of ASCII, which it escapes."""
 _LAST_US = int(datetime(9999, 12, 31, tzinfo=UTC).timestamp()) * 1_000_000
 _LARGE_MAP_BYTES = 1 << 16
 _BESIDE_TEXTS = 1500
@@ -110,12 +110,21 @@ class Published:
 
 
 def json_of(document: Mapping[str, Any]) -> str:
-    """A document as one line of ASCII."""
+    """A document as one line of ASCII. Its numbers are finite: the engine answers no others."""
     try:
         written = orjson.dumps(document)
-    except orjson.JSONEncodeError:  # half a pair of UTF-16, as JSON may have it in the name of a class
+    except orjson.JSONEncodeError:  # half a surrogate pair, which bundles and clients have no more once cleaned
         return _ENCODER.encode(document)
     return written.decode() if written.isascii() else _ENCODER.encode(document)
+
+
+def document_of(text: bytes) -> dict[str, Any]:
+    """What `json_of` has written."""
+    try:
+        document: dict[str, Any] = orjson.loads(text)
+    except orjson.JSONDecodeError:  # likewise
+        document = json.loads(text)
+    return document
 
 
 def answer_document(published: Published, form: MapForm) -> dict[str, Any]:

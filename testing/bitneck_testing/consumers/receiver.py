@@ -100,6 +100,7 @@ class Receiver:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
+        listener.listen()  # from here on nobody is refused
         self.url = f"{'https' if tls else 'http'}://localhost:{listener.getsockname()[1]}/answers?key=hush"
         options: dict[str, Any] = {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]} if tls else {}
         server = uvicorn.Server(

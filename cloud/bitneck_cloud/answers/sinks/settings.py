@@ -205,8 +205,11 @@ class WebhookTable(SinkTable):
     @classmethod
     def _check_headers(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
         for name, value in headers.items():
-            if not _HEADER.fullmatch(name) or not re.fullmatch(r"[\x20-\x7e]*", value.get_secret_value()):
-                raise ValueError(f"{name[:64]!r} is no header, or its value has other characters than ASCII's")
+            text = value.get_secret_value()
+            if not _HEADER.fullmatch(name) or not re.fullmatch(r"[\x20-\x7e]*", text) or text != text.strip():
+                raise ValueError(
+                    f"{name[:64]!r} is no header, or its value has other characters than ASCII's, or outer spaces"
+                )
             if name.lower() in _OWN_HEADERS or name.lower().startswith("webhook-"):
                 raise ValueError(f"the header {name} is set by the sink itself")
         return headers
@@ -221,9 +224,8 @@ class WebhookTable(SinkTable):
         if url.scheme not in ("http", "https") or not host or port == 0 or not self.url.isprintable():
             raise ValueError("url is not http://HOST[:PORT]/PATH or https://HOST[:PORT]/PATH")
         try:
-            httpx.URL(self.url)
-            if self.proxy:
-                httpx.Proxy(self.proxy)
+            for each in filter(None, (self.url, self.proxy)):
+                httpx.URL(each).raw_host.decode().encode("idna")  # what looks names up does the same
         except (httpx.InvalidURL, ValueError) as exc:
             raise ValueError(f"url or proxy cannot be used ({exc})") from exc
         if url.username is not None or url.fragment:
@@ -246,7 +248,11 @@ class JsonlTable(SinkTable):
     path: Annotated[Path, Field(description="The file that grows. Full ones get a time in their name.")]
     linger_s: Annotated[
         float,
-        Field(ge=0, le=60, description="Seconds that an answer waits for others: the disk is forced for each batch."),
+        Field(
+            ge=0,
+            le=60,
+            description="Seconds that an answer waits for others: they are forced to the disk together.",
+        ),
     ] = 1.0
     rotate_bytes: Annotated[int, Field(ge=1024, le=1 << 40, description="Bytes after which another file is begun.")] = (
         64 << 20

@@ -26,7 +26,7 @@ __all__ = ["WebhookSink", "retry_after_s", "signature"]
 
 _NEVER = frozenset({400, 405, 406, 410, 411, 413, 414, 415, 422, 431, 501, 505})
 """Statuses that the same request will get again. Others of 400 and more may pass when something has been repaired."""
-_ERROR_BYTES = 300
+_ERROR_CHARACTERS = 300
 _MOST_READ = 1 << 16
 """Bytes of an answer that are read."""
 
@@ -56,7 +56,7 @@ def retry_after_s(text: str, now: float) -> float | None:
         return float(text[:12])
     try:
         moment = parsedate_to_datetime(text)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - now)
 
@@ -102,7 +102,7 @@ class WebhookSink:
         except TimeoutError:
             return Attempt(error=f"{self._where}: no answer within {self._table.timeout_s:g} s")
         except OSError as exc:
-            return Attempt(error=f"{self._where}: {exc}")
+            return Attempt(error=f"{self._where}: {self._without_secrets(str(exc))}")
         return self._judge(len(batch), reply)
 
     def tell(self, state: ClientState) -> None:
@@ -119,8 +119,8 @@ class WebhookSink:
         if 200 <= status < 300:
             self.most = min(self._table.batch, self.most * 2)
             return Attempt(("",) * answers)
-        text = reply.body[:_ERROR_BYTES].decode(errors="replace").strip()
-        said = f"status {status}" + (f": {self._without_secrets(text)}" if text else "")
+        text = self._without_secrets(reply.body.decode(errors="replace"))[:_ERROR_CHARACTERS].strip()
+        said = f"status {status}" + (f": {text}" if text else "")
         if 300 <= status < 400:
             return Attempt(error=f"{self._where}: {said}; it redirects, which is not followed: give the new url")
         if status not in _NEVER:
@@ -150,5 +150,6 @@ class WebhookSink:
             "webhook-signature": signature(key, identity, timestamp, body),
         }
         if self._poster is None:
-            self._poster = Poster(self._url, tls_ca=self._table.tls_ca, proxy=self._table.proxy)
+            proxy = httpx.URL(self._table.proxy) if self._table.proxy else None
+            self._poster = Poster(self._url, tls_ca=self._table.tls_ca, proxy=proxy)
         return self._poster.post(body, headers, within_s=self._table.timeout_s, most=_MOST_READ)

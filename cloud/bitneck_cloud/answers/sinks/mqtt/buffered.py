@@ -112,13 +112,10 @@ class BufferedClient(paho.Client):
         return self.want_write() or (isinstance(connected, BufferedSocket) and connected.unsent)
 
     def flush(self) -> None:
-        """Write what the network takes now.
-
-        Raises:
-            OSError: the connection breaks.
-        """
+        """Write what the network takes now. Reading tells of a connection that breaks, after what still came on it."""
         if isinstance(connected := self.socket(), BufferedSocket):
-            connected.flush()
+            with contextlib.suppress(OSError):
+                connected.flush()
 
     def _create_socket(self) -> BufferedSocket:
         connected = super()._create_socket()

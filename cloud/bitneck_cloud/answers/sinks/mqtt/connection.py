@@ -206,22 +206,18 @@ class Connection:
         if connected is None:
             self._ended = self._ended or "the connection ended"
             return
+        client.flush()
         pending = client.pending
         waiting = select.poll()
-        try:
-            client.flush()
-            waiting.register(connected, select.POLLIN | (select.POLLOUT if client.unsent else 0))
-            found = dict(waiting.poll(0 if pending else 1e3 * wait_s)).get(connected.fileno(), 0)
-            if wait_s and found & select.POLLIN:
-                time.sleep(_TOGETHER_S)
-            failed = client.loop_read() if pending or found & ~select.POLLOUT else paho.MQTT_ERR_SUCCESS
-            if not failed and found & select.POLLOUT:
-                failed = client.loop_write()
-            failed = failed or client.loop_misc()
-            client.flush()
-        except OSError as exc:
-            self._ended = self._ended or f"the connection ended: {exc}"
-            return
+        waiting.register(connected, select.POLLIN | (select.POLLOUT if client.unsent else 0))
+        found = dict(waiting.poll(0 if pending else 1e3 * wait_s)).get(connected.fileno(), 0)
+        if wait_s and found & select.POLLIN:
+            time.sleep(_TOGETHER_S)
+        failed = client.loop_read() if pending or found & ~select.POLLOUT else paho.MQTT_ERR_SUCCESS
+        if not failed and found & select.POLLOUT:
+            failed = client.loop_write()
+        failed = failed or client.loop_misc()
+        client.flush()
         if failed:
             self._ended = self._ended or f"the connection ended: {paho.error_string(failed)}"
 

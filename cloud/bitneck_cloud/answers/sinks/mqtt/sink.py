@@ -20,9 +20,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-import orjson
 from paho.mqtt.reasoncodes import ReasonCode
 
+from bitneck_cloud.answers.document import document_of
 from bitneck_cloud.answers.sinks.maps import with_map
 from bitneck_cloud.answers.sinks.mqtt.connection import Connection, Failed, Said
 from bitneck_cloud.answers.sinks.settings import MqttTable
@@ -221,7 +221,7 @@ class MqttSink:
         return said
 
     def _message(self, queued: Queued) -> tuple[str, bytes, bool]:
-        document = orjson.loads(queued.body)
+        document = document_of(queued.body)
         values = {name: str(document.get(name) or "") for name in ("client", "model", "point", "session", "server")}
         return topic_of(self._table.topic, values), with_map(queued.body, self._table.maps), False
 
