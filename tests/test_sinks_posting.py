@@ -21,6 +21,7 @@ from bitneck_cloud.answers.sinks.webhook import WebhookSink
 from bitneck_testing.authority import Authority
 from bitneck_testing.consumers.proxy import running_proxy
 from bitneck_testing.consumers.receiver import Receiver
+from bitneck_testing.processes import free_port
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 _PATIENCE_S = 20.0
@@ -177,6 +178,17 @@ def test_an_error_that_repeats_the_request_tells_no_secret() -> None:
         sink.close()
     assert "illegal status line" in error
     assert not any(secret in error for secret in ("hush", "/hooks"))
+
+
+def test_an_error_names_the_proxy() -> None:
+    table = {
+        "kind": "webhook", "name": "hook", "url": "https://hook.example/x", "secret": "0123456789abcdef",
+        "proxy": f"http://127.0.0.1:{free_port()}",
+    }  # fmt: skip
+    sink = WebhookSink(WebhookTable.model_validate(table))
+    error = sink.send([Queued(1, 0.0, b"{}")]).error
+    sink.close()
+    assert error.startswith(f"https://hook.example, through the proxy {table['proxy']}: ")
 
 
 def test_an_address_that_is_silent_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

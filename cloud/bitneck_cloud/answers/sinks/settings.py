@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import ipaddress
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from bitneck.errors import InvalidConfig
 from bitneck.settings.model import Address, Table
@@ -29,6 +30,9 @@ __all__ = [
 ]
 
 _MIN_SECRET_BYTES = 16
+_HOST = re.compile(r"[A-Za-z0-9._:-]{1,253}")
+_PLAIN = re.compile(r"[^\s\x00-\x1f\x7f]+")
+_PROXY = re.compile(r"https?://[^\s@/?#]+/?")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _OWN_HEADERS = {"content-type", "content-length", "host", "connection", "transfer-encoding"}
 _STANDARD_SECRET = "whsec_"  # noqa: S105  the mark of a key in base64, as Standard Webhooks has it
@@ -40,6 +44,29 @@ def _several(value: Any) -> Any:
 
 Values = Annotated[tuple[str, ...], BeforeValidator(_several)]
 """One text, or a list of texts."""
+
+
+def _check_host(host: str) -> str:
+    """Refuse what no name server can know.
+
+    Raises:
+        ValueError: a port, a scheme, brackets or spaces, or no host at all.
+    """
+    if not _HOST.fullmatch(host) or (":" in host and not _is_ipv6(host)):
+        raise ValueError(f"{host[:80]!r} is no host: give a name or an address alone, and the port as port")
+    try:
+        host.encode("idna")  # what looks names up does the same
+    except UnicodeError as exc:
+        raise ValueError(f"{host[:80]!r} is no host ({exc})") from exc
+    return host
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class SinkTable(Table):
@@ -116,7 +143,7 @@ class MqttTable(SinkTable):
     """Messages to an MQTT broker, one for each answer."""
 
     kind: Literal["mqtt"]
-    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,253}$", description="Name or address of the broker.")]
+    host: Annotated[str, AfterValidator(_check_host), Field(description="Name or address of the broker.")]
     port: Annotated[
         int | None, Field(ge=1, le=65535, description="Its port. Without it, 8883 with TLS and 1883 without.")
     ] = None
@@ -198,7 +225,9 @@ class WebhookTable(SinkTable):
     tls_ca: Annotated[
         Path | None, Field(description="PEM file of the authorities to trust. Without it, those of certifi.")
     ] = None
-    proxy: Annotated[str, Field(pattern=r"^(https?://[^\s@]+)?$", description="URL of a proxy to go through.")] = ""
+    proxy: Annotated[
+        str, Field(max_length=2048, description="URL of a proxy to go through: http or https, without a user.")
+    ] = ""
     insecure: Annotated[bool, Field(description="Allow plaintext to other machines.")] = False
 
     @field_validator("headers")
@@ -221,17 +250,21 @@ class WebhookTable(SinkTable):
             host, port = url.hostname or "", url.port
         except ValueError as exc:
             raise ValueError(f"url is none ({exc})") from exc
-        if url.scheme not in ("http", "https") or not host or port == 0 or not self.url.isprintable():
-            raise ValueError("url is not http://HOST[:PORT]/PATH or https://HOST[:PORT]/PATH")
+        if url.scheme not in ("http", "https") or not host or port == 0 or not _PLAIN.fullmatch(self.url):
+            raise ValueError("url is not http://HOST[:PORT]/PATH or https://HOST[:PORT]/PATH, or it has spaces")
+        if self.proxy and not _PROXY.fullmatch(self.proxy):
+            raise ValueError("proxy is not http://HOST:PORT or https://HOST:PORT")
         try:
             for each in filter(None, (self.url, self.proxy)):
-                httpx.URL(each).raw_host.decode().encode("idna")  # what looks names up does the same
+                _check_host(httpx.URL(each).raw_host.decode())
         except (httpx.InvalidURL, ValueError) as exc:
             raise ValueError(f"url or proxy cannot be used ({exc})") from exc
         if url.username is not None or url.fragment:
             raise ValueError("url has a user or a fragment; give credentials as a header instead")
-        if (self.secret is None) == (self.secret_file is None):
+        if self.secret is None and self.secret_file is None:
             raise ValueError("give secret or secret_file: batches are signed")
+        if self.secret is not None and self.secret_file is not None:
+            raise ValueError("give secret or secret_file, not both")
         if self.secret is not None:
             check_key(self.secret.get_secret_value(), "secret")
         if url.scheme == "http" and not (self.insecure or Address(host, 0).loopback):

@@ -74,6 +74,8 @@ class WebhookSink:
         self._table = table
         url = httpx.URL(table.url)
         self._url, self._where = url, f"{url.scheme}://{url.netloc.decode()}"  # what comes behind may be a secret
+        if table.proxy:
+            self._where += f", through the proxy {table.proxy}"
         self.most = table.batch
         self._poster: Poster | None = None
 
