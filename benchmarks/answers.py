@@ -126,12 +126,14 @@ def load(server: Server, photo: Path, cache: Path, options: argparse.Namespace, 
 
 
 def rounds(servers: list[Server], photo: Path, folder: Path, options: argparse.Namespace, fps: float) -> dict[str, Any]:
-    """Medians of each server, and of the ratios of the rounds."""
+    """Medians of each server and of the rounds' ratios, and the least and the greatest of these."""
     found = [[load(it, photo, folder, options, fps) for it in servers] for _ in range(options.rounds)]
     result: dict[str, Any] = {}
     for key in found[0][0]:
         result[key] = [statistics.median(pair[k][key] for pair in found) for k in range(2)]
-        result[f"{key}_ratio"] = statistics.median(pair[1][key] / pair[0][key] for pair in found)
+        ratios = [pair[1][key] / pair[0][key] for pair in found]
+        result[f"{key}_ratio"] = statistics.median(ratios)
+        result[f"{key}_rounds"] = [min(ratios), max(ratios)]
     return result
 
 
@@ -179,11 +181,12 @@ def main() -> None:
         print(json.dumps(document | {"delivered": {it["name"]: it["delivered"] for it in sinks}}, indent=1))
     for text, result in () if options.json else (("saturation", saturated), ("half of it", half)):
         other = "without" if options.against is None else str(options.against)
-        print(f"{text}: {other} / with {options.subscribers} subscribers and {options.sinks} sinks, ratio")
+        print(f"{text}: {other} / with {options.subscribers} subscribers and {options.sinks} sinks, ratio (of rounds)")
         for key, unit in (("processor_ms", "ms of the processor a frame"), ("frames_per_s", "frames a second"),
                           ("p50_ms", "ms round trip, p50"), ("p99_ms", "ms round trip, p99")):  # fmt: skip
             without, busy_one = result[key]
-            print(f"  {without:8.2f} {busy_one:8.2f}  {result[f'{key}_ratio']:.2f}  {unit}")
+            least, most = result[f"{key}_rounds"]
+            print(f"  {without:8.2f} {busy_one:8.2f}  {result[f'{key}_ratio']:.2f}  {unit} ({least:.2f} to {most:.2f})")
     if missing:
         raise SystemExit(f"not every answer was delivered to: {', '.join(missing)}")
 

@@ -1,16 +1,15 @@
 """Class maps in queued documents: as run lengths in the queue, and in the sink's own form when they go out."""
 
 import base64
-import json
 import logging
 
 from bitneck.errors import BitneckError
+from bitneck_cloud.answers.document import document_of, json_of
 from bitneck_cloud.answers.map_picture import png_of_coded
 
 __all__ = ["with_map"]
 
 _LOG = logging.getLogger(__name__)
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def with_map(body: bytes, form: str) -> bytes:
@@ -23,7 +22,7 @@ def with_map(body: bytes, form: str) -> bytes:
     # Inside of a text, a quotation mark has a backslash before it: this is the key, and nothing else.
     if b'"map":{' not in body:
         return body
-    document = json.loads(body)
+    document = document_of(body)
     coded = document["map"]
     if form == "none":
         document["map"] = None
@@ -37,4 +36,4 @@ def with_map(body: bytes, form: str) -> bytes:
             document["map"] = coded | {"encoding": "png", "data": base64.b64encode(data).decode()}
     else:
         return body
-    return _ENCODER.encode(document).encode()
+    return json_of(document).encode()

@@ -59,12 +59,14 @@ class Poster:
             self._pool = httpcore.ConnectionPool(
                 trusted, max_connections=1, keepalive_expiry=_IDLE_S, network_backend=network
             )
-        else:
+            return
+        of_proxy = None
+        if proxy.scheme == "https":
             of_proxy = network.bounded(ssl.create_default_context(cafile=certifi.where()))
-            self._pool = httpcore.HTTPProxy(
-                _core(proxy), ssl_context=trusted, proxy_ssl_context=of_proxy if proxy.scheme == "https" else None,
-                max_connections=1, keepalive_expiry=_IDLE_S, network_backend=network,
-            )  # fmt: skip
+        self._pool = httpcore.HTTPProxy(
+            _core(proxy), ssl_context=trusted, proxy_ssl_context=of_proxy, max_connections=1,
+            keepalive_expiry=_IDLE_S, network_backend=network,
+        )  # fmt: skip
 
     def post(self, body: bytes, headers: Mapping[str, str], *, within_s: float, most: int) -> Reply:
         """Post once. Redirects are not followed.

@@ -31,7 +31,6 @@ __all__ = [
 
 _MIN_SECRET_BYTES = 16
 _HOST = re.compile(r"[A-Za-z0-9._:-]{1,253}")
-_PLAIN = re.compile(r"[^\s\x00-\x1f\x7f]+")
 _PROXY = re.compile(r"https?://[^\s@/?#]+/?")
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _OWN_HEADERS = {"content-type", "content-length", "host", "connection", "transfer-encoding"}
@@ -250,7 +249,13 @@ class WebhookTable(SinkTable):
             host, port = url.hostname or "", url.port
         except ValueError as exc:
             raise ValueError(f"url is none ({exc})") from exc
-        if url.scheme not in ("http", "https") or not host or port == 0 or not _PLAIN.fullmatch(self.url):
+        if (
+            url.scheme not in ("http", "https")
+            or not host
+            or port == 0
+            or not self.url.isprintable()
+            or " " in self.url
+        ):
             raise ValueError("url is not http://HOST[:PORT]/PATH or https://HOST[:PORT]/PATH, or it has spaces")
         if self.proxy and not _PROXY.fullmatch(self.proxy):
             raise ValueError("proxy is not http://HOST:PORT or https://HOST:PORT")
