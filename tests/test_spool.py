@@ -251,16 +251,16 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 WRITER = """
-import sys, time
+import itertools, sys
 from pathlib import Path
 from bitneck_edge.spool.bounds import Limits
 from bitneck_edge.spool.files import Spool
 from bitneck_edge.spool.segment import Kept, Segment
 spool = Spool.open(Path(sys.argv[1]), Limits(most_bytes=10_000_000, most_age_s=1e9))
 print("open", spool.counts().kept, flush=True)
-while True:
+for turn in itertools.count():
     taken = spool.take(4, 1 << 20)
-    if len(taken) == 4 and taken[0].seq % 3 == 0:
+    if len(taken) == 4 and turn % 6 == 0:
         spool.done(each.seq for each in taken)
         print("done", *(each.seq for each in taken), flush=True)
     print("put", spool.put(Kept(seq=0, bundle_id="sha256:" + "ab" * 32, point="p", payload=b"x" * 70,
@@ -288,6 +288,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         child.wait()
         child.stdout.close()
     assert len(put) > 50
+    assert len(done) > 20
     assert put == sorted(set(put))
     spool = Spool.open(tmp_path, LIMITS)
     there = {each.seq for each in spool.take(1 << 20, 1 << 30)}
