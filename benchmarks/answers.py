@@ -7,8 +7,9 @@ with sinks: an MQTT broker (mosquitto), a webhook's server, each in a process of
 `--sinks three` is the default where mosquitto is installed, `two` leaves the broker out. What consumes has the lowest
 priority: in use it has machines of its own, and here it must not take the server's. The servers are loaded by turns,
 first as much as they take (saturation), then with half of that. Each figure is the median of the rounds' ratios, with /
-without: compare within one run only, because the machines that run this are shared. At the end every sink must have
-delivered every answer, else the exit status is 1.
+without, and behind it stands the median's 95 % interval (with six rounds or more): compare within one run only, because
+the machines that run this are shared. At the end every sink must have delivered every answer, else the exit status is
+1.
 
 `--against` compares with another environment's or checkout's server, which gets the same subscribers and sinks: before
 and after a change, in one run.
@@ -16,6 +17,7 @@ and after a change, in one run.
 
 import argparse
 import json
+import math
 import os
 import selectors
 import socket
@@ -126,15 +128,23 @@ def load(server: Server, photo: Path, cache: Path, options: argparse.Namespace, 
 
 
 def rounds(servers: list[Server], photo: Path, folder: Path, options: argparse.Namespace, fps: float) -> dict[str, Any]:
-    """Medians of each server and of the rounds' ratios, and the least and the greatest of these."""
+    """Medians of each server and of the rounds' ratios, and the interval of the latter."""
     found = [[load(it, photo, folder, options, fps) for it in servers] for _ in range(options.rounds)]
     result: dict[str, Any] = {}
     for key in found[0][0]:
         result[key] = [statistics.median(pair[k][key] for pair in found) for k in range(2)]
         ratios = [pair[1][key] / pair[0][key] for pair in found]
         result[f"{key}_ratio"] = statistics.median(ratios)
-        result[f"{key}_rounds"] = [min(ratios), max(ratios)]
+        result[f"{key}_interval"] = interval(ratios)
     return result
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Where the median of endlessly many rounds would lie, with 95 %: between two of the ratios (binomial)."""
+    count, out = len(ratios), 0  # that many lie outside at each end
+    while 2 * sum(math.comb(count, k) for k in range(out + 2)) <= 0.05 * 2**count:
+        out += 1
+    return sorted(ratios)[out], sorted(ratios)[-1 - out]
 
 
 def main() -> None:
@@ -181,11 +191,11 @@ def main() -> None:
         print(json.dumps(document | {"delivered": {it["name"]: it["delivered"] for it in sinks}}, indent=1))
     for text, result in () if options.json else (("saturation", saturated), ("half of it", half)):
         other = "without" if options.against is None else str(options.against)
-        print(f"{text}: {other} / with {options.subscribers} subscribers and {options.sinks} sinks, ratio (of rounds)")
+        print(f"{text}: {other} / with {options.subscribers} subscribers and {options.sinks} sinks, ratio (95 %)")
         for key, unit in (("processor_ms", "ms of the processor a frame"), ("frames_per_s", "frames a second"),
                           ("p50_ms", "ms round trip, p50"), ("p99_ms", "ms round trip, p99")):  # fmt: skip
             without, busy_one = result[key]
-            least, most = result[f"{key}_rounds"]
+            least, most = result[f"{key}_interval"]
             print(f"  {without:8.2f} {busy_one:8.2f}  {result[f'{key}_ratio']:.2f}  {unit} ({least:.2f} to {most:.2f})")
     if missing:
         raise SystemExit(f"not every answer was delivered to: {', '.join(missing)}")

@@ -81,6 +81,28 @@ def test_the_last_words_are_written_at_the_end(pair: tuple[BufferedSocket, socke
     assert (theirs.recv(99), theirs.recv(99)) == (b"goodbye", b"")
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="only Linux lets a program choose")
+def test_what_came_can_be_acknowledged_at_once() -> None:
+    """Else a broker that gathers small messages keeps its next acknowledgements back."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ours = socket.create_connection(listening.getsockname())
+        theirs, _ = listening.accept()
+    with theirs:
+        ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        buffered = BufferedSocket(ours)
+        buffered.hurry()
+        assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK) == 1
+        buffered.close()
+        buffered.hurry()
+
+
+def test_a_connection_that_is_no_tcp_needs_no_hurry(pair: tuple[BufferedSocket, socket.socket]) -> None:
+    buffered, theirs = pair
+    buffered.hurry()
+    theirs.sendall(b"a")
+    assert buffered.recv(9) == b"a"
+
+
 def test_a_broken_connection_is_told(pair: tuple[BufferedSocket, socket.socket]) -> None:
     buffered, theirs = pair
     theirs.close()

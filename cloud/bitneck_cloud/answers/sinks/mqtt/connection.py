@@ -212,6 +212,7 @@ class Connection:
         waiting.register(connected, select.POLLIN | (select.POLLOUT if client.unsent else 0))
         found = dict(waiting.poll(0 if pending else 1e3 * wait_s)).get(connected.fileno(), 0)
         if wait_s and found & select.POLLIN:
+            client.hurry()  # the first acknowledgement came alone, and the broker keeps the others until then
             time.sleep(_TOGETHER_S)
         failed = client.loop_read() if pending or found & ~select.POLLOUT else paho.MQTT_ERR_SUCCESS
         if not failed and found & select.POLLOUT:
