@@ -1,8 +1,9 @@
-"""What sinks cost: the time of a commit, and the processor time of this process for one answer.
+"""What sinks cost: the time of a commit, this process's processor time for one answer, and how far they are behind.
 
     python benchmarks/sinks.py [--seconds 5] [--answers 8] [--passes 40] [--sync always] [--json] [--steps]
 
-It commits passes of answers at a steady pace to no sink, to one of each kind, and to three at once. The webhook's
+It commits passes of answers at a steady pace to no sink, to one of each kind, and to three at once. `behind_s` are the
+seconds from the last commit until all is delivered: at a pace that a sink does not follow, they grow. The webhook's
 server is a process of its own. The broker is a real one (mosquitto), and is left out where it is not installed.
 
 With --steps it measures what three sinks do to the queue, step by step, in one thread and without a pause: commits of
@@ -57,7 +58,9 @@ def measure(tables: list[dict[str, Any]], folder: Path, options: argparse.Namesp
         outgoing.commit(documents)
         commits_ms.append(1e3 * (time.perf_counter() - before))
         time.sleep(max(0.0, 1 / options.passes - (time.perf_counter() - before)))
+    ended = time.perf_counter()
     wait_for(lambda: not any(state.queued for state in outgoing.states()), 60)
+    behind_s = time.perf_counter() - ended
     busy_s = time.process_time() - begin
     outgoing.close()
     p50, p99 = np.percentile(commits_ms, [50, 99])
@@ -67,6 +70,7 @@ def measure(tables: list[dict[str, Any]], folder: Path, options: argparse.Namesp
         "commit_ms_p50": round(float(p50), 2),
         "commit_ms_p99": round(float(p99), 2),
         "processor_us_an_answer": round(1e6 * busy_s / (number - options.answers)),
+        "behind_s": round(behind_s, 2),
     }
 
 
