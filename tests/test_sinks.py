@@ -19,6 +19,8 @@ import pytest
 
 from bitneck.bundle import Bundle
 from bitneck.errors import InvalidConfig, StateUnusable
+from bitneck_cloud.answers.sinks import sender
+from bitneck_cloud.answers.sinks.jsonl import JsonlSink
 from bitneck_cloud.answers.sinks.queue.access import log_bytes
 from bitneck_cloud.answers.sinks.queue.file import QueueFile
 from bitneck_cloud.answers.sinks.state import DROPPED, Bounds, Entry
@@ -280,6 +282,15 @@ def test_a_killed_server_loses_nothing_that_was_committed(sync: str, tmp_path: P
     wait_for(lambda: second.state()["queued"] == 0)
     assert second.close() == 0
     assert numbers(tmp_path / "answers.jsonl") == list(range(1, 421))
+
+
+def test_what_a_full_batch_leaves_does_not_wait_for_further_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "_IDLE_S", 3600.0)
+    with outgoing(tmp_path, jsonl(tmp_path, linger_s=0)) as running:
+        running.commit(answers(1, JsonlSink.most + 5))
+        wait_for(lambda: only(running).delivered == JsonlSink.most + 5)
 
 
 def test_a_server_killed_while_it_delivers_repeats_under_old_numbers(tmp_path: Path) -> None:

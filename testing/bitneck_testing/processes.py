@@ -7,6 +7,7 @@ stop in time.
 import json
 import multiprocessing
 import os
+import random
 import select
 import signal
 import socket
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -288,8 +289,15 @@ def spawned_server(serve: Callable[..., None], *arguments: object) -> Iterator[s
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that is free now; another process may take it before you do."""
-    with socket.socket() as it:
-        it.bind(("127.0.0.1", 0))
-        port: int = it.getsockname()[1]
-    return port
+    """A TCP port of the loopback that is free now.
+
+    It is none of those that systems give to connections (from 32,768 on): a test may take it seconds later, and one of
+    the many connections of other tests would have it then.
+    """
+    dice = random.SystemRandom()
+    for _ in range(100):
+        port = dice.randrange(20_000, 32_000)
+        with socket.socket() as it, suppress(OSError):
+            it.bind(("127.0.0.1", port))
+            return port
+    raise ProcessFailed("no TCP port from 20,000 to 32,000 is free")

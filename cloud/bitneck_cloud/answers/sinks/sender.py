@@ -106,7 +106,7 @@ class Sender:
                 backoff.succeeded()
             if not attempt.error:
                 backoff.succeeded()
-                if not left and (self._wake.wait(_IDLE_S)):
+                if not left and self._wake.wait(_IDLE_S):
                     self._stop.wait(self.table.linger_s)  # for more: a batch costs about as much as one answer
                 continue
             self._trouble(attempt.error)
@@ -148,6 +148,8 @@ class Sender:
             self._bugs = self._set_aside = 0
         attempt = self._settle(batch, attempt)
         held = self._queue.file.held[name]
+        if held.queued:  # by commits whose wake this attempt took for its own
+            self.wake()
         full = held.queued >= self.sink.most or held.bytes >= most_bytes
         return attempt, full or len(attempt.settled) < len(batch)
 
