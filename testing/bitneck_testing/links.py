@@ -88,6 +88,10 @@ class Proxy:
             writer.transport.abort()
             return
         pair = {writer, there}
+        if not self._open:  # it was cut meanwhile
+            for one in pair:
+                one.transport.abort()
+            return
         self._writers |= pair
         try:
             both = [asyncio.create_task(self._pump(a, b)) for a, b in ((reader, there), (there_reader, writer))]
