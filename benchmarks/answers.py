@@ -34,6 +34,7 @@ import tomli_w
 
 from bitneck_testing.consumers.broker import MOSQUITTO, Broker
 from bitneck_testing.consumers.receiver import Receiver
+from bitneck_testing.measuring import processor_s
 from bitneck_testing.photographs import sample_photo
 from bitneck_testing.processes import BIN, QUIET, Server, run_json, running_server, spawned_server
 
@@ -97,12 +98,6 @@ def delivered(server: Server) -> list[dict[str, Any]]:
         time.sleep(0.2)
 
 
-def processor_s(server: Server) -> float:
-    """Processor time of a server so far, seconds. Linux only."""
-    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def answered(server: Server) -> float:
     """Frames that a server has answered so far."""
     lines = httpx.get(f"{server.http}/metrics").text.splitlines()
@@ -111,12 +106,12 @@ def answered(server: Server) -> float:
 
 def load(server: Server, photo: Path, cache: Path, options: argparse.Namespace, fps: float) -> dict[str, float]:
     """One round on one server: processor ms a frame, frames a second, p99 of the round trip in ms."""
-    frames, spent = answered(server), processor_s(server)
+    frames, spent = answered(server), processor_s(server.process.pid)
     document = run_json(
         [BIN / "bitneck-edge", "load", photo, "--server", server.grpc, "--cache-dir", cache, "--clients", CLIENTS,
          "--seconds", options.seconds, "--fps", fps / CLIENTS, "--point", options.point, "--json"]
     )  # fmt: skip
-    frames, spent = answered(server) - frames, processor_s(server) - spent
+    frames, spent = answered(server) - frames, processor_s(server.process.pid) - spent
     if document["failed"]:
         raise SystemExit(f"{document['failed']} frames failed: {document['failures']}")
     return {

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from bitneck_cloud.answers.document import json_of
 from bitneck_cloud.answers.sinks.mqtt import connection
-from bitneck_cloud.answers.sinks.state import ClientState
+from bitneck_cloud.answers.sinks.mqtt.sink import MqttSink
+from bitneck_cloud.answers.sinks.settings import MqttTable
+from bitneck_cloud.answers.sinks.state import Attempt, ClientState, Queued
 from bitneck_testing.authority import Authority
 from bitneck_testing.consumers.broker import MOSQUITTO, Broker, Subscriber
 from bitneck_testing.consumers.committer import Committer, only, outgoing, wait_for
@@ -253,15 +256,19 @@ def test_states_of_clients_are_retained(broker: Broker, tmp_path: Path) -> None:
             wait_for(lambda: late.of("state/door%2F1") and not late.of("state/door%2F1")[-1]["online"])
 
 
-def test_a_connection_without_answers_is_kept(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_without_answers_is_kept(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By looking after it once a second, as its sender does."""
     monkeypatch.setattr(connection, "_KEEPALIVE_S", 2)  # a broker ends a connection that is silent for 1.5 times that
     table = mqtt(broker.port, topic="kept/{client}", server_topic="kept-server/{server}")
-    with Subscriber.running(broker.port, "kept-server/#") as subscriber, outgoing(tmp_path, table) as running:
-        running.commit(answers(1, 3))
-        wait_for(lambda: only(running).delivered == 3)
-        time.sleep(12.0)
-        running.commit(answers(4, 6))
-        wait_for(lambda: only(running).delivered == 6)
+    sink = MqttSink(MqttTable.model_validate(table), "cloud-1")
+    batch = [Queued(number, 0.0, json_of(each).encode()) for number, each in enumerate(answers(1, 6))]
+    with Subscriber.running(broker.port, "kept-server/#") as subscriber, contextlib.closing(sink):
+        assert sink.send(batch[:3]) == Attempt(("", "", ""))
+        end = time.monotonic() + 12.0
+        while time.monotonic() < end:
+            assert not sink.restless()
+            time.sleep(1.0)
+        assert sink.send(batch[3:]) == Attempt(("", "", ""))
         greetings = subscriber.of("kept-server/cloud-1")
     assert [greeting["online"] for greeting in greetings] == [True]
 

@@ -1,14 +1,12 @@
 """Answers that cannot be delivered: they are set aside, and hold nothing up; a broker's own trouble costs nothing."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bitneck_cloud.answers.sinks.mqtt.sink import MqttSink
-from bitneck_cloud.answers.sinks.state import Attempt, ClientState, Queued
+from bitneck_cloud.answers.sinks.state import ClientState
 from bitneck_testing.consumers.committer import only, outgoing, wait_for
 from bitneck_testing.consumers.documents import answer
 from bitneck_testing.consumers.rogue_broker import CUT, SILENT, RogueBroker
@@ -123,19 +121,14 @@ def test_states_that_do_not_pass_hold_no_answers_up(verdict: int, tmp_path: Path
 
 
 def test_an_answer_at_which_the_sink_itself_fails_is_set_aside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = MqttSink.send
-
-    def send(self: MqttSink, batch: Sequence[Queued]) -> Attempt:
-        if any(b"poison" in each.body for each in batch):
-            raise TypeError("a bug")
-        return right(self, batch)
-
-    monkeypatch.setattr(MqttSink, "send", send)
-    with RogueBroker(poison(0)) as broker, outgoing(tmp_path, mqtt(broker.port)) as running:
-        running.commit(of("cam-1", "poison", "cam-2"))
+    """No map that a server makes is like this one; it stands for a bug."""
+    poisoned = answer(2, client="poison") | {"map": {"height": 1, "width": 1}}
+    with RogueBroker(poison(0)) as broker, outgoing(tmp_path, mqtt(broker.port, maps="png")) as running:
+        running.commit([answer(1, client="cam-1"), poisoned, answer(3, client="cam-2")])
         wait_for(lambda: not only(running).queued)
         assert (only(running).delivered, only(running).refused, broker.taken) == (2, 1, ["a/cam-1", "a/cam-2"])
         assert not only(running).failing
-    assert "TypeError" in caplog.text
+    assert "KeyError: 'encoding'" in caplog.text
+    assert "in with_map" in caplog.text

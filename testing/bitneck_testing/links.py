@@ -82,23 +82,21 @@ class Proxy:
             writer.transport.abort()
             return
         self.accepted += 1
+        pair = {writer}
+        self._writers |= pair  # also while the other half is made: a cut ends it
         try:
             there_reader, there = await asyncio.open_connection(*self._target)
-        except OSError:
-            writer.transport.abort()
-            return
-        pair = {writer, there}
-        if not self._open:  # it was cut meanwhile
-            for one in pair:
-                one.transport.abort()
-            return
-        self._writers |= pair
-        try:
+            pair.add(there)
+            if writer.transport.is_closing():
+                return
+            self._writers.add(there)
             both = [asyncio.create_task(self._pump(a, b)) for a, b in ((reader, there), (there_reader, writer))]
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             for task in both:
                 task.cancel()
             await asyncio.gather(*both, return_exceptions=True)
+        except OSError:
+            pass  # nobody listens there
         finally:
             self._writers -= pair
             for one in pair:

@@ -1,8 +1,10 @@
 """Figures of this and other processes: memory, percentiles, time inside functions; and of answers."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +14,16 @@ from numpy.typing import NDArray
 import bitneck_edge.sources.photo
 from bitneck.runtime import OnnxModule
 
-__all__ = ["COMPUTING", "PREPARING", "TimeInside", "log_softmax", "p50_and_p99", "resident_mib"]
+__all__ = [
+    "COMPUTING",
+    "PREPARING",
+    "TimeInside",
+    "children_of",
+    "log_softmax",
+    "p50_and_p99",
+    "processor_s",
+    "resident_mib",
+]
 
 COMPUTING = (OnnxModule, "run")
 """A place for `TimeInside`: ONNX Runtime."""
@@ -29,6 +40,25 @@ def resident_mib(pid: int) -> float:
     """
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
+
+
+def processor_s(pid: int) -> float:
+    """Processor time of a process and its children so far, seconds. Linux only.
+
+    Raises:
+        OSError: no such process.
+    """
+    stats = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in (pid, *children_of(pid))]
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a process has started and that it has not asked for their end yet. Linux only."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread that ends
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def p50_and_p99(milliseconds: Sequence[float]) -> dict[str, float]:

@@ -14,14 +14,14 @@ from pathlib import Path
 from bitneck.errors import InvalidConfig
 from bitneck.text import clean_text
 from bitneck_cloud.answers.sinks.jsonl import JsonlSink
-from bitneck_cloud.answers.sinks.mqtt.sink import MqttSink
 from bitneck_cloud.answers.sinks.queue.access import QueueAccess, checkpoint, log_bytes
 from bitneck_cloud.answers.sinks.queue.file import QueueFile
 from bitneck_cloud.answers.sinks.routing import Routing
 from bitneck_cloud.answers.sinks.sender import Sender
-from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTable, WebhookTable, check_key, secret_of
+from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTables, WebhookTable, check_key, secret_of
 from bitneck_cloud.answers.sinks.state import Bounds, ClientState, Document, Entry, Sink, SinkState
-from bitneck_cloud.answers.sinks.webhook import WebhookSink
+from bitneck_cloud.answers.sinks.worker.process import WorkerProcess
+from bitneck_cloud.answers.sinks.worker.remote import RemoteSink
 from bitneck_cloud.fleet.patterns import Groups
 
 __all__ = ["Outgoing"]
@@ -30,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 _HOUSEKEEPING_S = 1.0
 _TURN_S = 0.002
 """Seconds between two parts of housekeeping: a lock that is taken again at once goes to nobody else."""
-_CLOSE_S = 5.0
+_CLOSE_S, _ENDED_S = 5.0, 1.0
 _TROUBLE_LOG_S = 60.0
 _MOST_LOG_BYTES = 64 << 20
 
@@ -55,7 +55,7 @@ class Outgoing:
 
     def __init__(
         self,
-        tables: Sequence[SinkTable],
+        tables: Sequence[SinkTables],
         queue: Path | None,
         *,
         server: str,
@@ -69,16 +69,22 @@ class Outgoing:
         self._routing = Routing(tables, groups or Groups())
         bounds = {table.name: Bounds(table.queue_bytes, table.queue_age_s) for table in tables}
         self._queue = QueueAccess(QueueFile(queue, bounds, sync=sync)) if queue is not None and tables else None
+        self._worker = WorkerProcess([table for table in tables if not isinstance(table, JsonlTable)], server)
         self._senders: dict[str, Sender] = {}
         self._known: dict[str, set[str]] = {table.name: set() for table in tables}
         if self._queue is not None:
             for table in tables:
-                kind, sink = _sink_of(table, server)
-                self._senders[table.name] = Sender(table, kind, sink, self._queue)
+                sink: Sink = JsonlSink(table) if isinstance(table, JsonlTable) else RemoteSink(table.name, self._worker)
+                self._senders[table.name] = Sender(table, sink, self._queue)
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep_house, name="bitneck-sinks-keeper", daemon=True)
         self._uncommitted, self._logged_at = 0, -_TROUBLE_LOG_S
         self._reached, self._forced = 0, -1
+
+    @property
+    def pid(self) -> int | None:
+        """Of the worker, which delivers to brokers and webhooks; None if there is none now."""
+        return self._worker.pid
 
     @property
     def wants_maps(self) -> bool:
@@ -119,6 +125,9 @@ class Outgoing:
         for text in reversed(gone):
             state = replace(ClientState(**json.loads(text)), online=False)
             self._tell(state)
+        if self._stop.is_set():  # a stopping server did not wait for the queue to open
+            return
+        self._worker.start()
         for sender in self._senders.values():
             sender.start()
         self._keeper.start()
@@ -196,11 +205,16 @@ class Outgoing:
         if self._queue is None or self._stop.is_set():
             return
         self._stop.set()
+        self._worker.start_no_more()
         for sender in self._senders.values():
             sender.ask_to_stop()
         deadline = time.monotonic() + _CLOSE_S
         for sender in self._senders.values():
             sender.join(max(0.0, deadline - time.monotonic()))
+        self._worker.close()  # which ends the attempts that take too long
+        for name, sender in self._senders.items():
+            if not sender.join(_ENDED_S):
+                _LOG.warning("sink %s is still busy with an attempt; it is left", name)
         if self._keeper.ident is not None:
             self._keeper.join()
             with contextlib.suppress(sqlite3.Error):
@@ -213,7 +227,9 @@ class Outgoing:
         wanting: list[tuple[Sender, ClientState]] = []
         for name, sender in self._senders.items():
             known = self._known[name]
-            takes = sender.kind == "mqtt" and self._routing.takes_client(name, state.client, state.model)
+            table = sender.table
+            retains = isinstance(table, MqttTable) and bool(table.state_topic)
+            takes = retains and self._routing.takes_client(name, state.client, state.model)
             if takes and state.online:
                 known.add(state.client)
                 wanting.append((sender, state))
@@ -277,19 +293,7 @@ class Outgoing:
             pass
 
 
-def _sink_of(table: SinkTable, server: str) -> tuple[str, Sink]:
-    match table:
-        case MqttTable():
-            return table.kind, MqttSink(table, server)
-        case WebhookTable():
-            return table.kind, WebhookSink(table)
-        case JsonlTable():
-            return table.kind, JsonlSink(table)
-        case _:
-            raise AssertionError(type(table))
-
-
-def _check_secrets(table: SinkTable) -> None:
+def _check_secrets(table: SinkTables) -> None:
     if isinstance(table, MqttTable):
         secret_of(table.password, table.password_file)
     elif isinstance(table, WebhookTable):

@@ -10,7 +10,7 @@ from bitneck.backoff import Backoff
 from bitneck.errors import InvalidConfig
 from bitneck.text import clean_text
 from bitneck_cloud.answers.sinks.queue.access import QueueAccess
-from bitneck_cloud.answers.sinks.settings import SinkTable
+from bitneck_cloud.answers.sinks.settings import SinkTables
 from bitneck_cloud.answers.sinks.state import Attempt, Queued, Sink, SinkState, tries
 from bitneck_cloud.observe.audit import record
 
@@ -29,13 +29,12 @@ class Sender:
 
     Args:
         table: the sink's settings.
-        kind: of it.
         sink: how it delivers.
         queue: of all sinks.
     """
 
-    def __init__(self, table: SinkTable, kind: str, sink: Sink, queue: QueueAccess) -> None:
-        self.table, self.kind, self.sink = table, kind, sink
+    def __init__(self, table: SinkTables, sink: Sink, queue: QueueAccess) -> None:
+        self.table, self.sink = table, sink
         self._queue = queue
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"bitneck-sink-{table.name}", daemon=True)
@@ -59,12 +58,11 @@ class Sender:
         self._stop.set()
         self._wake.set()
 
-    def join(self, timeout_s: float) -> None:
-        """Wait until its thread has ended, if it has begun."""
+    def join(self, timeout_s: float) -> bool:
+        """Wait until its thread has ended, if it has begun; whether it has."""
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
-            if self._thread.is_alive():
-                _LOG.warning("sink %s is still busy with an attempt; it is left", self.table.name)
+        return not self._thread.is_alive()
 
     def note(self, error: str) -> None:
         """Show an error that is not of an attempt."""
@@ -75,7 +73,7 @@ class Sender:
         held = self._queue.file.held[self.table.name]
         return SinkState(
             name=self.table.name,
-            kind=self.kind,
+            kind=self.table.kind,
             queued=held.queued,
             queue_bytes=held.bytes,
             behind_s=max(0.0, now - held.oldest_at) if held.queued else 0.0,
@@ -98,10 +96,13 @@ class Sender:
                 attempt, left = self._attempt()
             except Exception as exc:  # noqa: BLE001  a bug here must not end the sink
                 if self._stop.is_set():  # the attempt took too long, and the queue is closed
+                    failing = True
                     break
                 _LOG.exception("sink %s: an attempt failed", self.table.name)
                 attempt, left = Attempt(error=f"an internal error ({type(exc).__name__}); the log says more"), False
             failing = bool(attempt.error)
+            if failing and self._stop.is_set():  # it may have been ended for that
+                break
             if len(attempt.settled) > attempt.cut:
                 backoff.succeeded()
             if not attempt.error:
@@ -114,7 +115,7 @@ class Sender:
             self._stop.wait(min(max(pause_s, attempt.retry_after_s or 0.0), _LONGEST_WAIT_S))
         try:
             end = time.monotonic() + _FAREWELL_S
-            while self.sink.restless() and not failing and time.monotonic() < end:  # the states of clients
+            while not failing and self.sink.restless() and time.monotonic() < end:  # the states of clients
                 attempt, _ = self._attempt()
                 failing = bool(attempt.error)
             self.sink.close()

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 __all__ = [
     "DROPPED",
+    "MOST_CLIENTS",
     "TRIES",
     "Attempt",
     "Bounds",
@@ -25,6 +26,8 @@ DROPPED = ("bytes", "age", "size", "disk", "connection")
 TRIES = 3
 """Failures in a row at one message, at least, before it is set aside."""
 _MOST_DOUBLINGS = 12
+MOST_CLIENTS = 10_000
+"""Clients whose newest states a sink keeps."""
 
 Document = Mapping[str, Any]
 """What is said of one answer, as JSON can hold it."""

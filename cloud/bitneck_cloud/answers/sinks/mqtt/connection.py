@@ -28,7 +28,7 @@ _GOODBYE_S = 2.0
 _TURN_S = 1.0
 """Seconds after which the connection is kept alive, where nothing comes."""
 _TOGETHER_S = 0.002
-"""Seconds from the first acknowledgement to reading: each one read alone would take the interpreter from frames."""
+"""Seconds from the first acknowledgement to reading: each one read alone would take more of the processor."""
 _NO_TOPIC = "bitneck/no-such-topic"
 
 
@@ -68,8 +68,7 @@ class _OfAnAnswer(Properties):
 class Connection:
     """One connection, from its beginning to its end, for one thread.
 
-    The library's own thread would cost a switch for each acknowledgement, and its `select` takes no descriptor above
-    1,023, which a server with many clients reaches.
+    The library's own thread would cost a switch for each acknowledgement.
 
     Args:
         table: the sink's settings.

@@ -26,14 +26,13 @@ from bitneck_cloud.answers.document import document_of
 from bitneck_cloud.answers.sinks.maps import with_map
 from bitneck_cloud.answers.sinks.mqtt.connection import Connection, Failed, Said
 from bitneck_cloud.answers.sinks.settings import MqttTable
-from bitneck_cloud.answers.sinks.state import TRIES, Attempt, ClientState, Queued, tries
+from bitneck_cloud.answers.sinks.state import MOST_CLIENTS, TRIES, Attempt, ClientState, Queued, tries
 from bitneck_cloud.answers.sinks.topics import topic_of
 
 __all__ = ["MqttSink"]
 
 _LOG = logging.getLogger(__name__)
 _BATCH, _BATCH_BYTES = 100, 1 << 20
-_MOST_CLIENTS = 10_000
 _STATES_AT_ONCE = 200
 _PACKET_OVERHEAD = 256
 """Bytes of a message beside its topic and its payload, at most: header, number, properties."""
@@ -81,7 +80,7 @@ class MqttSink:
             self._states[state.client] = json.dumps(payload, separators=(",", ":")).encode()
             self._states.move_to_end(state.client)
             self._untold[state.client] = None
-            while len(self._states) > _MOST_CLIENTS:
+            while len(self._states) > MOST_CLIENTS:
                 gone, _ = self._states.popitem(last=False)
                 self._untold.pop(gone, None)
 
@@ -145,7 +144,7 @@ class MqttSink:
         self._untold.pop(client, None)
         self._quiet_until[client] = time.monotonic() + _STATE_PAUSE_S
         self._quiet_until.move_to_end(client)
-        while len(self._quiet_until) > _MOST_CLIENTS:
+        while len(self._quiet_until) > MOST_CLIENTS:
             self._quiet_until.popitem(last=False)
 
     def _publish(self, connection: Connection, batch: Sequence[Queued]) -> Attempt:
