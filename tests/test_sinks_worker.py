@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
+import bitneck_testing
 from bitneck.errors import InvalidConfig
 from bitneck_cloud.answers.sinks.outgoing import Outgoing
 from bitneck_cloud.answers.sinks.settings import MqttTable, WebhookTable
 from bitneck_cloud.answers.sinks.state import ClientState, Queued
-from bitneck_cloud.answers.sinks.worker import link
-from bitneck_cloud.answers.sinks.worker.link import SinkFailed
+from bitneck_cloud.answers.sinks.worker import link, process
+from bitneck_cloud.answers.sinks.worker.link import SinkFailed, dumps, loads
 from bitneck_cloud.answers.sinks.worker.process import WorkerProcess
 from bitneck_cloud.answers.sinks.worker.remote import RemoteSink
 from bitneck_testing.consumers.broker import MOSQUITTO, Broker, Subscriber
@@ -30,6 +33,10 @@ TABLE: dict[str, Any] = {
     "kind": "webhook", "name": "hook", "secret": "0123456789abcdef", "linger_s": 0.0, "pause_s": 0.05,
     "max_pause_s": 0.2,
 }  # fmt: skip
+
+
+PACKAGES = str(Path(bitneck_testing.__file__).parents[1])
+"""Tests find these by a setting of pytest."""
 
 
 @pytest.fixture
@@ -72,6 +79,9 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_delivery(
     found = numbers(receiver)
     assert list(dict.fromkeys(found)) == list(range(1, 21))
     assert found.count(1) >= 5
+    assert {request.headers["webhook-id"] for request in receiver.requests} == {
+        "hook-1-5", "hook-6-10", "hook-11-15", "hook-16-20"
+    }  # fmt: skip
     documents: dict[int, Any] = {}
     for request in receiver.requests:
         for each in request.answers:
@@ -149,22 +159,24 @@ def test_a_worker_that_cannot_be_started_is_tried_again(
             wait_for(lambda: only(running).delivered == 3)
 
 
+@pytest.mark.parametrize("size", [0, 100_000])
 def test_a_worker_that_hangs_is_ended(
-    receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    size: int, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A call that takes long is no such thing: signs of life come meanwhile."""
-    monkeypatch.setattr(link, "_SILENCE_S", link.BEAT_S + 2.0)
-    receiver.replies = lambda _: Reply(delay_s=link.BEAT_S + 4.0)
+    """Also if a batch does not fit into its socket. A call that takes long is no such thing: it gives signs of life."""
+    for module in (link, process):
+        monkeypatch.setattr(module, "SILENCE_S", 3 * link.BEAT_S)
+    receiver.replies = lambda _: Reply(delay_s=4 * link.BEAT_S)
     with outgoing(tmp_path, TABLE | {"url": receiver.url}) as running:
         running.commit(answers(1, 1))
         wait_for(lambda: only(running).delivered == 1)
         assert not only(running).failed
         receiver.replies = lambda _: None
         os.kill(pid_of(running), signal.SIGSTOP)
-        running.commit(answers(2, 3))
-        wait_for(lambda: only(running).delivered == 3)
+        running.commit([document | {"bundle": size * "x"} for document in answers(2, 6)])
+        wait_for(lambda: only(running).delivered == 6, 60.0)
     assert "does not answer any more, and is ended; starting it anew" in caplog.text
-    assert numbers(receiver) == [1, 2, 3]
+    assert numbers(receiver) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -193,6 +205,59 @@ def test_files_need_no_worker(tmp_path: Path) -> None:
         assert running.pid is None
 
 
+def test_a_worker_that_nobody_needs_now_is_no_zombie_for_long(receiver: Receiver, tmp_path: Path) -> None:
+    receiver.replies = lambda _: Reply(503, {"Retry-After": "3600"})
+    with outgoing(tmp_path, TABLE | {"url": receiver.url}) as running:
+        running.commit(answers(1, 1))
+        wait_for(lambda: only(running).failed)
+        pid = pid_of(running)
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_its_standard_input_is_no_secret(receiver: Receiver, tmp_path: Path) -> None:
+    """It ends only with the server, and a sink would read it without end."""
+    worker = WorkerProcess([WebhookTable.model_validate(
+        TABLE | {"url": receiver.url, "secret": None, "secret_file": "/dev/stdin"}
+    )], "cloud-1")  # fmt: skip
+    worker.start()
+    try:
+        with pytest.raises(InvalidConfig, match="secret_file"):
+            RemoteSink("hook", worker, 100, 1 << 20).send([Queued(1, 0.0, b"{}")])
+    finally:
+        worker.close()
+
+
+def test_modules_come_from_where_the_server_has_its_own(receiver: Receiver, tmp_path: Path) -> None:
+    """Not from the working folder, and from no PYTHONPATH that the server's options shut out."""
+    (tmp_path / "paho.py").write_text("raise SystemExit('foreign')")
+    (tmp_path / "json.py").write_text("raise SystemExit('foreign')")
+    config = tmp_path / "config.toml"
+    config.write_text(
+        tomli_w.dumps({"sinks": [TABLE | {"url": receiver.url}], "sinks_queue": str(tmp_path / "queue.db")})
+    )
+    main = "import sys; sys.path.insert(0, sys.argv.pop(1)); from bitneck_testing.consumers import committing_process"
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", f"{main}; committing_process.main()", PACKAGES, str(config)],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    ) as committing:  # fmt: skip
+        assert committing.stdin is not None
+        committing.stdin.write("commit 1 3 3\n")
+        committing.stdin.flush()
+        try:
+            wait_for(lambda: numbers(receiver) == [1, 2, 3])
+        finally:
+            _, said = committing.communicate(timeout=30.0)
+    assert committing.returncode == 0, said
+    assert "foreign" not in said
+
+
+def test_names_that_are_no_unicode_come_over() -> None:
+    """As of a file whose name has other bytes."""
+    assert loads(dumps(["\udcff"])) == ["\udcff"]
+
+
 def test_none_is_started_once_it_was_closed() -> None:
     worker = WorkerProcess([WebhookTable.model_validate(TABLE | {"url": "http://127.0.0.1:1/"})], "cloud-1")
     worker.close()
@@ -213,7 +278,7 @@ def test_errors_and_log_lines_come_over(tmp_path: Path, caplog: pytest.LogCaptur
     worker = WorkerProcess(tables, "cloud-1")
     worker.start()
     try:
-        broker, hook = (RemoteSink(table.name, worker) for table in tables)
+        broker, hook = (RemoteSink(table.name, worker, 100, 1 << 20) for table in tables)
         with pytest.raises(InvalidConfig, match="missing"):
             broker.send([])
         assert hook.restless()

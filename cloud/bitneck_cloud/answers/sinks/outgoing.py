@@ -19,7 +19,7 @@ from bitneck_cloud.answers.sinks.queue.file import QueueFile
 from bitneck_cloud.answers.sinks.routing import Routing
 from bitneck_cloud.answers.sinks.sender import Sender
 from bitneck_cloud.answers.sinks.settings import JsonlTable, MqttTable, SinkTables, WebhookTable, check_key, secret_of
-from bitneck_cloud.answers.sinks.state import Bounds, ClientState, Document, Entry, Sink, SinkState
+from bitneck_cloud.answers.sinks.state import BATCH, BATCH_BYTES, Bounds, ClientState, Document, Entry, Sink, SinkState
 from bitneck_cloud.answers.sinks.worker.process import WorkerProcess
 from bitneck_cloud.answers.sinks.worker.remote import RemoteSink
 from bitneck_cloud.fleet.patterns import Groups
@@ -74,8 +74,7 @@ class Outgoing:
         self._known: dict[str, set[str]] = {table.name: set() for table in tables}
         if self._queue is not None:
             for table in tables:
-                sink: Sink = JsonlSink(table) if isinstance(table, JsonlTable) else RemoteSink(table.name, self._worker)
-                self._senders[table.name] = Sender(table, sink, self._queue)
+                self._senders[table.name] = Sender(table, self._sink_of(table), self._queue)
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep_house, name="bitneck-sinks-keeper", daemon=True)
         self._uncommitted, self._logged_at = 0, -_TROUBLE_LOG_S
@@ -222,6 +221,15 @@ class Outgoing:
                 self._save()  # the rest
         self._queue.close()
 
+    def _sink_of(self, table: SinkTables) -> Sink:
+        match table:
+            case JsonlTable():
+                return JsonlSink(table)
+            case WebhookTable():
+                return RemoteSink(table.name, self._worker, table.batch, table.batch_bytes)
+            case MqttTable():
+                return RemoteSink(table.name, self._worker, BATCH, BATCH_BYTES)
+
     def _tell(self, state: ClientState) -> bool:
         """Tell the sinks that retain states; whether there was one."""
         wanting: list[tuple[Sender, ClientState]] = []
@@ -270,6 +278,7 @@ class Outgoing:
         """Each second: force what was committed to the disk, delete what nobody wants, let fall out what is too old."""
         assert self._queue is not None
         while not self._stop.wait(_HOUSEKEEPING_S):
+            _ = self._worker.pid  # whose end is noted so, also while nobody has anything for it
             for step in (self._save, self._force, self._expire):
                 try:
                     step()

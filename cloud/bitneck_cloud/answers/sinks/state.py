@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 __all__ = [
+    "BATCH",
+    "BATCH_BYTES",
     "DROPPED",
     "MOST_CLIENTS",
     "TRIES",
@@ -26,6 +28,8 @@ DROPPED = ("bytes", "age", "size", "disk", "connection")
 TRIES = 3
 """Failures in a row at one message, at least, before it is set aside."""
 _MOST_DOUBLINGS = 12
+BATCH, BATCH_BYTES = 100, 1 << 20
+"""Answers of one batch, and their bytes, where no setting says it."""
 MOST_CLIENTS = 10_000
 """Clients whose newest states a sink keeps."""
 

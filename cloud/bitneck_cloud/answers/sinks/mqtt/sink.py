@@ -26,13 +26,21 @@ from bitneck_cloud.answers.document import document_of
 from bitneck_cloud.answers.sinks.maps import with_map
 from bitneck_cloud.answers.sinks.mqtt.connection import Connection, Failed, Said
 from bitneck_cloud.answers.sinks.settings import MqttTable
-from bitneck_cloud.answers.sinks.state import MOST_CLIENTS, TRIES, Attempt, ClientState, Queued, tries
+from bitneck_cloud.answers.sinks.state import (
+    BATCH,
+    BATCH_BYTES,
+    MOST_CLIENTS,
+    TRIES,
+    Attempt,
+    ClientState,
+    Queued,
+    tries,
+)
 from bitneck_cloud.answers.sinks.topics import topic_of
 
 __all__ = ["MqttSink"]
 
 _LOG = logging.getLogger(__name__)
-_BATCH, _BATCH_BYTES = 100, 1 << 20
 _STATES_AT_ONCE = 200
 _PACKET_OVERHEAD = 256
 """Bytes of a message beside its topic and its payload, at most: header, number, properties."""
@@ -53,7 +61,7 @@ class MqttSink:
         server: name of this server.
     """
 
-    most, most_bytes = _BATCH, _BATCH_BYTES
+    most, most_bytes = BATCH, BATCH_BYTES
 
     def __init__(self, table: MqttTable, server: str) -> None:
         self._table, self._server = table, server

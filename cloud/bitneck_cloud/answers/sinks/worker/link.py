@@ -20,11 +20,11 @@ from bitneck.errors import InvalidConfig
 from bitneck_cloud.answers.sinks.settings import SinkTables
 from bitneck_cloud.answers.sinks.state import Queued
 
-__all__ = ["BEAT_S", "Link", "SinkFailed", "WorkerGone", "dump_batch", "load_batch"]
+__all__ = ["BEAT_S", "SILENCE_S", "Link", "SinkFailed", "WorkerGone", "dump_batch", "dumps", "load_batch", "loads"]
 
 BEAT_S = 2.0
 """Seconds between two signs of life while a call takes its time."""
-_SILENCE_S = 60.0
+SILENCE_S = 60.0
 """Without any for so long, the worker counts as hung. A machine that is short of memory may take its time."""
 
 
@@ -40,11 +40,11 @@ class Link:
     """For one thread.
 
     Attributes:
-        most: answers that the next batch may have; one, until the sink has said it.
+        most: answers that the next batch may have, once a call has returned.
         most_bytes: of them, likewise.
 
     Args:
-        socket: connected.
+        socket: connected. Writing and reading a message do not wait for ever on it.
         table: which sink is at the other end.
         server: name of the server.
         level: of the log records that the worker sends.
@@ -54,7 +54,7 @@ class Link:
         self._socket = socket
         self._begin = ("begin", table.model_dump(by_alias=True, exclude_unset=True), server, level)
         self._begun = False
-        self.most = self.most_bytes = 1
+        self.most = self.most_bytes = 0
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the sink, and wait for its result.
@@ -79,8 +79,8 @@ class Link:
 
     def _exchange(self, message: Sequence[Any]) -> Any:
         try:
-            self._socket.send_bytes(orjson.dumps(message, default=_plain))
-            reply = json.loads(self._reply())
+            self._socket.send_bytes(dumps(message))
+            reply = loads(self._reply())
         except (OSError, EOFError, ValueError, MemoryError) as exc:  # what comes next would answer another call
             self.close()
             raise WorkerGone("the worker of the sinks has ended, or does not answer") from exc
@@ -94,10 +94,31 @@ class Link:
         return reply["result"]
 
     def _reply(self) -> bytes:
-        while self._socket.poll(_SILENCE_S):
-            if found := self._socket.recv_bytes():
+        silent = 0  # intervals, not seconds: both processes may have been frozen
+        while silent < SILENCE_S / BEAT_S:
+            if not self._socket.poll(BEAT_S):
+                silent += 1
+            elif found := self._socket.recv_bytes():
                 return found
+            else:
+                silent = 0
         raise TimeoutError
+
+
+def dumps(message: object) -> bytes:
+    """A message as JSON. It may have what orjson refuses, such as names of files that are not UTF-8."""
+    try:
+        return orjson.dumps(message, default=_plain)
+    except orjson.JSONEncodeError:
+        return json.dumps(message, default=_plain).encode()
+
+
+def loads(message: bytes) -> Any:
+    """What `dumps` has written."""
+    try:
+        return orjson.loads(message)
+    except orjson.JSONDecodeError:
+        return json.loads(message)
 
 
 def _plain(value: object) -> str:

@@ -18,7 +18,10 @@ def main() -> None:
     """Serve the sinks of these sockets until standard input ends."""
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server gets them too, and ends this
         signal.signal(each, signal.SIG_IGN)
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    life, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # so that a sink whose file is /dev/stdin does not read it
+    os.close(nothing)
+    threading.Thread(target=_end_with, args=(life,), daemon=True).start()
     os.nice(_NICENESS)
 
     from bitneck_cloud.answers.sinks.worker.serving import serve
@@ -26,8 +29,8 @@ def main() -> None:
     serve([int(number) for number in sys.argv[1:]])
 
 
-def _end_with_input() -> None:
-    os.read(0, 1)
+def _end_with(pipe: int) -> None:
+    os.read(pipe, 1)
     os._exit(0)
 
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-import multiprocessing
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from bitneck_cloud.answers.sinks.settings import SinkTables
-from bitneck_cloud.answers.sinks.worker.link import Link, WorkerGone
+from bitneck_cloud.answers.sinks.worker.link import SILENCE_S, Link, WorkerGone
 
 __all__ = ["WorkerProcess"]
 
@@ -81,10 +82,10 @@ class WorkerProcess:
     def _begin(self) -> None:
         pairs: list[tuple[Connection, Connection]] = []
         try:
-            pairs.extend(multiprocessing.Pipe() for _ in self._tables)
+            pairs.extend(_pair() for _ in self._tables)
             theirs = [there.fileno() for _, there in pairs]
             self._process = subprocess.Popen(  # noqa: S603  this program
-                [sys.executable, "-P", "-m", _MAIN, *map(str, theirs)],
+                [sys.executable, *_options(), "-m", _MAIN, *map(str, theirs)],
                 stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=theirs,
                 # A terminal's ^C is for the server, which then ends this. In a session of its own, it would be in a
                 # group of its own of Linux's scheduler, where niceness means nothing to other groups.
@@ -127,3 +128,17 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _pair() -> tuple[Connection, Connection]:
+    """The server's end and the worker's. A worker that hangs does not keep the server from writing for ever."""
+    here, there = socket.socketpair()
+    limit = struct.pack("@ll", int(SILENCE_S), 0)
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        here.setsockopt(socket.SOL_SOCKET, option, limit)
+    return Connection(here.detach()), Connection(there.detach())
+
+
+def _options() -> list[str]:
+    """Of Python: modules come from where this process has its own, and never from the working folder."""
+    return ["-P", *["-E"] * sys.flags.ignore_environment, *["-s"] * bool(sys.flags.no_user_site)]

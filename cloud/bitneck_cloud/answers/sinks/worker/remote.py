@@ -22,24 +22,17 @@ class RemoteSink:
     Args:
         name: of the sink.
         worker: where it is.
+        most: answers that a batch may have, until the sink says something else.
+        most_bytes: bytes of them, likewise.
     """
 
-    def __init__(self, name: str, worker: WorkerProcess) -> None:
+    def __init__(self, name: str, worker: WorkerProcess, most: int, most_bytes: int) -> None:
         self._name, self._worker = name, worker
+        self.most, self.most_bytes = most, most_bytes
         self._link: Link | None = None
         self._lock = threading.Lock()
         self._states: OrderedDict[str, ClientState] = OrderedDict()
         self._untold: OrderedDict[str, None] = OrderedDict()
-
-    @property
-    def most(self) -> int:
-        """Answers that a batch may have."""
-        return self._link.most if self._link is not None else 1
-
-    @property
-    def most_bytes(self) -> int:
-        """Bytes of them."""
-        return self._link.most_bytes if self._link is not None else 1
 
     def restless(self) -> bool:
         """Whether there is no link, or a state to be told, or the sink is."""
@@ -86,6 +79,7 @@ class RemoteSink:
                 self._untold = OrderedDict.fromkeys(self._states)
         try:
             yield self._link
+            self.most, self.most_bytes = self._link.most, self._link.most_bytes
         except WorkerGone:
             self._link = None
             raise

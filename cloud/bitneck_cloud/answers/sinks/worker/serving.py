@@ -1,7 +1,6 @@
 """The worker's end of the sockets: a thread for each sink, which does what its sender in the server asks."""
 
 import contextlib
-import json
 import logging
 import queue
 import threading
@@ -13,14 +12,13 @@ from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 from typing import Any
 
-import orjson
 from pydantic import TypeAdapter
 
 from bitneck_cloud.answers.sinks.mqtt.sink import MqttSink
 from bitneck_cloud.answers.sinks.settings import MqttTable, SinkTables, WebhookTable
 from bitneck_cloud.answers.sinks.state import ClientState, Sink
 from bitneck_cloud.answers.sinks.webhook import WebhookSink
-from bitneck_cloud.answers.sinks.worker.link import BEAT_S, load_batch
+from bitneck_cloud.answers.sinks.worker.link import BEAT_S, dumps, load_batch, loads
 
 __all__ = ["serve"]
 
@@ -88,12 +86,12 @@ class _Served:
     def run(self) -> None:
         """Do what is asked, until the server lets go of its end."""
         with self._socket, contextlib.suppress(EOFError, OSError):
-            _, table, server, level = orjson.loads(self._socket.recv_bytes())
+            _, table, server, level = loads(self._socket.recv_bytes())
             self._records.begin(level)
             sink = _sink_of(TypeAdapter[SinkTables](SinkTables).validate_python(table), server)
             self._reply(sink, None, None)
             while True:
-                method, *arguments = orjson.loads(self._socket.recv_bytes())
+                method, *arguments = loads(self._socket.recv_bytes())
                 with self._lock:
                     self._busy = True
                 result, error = None, None
@@ -119,7 +117,7 @@ class _Served:
         }
         with self._lock:
             self._busy = False
-            self._socket.send_bytes(json.dumps(reply).encode())  # file names may have what orjson refuses
+            self._socket.send_bytes(dumps(reply))
 
 
 def _sink_of(table: SinkTables, server: str) -> Sink:
