@@ -35,6 +35,7 @@ TABLE: dict[str, Any] = {
 }  # fmt: skip
 
 
+HANG_S = 60.0
 PACKAGES = str(Path(bitneck_testing.__file__).parents[1])
 """Tests find these by a setting of pytest."""
 
@@ -164,19 +165,23 @@ def test_a_worker_that_hangs_is_ended(
     size: int, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also if a batch does not fit into its socket. A call that takes long is no such thing: it gives signs of life."""
-    for module in (link, process):
-        monkeypatch.setattr(module, "SILENCE_S", 3 * link.BEAT_S)
-    receiver.replies = lambda _: Reply(delay_s=4 * link.BEAT_S)
+    monkeypatch.setattr(process, "SILENCE_S", 3 * link.BEAT_S)
     with outgoing(tmp_path, TABLE | {"url": receiver.url}) as running:
         running.commit(answers(1, 1))
         wait_for(lambda: only(running).delivered == 1)
+        monkeypatch.setattr(link, "SILENCE_S", 3 * link.BEAT_S)  # from now on: getting ready may take longer
+        receiver.replies = lambda _: Reply(delay_s=4 * link.BEAT_S)
+        running.commit(answers(2, 2))
+        wait_for(lambda: only(running).delivered == 2)
         assert not only(running).failed
         receiver.replies = lambda _: None
         os.kill(pid_of(running), signal.SIGSTOP)
-        running.commit([document | {"bundle": size * "x"} for document in answers(2, 6)])
-        wait_for(lambda: only(running).delivered == 6, 60.0)
+        running.commit([document | {"bundle": size * "x"} for document in answers(3, 7)])
+        wait_for(lambda: only(running).failed)
+        monkeypatch.setattr(link, "SILENCE_S", HANG_S)
+        wait_for(lambda: only(running).delivered == 7)
     assert "does not answer any more, and is ended; starting it anew" in caplog.text
-    assert numbers(receiver) == [1, 2, 3, 4, 5, 6]
+    assert numbers(receiver) == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("stopped", [False, True])
