@@ -6,10 +6,10 @@ Two servers run side by side: a bare one, and one with subscribers that read all
 with sinks: an MQTT broker (mosquitto), a webhook's server, each in a process of its own, and a file of JSON lines.
 `--sinks three` is the default where mosquitto is installed, `two` leaves the broker out. What consumes has the lowest
 priority: in use it has machines of its own, and here it must not take the server's. The servers are loaded by turns,
-first as much as they take (saturation), then with half of that. Each figure is the median of the rounds' ratios, with /
-without, and behind it stands the median's 95 % interval (with six rounds or more): compare within one run only, because
-the machines that run this are shared. At the end every sink must have delivered every answer, else the exit status is
-1.
+first as much as they take (saturation), then with half of that. The processor time is that of a server and its worker.
+Each figure is the median of the rounds' ratios, with / without, and behind it stands the median's 95 % interval (with
+six rounds or more): compare within one run only, because the machines that run this are shared. At the end every sink
+must have delivered every answer, else the exit status is 1.
 
 `--against` compares with another environment's or checkout's server, which gets the same subscribers and sinks: before
 and after a change, in one run.

@@ -4,8 +4,8 @@
 
 It commits passes of answers at a steady pace to no sink, to one of each kind, and to three at once. `behind_s` are the
 seconds from the last commit until all is delivered: at a pace that a sink does not follow, they grow. The processor
-time is that of this process and of the sinks' own one. The webhook's server is a process of its own. The broker is a
-real one (mosquitto), and is left out where it is not installed.
+time is that of this process and of the sinks' worker, whose memory is `worker_mib`. The webhook's server is a process
+of its own. The broker is a real one (mosquitto), and is left out where it is not installed.
 
 With --steps it measures what three sinks do to the queue, step by step, in one thread and without a pause: commits of
 one answer and of four, each sink's turn with 30 answers, and a second's housekeeping.
@@ -31,7 +31,7 @@ from bitneck_testing.consumers.broker import MOSQUITTO, Broker
 from bitneck_testing.consumers.committer import wait_for
 from bitneck_testing.consumers.documents import answers
 from bitneck_testing.consumers.receiver import Receiver
-from bitneck_testing.measuring import processor_s
+from bitneck_testing.measuring import processor_s, resident_mib
 from bitneck_testing.processes import spawned_server
 
 WARM_S = 1.5
@@ -45,7 +45,7 @@ def receive(address: "Queue[str]") -> None:
 
 
 def spent_s(outgoing: Outgoing) -> float:
-    """Processor time so far: of this process, and of that of the sinks."""
+    """Processor time so far: of this process, and of the sinks' worker."""
     return time.process_time() + (processor_s(outgoing.pid) if outgoing.pid is not None else 0.0)
 
 
@@ -69,6 +69,7 @@ def measure(tables: list[dict[str, Any]], folder: Path, options: argparse.Namesp
     wait_for(lambda: not any(state.queued for state in outgoing.states()), 60)
     behind_s = time.perf_counter() - ended
     busy_s = spent_s(outgoing) - begin
+    worker_mib = round(resident_mib(outgoing.pid)) if outgoing.pid is not None else 0
     outgoing.close()
     p50, p99 = np.percentile(commits_ms, [50, 99])
     return {
@@ -78,6 +79,7 @@ def measure(tables: list[dict[str, Any]], folder: Path, options: argparse.Namesp
         "commit_ms_p99": round(float(p99), 2),
         "processor_us_an_answer": round(1e6 * busy_s / (number - options.answers)),
         "behind_s": round(behind_s, 2),
+        "worker_mib": worker_mib,
     }
 
 

@@ -16,11 +16,12 @@ import tomli_w
 
 import bitneck_testing
 from bitneck.errors import InvalidConfig
+from bitneck_cloud.answers.document import read_json
 from bitneck_cloud.answers.sinks.outgoing import Outgoing
 from bitneck_cloud.answers.sinks.settings import MqttTable, WebhookTable
 from bitneck_cloud.answers.sinks.state import ClientState, Queued
 from bitneck_cloud.answers.sinks.worker import link, process
-from bitneck_cloud.answers.sinks.worker.link import SinkFailed, dumps, loads
+from bitneck_cloud.answers.sinks.worker.link import SinkFailed, dumps
 from bitneck_cloud.answers.sinks.worker.process import WorkerProcess
 from bitneck_cloud.answers.sinks.worker.remote import RemoteSink
 from bitneck_testing.consumers.broker import MOSQUITTO, Broker, Subscriber
@@ -260,7 +261,7 @@ def test_modules_come_from_where_the_server_has_its_own(receiver: Receiver, tmp_
 
 def test_names_that_are_no_unicode_come_over() -> None:
     """As of a file whose name has other bytes."""
-    assert loads(dumps(["\udcff"])) == ["\udcff"]
+    assert read_json(dumps(["\udcff"])) == ["\udcff"]
 
 
 def test_none_is_started_once_it_was_closed() -> None:

@@ -20,7 +20,7 @@ from bitneck.wire.messages import Classification, CodedMap, Output
 from bitneck_cloud.answers.answered import Answered
 from bitneck_cloud.answers.map_picture import png_of_coded
 
-__all__ = ["VERSION", "MapForm", "Published", "answer_document", "document_of", "json_of"]
+__all__ = ["VERSION", "MapForm", "Published", "answer_document", "document_of", "json_of", "read_json"]
 
 VERSION = 1
 """Of the document. A new key keeps it; a key that goes, or means something else, does not."""
@@ -120,11 +120,16 @@ def json_of(document: Mapping[str, Any]) -> str:
 
 def document_of(text: bytes) -> dict[str, Any]:
     """What `json_of` has written."""
-    try:
-        document: dict[str, Any] = orjson.loads(text)
-    except orjson.JSONDecodeError:  # likewise
-        document = json.loads(text)
+    document: dict[str, Any] = read_json(text)
     return document
+
+
+def read_json(text: bytes) -> Any:
+    """JSON, also with half a surrogate pair, which orjson refuses."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)
 
 
 def answer_document(published: Published, form: MapForm) -> dict[str, Any]:

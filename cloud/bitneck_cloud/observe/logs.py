@@ -10,7 +10,14 @@ from typing import Literal
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
-__all__ = ["REQUEST_ID_HEADER", "LogFormat", "configure_logging", "new_request_id", "request_id"]
+__all__ = [
+    "REQUEST_ID_HEADER",
+    "LogFormat",
+    "configure_logging",
+    "keep_secrets_out",
+    "new_request_id",
+    "request_id",
+]
 
 LogFormat = Literal["text", "json"]
 REQUEST_ID_HEADER = "x-request-id"
@@ -55,5 +62,10 @@ def configure_logging(level: str, fmt: LogFormat) -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for name in ("httpx", "httpcore"):  # they log whole addresses and headers, which may be secrets of webhooks
+    keep_secrets_out()
+
+
+def keep_secrets_out() -> None:
+    """Let the libraries of HTTP log warnings only: else whole addresses and headers, which may be secrets."""
+    for name in ("httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)

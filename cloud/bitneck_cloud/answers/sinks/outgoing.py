@@ -278,7 +278,7 @@ class Outgoing:
         """Each second: force what was committed to the disk, delete what nobody wants, let fall out what is too old."""
         assert self._queue is not None
         while not self._stop.wait(_HOUSEKEEPING_S):
-            _ = self._worker.pid  # whose end is noted so, also while nobody has anything for it
+            self._worker.reap()
             for step in (self._save, self._force, self._expire):
                 try:
                     step()

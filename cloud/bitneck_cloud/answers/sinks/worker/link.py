@@ -17,10 +17,11 @@ import orjson
 from pydantic import SecretStr
 
 from bitneck.errors import InvalidConfig
+from bitneck_cloud.answers.document import read_json
 from bitneck_cloud.answers.sinks.settings import SinkTables
 from bitneck_cloud.answers.sinks.state import Queued
 
-__all__ = ["BEAT_S", "SILENCE_S", "Link", "SinkFailed", "WorkerGone", "dump_batch", "dumps", "load_batch", "loads"]
+__all__ = ["BEAT_S", "SILENCE_S", "Link", "SinkFailed", "WorkerGone", "dump_batch", "dumps", "load_batch"]
 
 BEAT_S = 2.0
 """Seconds between two signs of life while a call takes its time."""
@@ -80,7 +81,7 @@ class Link:
     def _exchange(self, message: Sequence[Any]) -> Any:
         try:
             self._socket.send_bytes(dumps(message))
-            reply = loads(self._reply())
+            reply = read_json(self._reply())
         except (OSError, EOFError, ValueError, MemoryError) as exc:  # what comes next would answer another call
             self.close()
             raise WorkerGone("the worker of the sinks has ended, or does not answer") from exc
@@ -106,19 +107,11 @@ class Link:
 
 
 def dumps(message: object) -> bytes:
-    """A message as JSON. It may have what orjson refuses, such as names of files that are not UTF-8."""
+    """A message, for `read_json`. It may have what orjson refuses, such as names of files that are not UTF-8."""
     try:
         return orjson.dumps(message, default=_plain)
     except orjson.JSONEncodeError:
         return json.dumps(message, default=_plain).encode()
-
-
-def loads(message: bytes) -> Any:
-    """What `dumps` has written."""
-    try:
-        return orjson.loads(message)
-    except orjson.JSONDecodeError:
-        return json.loads(message)
 
 
 def _plain(value: object) -> str:

@@ -43,6 +43,11 @@ class WorkerProcess:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
+    def reap(self) -> None:
+        """Note its end, if it has ended; else it would stay in the system's table until somebody needs it."""
+        if (process := self._process) is not None:
+            process.poll()
+
     def start(self) -> None:
         """Start it; what it needs to get ready is not waited for. If it cannot be started, `link` tries again."""
         with self._lock, contextlib.suppress(WorkerGone):

@@ -14,11 +14,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from bitneck_cloud.answers.document import read_json
 from bitneck_cloud.answers.sinks.mqtt.sink import MqttSink
 from bitneck_cloud.answers.sinks.settings import MqttTable, SinkTables, WebhookTable
 from bitneck_cloud.answers.sinks.state import ClientState, Sink
 from bitneck_cloud.answers.sinks.webhook import WebhookSink
-from bitneck_cloud.answers.sinks.worker.link import BEAT_S, dumps, load_batch, loads
+from bitneck_cloud.answers.sinks.worker.link import BEAT_S, dumps, load_batch
+from bitneck_cloud.observe.logs import keep_secrets_out
 
 __all__ = ["serve"]
 
@@ -53,8 +55,7 @@ class _Records(QueueHandler):
     def begin(self, level: int) -> None:
         """Take what is logged from now on."""
         logging.basicConfig(level=level, handlers=[self])
-        for name in ("httpx", "httpcore"):  # they log whole addresses and headers, which may be secrets of webhooks
-            logging.getLogger(name).setLevel(logging.WARNING)
+        keep_secrets_out()
 
     def enqueue(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(queue.Full):
@@ -86,12 +87,12 @@ class _Served:
     def run(self) -> None:
         """Do what is asked, until the server lets go of its end."""
         with self._socket, contextlib.suppress(EOFError, OSError):
-            _, table, server, level = loads(self._socket.recv_bytes())
+            _, table, server, level = read_json(self._socket.recv_bytes())
             self._records.begin(level)
             sink = _sink_of(TypeAdapter[SinkTables](SinkTables).validate_python(table), server)
             self._reply(sink, None, None)
             while True:
-                method, *arguments = loads(self._socket.recv_bytes())
+                method, *arguments = read_json(self._socket.recv_bytes())
                 with self._lock:
                     self._busy = True
                 result, error = None, None
