@@ -6,16 +6,22 @@ Two servers run side by side: a bare one, and one with subscribers that read all
 with sinks: an MQTT broker (mosquitto), a webhook's server, each in a process of its own, and a file of JSON lines.
 `--sinks three` is the default where mosquitto is installed, `two` leaves the broker out. What consumes has the lowest
 priority: in use it has machines of its own, and here it must not take the server's. The servers are loaded by turns,
-first as much as they take (saturation), then with half of that. The processor time is that of a server and its worker.
-Each figure is the median of the rounds' ratios, with / without, and behind it stands the median's 95 % interval (with
-six rounds or more): compare within one run only, because the machines that run this are shared. At the end every sink
-must have delivered every answer, else the exit status is 1.
+first as much as they take (saturation), then with half of that, at random moments: the same for both servers, others in
+each round. Each second round begins with the other server. The processor time is that of a server and its worker. Each
+figure is the median of the rounds' ratios, with / without, and behind it stands the median's 95 % interval (with six
+rounds or more): compare within one run only, because the machines that run this are shared. A round in which the
+machine's host gave more than a hundredth of a processor to others is left out, and another one takes its place, until
+half as many are left out as are wanted. `--json` has every round, also those.
+
+At the end every sink must have delivered every answer, else the exit status is 1.
 
 `--against` compares with another environment's or checkout's server, which gets the same subscribers and sinks: before
 and after a change, in one run.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -41,6 +47,8 @@ from bitneck_testing.processes import BIN, QUIET, Server, run_json, running_serv
 CLIENTS = 8
 _LOWEST = 19
 """Niceness of what consumes."""
+_STOLEN = 0.01
+"""Seconds of the processors a second."""
 
 
 def subscribe(http: str, count: int, query: str, ready: "Queue[str]") -> None:
@@ -104,12 +112,21 @@ def answered(server: Server) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("bitneck_published_answers_total{"))
 
 
-def load(server: Server, photo: Path, cache: Path, options: argparse.Namespace, fps: float) -> dict[str, float]:
-    """One round on one server: processor ms a frame, frames a second, p99 of the round trip in ms."""
-    frames, spent = answered(server), processor_s(server.process.pid)
+def stolen_s() -> float:
+    """Seconds of the processors that this machine's host has given to others, so far; 0 where that is not told."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8]) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def load(
+    server: Server, photo: Path, cache: Path, options: argparse.Namespace, fps: float, seed: int
+) -> dict[str, float]:
+    """One round on one server: processor ms a frame, frames a second, p50 and p99 of the round trip in ms."""
+    frames, spent, stolen = answered(server), processor_s(server.process.pid), stolen_s()
     document = run_json(
         [BIN / "bitneck-edge", "load", photo, "--server", server.grpc, "--cache-dir", cache, "--clients", CLIENTS,
-         "--seconds", options.seconds, "--fps", fps / CLIENTS, "--point", options.point, "--json"]
+         "--seconds", options.seconds, "--fps", fps / CLIENTS, "--point", options.point, "--seed", seed, "--json"]
     )  # fmt: skip
     frames, spent = answered(server) - frames, processor_s(server.process.pid) - spent
     if document["failed"]:
@@ -119,14 +136,23 @@ def load(server: Server, photo: Path, cache: Path, options: argparse.Namespace, 
         "frames_per_s": document["frames_per_s"],
         "p50_ms": document["ms"]["round_trip"]["p50"],
         "p99_ms": document["ms"]["round_trip"]["p99"],
+        "stolen_s": stolen_s() - stolen,
     }
 
 
 def rounds(servers: list[Server], photo: Path, folder: Path, options: argparse.Namespace, fps: float) -> dict[str, Any]:
     """Medians of each server and of the rounds' ratios, and the interval of the latter."""
-    found = [[load(it, photo, folder, options, fps) for it in servers] for _ in range(options.rounds)]
-    result: dict[str, Any] = {}
-    for key in found[0][0]:
+    found: list[list[dict[str, float]]] = []
+    disturbed: list[list[dict[str, float]]] = []
+    for seed in itertools.count():
+        order = slice(None, None, -1 if seed % 2 else 1)
+        pair = [load(each, photo, folder, options, fps, seed) for each in servers[order]][order]
+        is_disturbed = max(each["stolen_s"] for each in pair) > _STOLEN * options.seconds
+        (disturbed if is_disturbed and 2 * len(disturbed) < options.rounds else found).append(pair)
+        if len(found) == options.rounds:
+            break
+    result: dict[str, Any] = {"rounds": found, "disturbed": disturbed}
+    for key in found[0][0].keys() - {"stolen_s"}:
         result[key] = [statistics.median(pair[k][key] for pair in found) for k in range(2)]
         ratios = [pair[1][key] / pair[0][key] for pair in found]
         result[f"{key}_ratio"] = statistics.median(ratios)
@@ -175,7 +201,7 @@ def main() -> None:
             server("other", command, bare=False),
         ]
         for each in servers:
-            load(each, photo, folder, argparse.Namespace(**vars(options) | {"seconds": 1.0}), 0.0)
+            load(each, photo, folder, argparse.Namespace(**vars(options) | {"seconds": 1.0}), 0.0, 0)
         time.sleep(1.0)
         saturated = rounds(servers, photo, folder, options, 0.0)
         half = rounds(servers, photo, folder, options, saturated["frames_per_s"][0] / 2)
@@ -192,6 +218,7 @@ def main() -> None:
             without, busy_one = result[key]
             least, most = result[f"{key}_interval"]
             print(f"  {without:8.2f} {busy_one:8.2f}  {result[f'{key}_ratio']:.2f}  {unit} ({least:.2f} to {most:.2f})")
+        print(f"  rounds left out: {len(result['disturbed'])}")
     if missing:
         raise SystemExit(f"not every answer was delivered to: {', '.join(missing)}")
 

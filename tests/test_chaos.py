@@ -1,6 +1,7 @@
 """Faults in numbers: malformed, cut and late requests, slow readers, clients that vanish, fuzzed bytes, SIGTERM."""
 
 import asyncio
+import itertools
 import random
 import signal
 import struct
@@ -214,6 +215,18 @@ async def test_the_load_generator_tells_what_it_did(tiny_bundle: Bundle, tmp_pat
         assert 20 < document["frames"] < 120
     assert document["ms"]["round_trip"]["p99"] >= document["ms"]["round_trip"]["p50"] > 0
     assert document["batch_mean"] >= 1
+
+
+def test_a_seed_and_a_client_have_moments_of_their_own() -> None:
+    def moments(seed: int, client: int) -> list[float]:
+        return list(itertools.takewhile(lambda moment: moment < 100, LoadPlan(fps=20, seed=seed).moments(client)))
+
+    all_moments = [moments(seed, client) for seed in (0, 1) for client in (0, 1)]
+    assert [moments(seed, client) for seed in (0, 1) for client in (0, 1)] == all_moments
+    assert all(one[:5] != other[:5] for one, other in itertools.combinations(all_moments, 2))
+    for each in all_moments:
+        assert each == sorted(each)
+        assert 1800 < len(each) < 2200  # 2000 and five standard deviations
 
 
 def test_the_load_command(tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -197,6 +197,7 @@ def load(
         ),
     ] = 0.0,
     in_flight: Annotated[int, typer.Option(min=1, help="Unanswered frames of each client, without --fps.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the random moments of --fps: the same seed, the same moments.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Load a server with many sessions and tell how long it took. The photographs are encoded once, beforehand."""
@@ -205,7 +206,9 @@ def load(
     from bitneck_edge.measure.load_generator import LoadPlan, run_load, summarize
 
     paths: list[Path] = [path for source in photos for path in find_photos(source)][:_MAX_LOAD_PHOTOS]
-    plan = LoadPlan(clients=clients, seconds=seconds, points=tuple(point or ()), fps=fps, in_flight=in_flight)
+    plan = LoadPlan(
+        clients=clients, seconds=seconds, points=tuple(point or ()), fps=fps, in_flight=in_flight, seed=seed
+    )
     document = summarize(asyncio.run(run_load(settings, paths, plan)))
     if as_json:
         print(json.dumps(document))  # noqa: T201

@@ -5,10 +5,11 @@ time counts from the moment when it was due, not from its sending. So a server t
 """
 
 import asyncio
+import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,7 @@ class LoadPlan:
         fps: frames a second of each client, at random moments (open loop); 0 to send the next frame when one is
             answered (closed loop).
         in_flight: unanswered frames of each client in a closed loop.
+        seed: of the random moments: another one gives other moments, the same one the same.
     """
 
     clients: int = 8
@@ -45,6 +47,16 @@ class LoadPlan:
     points: tuple[str, ...] = ()
     fps: float = 0.0
     in_flight: int = 1
+    seed: int = 0
+
+    def moments(self, client: int) -> Iterator[float]:
+        """When a client's frames are due in an open loop, seconds since the warm-up's begin, without an end.
+
+        Args:
+            client: its number.
+        """
+        random_moments = random.Random(f"{self.seed} {client}")  # noqa: S311  a load that can be repeated, no secret
+        return itertools.accumulate(random_moments.expovariate(self.fps) for _ in itertools.count())
 
 
 @dataclass(slots=True)
@@ -165,11 +177,12 @@ class _Client:
 
     async def _open_loop(self, plan: LoadPlan) -> None:
         """Send frames at random moments, whether those before are answered or not."""
-        moments = random.Random(self._number)  # noqa: S311  a load that can be repeated, no secret
-        due = self._begin - plan.warm_s
+        begin = self._begin - plan.warm_s
         pending: set[asyncio.Task[None]] = set()
         count = self._number
-        while (due := due + moments.expovariate(plan.fps)) < self._end:
+        for moment in plan.moments(self._number):
+            if (due := begin + moment) >= self._end:
+                break
             if (pause := due - time.perf_counter()) > 0:
                 await asyncio.sleep(pause)
             if self.link.failure is not None:
@@ -217,6 +230,7 @@ def summarize(result: LoadResult) -> dict[str, Any]:
     }
     if plan.fps:
         document["offered_per_s"] = plan.fps * plan.clients
+        document["seed"] = plan.seed
     if result.times:
         columns = np.array(result.times)  # (frames, 4)
         link = columns[:, 0] - columns[:, 1:].sum(axis=1)
