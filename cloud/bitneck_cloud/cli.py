@@ -22,6 +22,11 @@ from bitneck_cloud.settings import CloudSettings
 
 __all__ = ["app", "main"]
 
+_NEW_OBJECTS = 5_000
+"""Objects that are new since Python last looked for unreachable ones, fewer those that are gone, before it looks again.
+At its own 700 that takes milliseconds every few seconds, and finds ten: it looks through the newest answers each time.
+Calls that fail leave some 50 objects each, and their frames: so many may wait."""
+
 app = make_app("Serve split networks: decode what edges send, finish the computation, answer.")
 
 
@@ -46,6 +51,7 @@ def serve(
     def announce(ready: Ready) -> None:
         gc.collect()
         gc.freeze()  # what is loaded stays: looking through it now and then would hold all frames up
+        gc.set_threshold(_NEW_OBJECTS)
         if as_json:
             models = [
                 {"name": m.name, "bundle_id": m.bundle.bundle_id, "points": [p.id for p in m.ladder]}
