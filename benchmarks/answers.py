@@ -9,9 +9,9 @@ priority: in use it has machines of its own, and here it must not take the serve
 first as much as they take (saturation), then with half of that, at random moments: the same for both servers, others in
 each round. Each second round begins with the other server. The processor time is that of a server and its worker. Each
 figure is the median of the rounds' ratios, with / without, and behind it stands the median's 95 % interval (with six
-rounds or more): compare within one run only, because the machines that run this are shared. A round in which the
-machine's host gave more than a hundredth of a processor to others is left out, and another one takes its place, until
-half as many are left out as are wanted. `--json` has every round, also those.
+rounds or more): compare within one run only, because the machines that run this are shared. A round is
+replaced if the host gave others more than a hundredth of a processor; at most half as many as are wanted. `--json` has
+every round, also those. Several runs can be put together if each has seeds of its own (`--first-seed`).
 
 At the end every sink must have delivered every answer, else the exit status is 1.
 
@@ -48,7 +48,7 @@ CLIENTS = 8
 _LOWEST = 19
 """Niceness of what consumes."""
 _STOLEN = 0.01
-"""Seconds of the processors a second."""
+"""A round is disturbed above this: seconds of processor time that the host gave to others, a second."""
 
 
 def subscribe(http: str, count: int, query: str, ready: "Queue[str]") -> None:
@@ -123,6 +123,7 @@ def load(
     server: Server, photo: Path, cache: Path, options: argparse.Namespace, fps: float, seed: int
 ) -> dict[str, float]:
     """One round on one server: processor ms a frame, frames a second, p50 and p99 of the round trip in ms."""
+    begin = time.monotonic()
     frames, spent, stolen = answered(server), processor_s(server.process.pid), stolen_s()
     document = run_json(
         [BIN / "bitneck-edge", "load", photo, "--server", server.grpc, "--cache-dir", cache, "--clients", CLIENTS,
@@ -136,7 +137,8 @@ def load(
         "frames_per_s": document["frames_per_s"],
         "p50_ms": document["ms"]["round_trip"]["p50"],
         "p99_ms": document["ms"]["round_trip"]["p99"],
-        "stolen_s": stolen_s() - stolen,
+        "stolen": (stolen_s() - stolen) / (time.monotonic() - begin),
+        "seed": seed,
     }
 
 
@@ -144,15 +146,15 @@ def rounds(servers: list[Server], photo: Path, folder: Path, options: argparse.N
     """Medians of each server and of the rounds' ratios, and the interval of the latter."""
     found: list[list[dict[str, float]]] = []
     disturbed: list[list[dict[str, float]]] = []
-    for seed in itertools.count():
+    for seed in itertools.count(options.first_seed):
         order = slice(None, None, -1 if seed % 2 else 1)
         pair = [load(each, photo, folder, options, fps, seed) for each in servers[order]][order]
-        is_disturbed = max(each["stolen_s"] for each in pair) > _STOLEN * options.seconds
+        is_disturbed = max(each["stolen"] for each in pair) > _STOLEN
         (disturbed if is_disturbed and 2 * len(disturbed) < options.rounds else found).append(pair)
-        if len(found) == options.rounds:
+        if len(found) >= options.rounds:
             break
     result: dict[str, Any] = {"rounds": found, "disturbed": disturbed}
-    for key in found[0][0].keys() - {"stolen_s"}:
+    for key in ("processor_ms", "frames_per_s", "p50_ms", "p99_ms"):
         result[key] = [statistics.median(pair[k][key] for pair in found) for k in range(2)]
         ratios = [pair[1][key] / pair[0][key] for pair in found]
         result[f"{key}_ratio"] = statistics.median(ratios)
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--point", default="s1-r3")
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="of the random moments; other ones for another run")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with ExitStack() as stack:

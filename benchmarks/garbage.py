@@ -1,11 +1,13 @@
-"""How long a server's frames are held up while Python looks for unreachable objects: with and without its own setting.
+"""How long Python's searches for unreachable objects hold a server's frames up, with bitneck's setting and Python's.
 
-    python benchmarks/garbage.py --bundle build/efficientnet_lite0 [--rounds 6] [--seconds 10] [--json]
+    python benchmarks/garbage.py --bundle build/efficientnet_lite0 [--rounds 6] [--seconds 10] [--fps 300]
+        [--failing FRAMES] [--json]
 
 Two servers run side by side, one with the product's setting, one with Python's. They are loaded by turns with random
 moments, each round with new sessions. For each: how often Python looked, the milliseconds of that together and at most,
 and the objects that it freed. With --failing FRAMES, single frames that fail (`Infer`) come before that, each with a
 payload of 200 kB: what they leave waits to be found. `mib` is the server's memory after these.
+Searches in that time and at the server's end count too.
 """
 
 import argparse
@@ -42,7 +44,7 @@ def frozen():
     gc.callbacks.append(noted)  # from here on frames come
 
 freeze, gc.freeze = gc.freeze, frozen
-if {own}:
+if {pythons}:
     gc.set_threshold = lambda *_: None
 atexit.register(lambda: open({out!r}, "w").write(json.dumps(found)))
 
@@ -53,10 +55,10 @@ sys.exit(cloud())
 """A server that notes when Python looks for unreachable objects."""
 
 
-def program(folder: Path, name: str, *, own: bool) -> Path:
+def program(folder: Path, name: str, *, pythons: bool) -> Path:
     """The command of a server; it writes what it noted beside itself."""
     path = folder / name
-    path.write_text(PROGRAM.format(python=sys.executable, own=own, out=str(folder / f"{name}.json")))
+    path.write_text(PROGRAM.format(python=sys.executable, pythons=pythons, out=str(folder / f"{name}.json")))
     path.chmod(0o755)
     return path
 
@@ -103,9 +105,9 @@ def main() -> None:
         with ExitStack() as stack:
             servers = {
                 label: stack.enter_context(
-                    running_server(options.bundle, options=QUIET, program=program(folder, label, own=own))
+                    running_server(options.bundle, options=QUIET, program=program(folder, label, pythons=pythons))
                 )
-                for label, own in (("python", True), ("bitneck", False))
+                for label, pythons in (("python", True), ("bitneck", False))
             }
             for label, server in servers.items():
                 asyncio.run(fail(server, Bundle.open(options.bundle).bundle_id, options.failing))

@@ -226,7 +226,7 @@ def test_a_seed_and_a_client_have_moments_of_their_own() -> None:
     assert all(one[:5] != other[:5] for one, other in itertools.combinations(all_moments, 2))
     for each in all_moments:
         assert each == sorted(each)
-        assert 1800 < len(each) < 2200  # 2000 and five standard deviations
+        assert 1800 < len(each) < 2200  # 2000, and more than four standard deviations
 
 
 def test_the_load_command(tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -197,7 +197,9 @@ def load(
         ),
     ] = 0.0,
     in_flight: Annotated[int, typer.Option(min=1, help="Unanswered frames of each client, without --fps.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the random moments of --fps: the same seed, the same moments.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the random moments, with --fps; the same seed gives the same.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Load a server with many sessions and tell how long it took. The photographs are encoded once, beforehand."""

@@ -38,7 +38,7 @@ class LoadPlan:
         fps: frames a second of each client, at random moments (open loop); 0 to send the next frame when one is
             answered (closed loop).
         in_flight: unanswered frames of each client in a closed loop.
-        seed: of the random moments: another one gives other moments, the same one the same.
+        seed: of the random moments; the same seed gives the same moments.
     """
 
     clients: int = 8
@@ -50,10 +50,13 @@ class LoadPlan:
     seed: int = 0
 
     def moments(self, client: int) -> Iterator[float]:
-        """When a client's frames are due in an open loop, seconds since the warm-up's begin, without an end.
+        """Endless moments at which a client's frames are due, in seconds from the start of the warm-up.
 
         Args:
             client: its number.
+
+        Raises:
+            ZeroDivisionError: without `fps`, when the first one is taken.
         """
         random_moments = random.Random(f"{self.seed} {client}")  # noqa: S311  a load that can be repeated, no secret
         return itertools.accumulate(random_moments.expovariate(self.fps) for _ in itertools.count())
