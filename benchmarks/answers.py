@@ -9,9 +9,9 @@ priority: in use it has machines of its own, and here it must not take the serve
 first as much as they take (saturation), then with half of that, at random moments: the same for both servers, others in
 each round. Each second round begins with the other server. The processor time is that of a server and its worker. Each
 figure is the median of the rounds' ratios, with / without, and behind it stands the median's 95 % interval (with six
-rounds or more): compare within one run only, because the machines that run this are shared. A round is
-replaced if the host gave others more than a hundredth of a processor; at most half as many as are wanted. `--json` has
-every round, also those. Several runs can be put together if each has seeds of its own (`--first-seed`).
+rounds or more): compare within one run only, because the machines that run this are shared. A round is replaced if the
+host gave others more than a hundredth of a processor; at most half as many as are wanted. `--json` has every round, also
+those. Several runs can be put together if each has seeds of its own (`--first-seed`).
 
 At the end every sink must have delivered every answer, else the exit status is 1.
 
@@ -20,7 +20,6 @@ and after a change, in one run.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -40,7 +39,7 @@ import tomli_w
 
 from bitneck_testing.consumers.broker import MOSQUITTO, Broker
 from bitneck_testing.consumers.receiver import Receiver
-from bitneck_testing.measuring import processor_s
+from bitneck_testing.measuring import processor_s, stolen_s
 from bitneck_testing.photographs import sample_photo
 from bitneck_testing.processes import BIN, QUIET, Server, run_json, running_server, spawned_server
 
@@ -110,13 +109,6 @@ def answered(server: Server) -> float:
     """Frames that a server has answered so far."""
     lines = httpx.get(f"{server.http}/metrics").text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("bitneck_published_answers_total{"))
-
-
-def stolen_s() -> float:
-    """Seconds of the processors that this machine's host has given to others, so far; 0 where that is not told."""
-    with contextlib.suppress(OSError, IndexError):
-        return int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8]) / os.sysconf("SC_CLK_TCK")
-    return 0.0
 
 
 def load(

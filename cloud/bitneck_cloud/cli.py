@@ -22,12 +22,6 @@ from bitneck_cloud.settings import CloudSettings
 
 __all__ = ["app", "main"]
 
-_THRESHOLDS = 5_000, 1, 5
-"""Python looks for unreachable objects when there are 5,000 more than at its last search. The other two let it look
-through all of them about as often as by default (700, 10, 10 in Python 3.11): every 90,000. By default it searches
-about once a second at 300 frames a second, for more than a millisecond, and frees nearly nothing. A failed call leaves
-about 50 objects and its frame until the next search: about 100 of them may wait."""
-
 app = make_app("Serve split networks: decode what edges send, finish the computation, answer.")
 
 
@@ -52,7 +46,6 @@ def serve(
     def announce(ready: Ready) -> None:
         gc.collect()
         gc.freeze()  # what is loaded stays: looking through it now and then would hold all frames up
-        gc.set_threshold(*_THRESHOLDS)
         if as_json:
             models = [
                 {"name": m.name, "bundle_id": m.bundle.bundle_id, "points": [p.id for p in m.ladder]}

@@ -23,6 +23,7 @@ __all__ = [
     "p50_and_p99",
     "processor_s",
     "resident_mib",
+    "stolen_s",
 ]
 
 COMPUTING = (OnnxModule, "run")
@@ -50,6 +51,15 @@ def processor_s(pid: int) -> float:
     """
     stats = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in (pid, *children_of(pid))]
     return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def stolen_s() -> float:
+    """Processor time that this machine's host has given to others so far, of all processors, seconds. Linux only.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    return int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def children_of(pid: int) -> list[int]:
