@@ -10,8 +10,8 @@ first as much as they take (saturation), then with half of that, at random momen
 each round. Each second round begins with the other server. The processor time is that of a server and its worker. Each
 figure is the median of the rounds' ratios, with / without, and behind it stands the median's 95 % interval (with six
 rounds or more): compare within one run only, because the machines that run this are shared. A round is replaced if the
-host gave others more than a hundredth of a processor; at most half as many as are wanted. `--json` has every round, also
-those. Several runs can be put together if each has seeds of its own (`--first-seed`).
+host gave others more than a hundredth of a processor; at most half as many as are wanted. `--json` has every round,
+also those. Several runs can be put together if each has seeds of its own (`--first-seed`).
 
 At the end every sink must have delivered every answer, else the exit status is 1.
 
